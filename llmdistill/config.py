@@ -1,0 +1,151 @@
+"""The settings the front doors share: one dataclass per section of a recipe.
+
+A recipe has the sections ``student``, ``teacher``, ``data``, ``rollouts``, ``objective`` and ``train``. The first four
+are the dataclasses below; ``objective`` and ``train`` together fill a :class:`DistillationConfig` (or a front door's
+subclass), which is a ``transformers.TrainingArguments`` and can be built in Python like one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from llmdistill.errors import UserError
+
+DType = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its one line of help."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class StudentConfig:
+    """The model that learns."""
+
+    model: str = option("", "folder or hub name of the student")
+    dtype: DType = option(
+        "float32", "dtype of its weights; with train.bf16 they stay float32 and the maths is bfloat16"
+    )
+    lora_r: int = option(0, "rank of a LoRA adapter; 0 trains the weights themselves")
+    lora_alpha: int = option(32, "LoRA scale numerator")
+    lora_dropout: float = option(0.0, "LoRA dropout")
+    lora_target_modules: list[str] = option([], "modules to adapt; empty: every linear layer but the output head")
+    attn_implementation: str | None = option(None, "transformers' attention implementation")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+
+@dataclass
+class TeacherConfig:
+    """The model that is learnt from."""
+
+    model: str = option("", "folder or hub name of the teacher")
+    engine: Literal["hf", "vllm"] = option("hf", "hf: embedded, exact full distribution; vllm: top-k evidence at speed")
+    dtype: DType = option("bfloat16", "dtype of its weights")
+    batch_tokens: int = option(16384, "tokens (padding included) of one forward pass when scoring")
+    attn_implementation: str | None = option(None, "transformers' attention implementation")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from."""
+
+    train: str = option("", "JSONL/Parquet/Arrow file or hub dataset of training prompts")
+    heldout: str = option("", "the same for held-out prompts; empty: no held-out measurement")
+    split: str = option("train", "split to read of a hub dataset")
+    prompt_column: str = option("prompt", "column with the prompt: a string or a list of chat messages")
+    completion_column: str = option("completion", "column with the completion, for methods that train on a dataset")
+    domain_column: str = option("domain", "column that names a row's domain, if there is one")
+    max_prompt_tokens: int = option(1024, "longest prompt allowed, chat template included")
+    overlong: Literal["error", "drop"] = option("error", "what to do with longer prompts")
+    limit: int = option(0, "use only the first so many rows; 0: all")
+
+
+@dataclass
+class RolloutConfig:
+    """How the student's completions are sampled."""
+
+    engine: Literal["hf", "vllm"] = option(
+        "hf", "hf: generate() of transformers; vllm: in-process engine, weights pushed"
+    )
+    max_new_tokens: int = option(256, "longest completion")
+    temperature: float = option(1.0, "sampling temperature (0: greedy); apart from objective.loss_temperature")
+    top_p: float = option(1.0, "nucleus sampling")
+    top_k: int = option(0, "sample among so many tokens; 0: all")
+    samples_per_prompt: int = option(1, "completions of every prompt")
+    mask_truncated: bool = option(False, "keep completions cut off by max_new_tokens out of the loss")
+    dtype: DType = option("bfloat16", "dtype of the vllm engine's copy of the student")
+    kv_cache_gib: float = option(0.5, "memory for vllm's key-value cache on CPU")
+    gpu_memory_utilization: float = option(0.3, "share of the GPU given to vllm's copy and cache")
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, "rollouts.temperature", self.temperature, ">= 0", "use 0 for greedy")
+        require(0 < self.top_p <= 1, "rollouts.top_p", self.top_p, "in (0, 1]", "use 1 for no nucleus")
+        require(self.top_k >= 0, "rollouts.top_k", self.top_k, ">= 0", "use 0 for the whole vocabulary")
+        require(self.max_new_tokens >= 1, "rollouts.max_new_tokens", self.max_new_tokens, ">= 1", "raise it")
+        require(self.samples_per_prompt >= 1, "rollouts.samples_per_prompt", self.samples_per_prompt, ">= 1", "use 1")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` plus what every distillation method has.
+
+    ``per_device_train_batch_size`` counts prompts: a micro-batch holds that many times ``samples_per_prompt``
+    sequences. All micro-batches of an optimizer step are sampled in one round.
+    """
+
+    # Defaults of ours over transformers': explicit precision (a CPU build may choose bfloat16 by itself), losses that
+    # are shown as they are, raw columns for our own collator.
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+    logging_steps: float = field(default=5, metadata={"help": "write a line of metrics.jsonl every so many steps"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "hide NaN losses from the log (we stop instead)"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "drop dataset columns (must stay off)"})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "trackio, tensorboard, wandb, none"})
+    disable_tqdm: bool | None = field(
+        default=True, metadata={"help": "transformers' own bars (ours shows rate and ETA)"}
+    )
+
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig, metadata={"section": "rollouts"})
+    chunk_tokens: int = field(
+        default=128, metadata={"help": "rows whose logits exist at one time", "section": "objective"}
+    )
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={"help": "do not train the token embeddings and output head", "section": "objective"},
+    )
+    heldout_sequences: int = field(
+        default=64, metadata={"help": "held-out prompts measured at each evaluation", "section": "objective"}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
+        require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+
+
+def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:
+    """Raises a :class:`UserError` in the house form unless ``ok``."""
+    if not ok:
+        raise UserError(f"{setting} is {value!r}; it must be {needed}. Fix: {fix}.")
+
+
+def torch_dtype(name: DType) -> torch.dtype | Literal["auto"]:
+    """The torch dtype a setting names."""
+    return "auto" if name == "auto" else getattr(torch, name)

@@ -1,0 +1,84 @@
+"""The output head: where it is, how its logits are formed, and how to stand in its place.
+
+Full logits [B, T, V] are never wanted here: teachers keep hidden rows, the trainer computes its loss chunk by chunk.
+Both run *inside* the head's ``forward``, so that whatever wraps the module (autocast, DDP, ZeRO-3's parameter
+gathering) sees the head used where the model's author put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output layer and the transforms its config applies to the logits."""
+
+    linear: nn.Linear
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Logit columns (often more than the tokenizer has ids)."""
+        return self.linear.out_features
+
+
+def head_of(model: nn.Module) -> Head:
+    """Finds the head of a causal language model (PEFT-wrapped or not).
+
+    Raises:
+        UserError: the head is not a plain linear layer (adapted by LoRA, quantised, or absent).
+    """
+    linear = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"the output head of {type(model).__name__} is a {type(linear).__name__}; distillation needs a plain "
+            "linear head. Fix: leave lm_head out of student.lora_target_modules and do not quantise it."
+        )
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    # Cohere multiplies its logits, Granite divides them; Gemma-2 and -3 cap them softly.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def in_place_of(linear: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context the head computes ``compute(hidden_BTH)`` and hands a [B, T, 1] zero on to the model.
+
+    What the model does with its logits afterwards (scaling, capping) then costs nothing and changes nothing. Setting
+    the instance attribute, and not swapping the module, keeps every hook registered on it working.
+    """
+
+    def forward(hidden_BTH: Tensor) -> Tensor:
+        # Multiplying by the computed value keeps it in the graph of the module's output, which is what ZeRO-3's
+        # backward hooks hang on; the factor 0 keeps it out of every number.
+        value = compute(hidden_BTH)
+        return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1) + 0 * value
+
+    linear.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del linear.forward
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:
+    """What the head receives, [B, T, H], without computing a logit."""
+    seen: list[Tensor] = []
+
+    def keep(hidden_BTH: Tensor) -> Tensor:
+        seen.append(hidden_BTH)
+        return hidden_BTH.new_zeros(())
+
+    with in_place_of(head_of(model).linear, keep):
+        model(**inputs, use_cache=False)
+    return seen[0]

@@ -1,0 +1,212 @@
+"""Runs a per-token objective over the vocabulary projection in chunks of tokens: [N, V] logits never exist.
+
+`streamed(objective, hidden_NH, lm_head, teacher)` equals, in value and gradient,
+`objective(lm_head(hidden_NH), *teacher).sum()`. Its forward pass takes a chunk of rows at a time through
+projection, loss and gradient, and keeps only d loss / d hidden [N, H] and d loss / d weight [V, H]; the extra
+memory is O(chunk_tokens x V) whatever N. The gradient is complete when forward returns, so backward only
+scales it.
+
+Simplified away: second derivatives, and a second backward through the same loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llmdistill.objectives.fused import compute_dtype
+from llmdistill.objectives.projection import Projection, matmul_dtype
+from llmdistill.objectives.rows import Teacher, TeacherRows, as_rows
+
+Objective = Callable[..., Tensor]
+Metrics = Callable[..., dict[str, Tensor]]
+
+
+def streamed(
+    objective: Objective,
+    hidden_NH: Tensor,
+    lm_head: nn.Linear,
+    teacher: Teacher,
+    *,
+    chunk_tokens: int = 256,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    weights_N: Tensor | None = None,
+    metrics: Metrics | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over rows of weight * objective, with gradients to hidden_NH and lm_head, and the sums of metrics.
+
+    objective(student_logits [n, V], *teacher_args) -> [n]. teacher: logits [N, V], a (hidden, lm_head) pair,
+    or rows. logit_scale multiplies the student's logits, then softcap c maps them to c tanh(x / c).
+    vocab_size cuts the columns of both sides before any softmax. weights_N [N] multiplies the losses and
+    carries no gradient. metrics(student_logits, *teacher_args) -> {name: [n]} comes back summed over rows,
+    unweighted, as float64 scalars.
+
+    Matmuls run in autocast's dtype where it is on, else in hidden_NH's; losses and the gradient of the weight
+    accumulate in float32. With N = 0 the loss is 0 with zero gradients, still attached, for distributed ranks
+    without a counted token. Reads lm_head's weight and bias, not its forward, so it may run inside a replaced
+    forward.
+
+    Raises ValueError for row counts that differ, chunk_tokens < 1, or a vocab_size wider than either side.
+    """
+    rows = as_rows(teacher)
+    _check(hidden_NH, lm_head, rows, chunk_tokens, vocab_size, weights_N)
+    head = Projection.of(lm_head, matmul_dtype(hidden_NH), vocab_size, logit_scale, softcap)
+    loop = _Loop(objective, metrics, head, hidden_NH.detach(), rows, weights_N, chunk_tokens, vocab_size)
+    inputs = (hidden_NH, lm_head.weight, lm_head.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        loss_sum = _Streamed.apply(*inputs, loop)
+    else:
+        loss_sum = loop.run(None)
+    return loss_sum, loop.metric_sums
+
+
+@torch.no_grad()
+def streamed_metrics(
+    metrics: Metrics,
+    hidden_NH: Tensor,
+    lm_head: nn.Linear,
+    teacher: Teacher,
+    *,
+    chunk_tokens: int = 256,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Tensor]:
+    """{name: [N]} of metrics(student_logits, *teacher_args) -> {name: [n]}; arguments as in `streamed`."""
+    rows = as_rows(teacher)
+    _check(hidden_NH, lm_head, rows, chunk_tokens, vocab_size, None)
+    head = Projection.of(lm_head, matmul_dtype(hidden_NH), vocab_size, logit_scale, softcap)
+    with torch.autocast(hidden_NH.device.type, enabled=False):  # see _Loop.run
+        pieces = [
+            metrics(head.rescale(head.matmul(hidden_NH[chunk])), *rows.chunk(chunk, vocab_size))
+            for chunk in _chunks(len(rows), chunk_tokens)
+        ]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, loop: "_Loop") -> Tensor:
+        inputs = (hidden_NH, weight_VH, bias_V)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.gradients = _Gradients.zeros(*inputs, needed=ctx.needs_input_grad[:3])
+        return loop.run(ctx.gradients)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("second backward through a streamed loss: its gradients are scaled in place, once")
+        g, ctx.gradients = ctx.gradients, None
+        scaled = [None if x is None else x.mul_(grad_loss) for x in (g.hidden_NH, g.weight_VH, g.bias_V)]
+        return *(None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+
+
+@dataclass
+class _Gradients:
+    hidden_NH: Tensor | None
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, needed: Sequence[bool]
+    ) -> "_Gradients":
+        def wide(x: Tensor | None, need: bool) -> Tensor | None:
+            return torch.zeros_like(x, dtype=compute_dtype(x)) if x is not None and need else None
+
+        # A row of hidden is written once; the others sum over chunks, which 16 bits would round away.
+        hidden = torch.zeros_like(hidden_NH) if needed[0] else None
+        return cls(hidden, wide(weight_VH, needed[1]), wide(bias_V, needed[2]))
+
+    def add(self, chunk: slice, grad_x_nV: Tensor, hidden_nH: Tensor, head: Projection) -> None:
+        columns = slice(grad_x_nV.shape[-1])
+        if self.hidden_NH is not None:
+            self.hidden_NH[chunk] = grad_x_nV @ head.weight_VH
+        if self.weight_VH is not None:
+            total = self.weight_VH[columns]
+            if total.dtype == grad_x_nV.dtype:
+                total.addmm_(grad_x_nV.T, hidden_nH)
+            else:
+                total.add_(grad_x_nV.T @ hidden_nH)
+        if self.bias_V is not None:
+            self.bias_V[columns] += grad_x_nV.sum(0, dtype=self.bias_V.dtype)
+
+
+@dataclass
+class _Loop:
+    """One pass over the chunks: sums the loss and the metrics, and the gradients if asked for."""
+
+    objective: Objective
+    metrics: Metrics | None
+    head: Projection
+    hidden_NH: Tensor
+    rows: TeacherRows
+    weights_N: Tensor | None
+    chunk_tokens: int
+    vocab_size: int | None
+    metric_sums: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def run(self, gradients: _Gradients | None) -> Tensor:
+        loss_sum = self.hidden_NH.new_zeros((), dtype=compute_dtype(self.head.weight_VH))
+        with torch.autocast(self.hidden_NH.device.type, enabled=False):  # head and rows already have its dtype
+            for chunk in _chunks(len(self.rows), self.chunk_tokens):
+                loss_sum += self._chunk(chunk, gradients)
+        return loss_sum
+
+    def _chunk(self, chunk: slice, gradients: _Gradients | None) -> Tensor:
+        """The only frame that holds [n, V] tensors: they are freed before the next chunk begins."""
+        hidden_nH = self.hidden_NH[chunk].to(self.head.weight_VH.dtype)
+        teacher_args = self.rows.chunk(chunk, self.vocab_size)
+        x_nV = self.head.matmul(hidden_nH).requires_grad_(gradients is not None)
+        with torch.set_grad_enabled(gradients is not None):
+            student_logits_nV = self.head.rescale(x_nV)
+            losses_n = self.objective(student_logits_nV, *teacher_args)
+            if self.weights_N is not None:
+                losses_n = losses_n * self.weights_N[chunk].detach()
+            loss = losses_n.sum()
+        if gradients is not None:
+            (grad_x_nV,) = torch.autograd.grad(loss, x_nV)
+            gradients.add(chunk, grad_x_nV, hidden_nH, self.head)
+        if self.metrics is not None:
+            for name, values_n in self.metrics(student_logits_nV.detach(), *teacher_args).items():
+                total = values_n.sum(dtype=torch.float64)
+                self.metric_sums[name] = self.metric_sums[name] + total if name in self.metric_sums else total
+        return loss.detach()
+
+
+def _chunks(rows: int, chunk_tokens: int) -> Iterator[slice]:
+    """Slices of at most chunk_tokens rows; if there are none, an empty one: each metric gets its 0."""
+    for start in range(0, max(rows, 1), chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, rows))
+
+
+def _check(
+    hidden_NH: Tensor,
+    lm_head: nn.Linear,
+    rows: TeacherRows,
+    chunk_tokens: int,
+    vocab_size: int | None,
+    weights_N: Tensor | None,
+) -> None:
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
+    if len(rows) != len(hidden_NH):
+        raise ValueError(
+            f"the student has {len(hidden_NH)} hidden rows, the teacher {len(rows)} rows: both must speak of "
+            "the same tokens"
+        )
+    if weights_N is not None and weights_N.shape != hidden_NH.shape[:1]:
+        raise ValueError(f"weights_N has shape {tuple(weights_N.shape)}; it needs one weight for {len(hidden_NH)} rows")
+    for side, width in (("student", lm_head.weight.shape[0]), ("teacher", rows.width)):
+        if vocab_size is not None and width is not None and not 1 <= vocab_size <= width:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but the {side} has {width} logit columns; set it to the "
+                "tokenizer's size, or to the smaller of the two widths"
+            )

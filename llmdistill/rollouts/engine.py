@@ -1,0 +1,33 @@
+"""The interface of a student rollout engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from llmdistill.rollouts.rollout import Prompt, Rollout, Sampling
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from the current student."""
+
+    def sync(self, model: nn.Module, policy_version: int) -> None:
+        """Makes the engine sample from the weights of ``model`` (unwrapped) from now on."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        """``samples_per_prompt`` completions of every prompt, samples of one prompt adjacent: [B * n] sequences."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds. The engine is not used afterwards."""
+        ...
+
+
+def request_seed(seed: int, row: int, sample: int) -> int:
+    """A 63-bit seed for one request, independent of which others it is batched with."""
+    digest = hashlib.blake2b(f"{seed}:{row}:{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

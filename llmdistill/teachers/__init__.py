@@ -1,0 +1,1 @@
+"""What the teacher says about sequences: the Teacher protocol and its engines."""

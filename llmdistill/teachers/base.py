@@ -1,0 +1,47 @@
+"""What every teacher can do, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from llmdistill.objectives.rows import HiddenRows
+from llmdistill.rollouts import Prompt, Rollout, Sampling
+from llmdistill.service.blocks import ScoreBlock
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """Identity and limits of a teacher, as the preflight compares them with the student's."""
+
+    name: str
+    fingerprint: str  # of the weights
+    tokenizer: str  # fingerprint of the vocabulary
+    vocab_size: int  # columns of the output head
+    eos_ids: tuple[int, ...]
+    context_length: int
+    template: str | None  # hash of the chat template
+
+
+class Teacher(Protocol):
+    """Generates sequences and scores them. Log-probs are full-vocabulary log-softmax at temperature 1."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout: ...
+
+    def score(self, rollout: Rollout, top_k: int) -> list[ScoreBlock]:
+        """One block per sequence over its counted tokens; ``top_k`` 0 gives token log-probs only."""
+        ...
+
+    def info(self) -> TeacherInfo: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class DenseTeacher(Protocol):
+    """A teacher in this process whose whole distribution can be had without ever being written down."""
+
+    def dense(self, rollout: Rollout) -> HiddenRows:
+        """The final hidden rows of the counted tokens and the head that turns them into logits."""
+        ...

@@ -1,0 +1,31 @@
+"""From a teacher and a rollout to the rows an objective reads. One row per counted token, in ``token_rows`` order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from llmdistill.objectives.rows import HiddenRows, SparseRows, TokenRows
+from llmdistill.rollouts import Rollout
+from llmdistill.teachers.base import DenseTeacher, Teacher
+
+Kind = Literal["full", "top_k", "sampled"]
+Evidence = HiddenRows | SparseRows | TokenRows
+
+
+def gather(teacher: Teacher, rollout: Rollout, kind: Kind, top_k: int, device: torch.device | str = "cpu") -> Evidence:
+    """What ``teacher`` says about the counted tokens of ``rollout``.
+
+    ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as a listing of
+    every token (K = V). ``top_k``: the K likeliest tokens. ``sampled``: the tokens' own log-probs only.
+    """
+    if kind == "full" and isinstance(teacher, DenseTeacher):
+        return teacher.dense(rollout)
+    listed = {"full": teacher.info().vocab_size, "top_k": top_k, "sampled": 0}[kind]
+    blocks = teacher.score(rollout, listed)
+    if kind == "sampled":
+        logprobs_N = torch.cat([b.token_logprobs for b in blocks])
+        return TokenRows(rollout.token_rows().to(device), logprobs_N.to(device))
+    ids_NK = torch.cat([b.topk_ids for b in blocks]).long()
+    return SparseRows(ids_NK.to(device), torch.cat([b.topk_logprobs for b in blocks]).to(device))

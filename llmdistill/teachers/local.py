@@ -1,0 +1,166 @@
+"""The embedded teacher: a transformers model in this process. Exact, and the whole distribution is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmdistill.config import TeacherConfig, torch_dtype
+from llmdistill.errors import UserError
+from llmdistill.heads import head_of, hidden_states
+from llmdistill.objectives.rows import HiddenRows
+from llmdistill.rollouts import Prompt, Rollout, Sampling, position_ids, predicting_rows
+from llmdistill.rollouts.hf import generate
+from llmdistill.service.blocks import BlockHeader, ScoreBlock
+from llmdistill.teachers.base import TeacherInfo
+from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
+from llmdistill.tokenization.special import context_length, eos_ids, pad_id
+
+
+class LocalTeacher:
+    """Implements :class:`~llmdistill.teachers.base.Teacher` and its dense form over a transformers model.
+
+    Args:
+        model: the teacher; put into evaluation mode and frozen.
+        tokenizer: its tokenizer.
+        batch_tokens: tokens, padding included, of one forward pass.
+        chunk_tokens: rows whose logits exist at one time in :meth:`score`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int = 16384,
+        chunk_tokens: int = 256,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.chunk_tokens = chunk_tokens
+        self.head = head_of(model)
+        self._info: TeacherInfo | None = None
+
+    @classmethod
+    def load(cls, config: TeacherConfig, device: torch.device | str = "cpu") -> LocalTeacher:
+        """Loads the model and tokenizer a recipe names."""
+        model, tokenizer = load_model(
+            config.model, config.dtype, "teacher", config.trust_remote_code, config.attn_implementation
+        )
+        return cls(model.to(device), tokenizer, batch_tokens=config.batch_tokens)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def dense(self, rollout: Rollout) -> HiddenRows:
+        """Hidden rows of the counted tokens, [N, H], with the head: logits are formed only in chunks, later."""
+        device = self.model.device
+        rows: list[Tensor | None] = [None] * len(rollout)
+        for index in _batches(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
+            part = rollout.sequences(index).to(device)
+            hidden_BTH = hidden_states(
+                self.model,
+                input_ids=part.input_ids,
+                attention_mask=part.attention_mask,
+                position_ids=position_ids(part.attention_mask),
+            )
+            split = predicting_rows(hidden_BTH, part.completion_mask).split(part.row_counts)
+            for i, sequence_rows in zip(index, split, strict=True):
+                rows[i] = sequence_rows
+        empty = self.head.linear.weight.new_zeros(0, self.head.linear.in_features)
+        hidden_NH = torch.cat([r for r in rows if r is not None] or [empty])
+        return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, top_k: int) -> list[ScoreBlock]:
+        """One block per sequence. ``top_k`` up to the vocabulary size.
+
+        Raises:
+            UserError: ``top_k`` above the number of logit columns.
+        """
+        vocab = self.head.vocab_size
+        if top_k > vocab:
+            raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
+        rows, ids_N = self.dense(rollout), rollout.token_rows().to(self.model.device)
+        token_lp, top_lp, top_ids = [], [], []
+        for start in range(0, len(rows), self.chunk_tokens):
+            piece = slice(start, start + self.chunk_tokens)
+            (logits_nV,) = rows.chunk(piece, vocab)
+            logprobs_nV = logits_nV.float().log_softmax(-1)
+            token_lp.append(logprobs_nV.gather(1, ids_N[piece, None]).squeeze(1).cpu())
+            values, indices = logprobs_nV.topk(top_k, dim=-1)
+            top_lp.append(values.cpu())
+            top_ids.append(indices.int().cpu())
+        counts = rollout.row_counts
+        columns = (
+            (torch.cat(token_lp) if token_lp else torch.zeros(0)).split(counts),
+            (torch.cat(top_ids) if top_ids else torch.zeros(0, top_k, dtype=torch.int32)).split(counts),
+            (torch.cat(top_lp) if top_lp else torch.zeros(0, top_k)).split(counts),
+        )
+        info = self.info()
+        header = BlockHeader(info.fingerprint, info.tokenizer, top_k, vocab)
+        spans = [_span(mask) for mask in rollout.completion_mask]
+        return [ScoreBlock(s, *c, header) for s, c in zip(spans, zip(*columns, strict=True), strict=True)]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        return generate(self.model, prompts, sampling, eos_ids=self.info().eos_ids, pad_id=pad_id(self.tokenizer))
+
+    def info(self) -> TeacherInfo:
+        if self._info is None:
+            config = self.model.config
+            self._info = TeacherInfo(
+                name=config.name_or_path or type(self.model).__name__,
+                fingerprint=weights_fingerprint(self.model),
+                tokenizer=tokenizer_fingerprint(self.tokenizer),
+                vocab_size=self.head.vocab_size,
+                eos_ids=eos_ids(self.model, self.tokenizer),
+                context_length=context_length(config),
+                template=template_hash(self.tokenizer),
+            )
+        return self._info
+
+    def close(self) -> None:
+        """Nothing to free: the model goes with its last reference."""
+
+
+def load_model(
+    path: str, dtype: str, section: str, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or hub name.
+
+    Raises:
+        UserError: nothing loadable there; the message names the recipe's section.
+    """
+    if not path:
+        raise UserError(f"{section}.model is empty; it must be a folder or a hub name. Fix: --{section}.model PATH.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch_dtype(dtype),  # type: ignore[arg-type]
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{section}.model {path!r} cannot be loaded: {reason}") from error
+    return model, tokenizer
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Sequence indices in groups of similar length whose padded size stays within ``batch_tokens``."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= batch_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _span(mask_T: Tensor) -> slice:
+    """First to last counted position."""
+    at = mask_T[1:].nonzero().flatten() + 1
+    return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)

@@ -1,0 +1,1 @@
+"""Tokenizers: special tokens, comparison and, later, alignment."""
