@@ -53,13 +53,10 @@ class Recipe:
         """Everything that decides the run, section by section, as written to ``config.yaml``."""
         args = self.args.to_dict()
         objective = {k: args[k] for k in _own_fields(type(self.args))}
-        # Only what differs from transformers' defaults: the other hundred would bury it.
-        defaults = TrainingArguments(output_dir=self.args.output_dir, use_cpu=True).to_dict()
-        train = {
-            k: v
-            for k, v in args.items()
-            if k in defaults and v != defaults[k] and _plain(v) and not k.startswith("logging_dir")
-        }
+        # Only what differs from transformers' defaults: the other hundred would bury it. They are read off the fields,
+        # since making a TrainingArguments resets the process's accelerator state.
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
+        train = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and _plain(v) and v != []}
         return {
             "student": dataclasses.asdict(self.student),
             "teacher": dataclasses.asdict(self.teacher),

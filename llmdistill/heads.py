@@ -55,11 +55,13 @@ def in_place_of(linear: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Itera
 
     What the model does with its logits afterwards (scaling, capping) then costs nothing and changes nothing. Setting
     the instance attribute, and not swapping the module, keeps every hook registered on it working.
+
+    The zeros depend on a scalar that ``compute`` returns, with derivative 0. A loss computed here that is trained on
+    adds ``0 * logits.sum()`` of the model's output: ZeRO-3 prepares a module for backward, and DDP finds the
+    parameters in use, only on a graph that passes through the modules' outputs.
     """
 
     def forward(hidden_BTH: Tensor) -> Tensor:
-        # Multiplying by the computed value keeps it in the graph of the module's output, which is what ZeRO-3's
-        # backward hooks hang on; the factor 0 keeps it out of every number.
         value = compute(hidden_BTH)
         return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1) + 0 * value
 

@@ -15,7 +15,11 @@ from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.rollouts import Rollout, position_ids, predicting_rows
 from llmdistill.teachers.base import DenseTeacher, Teacher
-from llmdistill.teachers.evidence import Evidence, gather
+from llmdistill.teachers.evidence import Evidence, Kind, gather
+
+
+# What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
+UNLISTED_TOP_K = 64
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,17 @@ def measure(
     vocab_size: int,
     chunk_tokens: int,
     batch_sequences: int,
+    kind: Kind = "full",
     top_k: int = 0,
     counted: Sequence[bool] | None = None,
 ) -> Measurement:
     """reverse_kl, forward_kl, top1_agreement, acceptance and entropy of ``model`` against ``teacher`` on ``rollout``.
 
-    A teacher outside this process is heard on its ``top_k`` tokens and the tail, so KLs are lower bounds there.
+    ``kind`` and ``top_k`` say what is asked of a teacher that does not live in this process; the KLs of its top-k and
+    tail are lower bounds.
     ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
     """
-    dense = isinstance(teacher, DenseTeacher)
+    dense = kind == "full" or isinstance(teacher, DenseTeacher)
     metrics = dense_metrics if dense else sparse_metrics
     streaming: dict[str, Any] = dict(
         chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
@@ -82,7 +88,7 @@ def measure(
     model.eval()
     for start in range(0, len(rollout), batch_sequences):
         part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(head.linear.weight.device)
-        evidence = gather(teacher, part, "full" if dense else "top_k", max(top_k, 1), head.linear.weight.device)
+        evidence = gather(teacher, part, "full" if dense else "top_k", top_k or UNLISTED_TOP_K, head.linear.weight.device)
         found: dict[str, Tensor] = {}
 
         def at_the_head(

@@ -6,8 +6,10 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 
 class Meters:
@@ -33,11 +35,19 @@ class Meters:
         yield
         self.add(name, time.perf_counter() - start)
 
-    def flush(self) -> dict[str, float]:
-        """The means since the last flush."""
-        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+    def flush(self, accelerator: Any = None) -> dict[str, float]:
+        """The means since the last flush; over all processes, which flush together, where an accelerator is given."""
+        parts = [self.sums]
+        if accelerator is not None and accelerator.num_processes > 1:
+            parts = gather_object(parts)
+        pairs: dict[str, list[float]] = {}
+        for part in parts:
+            for name, (total, count) in part.items():
+                pair = pairs.setdefault(name, [0.0, 0.0])
+                pair[0] += total
+                pair[1] += count
         self.sums.clear()
-        return means
+        return {name: total / count for name, (total, count) in pairs.items() if count}
 
 
 def peak_memory_gib() -> float:

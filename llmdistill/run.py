@@ -92,7 +92,7 @@ def load_teacher(config: TeacherConfig, device: torch.device, recipe: Recipe) ->
     from llmdistill.teachers.vllm import VLLMTeacher
 
     longest = recipe.data.max_prompt_tokens + recipe.args.rollouts.max_new_tokens
-    return VLLMTeacher.load(config, max_model_len=longest, max_top_k=getattr(recipe.args, "top_k", 64))
+    return VLLMTeacher.load(config, max_model_len=longest)
 
 
 def lora_config(config: StudentConfig) -> Any:

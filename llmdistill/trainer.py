@@ -232,14 +232,15 @@ class DistillationTrainer(Trainer):
             return found["loss"]
 
         with self.meters.timed("time/student_forward"), in_place_of(head.linear, at_the_head):
-            model(
+            output = model(
                 input_ids=rollout.input_ids,
                 attention_mask=rollout.attention_mask,
                 position_ids=position_ids(rollout.attention_mask),
                 use_cache=False,
             )
         total = max(int(num_items_in_batch if num_items_in_batch is not None else rollout.num_rows), 1)
-        loss = found["loss"] * (self.accelerator.num_processes / total)
+        # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
+        loss = (found["loss"] + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; training cannot go on from it. Fix: "
@@ -288,8 +289,9 @@ class DistillationTrainer(Trainer):
         world, rank = accelerator.num_processes, accelerator.process_index
         # Every rank makes the same number of forward passes (ZeRO-3 gathers parameters in them): the last ones repeat.
         share = -(-len(prompts) // world)
-        mine = [prompts[min(i * world + rank, len(prompts) - 1)] for i in range(share)]
-        counted = [i * world + rank < len(prompts) for i in range(share)]
+        index = range(rank * share, (rank + 1) * share)
+        mine = [prompts[min(i, len(prompts) - 1)] for i in index]
+        counted = [i < len(prompts) for i in index]
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         sampling = Sampling(r.max_new_tokens, seed=request_seed(self.args.seed, -1, rank))
         self.rollout_engine.sync(self._generating_model(), self.state.global_step)
@@ -307,6 +309,7 @@ class DistillationTrainer(Trainer):
                     vocab_size=self.vocab_size,
                     chunk_tokens=self.args.chunk_tokens,
                     batch_sequences=self.args.per_device_eval_batch_size,
+                    kind=self.objective.evidence,
                     top_k=self.objective.top_k,
                     counted=counted,
                 ).gathered(accelerator)
@@ -323,7 +326,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was measured since the last line."""
         if "loss" in logs:
-            logs.update(self.meters.flush())
+            logs.update(self.meters.flush(self.accelerator))
             logs["memory/peak_gib"] = peak_memory_gib()
         super().log(logs, start_time)
 

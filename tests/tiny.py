@@ -36,8 +36,9 @@ def llama(seed: int, *, vocab: int = 264, hidden: int = 32, layers: int = 2, tie
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM's CPU attention runs
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         eos_token_id=1,

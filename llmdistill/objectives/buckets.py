@@ -83,12 +83,13 @@ def check_evidence(student_logits: Tensor, topk_ids: Tensor, topk_logprobs: Tens
         raise ValueError(f"tail is '{tail}'; it must be one of {', '.join(get_args(Tail))}")
     if topk_ids.shape != topk_logprobs.shape:
         raise ValueError(
-            f"topk_ids are {tuple(topk_ids.shape)}, topk_logprobs {tuple(topk_logprobs.shape)}; both must be [..., K]"
+            f"topk_ids are {tuple(topk_ids.shape)}, topk_logprobs {tuple(topk_logprobs.shape)}; "
+            "both must be [..., K]"
         )
     if topk_ids.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
-            f"topk_ids are {tuple(topk_ids.shape)}, student logits {tuple(student_logits.shape)}; they must "
-            "hold the same rows"
+            f"topk_ids are {tuple(topk_ids.shape)}, student logits {tuple(student_logits.shape)}; "
+            "they must hold the same rows"
         )
 
 

@@ -89,8 +89,8 @@ def total_variation(log_s: Tensor, log_t: Tensor, s: Tensor) -> tuple[Tensor, Te
 
 def adaptive_kl(log_s: Tensor, log_t: Tensor, s: Tensor, *, head_mass: float) -> tuple[Tensor, Tensor]:
     """g_head FKL + g_tail RKL; g = shares of sum |T - S| on the likeliest tokens and on the rest."""
-    if not 0.0 < head_mass <= 1.0:
-        raise ValueError(f"head_mass is {head_mass}; it is a share of the teacher's probability in (0, 1]")
+    if not 0.0 < head_mass < 1.0:
+        raise ValueError(f"head_mass is {head_mass}; it is a share of the teacher's probability in (0, 1)")
     t = log_t.exp()
     sorted_t, order = t.sort(dim=-1, descending=True)
     sorted_gap = (t - s).abs_().gather(-1, order)

@@ -43,7 +43,7 @@ def gopd_advantage(
         return advantage
     if reference_lp is None:
         raise ValueError(
-            f"scale is {scale} but reference_lp is None: scale != 1 weighs log T - log R. Pass log-probs of a "
+            f"scale is {scale} but reference_lp is None: scale != 1 weighs log T - log R. Pass those of a "
             "reference model (the student's initial weights or the teacher's base), or set scale to 1"
         )
     return advantage + (scale - 1.0) * (teacher_lp - reference_lp).detach()
@@ -79,13 +79,15 @@ def topk_policy(
 ) -> Tensor:
     """-sum over a small support of sg[A_k w_k] S_k / sg[S_k] -> [...], A_k = log T_k - log S_k (METHODS 2.1).
 
-    support: the top-k tokens of student or teacher, or their union or intersection. w: student's or teacher's
-    probability renormalised over the support, or 1. Log-probs come from the full softmax. With k = V and
-    student weights the value is the reverse KL and the gradient is its gradient. An empty intersection gives
-    0. Raises ValueError for k outside [1, V] or an unknown support or weighting.
+    support: the top-k tokens of student or teacher, or their union or intersection. w sums to 1 over it: the
+    student's or the teacher's probabilities renormalised, or ("none") equal weights. Log-probs come from the
+    full softmax. With k = V and student weights, value and gradient are those of the reverse KL. An empty
+    intersection gives 0. Raises ValueError for k outside [1, V] or an unknown support or weighting.
     """
     if not 1 <= k <= student_logits.shape[-1]:
-        raise ValueError(f"k is {k}; it must lie between 1 and the vocabulary size {student_logits.shape[-1]}")
+        raise ValueError(
+            f"k is {k}; it must lie between 1 and the vocabulary size {student_logits.shape[-1]}"
+        )
     if weighting not in ("student", "teacher", "none"):
         raise ValueError(f"weighting is '{weighting}'; it must be 'student', 'teacher' or 'none'")
     ids, counted = _support(student_logits.detach(), teacher_logits.detach(), k, support)
@@ -93,7 +95,7 @@ def topk_policy(
     teacher_lp = _logprobs_of(teacher_logits.detach(), ids)
     fixed_lp = student_lp.detach()
     if weighting == "none":
-        weights = counted.to(fixed_lp.dtype)
+        weights = counted / counted.sum(-1, keepdim=True).clamp_min(1)
     else:
         weigher_lp = fixed_lp if weighting == "student" else teacher_lp
         weights = weigher_lp.masked_fill(~counted, -torch.inf).softmax(-1).masked_fill(~counted, 0.0)
@@ -123,9 +125,13 @@ def clipped_policy_loss(
     <= 1.
     """
     if not 0.0 < clip < 1.0:
-        raise ValueError(f"clip is {clip}; it bounds the ratio to [1 - clip, 1 + clip] and must lie in (0, 1)")
+        raise ValueError(
+            f"clip is {clip}; it bounds the ratio to [1 - clip, 1 + clip] and must lie in (0, 1)"
+        )
     if not dual_clip > 1.0:
-        raise ValueError(f"dual_clip is {dual_clip}; it bounds the ratio where the advantage is < 0 and must be > 1")
+        raise ValueError(
+            f"dual_clip is {dual_clip}; it bounds the ratio where the advantage is < 0 and must be > 1"
+        )
     advantage = advantage.detach()
     # Far outside any clip range already; without the bound exp overflows and its masked gradient is 0 * inf.
     ratio = (logp - old_logp.detach()).clamp(-20.0, 20.0).exp()

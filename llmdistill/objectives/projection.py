@@ -49,7 +49,7 @@ class Projection:
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype the projection multiplies in: autocast's where it is on (float64 is spared), else hidden's."""
+    """Dtype of the projection: autocast's where it is on (never for float64), else hidden's."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

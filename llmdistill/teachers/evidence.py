@@ -6,19 +6,19 @@ from typing import Literal
 
 import torch
 
-from llmdistill.objectives.rows import HiddenRows, SparseRows, TokenRows
+from llmdistill.objectives.rows import LogitRows, HiddenRows, SparseRows, TokenRows
 from llmdistill.rollouts import Rollout
 from llmdistill.teachers.base import DenseTeacher, Teacher
 
 Kind = Literal["full", "top_k", "sampled"]
-Evidence = HiddenRows | SparseRows | TokenRows
+Evidence = HiddenRows | LogitRows | SparseRows | TokenRows
 
 
 def gather(teacher: Teacher, rollout: Rollout, kind: Kind, top_k: int, device: torch.device | str = "cpu") -> Evidence:
     """What ``teacher`` says about the counted tokens of ``rollout``.
 
-    ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as a listing of
-    every token (K = V). ``top_k``: the K likeliest tokens. ``sampled``: the tokens' own log-probs only.
+    ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as its log-probs, written
+    out [N, V]. ``top_k``: the K likeliest tokens. ``sampled``: the tokens' own log-probs only.
     """
     if kind == "full" and isinstance(teacher, DenseTeacher):
         return teacher.dense(rollout)
@@ -27,5 +27,8 @@ def gather(teacher: Teacher, rollout: Rollout, kind: Kind, top_k: int, device: t
     if kind == "sampled":
         logprobs_N = torch.cat([b.token_logprobs for b in blocks])
         return TokenRows(rollout.token_rows().to(device), logprobs_N.to(device))
-    ids_NK = torch.cat([b.topk_ids for b in blocks]).long()
-    return SparseRows(ids_NK.to(device), torch.cat([b.topk_logprobs for b in blocks]).to(device))
+    ids_NK = torch.cat([b.topk_ids for b in blocks]).long().to(device)
+    logprobs_NK = torch.cat([b.topk_logprobs for b in blocks]).to(device)
+    if kind == "full":  # all V are listed: back in the order of their ids they are logits like any others
+        return LogitRows(torch.empty_like(logprobs_NK).scatter_(1, ids_NK, logprobs_NK))
+    return SparseRows(ids_NK, logprobs_NK)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdistill.config import TeacherConfig, torch_dtype
+from llmdistill.distributed import whole_models
 from llmdistill.errors import UserError
 from llmdistill.heads import head_of, hidden_states
 from llmdistill.objectives.rows import HiddenRows
@@ -48,9 +49,10 @@ class LocalTeacher:
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device | str = "cpu") -> LocalTeacher:
         """Loads the model and tokenizer a recipe names."""
-        model, tokenizer = load_model(
-            config.model, config.dtype, "teacher", config.trust_remote_code, config.attn_implementation
-        )
+        with whole_models():
+            model, tokenizer = load_model(
+                config.model, config.dtype, "teacher", config.trust_remote_code, config.attn_implementation
+            )
         return cls(model.to(device), tokenizer, batch_tokens=config.batch_tokens)  # type: ignore[arg-type]
 
     @torch.no_grad()

