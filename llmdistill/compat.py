@@ -1,7 +1,7 @@
-"""The only place that touches unstable API of others: vLLM's engine internals, peft's layers, DeepSpeed's parameters.
+"""The only place that touches unstable API of others: vLLM's engine internals and a helper of TRL.
 
-Importing this module imports none of them. Every use has a contract test in ``tests/test_compat.py`` that fails loudly
-when an upgrade changes what is relied on here.
+Importing this module imports neither. Every use has a contract test in ``tests/test_compat.py`` that fails loudly when
+an upgrade changes what is relied on here. The student's side of a weight push is in :mod:`llmdistill.weights`.
 
 **An engine in the training process.** Loading vLLM would reseed torch, numpy and python, start a one-process
 ``torch.distributed`` group, replace ``torch.set_num_threads`` by a no-op, bind the process to a NUMA node and export
@@ -10,20 +10,20 @@ the engine needs, which a single-process accelerate ignores whether it is create
 :func:`close_vllm` removes again.
 
 **Pushing weights on a CPU.** vLLM packs every weight for oneDNN and throws the plain copy away, so its own
-``reload_weights`` rebuilds each layer: 0.21 s for a 12-layer, 71M-parameter model in bfloat16 on one thread. We keep the
-plain copies instead (weights take twice their memory), load into them in place and pack again what changed.
+``reload_weights`` rebuilds each layer. An updatable engine keeps the plain copies instead (its weights take twice their
+memory): they are loaded in place and what changed is packed again, in less than half the time, and a push may hold only
+the weights that are trained.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -34,7 +34,6 @@ from llmdistill.errors import UserError
 
 # Read by launchers, by torch's children and by sandboxed programs: what vLLM writes there must not leak to them.
 _LEAKING = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _open_engines: dict[int, weakref.finalize[Any, Any]] = {}
 _owns_group = False
 
@@ -70,13 +69,15 @@ def load_vllm(
     global _owns_group
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
-    memory = {"gpu_memory_utilization": gpu_memory_utilization} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}
-    backend = {"distributed_executor_backend": "external_launcher"} if _world_size() > 1 else {}
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": gpu_memory_utilization} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}
+    )
+    backend: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if _world_size() > 1 else {}
     had_group = torch.distributed.is_initialized()
     # a sequence may be one token longer than the model's context when that token is never read (teachers that score)
     with _contained(), mock.patch.dict(os.environ, VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
         try:
-            from vllm import LLM
+            import vllm
         except ImportError as error:
             raise UserError(
                 "engine is 'vllm', which is not installed here; it is needed. "
@@ -84,9 +85,9 @@ def load_vllm(
             ) from error
         with _keeping_plain_weights() if updatable else nullcontext():
             try:
-                llm = LLM(
+                llm: Any = vllm.LLM(
                     model=model_path,
-                    dtype=_checkpoint_dtype(model_path) if dtype == "auto" else dtype,
+                    dtype=_checkpoint_dtype(model_path) if dtype == "auto" else dtype,  # type: ignore[arg-type]
                     seed=seed,
                     max_model_len=max_model_len,
                     max_logprobs=max_logprobs,
@@ -128,13 +129,13 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
     Raises:
         RuntimeError: weights of the engine's model are missing from a push that is not partial.
     """
-    dtype = llm.llm_engine.model_config.dtype
-    cast = ((n, t.to(dtype) if t.is_floating_point() else t) for n, t in pairs)
     if takes_partial_push(llm):
-        llm.collective_rpc(_load_in_place, args=(cast, partial))
+        llm.collective_rpc(_load_in_place, args=(iter(pairs), partial))
     elif partial:
         raise ValueError("this engine takes complete sets of weights only")
     else:
+        dtype = llm.llm_engine.model_config.dtype
+        cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
     llm.reset_prefix_cache()
 
@@ -142,34 +143,6 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
 def takes_partial_push(llm: Any) -> bool:
     """Whether weights are loaded in place: plain linear layers and embeddings on a CPU, loaded as updatable."""
     return bool(llm.collective_rpc(_is_plain)[0])
-
-
-def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the student's weights as its checkpoint would hold them, the tied output head included.
-
-    Adapters are merged out of place: ``model`` is not touched. Weights that DeepSpeed (ZeRO-3) or FSDP2 shards are
-    gathered one module at a time, so every rank has to run through the iterator. A tensor may be the model's own
-    storage: copy what is to outlive the next step.
-
-    Args:
-        model: a transformers model, wrapped for training or not, with or without peft adapters.
-        trainable_only: leave out what training cannot have changed.
-
-    Raises:
-        UserError: an adapter on one of two tied matrices, which no checkpoint can hold.
-    """
-    while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-        model = model.module  # type: ignore[assignment]
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        model = model.get_base_model()  # type: ignore[operator]
-        _refuse_adapted_ties(model)
-    pairs = _walk(model, "", trainable_only)
-    if conversions := _layout_conversions(model):
-        from transformers.core_model_loading import revert_weight_conversion
-
-        with mock.patch.object(model, "_weight_conversions", conversions, create=True):
-            pairs = iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
-    return pairs
 
 
 @contextmanager
@@ -188,6 +161,21 @@ def _prepare_environment(on_gpu: bool) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at load concern servers: 20 lines of them
     if not on_gpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Puts python's, numpy's and torch's global random states back: a resumed run must find them undisturbed."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextmanager
@@ -247,7 +235,7 @@ def _packer(dispatch: Callable[..., None]) -> Callable[..., None]:
 
     def pack(layer: Any, remove_weight: bool = False) -> None:
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
-            layer.cpu_linear = nn.functional.linear
+            layer.cpu_linear = nn.functional.linear  # type: ignore[assignment]
         else:
             dispatch(layer, remove_weight=False)
 
@@ -270,11 +258,14 @@ def _is_plain(worker: Any) -> bool:
 @torch.no_grad()
 def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:
     from vllm.model_executor.layers import utils
+    from vllm.model_executor.models import utils as loading
 
     model, pack = worker.get_model(), _packer(utils.dispatch_cpu_unquantized_gemm)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = set(parameters) - {name for name, _ in model.named_parameters()}
-    loaded = model.load_weights((name, t) for name, t in pairs if name not in tied)
+    # copy_ converts the dtype on the way, which is faster than a converted copy; vLLM would warn of every one
+    with mock.patch.object(loading.logger, "warning", lambda *args, **kwargs: None):
+        loaded = model.load_weights((name, tensor) for name, tensor in pairs if name not in tied)
     missing = set(parameters) - tied - set(loaded)
     if missing and not partial:
         raise RuntimeError(f"weights of the vLLM model that the student did not provide: {sorted(missing)[:5]}")
@@ -284,25 +275,11 @@ def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bo
             pack(layer)
 
 
-def _walk(module: nn.Module, prefix: str, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
-    """Own parameters and persistent buffers of ``module``, then those of its children, adapters merged."""
-    kind = _adapter_kind(module)
-    if kind == "wrapper":
-        active = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]  # type: ignore[index]
-        yield from _walk(active, prefix, trainable_only)  # type: ignore[arg-type]
-        return
-    if kind == "tuner":
-        with _gathered(list(module.parameters())):
-            merged = _merged(module)
-        yield from ((prefix + name, tensor) for name, tensor in merged.items())
-        return
-    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        if parameter.requires_grad or not trainable_only:
-            with _gathered([parameter]):
-                yield _clean(prefix + name), _whole(parameter)
-    if not trainable_only:
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield _clean(prefix + name), buffer
-    for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}{name}.", trainable_only)
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _checkpoint_dtype(path: str) -> str:
+    from transformers import AutoConfig
+
+    return str(getattr(AutoConfig.from_pretrained(path), "dtype", None) or torch.float32).removeprefix("torch.")

@@ -147,7 +147,7 @@ class DistillationConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        return {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+        return {**values, "rollouts": dataclasses.asdict(self.rollouts)}
 
 
 def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:

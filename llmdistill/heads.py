@@ -65,7 +65,7 @@ def in_place_of(linear: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Itera
         value = compute(hidden_BTH)
         return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1) + 0 * value
 
-    linear.forward = forward  # type: ignore[method-assign]
+    linear.forward = forward  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

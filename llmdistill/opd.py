@@ -80,7 +80,7 @@ class OPDConfig(DistillationConfig):
             raise UserError(f"objective.divergence {self.divergence} needs objective.{takes}")
         if self.estimator == "sampled" and self.divergence != "reverse_kl":
             raise UserError(
-                f"objective.estimator sampled estimates the reverse KL only, objective.divergence is {self.divergence}. "
+                f"objective.estimator sampled estimates the reverse KL, objective.divergence is {self.divergence}. "
                 "Fix: --estimator full or top_k."
             )
         if self.estimator == "top_k" and self.loss_temperature != 1:

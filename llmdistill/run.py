@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -23,16 +26,18 @@ from llmdistill.run_folder import RunFolder
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.trainer import DistillationTrainer
+from llmdistill.weights import base_model, named_weights
 
 SHOWN_PROMPTS = 3
 
 
-def run(recipe: Recipe, trainer_class: type[DistillationTrainer]) -> int:
+def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> int:
     """Runs a recipe from the checks to the report.
 
     Raises:
         UserError: whatever the user can mend; everything written before it stays.
     """
+    _quiet()
     console = Console(stderr=True)
     folder = RunFolder(recipe.args.output_dir or "runs/default")
     checkpoint = _checkpoint(recipe, folder, console)
@@ -60,7 +65,14 @@ def run(recipe: Recipe, trainer_class: type[DistillationTrainer]) -> int:
     return 0
 
 
-def build(recipe: Recipe, trainer_class: type[DistillationTrainer]) -> DistillationTrainer:
+def _quiet() -> None:
+    """One progress bar is ours; those of the libraries (loading, writing, tokenising) would bury it."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> DistillationTrainer:
     """Models, data and trainer of a recipe."""
     args, data = recipe.args, recipe.data
     if not data.train:
@@ -159,14 +171,14 @@ def _checkpoint(recipe: Recipe, folder: RunFolder, console: Console) -> Path | N
     """Where to go on from; an earlier run in the way is moved aside, never overwritten."""
     if recipe.flags.resume:
         checkpoint = folder.newest_checkpoint()
-        console.print(
-            f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder.path}: from the start"
-        )
+        found = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder.path}: from the start"
+        if recipe.args.process_index == 0:
+            console.print(found)
         return checkpoint
-    if recipe.args.process_index == 0:
-        aside = folder.move_aside()
-        if aside:
-            console.print(f"an earlier run was in {folder.path}; it is now {aside} (--resume would have continued it)")
+    with recipe.args.main_process_first(local=False, desc="an earlier run is moved aside"):
+        aside = folder.move_aside() if recipe.args.process_index == 0 else None
+    if aside:
+        console.print(f"an earlier run was in {folder.path}; it is now {aside} (--resume would have continued it)")
     return None
 
 
@@ -175,8 +187,12 @@ def _save(trainer: DistillationTrainer, folder: RunFolder) -> None:
     model, target = trainer.model, folder.path / "student"
     if hasattr(model, "merge_and_unload"):
         trainer.save_model(str(folder.path / "adapter"))
-        if trainer.is_world_process_zero():
-            model.merge_and_unload().save_pretrained(target)
+        main, merged = trainer.is_world_process_zero(), {}
+        for name, tensor in named_weights(model):  # in every process: ZeRO-3 puts shards together as they come
+            if main:
+                merged[name] = tensor.cpu()
+        if main:
+            base_model(model).save_pretrained(target, state_dict=merged)
             trainer.encode.tokenizer.save_pretrained(target)
         return
     trainer.save_model(str(target))

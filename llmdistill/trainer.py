@@ -42,6 +42,7 @@ from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.tokenization.special import eos_ids, pad_id
+from llmdistill.weights import gathered
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Objective:
     """A per-token loss and the evidence it reads.
 
     ``loss(student_logits [n, V], *evidence) -> [n]``; what follows the student's logits depends on ``evidence``:
-    ``full``: teacher logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and teacher log-probs [n].
+    ``full``: teacher logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and their log-probs [n].
     """
 
     loss: Callable[..., Tensor]
@@ -84,6 +85,11 @@ class DistillationTrainer(Trainer):
 
     # What compute_loss returns is already divided by the global count.
     loss_is_scaled_for_ga = True
+    # Narrower than transformers declares them.
+    args: DistillationConfig
+    model: PreTrainedModel
+    eval_dataset: list[Prompt] | None
+    objective: Objective
 
     def __init__(
         self,
@@ -123,9 +129,9 @@ class DistillationTrainer(Trainer):
         self.meters = Meters()
         self._teacher_text: Rollout | None = None
         super().__init__(
-            model=model,
+            model=model,  # type: ignore[arg-type]
             args=args,
-            data_collator=list,  # rows stay rows until a whole round of them is there
+            data_collator=list,  # type: ignore[arg-type]  # rows stay rows until a whole round of them is there
             train_dataset=None if train_dataset is None else self._encoded(train_dataset),
             eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset),
             processing_class=processing_class,
@@ -205,7 +211,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum of the per-token losses over the global count of tokens, scaled so that averaging over ranks restores it."""
+        """Sum of the per-token losses over the global count of tokens, times the ranks their gradients are averaged over."""
         micro: MicroBatch = inputs["micro_batch"]
         rollout = micro.rollout
         head, logging = head_of(self.model), self._logs_this_step()
@@ -300,7 +306,9 @@ class DistillationTrainer(Trainer):
             self._teacher_text = self.teacher.generate(mine, sampling)
         measured = {}
         for name, rollout in (("student", own), ("teacher", self._teacher_text)):
-            with self.compute_loss_context_manager():
+            # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
+            sharded = list(self.model.parameters()) if self.model_wrapped is self.model else []
+            with self.compute_loss_context_manager(), gathered(sharded):
                 measured[name] = measure(
                     self._forward_model(),
                     head_of(self.model),
@@ -339,10 +347,13 @@ class DistillationTrainer(Trainer):
         for rate, clock in (
             ("rollout/tokens_per_second", "time/rollout"),
             ("teacher/positions_per_second", "time/teacher"),
-        ):
-            self.meters.sums[rate] = [self.meters.sums.get(rate, [0.0])[0] + tokens, self.meters.sums[clock][0]]
+        ):  # of all processes together: flush() adds up tokens and seconds
+            sums, processes = self.meters.sums, self.accelerator.num_processes
+            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[clock][0]]
 
     def _log_completions(self, micro: MicroBatch, reverse_kl_N: Tensor) -> None:
+        if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up
+            return
         rollout, rows = micro.rollout, reverse_kl_N.split(micro.rollout.row_counts)
         decoded = self.processing_class.batch_decode(  # type: ignore[union-attr]
             [ids[mask].tolist() for ids, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]
@@ -375,7 +386,7 @@ class DistillationTrainer(Trainer):
         return teacher  # type: ignore[no-any-return]
 
     def _make_rollout_engine(self) -> RolloutEngine:
-        """The engine ``rollouts.engine`` names. vLLM starts from the student's folder, or from a copy of a bare model."""
+        """The engine ``rollouts.engine`` names."""
         if self.args.rollouts.engine == "hf" or not self.on_policy:
             return HFRollouts(
                 eos_ids=self.eos_ids, pad_id=self.pad_id, ready=lambda m: generation_ready(m, self.accelerator)

@@ -83,8 +83,7 @@ def check_evidence(student_logits: Tensor, topk_ids: Tensor, topk_logprobs: Tens
         raise ValueError(f"tail is '{tail}'; it must be one of {', '.join(get_args(Tail))}")
     if topk_ids.shape != topk_logprobs.shape:
         raise ValueError(
-            f"topk_ids are {tuple(topk_ids.shape)}, topk_logprobs {tuple(topk_logprobs.shape)}; "
-            "both must be [..., K]"
+            f"topk_ids are {tuple(topk_ids.shape)}, topk_logprobs {tuple(topk_logprobs.shape)}; both must be [..., K]"
         )
     if topk_ids.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(

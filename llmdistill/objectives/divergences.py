@@ -29,9 +29,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     return _dense(cores.reverse_kl, student_logits, teacher_logits, temperature)
 
 
-def jsd(
-    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0
-) -> Tensor:
+def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649), in TRL's direction of beta.
 
     beta KL(T || M) + (1 - beta) KL(S || M), M = beta T + (1 - beta) S; by definition KL(T || S) at beta = 0
@@ -69,14 +67,10 @@ def adaptive_kl(
     first. The weight of the forward KL is the head's share of sum |T - S|, that of the reverse KL the rest;
     no gradient flows through the weights.
     """
-    return _dense(
-        partial(cores.adaptive_kl, head_mass=head_mass), student_logits, teacher_logits, temperature
-    )
+    return _dense(partial(cores.adaptive_kl, head_mass=head_mass), student_logits, teacher_logits, temperature)
 
 
-def f_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, name: str, temperature: float = 1.0
-) -> Tensor:
+def f_divergence(student_logits: Tensor, teacher_logits: Tensor, *, name: str, temperature: float = 1.0) -> Tensor:
     """D_f(T || S) = sum_v S f(T / S) for the generator called `name` (f-distill, arXiv 2307.15190).
 
     kl_forward, kl_reverse, jensen_shannon (at most log 2), jeffreys_sum, total_variation (at most 1),

@@ -21,9 +21,7 @@ def triangular(log_s: Tensor, log_t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]
     return ((t - s) * relative).sum(-1), -(s * relative * (relative + 2.0))
 
 
-def power(
-    log_s: Tensor, log_t: Tensor, s: Tensor, *, alpha: float, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def power(log_s: Tensor, log_t: Tensor, s: Tensor, *, alpha: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """scale times the alpha-divergence, f = (u^a - 1 - a (u - 1)) / (a (a - 1)).
 
     Where |log u| > 80 / max(|a|, |1 - a|, 1), f goes on as its tangent: S f(u) = S g(U) + T f'(U), with U the

@@ -85,9 +85,7 @@ def topk_policy(
     intersection gives 0. Raises ValueError for k outside [1, V] or an unknown support or weighting.
     """
     if not 1 <= k <= student_logits.shape[-1]:
-        raise ValueError(
-            f"k is {k}; it must lie between 1 and the vocabulary size {student_logits.shape[-1]}"
-        )
+        raise ValueError(f"k is {k}; it must lie between 1 and the vocabulary size {student_logits.shape[-1]}")
     if weighting not in ("student", "teacher", "none"):
         raise ValueError(f"weighting is '{weighting}'; it must be 'student', 'teacher' or 'none'")
     ids, counted = _support(student_logits.detach(), teacher_logits.detach(), k, support)
@@ -125,13 +123,9 @@ def clipped_policy_loss(
     <= 1.
     """
     if not 0.0 < clip < 1.0:
-        raise ValueError(
-            f"clip is {clip}; it bounds the ratio to [1 - clip, 1 + clip] and must lie in (0, 1)"
-        )
+        raise ValueError(f"clip is {clip}; it bounds the ratio to [1 - clip, 1 + clip] and must lie in (0, 1)")
     if not dual_clip > 1.0:
-        raise ValueError(
-            f"dual_clip is {dual_clip}; it bounds the ratio where the advantage is < 0 and must be > 1"
-        )
+        raise ValueError(f"dual_clip is {dual_clip}; it bounds the ratio where the advantage is < 0 and must be > 1")
     advantage = advantage.detach()
     # Far outside any clip range already; without the bound exp overflows and its masked gradient is 0 * inf.
     ratio = (logp - old_logp.detach()).clamp(-20.0, 20.0).exp()

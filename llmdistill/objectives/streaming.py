@@ -91,9 +91,7 @@ def streamed_metrics(
 
 class _Streamed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, loop: "_Loop"
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, loop: "_Loop") -> Tensor:
         inputs = (hidden_NH, weight_VH, bias_V)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.gradients = _Gradients.zeros(*inputs, needed=ctx.needs_input_grad[:3])
@@ -103,14 +101,10 @@ class _Streamed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError(
-                "second backward through a streamed loss: its gradients are scaled in place, once"
-            )
+            raise RuntimeError("second backward through a streamed loss: its gradients are scaled in place, once")
         g, ctx.gradients = ctx.gradients, None
         scaled = [None if x is None else x.mul_(grad_loss) for x in (g.hidden_NH, g.weight_VH, g.bias_V)]
-        return *(
-            None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)
-        ), None
+        return *(None if x is None else x.to(dtype) for x, dtype in zip(scaled, ctx.dtypes, strict=True)), None
 
 
 @dataclass
@@ -138,8 +132,9 @@ class _Gradients:
             total = self.weight_VH[columns]
             if total.dtype == grad_x_nV.dtype:
                 total.addmm_(grad_x_nV.T, hidden_nH)
-            else:
-                total.add_(grad_x_nV.T @ hidden_nH)
+            else:  # in blocks of tokens, so that the 16-bit product stays in cache and no second [V, H] exists
+                for block in _chunks(len(total), 4096):
+                    total[block].add_(grad_x_nV.T[block] @ hidden_nH)
         if self.bias_V is not None:
             self.bias_V[columns] += grad_x_nV.sum(0, dtype=self.bias_V.dtype)
 
@@ -161,9 +156,7 @@ class _Loop:
     @torch.no_grad()
     def run(self, gradients: _Gradients | None) -> Tensor:
         loss_sum = self.hidden_NH.new_zeros((), dtype=compute_dtype(self.head.weight_VH))
-        with torch.autocast(
-            self.hidden_NH.device.type, enabled=False
-        ):  # head and rows already have its dtype
+        with torch.autocast(self.hidden_NH.device.type, enabled=False):  # head and rows already have its dtype
             for chunk in _chunks(len(self.rows), self.chunk_tokens):
                 loss_sum += self._chunk(chunk, gradients)
         return loss_sum
@@ -211,9 +204,7 @@ def _check(
             "the same tokens"
         )
     if weights_N is not None and weights_N.shape != hidden_NH.shape[:1]:
-        raise ValueError(
-            f"weights_N has shape {tuple(weights_N.shape)}; it needs one weight for {len(hidden_NH)} rows"
-        )
+        raise ValueError(f"weights_N has shape {tuple(weights_N.shape)}; it needs one weight for {len(hidden_NH)} rows")
     for side, width in (("student", lm_head.weight.shape[0]), ("teacher", rows.width)):
         if vocab_size is not None and width is not None and not 1 <= vocab_size <= width:
             raise ValueError(

@@ -1,39 +1,106 @@
-"""Short hashes that tell whether two models, vocabularies or templates are the same."""
+"""Short names for weights, vocabularies and chat templates: equal content, equal name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-SAMPLED_VALUES = 64
+from llmdistill.weights import base_model, named_weights
+
+SAMPLES = 64  # values hashed of every tensor, evenly spread
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of every parameter's name, shape and 64 evenly spaced values.
+def weights_fingerprint(source: str | Path | nn.Module) -> str:
+    """16 hex digits over name, shape and 64 values (as bfloat16) of every weight.
 
-    Cheap, and different for any two trained models; not proof against somebody who edits single weights on purpose.
+    A checkpoint folder and the model loaded from it have the same fingerprint, in whatever dtype it was loaded; models
+    that differ only by less than bfloat16 resolves, or only between the sampled values, share one. A hub name is read
+    from the local cache. A checkpoint without safetensors files is named by its path, file sizes and dates.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        picks = torch.linspace(0, max(flat.numel() - 1, 0), SAMPLED_VALUES, device=flat.device).long()
-        values = flat[picks].float().cpu().numpy().tobytes() if flat.numel() else b""
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values)
+    if isinstance(source, nn.Module):
+        base = base_model(source)
+        tied, tensors = _is_tied(getattr(base, "config", None)), named_weights(source)
+    else:
+        folder = _local_folder(str(source))
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*"))]
+            return hashlib.blake2b(repr((str(source), stats)).encode(), digest_size=8).hexdigest()
+        config = folder / "config.json"
+        tied = bool(json.loads(config.read_text()).get("tie_word_embeddings")) if config.exists() else False
+        tensors = (pair for file in files for pair in _stored_tensors(file))
+    entries = {name: entry for name, tensor in tensors if (entry := _entry(name, tensor))}
+    if tied:  # some checkpoints store the second name of the same matrix, some do not
+        entries.pop("lm_head.weight", None)
+    for name in sorted(entries):
+        digest.update(entries[name])
     return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the (token, id) pairs and the special tokens."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    special = sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())
-    return hashlib.blake2b(json.dumps([vocabulary, special]).encode(), digest_size=8).hexdigest()
+    """16 hex digits over every (token, id) and the special tokens: the same text may still be split otherwise."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    content = json.dumps([vocabulary, special], ensure_ascii=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of the chat template; None without one."""
-    template = tokenizer.chat_template
-    return hashlib.blake2b(str(template).encode(), digest_size=8).hexdigest() if template else None
+    """16 hex digits over the chat template (all of them, where there are several); None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    return hashlib.blake2b(json.dumps(template, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _entry(name: str, tensor: Tensor) -> bytes:
+    size = tensor.numel()
+    index = torch.tensor([i * (size - 1) // (SAMPLES - 1) for i in range(SAMPLES)] if size else [], dtype=torch.long)
+    values = tensor.detach().reshape(-1)[index.to(tensor.device)].cpu()
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    return f"{name}{list(tensor.shape)}".encode() + values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a safetensors file, mapped rather than read: only the sampled pages are touched."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(length))
+    data = np.memmap(file, dtype=np.uint8, mode="c", offset=8 + length)  # "c": torch wants a writable array
+    for name, meta in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = meta["data_offsets"]
+        raw = torch.from_numpy(data[start:end])
+        dtype = _DTYPES.get(meta["dtype"])
+        if dtype is None or not math.prod(meta["shape"]):
+            yield name, raw
+        elif start % dtype.itemsize == 0:
+            yield name, raw.view(dtype).view(meta["shape"])
+        else:
+            yield name, raw.clone().view(dtype).view(meta["shape"])
+
+
+def _is_tied(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _local_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, local_files_only=True))

@@ -1,22 +1,24 @@
-"""A teacher on vLLM in this process: top-k evidence and text at speed.
+"""A teacher in a vLLM engine: top-k evidence and generation at speed.
 
-vLLM's prompt log-probs are the full-vocabulary log-softmax at temperature 1 whatever the sampling temperature, which is
-what a score block holds. The whole vocabulary can be asked for too (K = V), slowly: on CPU transformers' forward pass
-is the faster exact scorer.
+On a CPU the embedded teacher (``teacher.engine: hf``) is the faster scorer; this one pays on a GPU and for generating.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from llmdistill.compat import close_vllm, load_vllm, random_state_kept, vllm_model
+from llmdistill import compat
 from llmdistill.config import TeacherConfig
 from llmdistill.errors import UserError
 from llmdistill.rollouts import Prompt, Rollout, Sampling
-from llmdistill.rollouts.vllm import vllm_generate
+from llmdistill.rollouts.vllm import complete, to_rollout
 from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
@@ -24,106 +26,131 @@ from llmdistill.tokenization.special import context_length, eos_ids, pad_id
 
 
 class VLLMTeacher:
-    """Implements :class:`~llmdistill.teachers.base.Teacher` over an in-process vLLM engine.
+    """Implements :class:`~llmdistill.teachers.base.Teacher`. Log-probs are float32, of the full softmax.
+
+    In bfloat16 they differ from the float32 model's by 0.05 on average and by 1 at most where both are unlikely.
 
     Args:
-        path: folder or hub name of the model.
-        dtype: of its weights.
-        max_model_len: longest sequence to score or generate.
+        model_path: folder or hub name, with its tokenizer.
+        dtype: of the engine's weights; "auto" is the checkpoint's.
+        max_top_k: largest ``top_k`` that :meth:`score` will be asked for; up to the vocabulary size.
+        max_model_len: longest sequence; None: the model's context length.
+        kv_cache_gib: key-value cache on CPU; on a GPU ``gpu_memory_utilization`` is the share of memory for everything.
+        options: further arguments of ``vllm.LLM``.
+
+    Raises:
+        UserError: vLLM or the model cannot be loaded.
     """
 
     def __init__(
-        self, path: str, *, dtype: str = "bfloat16", max_model_len: int, trust_remote_code: bool = False
+        self,
+        model_path: str,
+        *,
+        dtype: str = "bfloat16",
+        max_top_k: int = 64,
+        max_model_len: int | None = None,
+        kv_cache_gib: float = 0.5,
+        gpu_memory_utilization: float = 0.5,
+        trust_remote_code: bool = False,
+        **options: Any,
     ) -> None:
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
-            raise UserError(f"teacher.model {path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-        self.llm = load_vllm(
-            path,
-            dtype=dtype,
-            # Scoring decodes one token it does not need, and vLLM refuses a prompt that leaves no room for it.
-            max_model_len=min(max_model_len + 1, context_length(config)),
-            max_logprobs=-1,
-            trust_remote_code=trust_remote_code,
-        )
-        with_generation = type("Configured", (), {"generation_config": _generation_config(path)})
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"teacher.model {model_path!r} cannot be loaded: {reason}") from error
+        try:
+            generation = GenerationConfig.from_pretrained(model_path)
+        except OSError:
+            generation = GenerationConfig.from_model_config(config)
+        text_config = config.get_text_config()
         self._info = TeacherInfo(
-            name=path,
-            fingerprint=weights_fingerprint(vllm_model(self.llm)),
+            name=model_path,
+            fingerprint=weights_fingerprint(model_path),
             tokenizer=tokenizer_fingerprint(self.tokenizer),
-            vocab_size=config.get_text_config().vocab_size,
-            eos_ids=eos_ids(with_generation, self.tokenizer),
+            vocab_size=text_config.vocab_size,
+            eos_ids=eos_ids(SimpleNamespace(generation_config=generation), self.tokenizer),
             context_length=context_length(config),
             template=template_hash(self.tokenizer),
         )
-
-    @classmethod
-    def load(cls, config: TeacherConfig, max_model_len: int) -> VLLMTeacher:
-        """The teacher a recipe names."""
-        if not config.model:
-            raise UserError("teacher.model is empty; it must be a folder or a hub name. Fix: --teacher.model PATH.")
-        return cls(
-            config.model, dtype=config.dtype, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
+        self.max_top_k = min(max_top_k, self._info.vocab_size)
+        self.max_model_len = max_model_len or self._info.context_length
+        self.llm = compat.load_vllm(
+            model_path,
+            dtype=dtype,
+            seed=0,
+            max_model_len=self.max_model_len + 1,  # vLLM insists on generating a token after what it scores
+            max_logprobs=-1 if self.max_top_k == self._info.vocab_size else self.max_top_k,
+            logprobs_mode="processed_logprobs",  # of generated tokens; those of prompts are never processed
+            kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        return vllm_generate(self.llm, prompts, sampling, self._info.eos_ids, pad_id(self.tokenizer))
+    @classmethod
+    def load(cls, config: TeacherConfig, *, max_model_len: int, max_top_k: int) -> VLLMTeacher:
+        """The teacher a recipe names."""
+        return cls(
+            config.model,
+            dtype=config.dtype,
+            max_model_len=max_model_len,
+            max_top_k=max_top_k,
+            trust_remote_code=config.trust_remote_code,
+        )
 
     def score(self, rollout: Rollout, top_k: int) -> list[ScoreBlock]:
-        """One block per sequence; ``top_k`` 0 gives token log-probs only, the vocabulary size everything.
+        """One block per sequence. ``top_k`` 0 gives token log-probs only, the vocabulary size all of them.
 
         Raises:
-            UserError: ``top_k`` above the number of logit columns.
+            UserError: ``top_k`` above ``max_top_k``, or a sequence longer than ``max_model_len``.
         """
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
 
-        vocab = self._info.vocab_size
-        if top_k > vocab:
-            raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
-        asked = SamplingParams(
+        if top_k > self.max_top_k:
+            raise UserError(
+                f"objective.top_k is {top_k}; this vLLM teacher was loaded for at most {self.max_top_k}. "
+                f"Fix: load it with a larger max_top_k, or set teacher.engine to 'hf'."
+            )
+        sequences = [ids[real].tolist() for ids, real in zip(rollout.input_ids, rollout.attention_mask, strict=True)]
+        longest = max(map(len, sequences), default=0)
+        if longest > self.max_model_len:
+            raise UserError(
+                f"a sequence has {longest} tokens; the vLLM teacher holds {self.max_model_len}. "
+                f"Fix: lower data.max_prompt_tokens or rollouts.max_new_tokens."
+            )
+        params = SamplingParams(
+            temperature=0.0,
             max_tokens=1,
-            temperature=0,
-            prompt_logprobs=-1 if top_k == vocab else top_k,
+            prompt_logprobs=-1 if top_k == self._info.vocab_size else top_k,
             flat_logprobs=True,
             detokenize=False,
         )
-        sequences = [ids[real].tolist() for ids, real in zip(rollout.input_ids, rollout.attention_mask, strict=True)]
-        requests = [TokensPrompt(prompt_token_ids=ids) for ids in sequences]
-        with random_state_kept():
-            outputs = self.llm.generate(requests, asked, use_tqdm=False)
-        header = BlockHeader(self._info.fingerprint, self._info.tokenizer, top_k, vocab)
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
+        header = BlockHeader(self._info.fingerprint, self._info.tokenizer, top_k, self._info.vocab_size)
         return [
-            _block(output.prompt_logprobs, mask[real], int(real.int().argmax()), top_k, header)
-            for output, mask, real in zip(outputs, rollout.completion_mask, rollout.attention_mask, strict=True)
+            _block(output.prompt_logprobs, mask, top_k, header)
+            for output, mask in zip(outputs, rollout.completion_mask, strict=True)
         ]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        outputs = complete(self.llm, prompts, sampling, self._info.eos_ids, self.max_model_len)
+        return to_rollout(prompts, sampling, outputs, pad_id(self.tokenizer))
 
     def info(self) -> TeacherInfo:
         return self._info
 
     def close(self) -> None:
-        close_vllm(self.llm)
+        compat.close_vllm(self.llm)
 
 
-def _block(flat: object, counted_T: torch.Tensor, offset: int, top_k: int, header: BlockHeader) -> ScoreBlock:
-    """vLLM lists, per position, the prompt's own token first and then the likeliest, descending."""
-    starts, ids, logprobs = flat.start_indices, flat.token_ids, flat.logprobs  # type: ignore[attr-defined]
-    at = [t for t in counted_T.nonzero().flatten().tolist() if t >= 1]
-    token = torch.tensor([logprobs[starts[t]] for t in at], dtype=torch.float32)
-    listed = [slice(starts[t] + 1, starts[t] + 1 + top_k) for t in at]
-    return ScoreBlock(
-        slice(at[0] + offset, at[-1] + 1 + offset) if at else slice(0, 0),
-        token,
-        torch.tensor([ids[s] for s in listed], dtype=torch.int32).reshape(len(at), top_k),
-        torch.tensor([logprobs[s] for s in listed], dtype=torch.float32).reshape(len(at), top_k),
-        header,
-    )
-
-
-def _generation_config(path: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return None
+def _block(logprobs: Any, mask_T: Tensor, top_k: int, header: BlockHeader) -> ScoreBlock:
+    """From vLLM's flat lists, per position the token itself and then the candidates in order, to a block."""
+    at = mask_T[1:].nonzero().flatten().cpu().numpy() + 1
+    starts = np.asarray(logprobs.start_indices)[at]
+    cells = starts[:, None] + np.arange(top_k + 1)  # [n, 1 + K]
+    values_nK = torch.from_numpy(np.asarray(logprobs.logprobs, dtype=np.float32)[cells])
+    ids_nK = torch.from_numpy(np.asarray(logprobs.token_ids, dtype=np.int32)[cells])
+    span = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
+    return ScoreBlock(span, values_nK[:, 0].clone(), ids_nK[:, 1:].clone(), values_nK[:, 1:].clone(), header)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from llmdistill import DistillationConfig, DistillationTrainer, Objective, Rollo
 from llmdistill.distributed import whole_models
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.weights import named_weights
 
 VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
 
@@ -42,6 +42,7 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
     """Losses of an undisturbed run and of one resumed in the middle, metrics, and whether the saved model is it."""
     folder = folder / f"{'tied' if tied else 'untied'}-{'student' if on_policy else 'dataset'}"
     trainer = make_trainer(folder, tied, on_policy)
+    before = trainer.evaluate()
     trainer.train()
     numel = [getattr(p, "ds_tensor", p).numel() for p in trainer.model.parameters()]
     evaluated = trainer.evaluate()
@@ -55,7 +56,7 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
         "losses": losses,
         "resumed": [line["loss"] for line in resumed.state.log_history if "loss" in line],
         "logged": [line for line in trainer.state.log_history if "loss" in line],
-        "evaluated": evaluated,
+        "evaluated": [before, evaluated],
         "local_parameters": sum(numel),
         "saved_difference": saved_difference(trainer, folder / "final"),
         "lines": len((folder / "metrics.jsonl").read_text().splitlines()),
@@ -80,8 +81,14 @@ def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrain
     )
     tokenizer = make_tokenizer()
     teacher = LocalTeacher(make_model(1, hidden=48, tied=False), tokenizer)
+    student = make_model(0, hidden=32, tied=tied)
+    if not on_policy:  # by way of the disk, where ZeRO-3 shards while loading; the other way it shards when training begins
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                student.save_pretrained(folder / "start")
+        student = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
     trainer = DistillationTrainer(
-        make_model(0, hidden=32, tied=tied),
+        student,
         args,
         teacher,
         objective=Objective(reverse_kl),
@@ -121,7 +128,9 @@ def make_model(seed: int, *, hidden: int, tied: bool) -> LlamaForCausalLM:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="t0", unk_token="t1", eos_token="t2")
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="t0", unk_token="t1", eos_token="t2")
+    fast.chat_template = "{% for m in messages %}t3 {{ m['content'] }} {% endfor %}t4"
+    return fast
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, str]]:
@@ -137,17 +146,10 @@ def make_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 def saved_difference(trainer: DistillationTrainer, folder: Path) -> float:
     """Largest difference between the trained weights and those ``from_pretrained`` reads back."""
-    parameters = dict(trainer.model.named_parameters())
-    gathered: Any = nullcontext()
-    if any(hasattr(p, "ds_id") for p in parameters.values()):
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+    trained = {name: tensor.clone() for name, tensor in named_weights(trainer.model)}
     trainer.accelerator.wait_for_everyone()
-    with gathered:
-        trained = {name: p.detach().clone() for name, p in parameters.items()}
     with whole_models():
-        saved = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        saved = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
     assert saved.keys() == trained.keys(), saved.keys() ^ trained.keys()
     return max(float((saved[name] - trained[name]).abs().max()) for name in trained)
 

@@ -23,9 +23,7 @@ class TestReferences:
         student, mask = inputs["student_logits"], inputs["mask"]
 
         def loss(z):
-            return divergences.jsd(
-                z, inputs["teacher_logits"], beta=case["beta"], temperature=case["temperature"]
-            )
+            return divergences.jsd(z, inputs["teacher_logits"], beta=case["beta"], temperature=case["temperature"])
 
         expected = torch.tensor(case["per_token"], dtype=torch.float64)
         torch.testing.assert_close(loss(student), expected, rtol=1e-5, atol=1e-8)
@@ -93,9 +91,7 @@ class TestReferences:
             share[row] = gap[head].sum() / gap.sum()
 
         def plain(z):
-            return share * divergences.forward_kl(z, teacher) + (1 - share) * divergences.reverse_kl(
-                z, teacher
-            )
+            return share * divergences.forward_kl(z, teacher) + (1 - share) * divergences.reverse_kl(z, teacher)
 
         ours = value_and_grad(lambda z: divergences.adaptive_kl(z, teacher, head_mass=head_mass), student)
         torch.testing.assert_close(ours, value_and_grad(plain, student))

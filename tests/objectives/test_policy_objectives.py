@@ -31,9 +31,7 @@ class TestOPDReferences:
 
     def test_full_vocabulary_is_reverse_kl(self):
         expected = self.golden["full_vocab"]
-        value, grad = value_and_grad(
-            lambda z: divergences.reverse_kl(z, self.teacher)[self.mask].mean(), self.student
-        )
+        value, grad = value_and_grad(lambda z: divergences.reverse_kl(z, self.teacher)[self.mask].mean(), self.student)
         assert value.item() == pytest.approx(expected["expected"], rel=1e-5)
         close(grad, expected["grad_student_logits"])
 
@@ -54,9 +52,7 @@ class TestOPDReferences:
         assert k1[self.mask].mean().item() == pytest.approx(expected["k1_estimate_mean"], rel=1e-5)
         assert k3[self.mask].mean().item() == pytest.approx(expected["k3_estimate_mean"], rel=1e-5)
 
-    @pytest.mark.parametrize(
-        "case", golden("opd_estimators")["thunlp_topk_cases"], ids=lambda case: case["name"]
-    )
+    @pytest.mark.parametrize("case", golden("opd_estimators")["thunlp_topk_cases"], ids=lambda case: case["name"])
     def test_topk_policy(self, case):
         """Four supports, three weightings, k = 3 and k = V."""
         value, grad = value_and_grad(
@@ -110,9 +106,7 @@ class TestGOPDReferences:
             sums = sequence_sums(per_token(i["student_logits"], kind))
             assert sums.mean().item() == pytest.approx(case[f"pg_loss[seq-mean-token-sum][{kind}]"], rel=1e-5)
             means = sums / mask.sum(1)
-            assert means.mean().item() == pytest.approx(
-                case[f"pg_loss[seq-mean-token-mean][{kind}]"], rel=1e-5
-            )
+            assert means.mean().item() == pytest.approx(case[f"pg_loss[seq-mean-token-mean][{kind}]"], rel=1e-5)
 
     @pytest.mark.parametrize("case", golden("gopd")["cases"], ids=lambda case: case["name"])
     def test_sampled_token_is_the_same_objective_on_policy(self, case):
@@ -185,9 +179,7 @@ class TestProperties:
         student, teacher = torch.tensor([[9.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 9.0]])
         for weighting in ("student", "teacher", "none"):
             value, grad = value_and_grad(
-                lambda z, w=weighting: policy.topk_policy(
-                    z, teacher, k=1, support="intersection", weighting=w
-                ),
+                lambda z, w=weighting: policy.topk_policy(z, teacher, k=1, support="intersection", weighting=w),
                 student,
             )
             assert value.item() == 0 and (grad == 0).all()
@@ -198,9 +190,7 @@ class TestProperties:
         expected = value_and_grad(
             lambda z: (z / temperature).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1), z
         )
-        torch.testing.assert_close(
-            value_and_grad(lambda z: policy.token_logprobs(z, ids, temperature), z), expected
-        )
+        torch.testing.assert_close(value_and_grad(lambda z: policy.token_logprobs(z, ids, temperature), z), expected)
         assert policy.token_logprobs(z.bfloat16(), ids).dtype == torch.float32
 
     def test_masked_columns_and_huge_logits_stay_finite(self):
@@ -218,9 +208,7 @@ class TestProperties:
         torch.testing.assert_close(with_reference, advantage)
 
     def test_importance_weights_are_capped_and_detached(self):
-        weights = policy.truncated_importance_weights(
-            tensor([0.0, 0.0]).requires_grad_(), tensor([-50.0, 1.0]), 2.0
-        )
+        weights = policy.truncated_importance_weights(tensor([0.0, 0.0]).requires_grad_(), tensor([-50.0, 1.0]), 2.0)
         assert not weights.requires_grad
         torch.testing.assert_close(weights, tensor([2.0, math.exp(-1.0)]))
 

@@ -172,9 +172,7 @@ class TestEvidence:
         padded_ids, padded_logprobs = ids.int(), logprobs.clone()
         for row, length in enumerate(lengths):
             padded_ids[row, length:], padded_logprobs[row, length:] = -1, -INF
-        value, grad = value_and_grad(
-            lambda z: case.sparse(z, padded_ids, padded_logprobs, tail=tail), student
-        )
+        value, grad = value_and_grad(lambda z: case.sparse(z, padded_ids, padded_logprobs, tail=tail), student)
         for row, length in enumerate(lengths):
             if length == 0:  # nothing is known: nothing is asked
                 assert value[row].abs() <= 1e-7 and grad[row].abs().max() <= 1e-7
@@ -198,9 +196,7 @@ class TestEvidence:
         value, grad = value_and_grad(lambda z: case.sparse(z, ids, rounded), student)
         assert value.isfinite().all() and grad.isfinite().all() and (value >= -1e-6).all()
         # The tail itself (19 of 20 listed) is the part that rounding may hide.
-        if case.name.startswith(("jsd_.", "skew_forward_kl", "total_variation")) and case.params != {
-            "alpha": 0.0
-        }:
+        if case.name.startswith(("jsd_.", "skew_forward_kl", "total_variation")) and case.params != {"alpha": 0.0}:
             exact = case.sparse(student, ids, logprobs)
             torch.testing.assert_close(value, exact, rtol=0.05, atol=0.02)
 
@@ -224,9 +220,7 @@ class TestEvidence:
         kept = [0, 1, 3, 4, 6, 7]
         few_ids, few_logprobs = top_k(teacher[:, kept], min(k, 6))
         value, grad = value_and_grad(lambda z: case.sparse(z, ids, logprobs), student)
-        expected, expected_grad = value_and_grad(
-            lambda z: case.sparse(z, few_ids, few_logprobs), student[:, kept]
-        )
+        expected, expected_grad = value_and_grad(lambda z: case.sparse(z, few_ids, few_logprobs), student[:, kept])
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad[:, kept], expected_grad, rtol=1e-5, atol=1e-6)
         assert (grad[:, [2, 5]] == 0).all()
@@ -253,9 +247,7 @@ class TestErrors:
     @every_divergence
     def test_temperature_needs_the_whole_vocabulary(self, case: Case):
         ids, logprobs = top_k(logits(1, 2, 5), 4)
-        with pytest.raises(
-            ValueError, match=r"temperature is 2.0, but the teacher lists 4 of 5.*list the whole"
-        ):
+        with pytest.raises(ValueError, match=r"temperature is 2.0, but the teacher lists 4 of 5.*list the whole"):
             case.sparse(logits(0, 2, 5), ids, logprobs, temperature=2.0)
         with pytest.raises(ValueError, match=r"temperature is 0.0.*must be > 0"):
             case.sparse(logits(0, 2, 5), ids, logprobs, temperature=0.0)

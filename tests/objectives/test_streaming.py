@@ -123,9 +123,7 @@ class TestEqualsNaive:
             for actual, expected in zip(
                 gradients(loss, *leaves(hidden, head)), gradients(naive, *leaves(hidden, head)), strict=True
             ):
-                torch.testing.assert_close(
-                    actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
-                )
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
     @pytest.mark.parametrize("form", FORMS)
     def test_with_a_narrower_vocabulary(self, form):
@@ -168,9 +166,7 @@ class TestEqualsNaive:
             strict=True,
         ):
             assert actual.dtype == torch.bfloat16
-            torch.testing.assert_close(
-                actual.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item()
-            )
+            torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
     def test_in_bfloat16_the_weight_gradient_accumulates_in_float32(self):
         """4,096 equal rows in chunks of one: a bfloat16 sum would stop growing at 256 of them."""
@@ -212,9 +208,7 @@ class TestEqualsNaive:
         loss, _ = streamed(divergences.reverse_kl, hidden, head, teacher, chunk_tokens=2)
         naive = divergences.reverse_kl(head(hidden), teacher).sum()
         torch.testing.assert_close(loss, naive, rtol=1e-13, atol=0)
-        torch.testing.assert_close(
-            gradients(loss, *leaves(hidden, head)), gradients(naive, *leaves(hidden, head))
-        )
+        torch.testing.assert_close(gradients(loss, *leaves(hidden, head)), gradients(naive, *leaves(hidden, head)))
 
 
 class TestGraph:
@@ -387,16 +381,10 @@ class TestErrors:
                 weights_N=torch.ones(6),
             )
 
-    @pytest.mark.parametrize(
-        ("vocab_size", "side"), [(12, "student has 11"), (10, "teacher has 9"), (0, "student")]
-    )
+    @pytest.mark.parametrize(("vocab_size", "side"), [(12, "student has 11"), (10, "teacher has 9"), (0, "student")])
     def test_vocab_size(self, vocab_size, side):
-        with pytest.raises(
-            ValueError, match=f"vocab_size is {vocab_size}, but the {side}.*smaller of the two"
-        ):
-            streamed(
-                divergences.reverse_kl, make_hidden(7), make_head(11), logits(9, 7, 9), vocab_size=vocab_size
-            )
+        with pytest.raises(ValueError, match=f"vocab_size is {vocab_size}, but the {side}.*smaller of the two"):
+            streamed(divergences.reverse_kl, make_hidden(7), make_head(11), logits(9, 7, 9), vocab_size=vocab_size)
 
     def test_widths_differ_without_a_cut(self):
         with pytest.raises(ValueError, match="11 columns, teacher logits 9: cut both.*`vocab_size`"):

@@ -17,8 +17,8 @@ from llmdistill.heads import head_of, hidden_states
 from llmdistill.meters import Meters
 from llmdistill.objectives.projection import Projection
 from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids
-from llmdistill.teachers.evidence import gather
-from llmdistill.trainer import DistillationTrainer, MicroBatch
+from llmdistill.teachers.evidence import Evidence, gather
+from llmdistill.trainer import DistillationTrainer, MicroBatch, Objective
 
 PROMPTS = 2
 NEW_TOKENS = 8
@@ -27,7 +27,7 @@ FORCED_TOKENS = 24
 
 def forced_rollout(prompts: Sequence[Prompt], pad: int) -> Rollout:
     """Two sequences of different length cut from prompts, their second halves counted: needs no generation."""
-    pieces = [p.ids[-FORCED_TOKENS >> i :] for i, p in enumerate(prompts[:PROMPTS])]
+    pieces = [p.ids[-FORCED_TOKENS // (i + 1) :] for i, p in enumerate(prompts[:PROMPTS])]
     pieces = [ids if len(ids) > 1 else ids * 2 for ids in pieces]
     halves = [(len(ids) + 1) // 2 for ids in pieces]
     cut = list(zip(pieces, halves, strict=True))
@@ -40,10 +40,16 @@ def sampled_rollout(trainer: DistillationTrainer, prompts: Sequence[Prompt]) -> 
     if not trainer.on_policy:
         completions = [p.completion[:NEW_TOKENS] for p in chosen]
         return collate([p.ids for p in chosen], completions, pad_id=trainer.pad_id)
-    r = trainer.args.rollouts
+    r = trainer.args.rollouts  # type: ignore[attr-defined]
     sampling = Sampling(min(NEW_TOKENS, r.max_new_tokens), r.temperature, r.top_p, r.top_k, seed=trainer.args.seed)
     trainer.rollout_engine.sync(trainer._generating_model(), trainer.state.global_step)
     return trainer.rollout_engine.generate(chosen, sampling)
+
+
+def evidence_of(trainer: DistillationTrainer, rollout: Rollout) -> Evidence:
+    """What the run's objective would read."""
+    wanted: Objective = trainer.objective  # type: ignore[has-type,unused-ignore]
+    return gather(trainer.teacher, rollout, wanted.evidence, wanted.top_k, trainer.args.device)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def head_error(model: nn.Module, rollout: Rollout) -> HeadError:
 
 @dataclass(frozen=True)
 class SelfDistance:
-    """Loss and gradient norm (at the head's input) of the teacher against itself, and with its hidden state disturbed."""
+    """Loss and gradient norm at the head's input of the teacher against itself, as it is and with noise added to it."""
 
     loss: float
     gradient: float
@@ -93,8 +99,7 @@ def self_distance(trainer: DistillationTrainer, teacher_model: nn.Module, rollou
 
     The gradient is taken at the head's input: no weight is touched and nothing but the head is differentiated.
     """
-    evidence = gather(trainer.teacher, rollout, trainer.objective.evidence, trainer.objective.top_k, trainer.args.device)
-    micro = MicroBatch(rollout.to(trainer.args.device), evidence)
+    micro = MicroBatch(rollout.to(trainer.args.device), evidence_of(trainer, rollout))
     found = []
     for disturbed in (False, True):
         with in_the_students_place(trainer, teacher_model), head_input(teacher_model, disturbed) as leaf:
@@ -119,7 +124,7 @@ def in_the_students_place(trainer: DistillationTrainer, model: nn.Module) -> Ite
 
 @contextmanager
 def head_input(model: nn.Module, disturbed: bool) -> Iterator[list[Tensor]]:
-    """The head reads a leaf tensor, handed out, in place of the hidden states; with noise of their own size on demand."""
+    """The head reads a leaf tensor, handed out, in place of the hidden states; ``disturbed`` adds as much noise."""
     leaf: list[Tensor] = []
 
     def attach(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -147,8 +152,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the weights in shards, so that the model cannot run before training has started."""
-    return any(hasattr(p, "ds_id") for p in model.parameters())

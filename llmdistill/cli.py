@@ -1,0 +1,101 @@
+"""The ``llmdistill`` command: what is not a training run.
+
+    llmdistill doctor --config recipes/quickstart.yaml   # every start-up check of that run, without the run
+    llmdistill report runs/quickstart                    # its page again, from the files in the folder
+
+Training has its own front doors (``accelerate launch -m llmdistill.opd``). Nothing heavy is imported before a command
+is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmdistill.errors import UserError
+
+METHODS = {"opd": ("OPDConfig", "OPDTrainer")}  # module of the package -> its config and trainer
+
+
+def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Builds what the front door would build, runs all checks, prints all findings. 2 if one failed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmdistill.command_line import parse
+    from llmdistill.preflight import STYLE, examine
+    from llmdistill.run import build
+
+    module = importlib.import_module(f"llmdistill.{words.method}")
+    config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
+    recipe = parse(config_class, rest)
+    folder = Path(recipe.args.output_dir or "runs/default")
+    was_there = folder.exists()
+    trainer = build(recipe, trainer_class)
+    try:
+        findings = examine(trainer, recipe, recipe.flags.skip_checks)
+    finally:
+        trainer.rollout_engine.close()
+        trainer.teacher.close()
+        if not was_there and folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()  # transformers makes it; a look leaves nothing behind
+    title = f"{words.method}: {recipe.teacher.model} into {recipe.student.model}"
+    table = Table("", "check", "found", "fix", title=title)
+    for f in findings:
+        table.add_row(Text(f.level, STYLE[f.level]), Text(f.check), Text(f.message), Text(f.fix or ""))
+    Console().print(table)
+    return 2 if any(f.level == "fail" for f in findings) else 0
+
+
+def report(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Writes ``report.html`` of a run folder and prints its path."""
+    if rest:
+        raise UserError(f"llmdistill report takes a run folder only, not {rest[0]!r}")
+    run = Path(words.run)
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"{run} is no run folder: it has no metrics.jsonl. Fix: the train.output_dir of a run.")
+    from llmdistill.report.page import write_report
+
+    print(write_report(run))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="llmdistill", description="Distil large language models into small ones.")
+    top.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    look = commands.add_parser(
+        "doctor",
+        help="run the start-up checks of a recipe and nothing else",
+        usage="llmdistill doctor [--method METHOD] --config FILE [--key value ...] [--skip-check NAME]",
+        description="Takes the options of the front door (python -m llmdistill.opd --help lists them). "
+        "Exit status 2 when a check fails.",
+        allow_abbrev=False,
+    )
+    look.add_argument("--method", choices=sorted(METHODS), default="opd", help="front door the recipe is for [opd]")
+    look.set_defaults(run_command=doctor)
+    page = commands.add_parser("report", help="rebuild report.html of a run folder", allow_abbrev=False)
+    page.add_argument("run", metavar="RUN", help="the run's train.output_dir")
+    page.set_defaults(run_command=report)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit status: 0 fine, 2 the user's to mend."""
+    words, rest = parser().parse_known_args(argv)
+    command: Callable[[argparse.Namespace, Sequence[str]], int] = words.run_command
+    try:
+        return command(words, rest)
+    except UserError as error:
+        if words.debug or "--debug" in rest:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The start-up checks: every classic silent failure of distillation, found before the first step, with what to change.
+
+A check is a generator of :class:`Finding`; its name is the function's. The last three run the models on a handful of
+tokens, and only when nothing before them failed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from llmdistill.command_line import Recipe
+from llmdistill.compat import random_state_kept
+from llmdistill.errors import UserError
+from llmdistill.preflight import machine, models, tokens
+from llmdistill.preflight.finding import STYLE, Finding, Subject, fail, notice
+from llmdistill.trainer import DistillationTrainer
+
+__all__ = ["CHECKS", "STYLE", "Finding", "examine", "preflight"]
+
+Check = Callable[[Subject], Iterator[Finding]]
+PROBES: tuple[Check, ...] = (models.head, models.round_trip, models.self_)
+CHECKS: tuple[Check, ...] = (
+    tokens.tokenizers,
+    tokens.logit_width,
+    tokens.eos_pad,
+    tokens.chat_template,
+    tokens.context,
+    tokens.prompts,
+    machine.disk,
+    machine.device,
+    machine.objective,
+    *PROBES,
+)
+
+
+def name_of(check: Check) -> str:
+    """As in ``--skip-check NAME``."""
+    return check.__name__.rstrip("_").replace("_", "-")
+
+
+def preflight(trainer: DistillationTrainer, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
+    """Runs every check but those in ``skip`` and returns what they found. Random states are left as they were.
+
+    Raises:
+        UserError: a check failed (one line each), or ``skip`` names an unknown check.
+    """
+    findings = examine(trainer, recipe, skip)
+    failed = [str(f) for f in findings if f.level == "fail"]
+    if failed:
+        head = f"{len(failed)} preflight checks failed\n  " if len(failed) > 1 else "preflight, "
+        raise UserError(head + "\n  ".join(failed))
+    return findings
+
+
+def examine(trainer: DistillationTrainer, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
+    """As :func:`preflight`, with failures among what is returned."""
+    known = [name_of(check) for check in CHECKS]
+    for name in skip:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--skip-check {name}: unknown check{hint} The checks are {', '.join(known)}.")
+    subject, findings = Subject(trainer, recipe), list[Finding]()
+    with random_state_kept():
+        for check in CHECKS:
+            failed = [f.check for f in findings if f.level == "fail"]
+            if name_of(check) in skip:
+                found = [notice("skipped by --skip-check")]
+            elif check in PROBES and failed:
+                found = [notice(f"not checked: it needs {', '.join(dict.fromkeys(failed))} to pass")]
+            elif check in PROBES and not (subject.prompts or subject.heldout):
+                found = [notice("not checked: there are no prompts")]
+            else:
+                found = _outcome(check, subject)
+            findings += [replace(f, check=name_of(check)) for f in found]
+    return findings
+
+
+def _outcome(check: Check, subject: Subject) -> list[Finding]:
+    """What a check yields; an error inside it is a failure too, of whatever the check touched first."""
+    try:
+        found = list(check(subject))
+        failed = any(f.level == "fail" for f in found)
+        return [f for f in found if not (failed and f.level == "ok")]
+    except UserError as error:
+        return [Finding("fail", "", str(error))]
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        fix = f"mend that, or go on without this check: --skip-check {name_of(check)}"
+        return [fail(f"could not be carried out: {type(error).__name__} {reason}", fix)]

@@ -1,0 +1,136 @@
+"""Checks of the machine and of settings that only make sense once the models are known."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
+from llmdistill.teachers.base import DenseTeacher
+
+GIB = 2**30
+FREE_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
+
+
+def disk(s: Subject) -> Iterator[Finding]:
+    """Room for the checkpoints that exist at one time, and one being written."""
+    args = s.args
+    folder = Path(args.output_dir or "runs/default").absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    trained = [(numel(p), p.element_size()) for p in s.student.parameters() if p.requires_grad]
+    adapter = hasattr(s.student, "peft_config")
+    weights = sum(numel(p) * p.element_size() for p in s.student.parameters() if p.requires_grad or not adapter)
+    optimizer = 0 if args.save_only_model else 2 * 4 * sum(count for count, _ in trained)
+    one = weights + optimizer  # AdamW's two moments in float32
+    if args.save_strategy == "no":
+        held, what = 1, "the student"
+        one = weights
+    else:
+        held = (args.save_total_limit or 3) + 1
+        what = f"{held} checkpoints of {one / GIB:.2f} GiB"
+    if held * one > free:
+        fix = "free space, another train.output_dir, or a lower train.save_total_limit"
+        yield fail(f"{what} need {held * one / GIB:.1f} GiB, {folder} has {free / GIB:.1f}", fix)
+    elif args.save_strategy == "steps" and args.save_total_limit is None and args.max_steps > 0:
+        every = args.save_steps if args.save_steps >= 1 else args.save_steps * args.max_steps
+        total = math.ceil(args.max_steps / every) * one
+        if total > free:
+            fix = "train.save_total_limit 3"
+            yield notice(f"keeping all checkpoints takes {total / GIB:.1f} GiB, {free / GIB:.1f} are free", fix)
+    yield ok(f"{what} fit into {free / GIB:.1f} GiB free")
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """Its size, also when ZeRO-3 left a shard of it here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def device(s: Subject) -> Iterator[Finding]:
+    """Devices and dtypes as they came out."""
+    args = s.args
+    on_cpu = args.device.type == "cpu"
+    student = next(s.student.parameters()).dtype
+    teacher = None if s.teacher is None else next(s.teacher.parameters()).dtype
+    if on_cpu and (args.fp16 or torch.float16 in (student, teacher)):
+        yield fail("float16 on a CPU", "student.dtype float32, teacher.dtype bfloat16, and train.bf16 for train.fp16")
+    full = not hasattr(s.student, "peft_config")
+    if student == torch.float16 and full:
+        yield fail("the student's own weights are float16, which loses small gradients", "student.dtype float32")
+    if student == torch.bfloat16 and full:
+        yield notice(
+            "the student's own weights are bfloat16: an update below 1/256 of a weight is rounded away",
+            "student.dtype float32 with train.bf16",
+        )
+    maths = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "its dtype"
+    if args.bf16 and student == torch.float32:
+        yield notice("bfloat16 autocast over float32 weights: losses are float32, activations are not")
+    if on_cpu and (args.bf16 or torch.bfloat16 in (student, teacher)) and cpu_flags().isdisjoint(BF16_FLAGS):
+        yield notice("this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16): float32 is faster here")
+    threads, cores = torch.get_num_threads(), cores_here()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_cpu and threads * processes > cores:
+        yield notice(f"{processes} processes of {threads} threads on {cores} cores", f"OMP_NUM_THREADS={cores}")
+    elif on_cpu and threads * processes < cores:
+        yield notice(f"{threads * processes} of {cores} cores are used", "raise OMP_NUM_THREADS if the machine is idle")
+    place = f"; teacher {_name(teacher)}" if teacher else "; the teacher runs elsewhere"
+    yield ok(f"student {_name(student)}, computed in {maths}, on {args.device}{place}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo says the first processor can do; without that file, everything."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set(BF16_FLAGS)
+    return set(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
+
+
+def cores_here() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def objective(s: Subject) -> Iterator[Finding]:
+    """Settings of rollouts and estimator that contradict each other or the models."""
+    wanted, r, width = s.objective, s.args.rollouts, s.trainer.vocab_size
+    if not any(p.requires_grad for p in s.student.parameters()):
+        yield fail(
+            "no weight of the student is trained", "do not give the model itself as its own teacher, a copy of it"
+        )
+    if wanted.evidence == "top_k" and not 1 <= wanted.top_k <= width:
+        yield fail(f"objective.top_k is {wanted.top_k}, the vocabulary has {width} columns", f"at most {width}")
+    if wanted.evidence == "full" and not isinstance(s.trainer.teacher, DenseTeacher):
+        yield notice(
+            f"the full estimator asks a teacher outside this process for {width} log-probs a token",
+            "--estimator top_k, or teacher.engine hf",
+        )
+    if not s.trainer.on_policy:
+        yield ok(f"{wanted.evidence} estimator on the dataset's completions")
+        return
+    if r.temperature == 0 and r.samples_per_prompt > 1:
+        yield fail(
+            f"rollouts.samples_per_prompt is {r.samples_per_prompt} at temperature 0: all samples are the same",
+            "raise the temperature, or draw one sample",
+        )
+    narrowed = [
+        f"rollouts.{name} {getattr(r, name)}" for name, free in FREE_SAMPLING.items() if getattr(r, name) != free
+    ]
+    if narrowed and wanted.evidence == "sampled":
+        yield notice(
+            f"{', '.join(narrowed)}: the sampled estimator is unbiased for samples of the student itself only",
+            "temperature 1, top_p 1, top_k 0",
+        )
+    if r.top_k > s.columns[0]:
+        yield fail(f"rollouts.top_k is {r.top_k}, the student has {s.columns[0]} columns", "0, the whole vocabulary")
+    yield ok(f"{wanted.evidence} estimator over {width} columns, {r.samples_per_prompt} samples a prompt")

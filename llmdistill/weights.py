@@ -1,0 +1,130 @@
+"""The student's weights as its checkpoint would hold them, whatever training has wrapped around the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.errors import UserError
+
+
+def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the student's weights as its checkpoint would hold them, the tied output head included.
+
+    Adapters are merged out of place: ``model`` is not touched. Weights that DeepSpeed (ZeRO-3) or FSDP2 shards are
+    gathered one module at a time, so every rank has to run through the iterator. A tensor may be the model's own
+    storage: copy what is to outlive the next step.
+
+    Args:
+        model: a transformers model, wrapped for training or not, with or without peft adapters.
+        trainable_only: leave out what training cannot have changed.
+
+    Raises:
+        UserError: an adapter on one of two tied matrices, which no checkpoint can hold.
+    """
+    model = base_model(model)
+    _refuse_adapted_ties(model)
+    pairs = _walk(model, "", trainable_only)
+    if _conversions(model):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        pairs = iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
+    return pairs
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside what DDP, DeepSpeed, torch.compile and peft put around it."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        model = model.module
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """Own parameters and persistent buffers of ``module``, then those of its children, adapters merged."""
+    if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # peft: a copy that is trained
+        copies = module.modules_to_save
+        active = module.original_module if module.disable_adapters else copies[module.active_adapters[0]]
+        yield from _walk(active, prefix, trainable_only)
+        return
+    if hasattr(module, "base_layer") and hasattr(module, "merge"):  # peft: a layer with adapters
+        with gathered(list(module.parameters())):
+            merged = _merged(module)
+        yield from ((prefix + name, tensor) for name, tensor in merged.items())
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad or not trainable_only:
+            with gathered([parameter]):
+                yield _clean(prefix + name), _whole(parameter)
+    if not trainable_only:
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield _clean(prefix + name), buffer
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}{name}.", trainable_only)
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> dict[str, Tensor]:
+    """Parameters of a layer with its active adapters merged in, computed beside the layer."""
+    base = layer.get_base_layer()
+    tensors = {name: _whole(p) for name, p in base.named_parameters(recurse=False)}
+    if layer.merged or layer.disable_adapters:
+        return tensors
+    plain = hasattr(layer, "lora_A") and set(layer.active_adapters) <= set(layer.lora_A)
+    if plain and not layer.lora_variant and not any(layer.lora_bias.values()):
+        for adapter in layer.active_adapters:
+            tensors["weight"] = tensors["weight"] + layer.get_delta_weight(adapter).to(tensors["weight"].dtype)
+        return tensors
+    twin = copy.deepcopy(layer)  # DoRA, embeddings and other adapters: peft's own merge, on a copy
+    twin.merge(adapter_names=layer.active_adapters)
+    return {name: p.detach() for name, p in twin.get_base_layer().named_parameters(recurse=False)}
+
+
+def _refuse_adapted_ties(model: Any) -> None:
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    adapted = [type(m).__module__.startswith("peft.") for m in (embeddings, head)]
+    if any(adapted) and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError(
+            "student.lora_target_modules adapts tied embeddings; the merged embedding and output head would differ. "
+            "Fix: leave embed_tokens and lm_head out, or untie them in the checkpoint (tie_word_embeddings: false)."
+        )
+
+
+def _conversions(model: Any) -> list[Any]:
+    """How transformers lays the checkpoint's tensors out anew in memory (fused experts); most models: not at all."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    known = getattr(model, "_weight_conversions", None)
+    return get_model_conversion_mapping(model, add_legacy=False) if known is None else known
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole parameters inside: DeepSpeed's gathering under ZeRO-3, nothing otherwise."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The parameter's values: of all shards under FSDP2, a copy under ZeRO-3 (the gathered storage is freed)."""
+    value = parameter.detach()
+    if hasattr(value, "full_tensor"):
+        return value.full_tensor()  # type: ignore[no-any-return]
+    return value.clone() if hasattr(parameter, "ds_id") else value
+
+
+def _clean(name: str) -> str:
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name

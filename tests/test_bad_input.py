@@ -1,0 +1,122 @@
+"""What users get wrong: one clear line each, exit status 2, nothing lost that was written before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmdistill.command_line import run_front_door
+from llmdistill.opd import main
+from tests import tiny
+
+
+@pytest.fixture
+def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """``refused(*words)`` runs the front door on a sound recipe changed by ``words`` and returns its error line."""
+
+    def run(*words: str) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_front_door(main, [*command, *words])
+        err = capsys.readouterr().err
+        assert exit_.value.code == 2, err
+        assert "Traceback" not in err
+        (line,) = [x for x in err.splitlines() if x.startswith("error: ")]
+        assert err.rstrip().endswith(line)  # the last thing one reads
+        return line
+
+    return run
+
+
+def write_rows(folder: Path, *prompts: Any, column: str = "prompt") -> str:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({column: p}) + "\n" for p in prompts))
+    return str(file)
+
+
+def saved(folder: Path, model: Any, tokenizer: Any = None) -> str:
+    model.save_pretrained(folder)
+    (tokenizer or tiny.tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_missing_model(refused: Any, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    assert f"student.model {nowhere!r} cannot be loaded" in refused("--student.model", nowhere)
+    assert f"teacher.model {nowhere!r} cannot be loaded" in refused("--teacher.model", nowhere)
+    assert "student.model is empty" in refused("--student.model=", "")
+
+
+def test_data(refused: Any, tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere.jsonl")
+    assert f"data.train {nowhere!r} cannot be read" in refused("--data.train", nowhere)
+    other = write_rows(tmp_path, "1+1=", column="question")
+    line = refused("--data.train", other)
+    assert "has no column 'prompt' (it has question). Fix: --data.prompt_column NAME" in line
+    assert "row 1: prompt is empty" in refused("--data.train", write_rows(tmp_path, "1+1=", ""))
+    empty_chat = [{"role": "user", "content": ""}]
+    assert "no message with content" in refused("--data.train", write_rows(tmp_path, empty_chat))
+    long = write_rows(tmp_path, "1+1=", "x" * 300)
+    line = refused("--data.train", long, "--data.max_prompt_tokens", "99")
+    assert "row 1: the prompt has 300 tokens, data.max_prompt_tokens is 99" in line
+    assert "need 306 positions, the student has 256" in refused("--data.train", long)
+
+
+def test_no_chat_template(refused: Any, tmp_path: Path) -> None:
+    bare = saved(tmp_path / "bare", tiny.llama(1), tiny.tokenizer(None))
+    assert "the student's tokenizer has no chat template" in refused("--student.model", bare)
+
+
+def test_settings(refused: Any) -> None:
+    assert "did you mean 'temperature'" in refused("--temperatur", "1")
+    assert "rollouts.temperature is -0.5; it must be >= 0" in refused("--temperature", "-0.5")
+    line = refused("--estimator", "top_k", "--objective.top_k", "265")
+    assert "objective.top_k is 265, the vocabulary has 264 columns. Fix: at most 264." in line
+    assert "did you mean 'disk'" in refused("--skip-check", "dsk")
+
+
+def test_heldout_prompts_in_the_training_set(refused: Any, tiny_run: Path) -> None:
+    assert "20 of 20 held-out prompts are also trained on" in refused("--data.heldout", str(tiny_run / "train.jsonl"))
+
+
+def test_damaged_student(refused: Any, tmp_path: Path) -> None:
+    damaged = tiny.llama(1)
+    damaged.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    line = refused("--student.model", saved(tmp_path / "damaged", damaged))
+    assert "head: the student's logits are NaN" in line
+
+
+def test_a_loss_that_explodes_keeps_what_was_written(refused: Any, tmp_path: Path) -> None:
+    """The step before is in metrics.jsonl, its checkpoint is there, and --resume would find it."""
+    line = refused("--max_steps", "4", "--learning_rate", "1e30", "--save_strategy", "steps", "--save_steps", "1")
+    assert "loss" in line and "learning_rate" in line
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == [1]
+    assert (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").exists()
+
+
+def test_a_mistake_leaves_an_earlier_run_alone(refused: Any, tmp_path: Path) -> None:
+    """Nothing is overwritten: what was in output_dir is still there, or beside it, byte for byte."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    refused("--max_new_tokens", "999")
+    kept = [f for f in tmp_path.glob("run*/metrics.jsonl") if f.read_text() == '{"step": 1}\n']
+    assert len(kept) == 1
+
+
+def test_through_the_real_door(command: list[str], tmp_path: Path) -> None:
+    """A process of its own: status 2, one line, a traceback with --debug only."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "llmdistill.opd", *command, "--student.model", str(tmp_path / "nowhere")]
+    for extra in ([], ["--debug"]):
+        done = subprocess.run([*words, *extra], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert done.stderr.rstrip().splitlines()[-1].startswith("error: student.model")
+        assert ("Traceback" in done.stderr) == bool(extra)
+    assert not done.stdout

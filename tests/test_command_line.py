@@ -1,0 +1,170 @@
+"""Recipes, overrides, help and the ``llmdistill`` command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmdistill import UserError, cli
+from llmdistill.command_line import help_text, parse, run_front_door
+from llmdistill.opd import SUMMARY, OPDConfig, main
+
+
+def recipe_file(folder: Path, **sections: Any) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    return str(file)
+
+
+def test_sections_and_overrides(tmp_path: Path) -> None:
+    file = recipe_file(
+        tmp_path,
+        student={"model": "s", "lora_target_modules": ["q_proj"]},
+        rollouts={"temperature": 0.5},
+        objective={"divergence": "jsd", "beta": 0.3},
+        train={"learning_rate": 1e-3, "max_steps": 7, "output_dir": str(tmp_path / "run"), "report_to": []},
+    )
+    recipe = parse(
+        OPDConfig,
+        ["--config", file, "--rollouts.temperature=0.9", "--teacher.model", "t", "--max_steps", "9", "--bf16", "true"],
+    )
+    args: Any = recipe.args
+    assert recipe.student.model == "s" and recipe.student.lora_target_modules == ["q_proj"]
+    assert recipe.teacher.model == "t"
+    assert (args.rollouts.temperature, args.max_steps, args.bf16) == (0.9, 9, True)
+    assert (args.divergence, args.beta, args.learning_rate) == ("jsd", 0.3, 1e-3)
+
+
+def test_flags_stay_out_of_the_recipe(tmp_path: Path) -> None:
+    words = ["--resume", "--skip-check", "disk", "--debug", "--skip-check=head", "--output_dir", str(tmp_path)]
+    recipe = parse(OPDConfig, words)
+    assert recipe.flags.resume and recipe.flags.debug and recipe.flags.skip_checks == ("disk", "head")
+    assert "flags" not in recipe.resolved()
+
+
+def test_a_resolved_recipe_says_the_same_when_read_again(tmp_path: Path) -> None:
+    words = ["--student.model", "s", "--estimator", "top_k", "--learning_rate", "3e-4", "--output_dir", str(tmp_path)]
+    resolved = parse(OPDConfig, words).resolved()
+    again = parse(OPDConfig, ["--config", recipe_file(tmp_path, **resolved)]).resolved()
+    assert again == resolved
+    assert resolved["train"]["learning_rate"] == 3e-4 and resolved["objective"]["estimator"] == "top_k"
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--learing_rate", "1"], "did you mean 'learning_rate'"),
+        (["--rollouts.temprature", "1"], "did you mean 'temperature'"),
+        (["--rolouts.temperature", "1"], "did you mean 'rollouts'"),
+        (["--dtype", "float32"], "--student.dtype or --teacher.dtype or --rollouts.dtype"),
+        (["--max_steps"], "needs a value"),
+        (["max_steps", "3"], "not an option"),
+        (["--max_steps", "three"], "max_steps"),
+        (["--divergence", "reverse_lk"], "reverse_kl"),
+        (["--config", "nowhere.yaml"], "no such file"),
+        (["--rollouts.temperature", "-1"], "rollouts.temperature is -1.0; it must be >= 0"),
+        (["--loss_temperature", "0"], "objective.loss_temperature is 0.0"),
+        (["--beta", "0.5"], "objective.beta is set, and objective.divergence reverse_kl does not read it"),
+        (["--estimator", "sampled", "--divergence", "jsd", "--beta", "0.5"], "estimates the reverse KL only"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(OPDConfig, words)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sections,said",
+    [
+        ({"studnet": {}}, "did you mean 'student'"),
+        ({"train": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
+        ({"train": {"divergence": "jsd"}}, "unknown key train.divergence"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse(OPDConfig, ["--config", recipe_file(tmp_path, **sections)])
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    for text, said in (("a: [", "is not YAML"), ("just words", "holds no mapping")):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(UserError, match=said):
+            parse(OPDConfig, ["--config", str(tmp_path / "r.yaml")])
+
+
+def test_help_is_grouped_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups == [f"{s}:" for s in ("student", "teacher", "data", "rollouts", "objective", "train")]
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 140
+    text = help_text(OPDConfig, "llmdistill.opd", SUMMARY)
+    for option in ("--resume", "--skip-check", "--debug", "loss_temperature", "gradient_accumulation_steps"):
+        assert option in text
+
+
+def test_exit_status_and_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken(argv: Any) -> int:
+        raise UserError("x is 1; it must be 2. Fix: 2.")
+
+    def stopped(argv: Any) -> int:
+        raise KeyboardInterrupt
+
+    for run, argv, status, said in (
+        (mistaken, [], 2, "error: x is 1"),
+        (mistaken, ["--debug"], 2, "Traceback"),
+        (stopped, [], 130, "--resume"),
+        (lambda argv: None, [], 0, ""),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            run_front_door(run, argv)
+        err = capsys.readouterr().err
+        assert exit_.value.code == status and said in err
+        assert ("Traceback" in err) == ("--debug" in argv)
+
+
+# ---------------------------------------------------------------- llmdistill
+
+
+def test_the_command_starts_without_loading_torch() -> None:
+    code = "import sys, llmdistill.cli as c; c.parser(); assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and "doctor" in out and "report" in out
+
+
+def test_doctor(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", *command]) == 0
+    out = capsys.readouterr().out
+    for check in ("tokenizers", "round-trip", "self"):
+        assert check in out
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["doctor", "--method", "opd", *command, "--max_new_tokens", "999"]) == 2
+    assert "context" in capsys.readouterr().out
+    assert cli.main(["doctor", *command, "--max_new_tokens", "999", "--skip-check", "context"]) == 0
+    capsys.readouterr()
+    assert cli.main(["doctor", *command, "--skip-check", "contxt"]) == 2
+    assert "did you mean 'context'" in capsys.readouterr().err
+
+
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr("llmdistill.report.page.write_report", lambda path: path / "report.html")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert cli.main(["report", str(tmp_path), "--fast"]) == 2
