@@ -44,9 +44,10 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
         if not was_there and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()  # transformers makes it; a look leaves nothing behind
     title = f"{words.method}: {recipe.teacher.model} into {recipe.student.model}"
-    table = Table("", "check", "found", "fix", title=title)
+    table = Table("", "check", "found", title=title)
     for f in findings:
-        table.add_row(Text(f.level, STYLE[f.level]), Text(f.check), Text(f.message), Text(f.fix or ""))
+        found = f.message + (f"\nFix: {f.fix}" if f.fix else "")
+        table.add_row(Text(f.level, STYLE[f.level]), Text(f.check), Text(found))
     Console().print(table)
     return 2 if any(f.level == "fail" for f in findings) else 0
 

@@ -235,8 +235,10 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
         parser = _Parser(_flat(cls) if ready else cls)  # type: ignore[arg-type]
         (parsed,) = parser.parse_args_into_dataclasses(words)
     except UserError as error:
-        message = str(error).removeprefix("argument ").replace("--", f"{section}.", 1)
-        raise UserError(message) from None
+        option, _, reason = str(error).removeprefix("argument ").partition(":")
+        key = option.split("/")[0].removeprefix("--")
+        home = "objective" if section == "train" and key in _own_fields(cls) else section
+        raise UserError(f"{home}.{key}:{reason}") from None
     given = {key: getattr(parsed, key) for key in values if key not in lists}
     try:
         return cls(**given, **lists, **ready)

@@ -140,7 +140,8 @@ class DistillationConfig(TrainingArguments):
     def _prepare_cpu(self) -> None:
         check_cpu_launch()
         self.use_cpu = True
-        # DeepSpeed on CPU starts on gloo only, and a torch built with MPI would choose that. One process has no backend.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
+        # DeepSpeed on CPU starts on gloo only; a torch built with MPI would choose that. One process has no backend.
         self.ddp_backend = (self.ddp_backend or "gloo") if launched_processes() > 1 else None
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             os.environ.pop("ACCELERATE_USE_CPU", None)  # together they make accelerate leave DeepSpeed out, in silence

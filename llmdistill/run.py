@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # DeepSpeed calls what torch renamed: a line for every collective.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
 
 
 def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> DistillationTrainer:
@@ -171,9 +174,9 @@ def _checkpoint(recipe: Recipe, folder: RunFolder, console: Console) -> Path | N
     """Where to go on from; an earlier run in the way is moved aside, never overwritten."""
     if recipe.flags.resume:
         checkpoint = folder.newest_checkpoint()
-        found = f"resuming from {checkpoint}" if checkpoint else f"no complete checkpoint in {folder.path}: from the start"
+        nothing = f"no complete checkpoint in {folder.path}: from the start"
         if recipe.args.process_index == 0:
-            console.print(found)
+            console.print(f"resuming from {checkpoint}" if checkpoint else nothing)
         return checkpoint
     with recipe.args.main_process_first(local=False, desc="an earlier run is moved aside"):
         aside = folder.move_aside() if recipe.args.process_index == 0 else None

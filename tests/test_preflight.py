@@ -328,6 +328,27 @@ def test_round_trip(make_trainer: Make) -> None:
     assert "teacher" in message(narrow, "round-trip") and "has 5 columns" in message(narrow, "round-trip")
 
 
+@pytest.mark.parametrize("stale,expected", [(False, "ok"), (True, "fail")])
+def test_an_engine_with_other_weights(make_trainer: Make, stale: bool, expected: str) -> None:
+    """An engine that reports what it drew with is held to the student's own log-probs, at the sampling temperature."""
+    student, other = tiny.llama(1), tiny.llama(5)
+    trainer = make_trainer(student=student, rollouts={"temperature": 0.7})
+    draw = trainer.rollout_engine.generate
+
+    def generate(prompts: Any, sampling: Any) -> Any:
+        rollout = draw(prompts, sampling)
+        model = other if stale else student
+        with torch.no_grad():
+            logits = model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask).logits / 0.7
+        logprobs = logits.log_softmax(-1)[:, :-1].gather(2, rollout.input_ids[:, 1:, None]).squeeze(2)
+        shifted = torch.nn.functional.pad(logprobs, (1, 0)) * rollout.completion_mask
+        return replace(rollout, behavior_logprobs=shifted)
+
+    trainer.rollout_engine.generate = generate  # type: ignore[method-assign]
+    assert expected in levels(trainer, "round-trip")
+    assert ("holds other weights" in message(trainer, "round-trip")) == stale
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmdistill.heads import head_of, hidden_states
 from llmdistill.meters import Meters
 from llmdistill.objectives.projection import Projection
-from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids
+from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
 from llmdistill.teachers.evidence import Evidence, gather
 from llmdistill.trainer import DistillationTrainer, MicroBatch, Objective
 
@@ -50,6 +50,30 @@ def evidence_of(trainer: DistillationTrainer, rollout: Rollout) -> Evidence:
     """What the run's objective would read."""
     wanted: Objective = trainer.objective  # type: ignore[has-type,unused-ignore]
     return gather(trainer.teacher, rollout, wanted.evidence, wanted.top_k, trainer.args.device)
+
+
+@torch.no_grad()
+def engine_gap(trainer: DistillationTrainer, student: nn.Module, rollout: Rollout) -> float | None:
+    """Mean difference, in nats, between the log-probs an engine drew with and those of the student itself.
+
+    None where the engine reports none, or where the sampling (greedy, top-p, top-k) reshapes them.
+    """
+    r = trainer.args.rollouts  # type: ignore[attr-defined]
+    if rollout.behavior_logprobs is None or r.temperature == 0 or r.top_p < 1 or r.top_k > 0:
+        return None
+    rollout = rollout.to(next(student.parameters()).device)
+    with evaluating(student):
+        logits_BTV = student(
+            input_ids=rollout.input_ids,
+            attention_mask=rollout.attention_mask,
+            position_ids=position_ids(rollout.attention_mask),
+            use_cache=False,
+        ).logits
+    rows_NV = predicting_rows(logits_BTV, rollout.completion_mask).float() / r.temperature
+    own_N = rows_NV.log_softmax(-1).gather(1, rollout.token_rows()[:, None]).squeeze(1)
+    assert rollout.behavior_logprobs is not None
+    drawn_N = rollout.behavior_logprobs[:, 1:][rollout.completion_mask[:, 1:]]
+    return float((own_N - drawn_N).abs().mean())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One launch of the distribution test: trains tiny students and writes what it saw as JSON, for the test to compare.
 
-    accelerate launch --config_file recipes/accelerate/zero3.yaml tests/distributed/worker.py OUT.json FOLDER
+    accelerate launch --config_file recipes/accelerate/zero3.yaml -m tests.distributed.worker OUT.json FOLDER
 
 The same four runs (tied or untied embeddings; the dataset's completions, or the student's own greedy ones) at the same
 global batch, however many processes share it. Everything is drawn from seeds; nothing is read from disk.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from llmdistill import DistillationConfig, DistillationTrainer, Objective, RolloutConfig
 from llmdistill.distributed import whole_models
@@ -29,6 +29,11 @@ VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
 
 
 def main(out: Path, folder: Path) -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # Its shared-memory all-reduce would be compiled first, for a minute; gloo's sums are the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     results = {
         f"{'tied' if tied else 'untied'}/{'student' if on_policy else 'dataset'}": one_run(folder, tied, on_policy)
         for tied in (True, False)
@@ -47,20 +52,32 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
     numel = [getattr(p, "ds_tensor", p).numel() for p in trainer.model.parameters()]
     evaluated = trainer.evaluate()
     trainer.save_model(str(folder / "final"))
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    resumed = make_trainer(folder, tied, on_policy)
+    difference = saved_difference(trainer, folder / "final")
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    resumed, start = make_trainer(folder, tied, on_policy), Start()
+    resumed.add_callback(start)
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "processes": trainer.accelerator.num_processes,
-        "distributed_type": str(trainer.accelerator.distributed_type.value),
-        "losses": losses,
+        "zero_stage": None if plugin is None else plugin.zero_stage,
+        "losses": [line["loss"] for line in logged],
+        "resumed_at": start.step,
         "resumed": [line["loss"] for line in resumed.state.log_history if "loss" in line],
-        "logged": [line for line in trainer.state.log_history if "loss" in line],
+        "logged": logged,
         "evaluated": [before, evaluated],
         "local_parameters": sum(numel),
-        "saved_difference": saved_difference(trainer, folder / "final"),
-        "lines": len((folder / "metrics.jsonl").read_text().splitlines()),
+        "saved_difference": difference,
+        "steps_in_file": [line["step"] for line in lines if "loss" in line],
     }
+
+
+class Start(TrainerCallback):
+    """Notes the step at which training began."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
 
 
 def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrainer:
@@ -82,7 +99,9 @@ def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrain
     tokenizer = make_tokenizer()
     teacher = LocalTeacher(make_model(1, hidden=48, tied=False), tokenizer)
     student = make_model(0, hidden=32, tied=tied)
-    if not on_policy:  # by way of the disk, where ZeRO-3 shards while loading; the other way it shards when training begins
+    if (
+        not on_policy
+    ):  # by way of the disk, where ZeRO-3 shards while loading; the other way it shards when training begins
         with args.main_process_first(local=False):
             if args.process_index == 0:
                 student.save_pretrained(folder / "start")

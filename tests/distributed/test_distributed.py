@@ -1,0 +1,182 @@
+"""Two processes train as one does: DDP, ZeRO-2 and ZeRO-3 over gloo, with the launch files the recipes come with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmdistill.distributed import check_cpu_launch, launched_processes, whole_models
+from llmdistill.errors import UserError
+from tests.distributed import worker
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 300  # seconds a launch; 15 to 30 on two idle cores
+SEVERAL = ("two_processes", "zero2", "zero3")
+RUNS = ("tied/dataset", "tied/student", "untied/dataset", "untied/student")
+
+
+def launch(config: str, *command: str) -> None:
+    """Runs ``accelerate launch`` on the CPU, and leaves no process behind."""
+    launcher = ("WORLD_SIZE", "RANK", "LOCAL_", "MASTER_", "ACCELERATE_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    env |= dict(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *command]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=TIME_LIMIT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-6000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Launch file -> what its worker wrote; every file is launched once."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def of(config: str) -> dict[str, Any]:
+        if config not in known:
+            folder = tmp_path_factory.mktemp(config)
+            launch(config, "-m", "tests.distributed.worker", str(folder / "out.json"), str(folder))
+            known[config] = json.loads((folder / "out.json").read_text())
+        return known[config]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SEVERAL)
+def test_as_many_processes_as_asked_for_and_really_sharded(results: Any, config: str) -> None:
+    stage = {"two_processes": None, "zero2": 2, "zero3": 3}[config]
+    for run in RUNS:
+        alone, found = results("one_process")[run], results(config)[run]
+        assert (alone["processes"], found["processes"]) == (1, 2)
+        assert found["zero_stage"] == stage
+        share = 2 if stage == 3 else 1
+        # Every parameter has an even number of elements, so no shard is padded.
+        assert found["local_parameters"] * share == alone["local_parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_the_numbers_do_not_depend_on_how_many_processes_share_the_batch(results: Any, config: str, run: str) -> None:
+    alone, found = results("one_process")[run], results(config)[run]
+    assert len(alone["losses"]) == worker.STEPS
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-5, abs=1e-5)
+    # Adam hides a gradient of the wrong scale from the losses; its norm does not. Measured: 3e-6 apart at most.
+    for name in ("grad_norm", "distill/reverse_kl", "distill/top1_agreement", "rollout/mean_length"):
+        assert [step[name] for step in found["logged"]] == pytest.approx(
+            [step[name] for step in alone["logged"]], rel=1e-4
+        )
+    # evaluate() before training and after it: the same sequences in the same order, each counted once.
+    for theirs, ours in zip(found["evaluated"], alone["evaluated"], strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_a_resumed_run_goes_on_as_the_undisturbed_one(results: Any, config: str, run: str) -> None:
+    found = results(config)[run]
+    assert found["resumed_at"] == worker.STEPS // 2
+    assert found["resumed"] == pytest.approx(found["losses"], rel=1e-5, abs=1e-5)
+    assert found["steps_in_file"] == list(range(1, worker.STEPS + 1))  # the lines after the checkpoint only once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_the_saved_student_is_the_trained_one(results: Any, config: str, run: str) -> None:
+    assert results(config)[run]["saved_difference"] == 0
+
+
+@pytest.mark.slow
+def test_front_door_in_two_processes_writes_one_run_folder(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    launch("two_processes", "-m", "llmdistill.opd", "--config", str(recipe))
+    run = tmp_path / "run"
+    written = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert written >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "before.json",
+        "after.json",
+        "summary.json",
+        "checkpoint-2/rng_state_1.pth",
+        "completions/step-000002.parquet",
+        "student/model.safetensors",
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kinds = Counter((line["step"], key) for line in lines for key in ("loss", "train_runtime") if key in line)
+    assert kinds == {(1, "loss"): 1, (2, "loss"): 1, (2, "train_runtime"): 1}
+    # The five held-out sequences of both processes, not the three of the first.
+    assert len(json.loads((run / "after.json").read_text())["sequences"]["student"]["reverse_kl"]) == 5
+    assert not list(tmp_path.glob("run.*"))  # no second process moved the first one's folder aside
+
+
+def write_recipe(folder: Path) -> Path:
+    """Models, prompts and recipe of a run of two steps."""
+    tokenizer = worker.make_tokenizer()
+    for name, seed in (("student", 0), ("teacher", 1)):
+        worker.make_model(seed, hidden=32, tied=True).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, count in (("train", 16), ("heldout", 5)):
+        rows = ({"prompt": [{"role": "user", "content": row["prompt"]}]} for row in worker.make_rows(count, count))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": {"model": str(folder / "student")},
+        "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
+        "data": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")},
+        "rollouts": {"max_new_tokens": 8},
+        "train": {
+            "output_dir": str(folder / "run"),
+            "max_steps": 2,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def test_fsdp_on_cpu_is_refused_because_accelerate_would_not_shard() -> None:
+    with pytest.raises(UserError, match="zero3.yaml"):
+        check_cpu_launch({"ACCELERATE_USE_FSDP": "true"})
+
+
+def test_a_launch_that_silently_starts_one_process_is_named() -> None:
+    """A contract with accelerate: what `accelerate launch --num_processes 2` does where there is no GPU."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    args = launch_command_parser().parse_args(["--num_processes=2", "--num_machines=1", "--cpu", "x.py"])
+    args.use_cpu, args.mixed_precision, args.dynamo_backend, args.num_cpu_threads_per_process = True, "no", "no", 1
+    _, env = prepare_simple_launcher_cmd_env(args)
+    set_by_it = {k: v for k, v in env.items() if os.environ.get(k) != v}
+    assert launched_processes(set_by_it) == 1
+    with pytest.warns(UserWarning, match="started one"):
+        check_cpu_launch(set_by_it)
+
+
+def test_an_ordinary_launch_passes(recwarn: pytest.WarningsRecorder) -> None:
+    check_cpu_launch({})
+    check_cpu_launch({"ACCELERATE_DYNAMO_BACKEND": "NO", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
+    with whole_models():  # without ZeRO-3: nothing
+        pass
+    assert not recwarn.list

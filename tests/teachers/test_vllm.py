@@ -1,0 +1,109 @@
+"""The vLLM teacher against transformers' log-softmax."""
+
+import pytest
+import torch
+
+from llmdistill.config import TeacherConfig
+from llmdistill.errors import UserError
+from llmdistill.rollouts import Prompt, Sampling, collate
+from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
+from llmdistill.teachers.local import LocalTeacher
+from tests.tiny import llama, tokenizer
+
+pytest.importorskip("vllm", reason="the vllm extra is not installed")
+
+from llmdistill.teachers.vllm import VLLMTeacher  # noqa: E402
+
+VOCAB = 264
+LONGEST = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher")
+    llama(1, hidden=64, tied=False).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    made = VLLMTeacher(folder, dtype="float32", max_top_k=VOCAB, max_model_len=LONGEST, kv_cache_gib=0.05)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return LocalTeacher.load(TeacherConfig(model=folder, dtype="float32"))
+
+
+def rollout():
+    """Sequences of other lengths, one that fills the context exactly, one prompt without a completion."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(2, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
+    return collate([draw(3), draw(20), draw(40), draw(5)], [draw(9), draw(1), draw(24), []], pad_id=0)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB])
+def test_scores_are_those_of_the_full_softmax(teacher, reference, top_k):
+    made = rollout()
+    for block, exact in zip(teacher.score(made, top_k), reference.score(made, top_k), strict=True):
+        assert block.positions == exact.positions
+        assert block.header == exact.header  # evidence of either teacher may stand in for the other's
+        assert block.topk_ids.shape == block.topk_logprobs.shape == exact.topk_ids.shape
+        assert block.topk_ids.dtype == torch.int32
+        torch.testing.assert_close(block.token_logprobs, exact.token_logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(block.topk_logprobs, exact.topk_logprobs, rtol=0, atol=1e-4)
+        assert (block.topk_logprobs.diff(dim=-1) <= 0).all()
+        # equal up to the order of tokens that are nearly equally likely
+        assert (block.topk_ids == exact.topk_ids).float().mean() > 0.97 or not block.topk_ids.numel()
+        assert all(len(set(ids)) == top_k for ids in block.topk_ids.tolist())
+
+
+def test_scores_leave_out_what_does_not_count(teacher):
+    """Log-probs at the positions of the completion mask only, also when it has gaps."""
+    made = rollout()
+    made.completion_mask[0, 5] = False
+    whole, gap = teacher.score(rollout(), 2)[0], teacher.score(made, 2)[0]
+    keep = [i for i in range(len(whole.token_logprobs)) if i != 5 - whole.positions.start]
+    assert torch.equal(gap.token_logprobs, whole.token_logprobs[keep])
+
+
+def test_more_candidates_than_loaded_for_is_refused(teacher):
+    with pytest.raises(UserError, match="objective.top_k is 265"):
+        teacher.score(rollout(), VOCAB + 1)
+
+
+def test_longer_sequences_than_loaded_for_are_refused(teacher):
+    with pytest.raises(UserError, match="65 tokens"):
+        teacher.score(collate([[5] * 60], [[6] * 5], pad_id=0), 1)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match="teacher.model"):
+        VLLMTeacher(str(tmp_path / "none"))
+
+
+def test_generates_what_the_model_generates(teacher, reference):
+    prompts = [Prompt(list(range(5, 12)), ""), Prompt(list(range(50, 70)), "")]
+    greedy = Sampling(8, temperature=0.0)
+    ours, theirs = teacher.generate(prompts, greedy), reference.generate(prompts, greedy)
+    assert torch.equal(ours.input_ids, theirs.input_ids) and ours.finish == theirs.finish
+
+
+def test_both_engines_describe_the_teacher_alike(teacher, reference):
+    assert teacher.info() == reference.info()
+    assert teacher.info().eos_ids == (1,) and teacher.info().vocab_size == VOCAB
+
+
+def test_fingerprints_tell_weights_vocabularies_and_templates_apart(folder):
+    same = weights_fingerprint(folder)
+    assert same == weights_fingerprint(llama(1, hidden=64, tied=False))
+    assert same == weights_fingerprint(llama(1, hidden=64, tied=False).to(torch.bfloat16))
+    assert same != weights_fingerprint(llama(2, hidden=64, tied=False))
+    other = tokenizer()
+    other.add_tokens(["<extra>"])
+    assert tokenizer_fingerprint(tokenizer()) == tokenizer_fingerprint(tokenizer()) != tokenizer_fingerprint(other)
+    assert template_hash(tokenizer(None)) is None
+    assert template_hash(tokenizer("{{ 1 }}")) != template_hash(tokenizer())
