@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -180,30 +181,22 @@ def random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Puts back what loading vLLM changes in the process: random states, thread setter, NUMA policy, environment."""
-    import numpy as np
-
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """Puts back what loading vLLM changes in the process: random states, threads, NUMA policy, environment."""
     environment = {name: os.environ.get(name) for name in _LEAKING}
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    set_num_threads, threads, excepthook = torch.set_num_threads, torch.get_num_threads(), sys.excepthook
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), random_state_kept():
             warnings.simplefilter("ignore")
             with mock.patch.object(torch.ops._C, "init_cpu_memory_env", lambda nodes: None, create=True):
                 yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+        sys.excepthook = excepthook  # torch's, which comes with a process group, puts "[rank0]" before tracebacks
         for name, value in environment.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
         gc.unfreeze()  # vLLM freezes every object alive, the training's too
 
 

@@ -17,7 +17,6 @@ from llmdistill.rollouts import Rollout, position_ids, predicting_rows
 from llmdistill.teachers.base import DenseTeacher, Teacher
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 
-
 # What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
 UNLISTED_TOP_K = 64
 
@@ -88,7 +87,9 @@ def measure(
     model.eval()
     for start in range(0, len(rollout), batch_sequences):
         part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(head.linear.weight.device)
-        evidence = gather(teacher, part, "full" if dense else "top_k", top_k or UNLISTED_TOP_K, head.linear.weight.device)
+        evidence = gather(
+            teacher, part, "full" if dense else "top_k", top_k or UNLISTED_TOP_K, head.linear.weight.device
+        )
         found: dict[str, Tensor] = {}
 
         def at_the_head(

@@ -41,12 +41,12 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     _quiet()
     console = Console(stderr=True)
     folder = RunFolder(recipe.args.output_dir or "runs/default")
-    checkpoint = _checkpoint(recipe, folder, console)
     trainer = build(recipe, trainer_class)
     main_process = trainer.is_world_process_zero()
     for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
         if main_process:
             finding.show(console)
+    checkpoint = _checkpoint(recipe, folder, console)  # after the checks: a refused command touches no earlier run
     if main_process:
         folder.write_config(recipe.resolved())
     before = _Before(trainer, folder)
@@ -107,7 +107,8 @@ def load_teacher(config: TeacherConfig, device: torch.device, recipe: Recipe) ->
     from llmdistill.teachers.vllm import VLLMTeacher
 
     longest = recipe.data.max_prompt_tokens + recipe.args.rollouts.max_new_tokens
-    return VLLMTeacher.load(config, max_model_len=longest)
+    # The full estimator and the self-check list every token; vLLM has to be told at loading.
+    return VLLMTeacher.load(config, max_model_len=longest, max_top_k=1 << 30)
 
 
 def lora_config(config: StudentConfig) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 
 from llmdistill.compat import generation_ready
 from llmdistill.config import DataConfig, DistillationConfig, TeacherConfig
@@ -50,7 +50,7 @@ class Objective:
     """A per-token loss and the evidence it reads.
 
     ``loss(student_logits [n, V], *evidence) -> [n]``; what follows the student's logits depends on ``evidence``:
-    ``full``: teacher logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and their log-probs [n].
+    ``full``: teacher logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids, their log-probs [n].
     """
 
     loss: Callable[..., Tensor]
@@ -121,6 +121,7 @@ class DistillationTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)  # the adapter's start is random
             model = get_peft_model(model, peft_config)  # type: ignore[assignment]
         if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
@@ -211,7 +212,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum of the per-token losses over the global count of tokens, times the ranks their gradients are averaged over."""
+        """Sum of the per-token losses over the global count of tokens, times the ranks gradients are averaged over."""
         micro: MicroBatch = inputs["micro_batch"]
         rollout = micro.rollout
         head, logging = head_of(self.model), self._logs_this_step()
@@ -308,7 +309,7 @@ class DistillationTrainer(Trainer):
         for name, rollout in (("student", own), ("teacher", self._teacher_text)):
             # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
             sharded = list(self.model.parameters()) if self.model_wrapped is self.model else []
-            with self.compute_loss_context_manager(), gathered(sharded):
+            with self.accelerator.autocast(), gathered(sharded):
                 measured[name] = measure(
                     self._forward_model(),
                     head_of(self.model),

@@ -10,7 +10,7 @@ from llmdistill.report.load import RunData, as_dict, as_list, finite
 from llmdistill.report.svg import Series, histogram, interval_plot, line_plot, running_mean
 from llmdistill.report.text import exact, safe, show
 
-NATS, SHARE = "nats per token", "share of tokens"
+NATS, SHARE = "nats/token", "share of tokens"
 TEXTS = (("student", "the student's own samples"), ("teacher", "the teacher's text"))
 SMOOTHED_FROM = 40  # log lines: a noisy curve of at least as many gets a running mean
 NOT_NOISY = ("learning_rate", "memory/peak_gib")
@@ -71,7 +71,11 @@ class Estimate:
     @classmethod
     def of(cls, values: Mapping[str, Any], name: str) -> Estimate | None:
         value = finite(values.get(name))
-        return value if value is None else cls(value, finite(values.get(f"{name}_low")), finite(values.get(f"{name}_high")))
+        return (
+            value
+            if value is None
+            else cls(value, finite(values.get(f"{name}_low")), finite(values.get(f"{name}_high")))
+        )
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -115,9 +119,13 @@ def _big(when: str, estimate: Estimate | None) -> str:
 
 def _verdict(before: Estimate | None, after: Estimate | None, on: str) -> str:
     if after is None:
-        return f"Measured on {on} before training. The measurement after training is missing, so no change can be stated."
+        return (
+            f"Measured on {on} before training. The measurement after training is missing, so no change can be stated."
+        )
     if before is None:
-        return f"Measured on {on} after training. The measurement before training is missing, so no change can be stated."
+        return (
+            f"Measured on {on} after training. The measurement before training is missing, so no change can be stated."
+        )
     separate = apart(before, after)
     percent = f" ({100 * (after.value / before.value - 1):+.0f}&nbsp;%)".replace("-", "−") if before.value > 0 else ""
     if separate is None:
@@ -142,7 +150,8 @@ def tables(data: RunData) -> str:
     sparse = any("tail_mass" in as_dict(s.get(text)) for s in (data.before, data.after) for text, _ in TEXTS)
     note = (
         "Means per token; 95&nbsp;% bootstrap intervals over whole sequences. The student’s samples are fresh each time; "
-        "the teacher’s text is the same before and after."
+        "the teacher’s text is the same before and after. Apart: the two intervals share no value; overlap: they do, and the "
+        "change may be sampling noise."
     )
     if sparse:
         note += (
@@ -177,15 +186,18 @@ def _table(data: RunData, text: str, title: str) -> str:
         if a is None and b is None:
             continue
         metric = known.get(name) or Metric(name, name, "per token", 0, "")
-        aim = {1: "higher is better", -1: "lower is better", 0: "neither is better"}[metric.better]
+        aim = {1: ", higher is better", -1: ", lower is better", 0: ""}[metric.better]
         body.append(
-            f'<tr><th scope="row">{safe(metric.label)}<small>{safe(metric.unit)}; {aim}</small></th>'
+            f'<tr><th scope="row">{safe(metric.label)}<small>{safe(metric.unit)}{aim}</small></th>'
             f"<td>{a.html() if a else '–'}</td><td>{b.html() if b else '–'}</td>{_change(metric, a, b)}</tr>"
         )
     if not body:
         return ""
-    tokens = [f"{exact_count(side['tokens'])} tokens {when}" for side, when in ((before, "before"), (after, "after"))
-              if finite(side.get("tokens")) is not None]
+    tokens = [
+        f"{exact_count(side['tokens'])} tokens {when}"
+        for side, when in ((before, "before"), (after, "after"))
+        if finite(side.get("tokens")) is not None
+    ]
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="Metrics on {safe(title)}"><table>'
         f'<caption>On {safe(title)}<small>{", ".join(tokens)}</small></caption><thead><tr><th scope="col">metric</th>'
@@ -202,7 +214,7 @@ def _change(metric: Metric, before: Estimate | None, after: Estimate | None) -> 
     if before is None or after is None:
         return "<td>–</td>"
     delta, separate = after.value - before.value, apart(before, after)
-    words, kind = {None: "no intervals", False: "intervals overlap", True: "intervals apart"}[separate], "plain"
+    words, kind = {None: "no intervals", False: "overlap", True: "apart"}[separate], "plain"
     if separate and metric.better:
         better = delta * metric.better > 0
         words, kind = f"{'better' if better else 'worse'}, {words}", "good" if better else "bad"
@@ -300,7 +312,11 @@ def spread(data: RunData) -> str:
     figures = []
     for text, title in TEXTS:
         groups = [
-            (when, colour, [v for x in as_list(_sequences(side, text).get("reverse_kl")) if (v := finite(x)) is not None])
+            (
+                when,
+                colour,
+                [v for x in as_list(_sequences(side, text).get("reverse_kl")) if (v := finite(x)) is not None],
+            )
             for when, colour, side in (("before", "c4", data.before), ("after", "c1", data.after))
         ]
         plot = histogram(f"Reverse KL per sequence, {title}", f"mean reverse KL of a sequence, {NATS}", groups)

@@ -73,14 +73,16 @@ def environment() -> str:
         device = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     python = f"Python {platform.python_version()}"
-    return f"Written {now} with {', '.join([python, *packages])}, on {platform.system()} {platform.machine()}, {device}."
+    return (
+        f"Written {now} with {', '.join([python, *packages])}, on {platform.system()} {platform.machine()}, {device}."
+    )
 
 
 def _subtitle(data: RunData) -> str:
     student, teacher = data.option("student", "model"), data.option("teacher", "model")
     if not student or not teacher:
         return ""
-    return f"<p class=\"models\"><bdi>{clipped(student, 300)}</bdi> learns from <bdi>{clipped(teacher, 300)}</bdi></p>"
+    return f'<p class="models"><bdi>{clipped(student, 300)}</bdi> learns from <bdi>{clipped(teacher, 300)}</bdi></p>'
 
 
 def _missing(data: RunData) -> str:
@@ -100,7 +102,9 @@ def _facts(data: RunData) -> str:
         "training time": safe(duration(runtime)) if runtime else None,
         "peak memory": f"{exact(peak)} GiB" if peak else None,
         "objective": ", ".join(clipped(x, 80) for x in objective if x) or None,
-        "rollouts": "{}, at most {} tokens, {} per prompt".format(*(clipped(x, 80) for x in rollouts)) if all(rollouts) else None,
+        "rollouts": "{}, at most {} tokens, {} per prompt".format(*(clipped(x, 80) for x in rollouts))
+        if all(rollouts)
+        else None,
         "learning rate": clipped(rate, 40) if (rate := data.option("train", "learning_rate")) else None,
     }
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items() if value)

@@ -28,7 +28,11 @@ def answers(data: RunData) -> str:
     for i, prompt in enumerate(prompts):
         cells = []
         for name, colour, texts in columns:
-            text = (clipped(texts[i], ANSWER_BYTES) or "<em>empty answer</em>") if i < len(texts) else "<em>not measured</em>"
+            text = (
+                (clipped(texts[i], ANSWER_BYTES) or "<em>empty answer</em>")
+                if i < len(texts)
+                else "<em>not measured</em>"
+            )
             cells.append(f'<div class="answer {colour}"><h4>{name}</h4><pre dir="auto">{text}</pre></div>')
         parts.append(
             f'<article class="card"><h3>Prompt {i + 1}</h3>'
@@ -70,11 +74,15 @@ def _completion(row: dict[str, Any], values: list[float], scale: tuple[float, fl
     if mean is not None:
         top = max(range(len(values)), key=lambda i: values[i])
         facts += [f"{len(values)} tokens", f"mean KL {exact(mean)}"]
-        said = f"reverse KL per token: mean {show(mean)}, highest {show(values[top])} at token {top + 1} of {len(values)}"
+        said = (
+            f"reverse KL per token: mean {show(mean)}, highest {show(values[top])} at token {top + 1} of {len(values)}"
+        )
         bars = sparkline(values, *scale, said)
     text = str(row.get("completion") or "")
     first = clipped(" ".join(text[:400].split())[:110], 400) or "<em>empty</em>"
-    attributes = f'data-domain="{clipped(row.get("domain") or "", 120)}" data-finish="{clipped(row.get("finish") or "", 120)}"'
+    attributes = (
+        f'data-domain="{clipped(row.get("domain") or "", 120)}" data-finish="{clipped(row.get("finish") or "", 120)}"'
+    )
     return (
         f'<details class="completion" {attributes} data-kl="{0.0 if mean is None else mean:.6g}"><summary>'
         f'<span class="facts">{" ".join(f"<span>{f}</span>" for f in facts)}{bars}</span>'

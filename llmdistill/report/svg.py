@@ -173,13 +173,19 @@ def histogram(title: str, unit: str, groups: Sequence[tuple[str, str, Sequence[f
         base = TOP + panel * (k + 1)
         up = Axis(0, tallest, base, base - panel + 22)
         bars = [
-            f"M{x.start + i * width + 0.5:.1f} {base}V{up.at(n):.1f}h{width - 1:.1f}V{base}z" for i, n in enumerate(row) if n
+            f"M{x.start + i * width + 0.5:.1f} {base}V{up.at(n):.1f}h{width - 1:.1f}V{base}z"
+            for i, n in enumerate(row)
+            if n
         ]
-        parts.append(f'<path class="bar {colour}" d="{"".join(bars)}"/><path class="axis" d="M{x.start} {base}H{x.end}"/>')
+        parts.append(
+            f'<path class="bar {colour}" d="{"".join(bars)}"/><path class="axis" d="M{x.start} {base}H{x.end}"/>'
+        )
         parts.append(_text(x.start - 6, up.at(tallest) + 4, str(tallest), "end") + _text(x.start - 6, base, "0", "end"))
         parts.append(_text(x.end, base - panel + 14, f"{label}, {len(group)} sequences", "end", "name"))
         middle = sorted(group)[len(group) // 2]
-        said.append(f"{label}: {len(group)} sequences from {show(min(group))} to {show(max(group))}, median {show(middle)}")
+        said.append(
+            f"{label}: {len(group)} sequences from {show(min(group))} to {show(max(group))}, median {show(middle)}"
+        )
     return _svg(title, f"{title} in {unit}. {'; '.join(said)}.", "".join(parts), height)
 
 
@@ -192,7 +198,9 @@ def sparkline(values: Sequence[float], low: float, high: float, label: str, widt
     peaks = [max(values[a:b], key=abs) for a, b in itertools.pairwise(edges)]
     y = Axis(min(low, 0.0), max(high, 0.0), height, 1)
     zero, step = y.at(0.0), width / columns
-    path = "".join(f"M{(i + 0.5) * step:.4g} {zero:.3g}V{y.at(min(max(p, low), high)):.3g}" for i, p in enumerate(peaks))
+    path = "".join(
+        f"M{(i + 0.5) * step:.4g} {zero:.3g}V{y.at(min(max(p, low), high)):.3g}" for i, p in enumerate(peaks)
+    )
     return (
         f'<svg class="spark" viewBox="0 0 {width} {height}" role="img" aria-label="{safe(label)}">'
         f'<path d="{path}" stroke-width="{max(step - 0.6, 1.2):.3g}"/><path class="axis" d="M0 {zero:.3g}H{width}"/></svg>'

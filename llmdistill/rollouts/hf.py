@@ -6,9 +6,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from llmdistill.errors import UserError
 from llmdistill.rollouts.engine import request_seed
 from llmdistill.rollouts.rollout import Finish, Prompt, Rollout, Sampling, collate
 
@@ -71,35 +79,86 @@ def generate(
     ids = torch.tensor([[pad_id] * (width - len(p.ids)) + p.ids for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    greedy = sampling.temperature == 0
-    drawing = {} if greedy else dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    # Drawing is ours (one uniform number per request and token), so transformers only has to take the best score.
+    draw = _Draw(sampling, len(prompts)).to(model.device)
     was_training = model.training
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(request_seed(sampling.seed, 0, 0))
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=not greedy,
-            eos_token_id=list(eos_ids),
-            pad_token_id=pad_id,
-            use_cache=True,
-            **drawing,
-        )
+    out = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        temperature=None,  # a checkpoint's own sampling settings, which would only be warned about
+        top_p=None,
+        top_k=None,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+        logits_processor=LogitsProcessorList([_finite, *_warpers(sampling), draw]),
+    )
     model.train(was_training)
-    completions, finish = [], []
-    for row in out[:, width:].tolist():
+    completions: list[list[int]] = []
+    finish: list[Finish] = []
+    for row in out[:, width:].tolist():  # type: ignore[union-attr]
         end = next((i for i, token in enumerate(row) if token in eos_ids), None)
         completions.append(row if end is None else row[: end + 1])
         finish.append("length" if end is None else "stop")
-    reasons: list[Finish] = ["length" if f == "length" else "stop" for f in finish]
     return collate(
         [p.ids for p in prompts for _ in range(n)],
         completions,
         pad_id=pad_id,
-        finish=reasons,
+        finish=finish,
         domain=[p.domain for p in prompts for _ in range(n)],
         policy_version=policy_version,
     )
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """Temperature, then top-k, then top-p, as transformers and vLLM order them."""
+    found: list[LogitsProcessor] = []
+    if sampling.temperature not in (0, 1):
+        found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    return found
+
+
+class _Draw(LogitsProcessor):
+    """Turns scores into the drawn token: inverse-CDF sampling with a random stream of its own for every request.
+
+    What a request draws does not depend on its neighbours, on its place in the batch, or on the global random state,
+    which is not touched.
+    """
+
+    def __init__(self, sampling: Sampling, prompts: int) -> None:
+        requests = [(i, j) for i in range(prompts) for j in range(sampling.samples_per_prompt)]
+        streams = [torch.Generator().manual_seed(request_seed(sampling.seed, i, j)) for i, j in requests]
+        shape = sampling.max_new_tokens
+        self.uniform_BL = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in streams])
+        self.greedy, self.step = sampling.temperature == 0, 0
+
+    def to(self, device: torch.device) -> _Draw:
+        self.uniform_BL = self.uniform_BL.to(device)
+        return self
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if self.greedy:
+            return scores
+        # float64: over 150k columns a float32 running sum loses the tail.
+        cdf_BV = scores.double().softmax(-1).cumsum(-1)
+        threshold_B1 = self.uniform_BL[:, self.step, None] * cdf_BV[:, -1:]
+        self.step += 1
+        drawn_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn_B1, 0.0)
+
+
+def _finite(ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+    """Refuses to sample from weights that have exploded, with a word on why, before torch's assertion does."""
+    if not bool(scores_BV.amax(-1).isfinite().all()):
+        raise UserError(
+            "the model's logits are not finite; it cannot be sampled from. "
+            "Fix: lower train.learning_rate, then --resume."
+        )
+    return scores_BV

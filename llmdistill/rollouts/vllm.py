@@ -123,7 +123,8 @@ def complete(
         for i, prompt in enumerate(prompts)
         for j in range(sampling.samples_per_prompt)
     ]
-    outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
+    with compat.random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
+        outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
     return [o.outputs[0] for o in outputs]
 
 

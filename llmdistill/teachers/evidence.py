@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from llmdistill.objectives.rows import LogitRows, HiddenRows, SparseRows, TokenRows
+from llmdistill.objectives.rows import HiddenRows, LogitRows, SparseRows, TokenRows
 from llmdistill.rollouts import Rollout
 from llmdistill.teachers.base import DenseTeacher, Teacher
 
@@ -17,8 +17,8 @@ Evidence = HiddenRows | LogitRows | SparseRows | TokenRows
 def gather(teacher: Teacher, rollout: Rollout, kind: Kind, top_k: int, device: torch.device | str = "cpu") -> Evidence:
     """What ``teacher`` says about the counted tokens of ``rollout``.
 
-    ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as its log-probs, written
-    out [N, V]. ``top_k``: the K likeliest tokens. ``sampled``: the tokens' own log-probs only.
+    ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as its log-probs
+    [N, V]. ``top_k``: the K likeliest tokens. ``sampled``: the tokens' own log-probs only.
     """
     if kind == "full" and isinstance(teacher, DenseTeacher):
         return teacher.dense(rollout)

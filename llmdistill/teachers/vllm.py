@@ -33,7 +33,7 @@ class VLLMTeacher:
     Args:
         model_path: folder or hub name, with its tokenizer.
         dtype: of the engine's weights; "auto" is the checkpoint's.
-        max_top_k: largest ``top_k`` that :meth:`score` will be asked for; up to the vocabulary size.
+        max_top_k: largest ``top_k`` that :meth:`score` will be asked for; None: the whole vocabulary.
         max_model_len: longest sequence; None: the model's context length.
         kv_cache_gib: key-value cache on CPU; on a GPU ``gpu_memory_utilization`` is the share of memory for everything.
         options: further arguments of ``vllm.LLM``.
@@ -47,7 +47,7 @@ class VLLMTeacher:
         model_path: str,
         *,
         dtype: str = "bfloat16",
-        max_top_k: int = 64,
+        max_top_k: int | None = None,
         max_model_len: int | None = None,
         kv_cache_gib: float = 0.5,
         gpu_memory_utilization: float = 0.5,
@@ -74,7 +74,7 @@ class VLLMTeacher:
             context_length=context_length(config),
             template=template_hash(self.tokenizer),
         )
-        self.max_top_k = min(max_top_k, self._info.vocab_size)
+        self.max_top_k = min(max_top_k or self._info.vocab_size, self._info.vocab_size)
         self.max_model_len = max_model_len or self._info.context_length
         self.llm = compat.load_vllm(
             model_path,
@@ -90,8 +90,10 @@ class VLLMTeacher:
         )
 
     @classmethod
-    def load(cls, config: TeacherConfig, *, max_model_len: int, max_top_k: int) -> VLLMTeacher:
+    def load(cls, config: TeacherConfig, max_model_len: int, max_top_k: int | None = None) -> VLLMTeacher:
         """The teacher a recipe names."""
+        if not config.model:
+            raise UserError("teacher.model is empty; it must be a folder or a hub name. Fix: --teacher.model PATH.")
         return cls(
             config.model,
             dtype=config.dtype,
@@ -108,6 +110,9 @@ class VLLMTeacher:
         """
         from vllm import SamplingParams
 
+        vocab = self._info.vocab_size
+        if top_k > vocab:
+            raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
         if top_k > self.max_top_k:
             raise UserError(
                 f"objective.top_k is {top_k}; this vLLM teacher was loaded for at most {self.max_top_k}. "
@@ -123,15 +128,16 @@ class VLLMTeacher:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=1,
-            prompt_logprobs=-1 if top_k == self._info.vocab_size else top_k,
+            prompt_logprobs=-1 if top_k == vocab else top_k,
             flat_logprobs=True,
             detokenize=False,
         )
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
-        header = BlockHeader(self._info.fingerprint, self._info.tokenizer, top_k, self._info.vocab_size)
+        with compat.random_state_kept():
+            outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
+        header = BlockHeader(self._info.fingerprint, self._info.tokenizer, top_k, vocab)
         return [
-            _block(output.prompt_logprobs, mask, top_k, header)
-            for output, mask in zip(outputs, rollout.completion_mask, strict=True)
+            _block(output.prompt_logprobs, counted, real, top_k, header)
+            for output, counted, real in zip(outputs, rollout.completion_mask, rollout.attention_mask, strict=True)
         ]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -145,12 +151,13 @@ class VLLMTeacher:
         compat.close_vllm(self.llm)
 
 
-def _block(logprobs: Any, mask_T: Tensor, top_k: int, header: BlockHeader) -> ScoreBlock:
-    """From vLLM's flat lists, per position the token itself and then the candidates in order, to a block."""
-    at = mask_T[1:].nonzero().flatten().cpu().numpy() + 1
-    starts = np.asarray(logprobs.start_indices)[at]
+def _block(logprobs: Any, counted_T: Tensor, real_T: Tensor, top_k: int, header: BlockHeader) -> ScoreBlock:
+    """From vLLM's flat lists, per real token the token itself and then the candidates in order, to a block."""
+    counted_T = counted_T & (real_T.cumsum(0) > 1)  # the first token has nothing before it
+    at = counted_T.nonzero().flatten().tolist()
+    starts = np.asarray(logprobs.start_indices)[counted_T[real_T].cpu().numpy()]
     cells = starts[:, None] + np.arange(top_k + 1)  # [n, 1 + K]
     values_nK = torch.from_numpy(np.asarray(logprobs.logprobs, dtype=np.float32)[cells])
     ids_nK = torch.from_numpy(np.asarray(logprobs.token_ids, dtype=np.int32)[cells])
-    span = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
+    span = slice(at[0], at[-1] + 1) if at else slice(0, 0)
     return ScoreBlock(span, values_nK[:, 0].clone(), ids_nK[:, 1:].clone(), values_nK[:, 1:].clone(), header)

@@ -12,7 +12,7 @@ from tests.tiny import llama
 
 pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
-from llmdistill.rollouts.vllm import VLLMRollouts  # noqa: E402
+from llmdistill.rollouts.vllm import VLLMRollouts
 
 TOLERANCE = 2e-4  # float32 log-probs of random tiny models; the two differ by up to 5e-5
 PROMPTS = [Prompt(list(range(5, 5 + n)), str(n), domain=f"d{n}") for n in (3, 40, 12, 7)]
@@ -162,6 +162,13 @@ def test_a_seed_fixes_every_request_whatever_its_company(untied):
     assert full[::3] == completions(untied.generate(PROMPTS, Sampling(12, seed=7)))
     assert full != completions(untied.generate(PROMPTS, Sampling(12, samples_per_prompt=3, seed=8)))
     assert len({tuple(c) for c in full}) == len(full)
+
+
+def test_sampling_leaves_the_global_random_state_alone(untied):
+    """Training draws from it, and a resumed run has to find it as an undisturbed one does."""
+    before = torch.random.get_rng_state()
+    untied.generate(PROMPTS, Sampling(4))
+    assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_order_prompts_and_domains_are_kept(untied):

@@ -12,7 +12,7 @@ from tests.tiny import llama, tokenizer
 
 pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
-from llmdistill.teachers.vllm import VLLMTeacher  # noqa: E402
+from llmdistill.teachers.vllm import VLLMTeacher
 
 VOCAB = 264
 LONGEST = 64
@@ -39,10 +39,10 @@ def reference(folder):
 
 
 def rollout():
-    """Sequences of other lengths, one that fills the context exactly, one prompt without a completion."""
+    """Sequences of other lengths, one that fills the context exactly, a prompt alone, a completion alone."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(2, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
-    return collate([draw(3), draw(20), draw(40), draw(5)], [draw(9), draw(1), draw(24), []], pad_id=0)
+    return collate([draw(3), draw(20), draw(40), draw(5), []], [draw(9), draw(1), draw(24), [], draw(6)], pad_id=0)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB])
@@ -70,9 +70,23 @@ def test_scores_leave_out_what_does_not_count(teacher):
     assert torch.equal(gap.token_logprobs, whole.token_logprobs[keep])
 
 
-def test_more_candidates_than_loaded_for_is_refused(teacher):
-    with pytest.raises(UserError, match="objective.top_k is 265"):
+def test_padding_on_the_left_changes_nothing(teacher):
+    ids = rollout().sequences([0])
+    shifted = collate([[0, 0] + ids.input_ids[0, :3].tolist()], [ids.input_ids[0, 3:].tolist()], pad_id=0)
+    shifted.attention_mask[0, :2] = False
+    (plain,), (left,) = teacher.score(ids, 3), teacher.score(shifted, 3)
+    assert torch.equal(plain.topk_logprobs, left.topk_logprobs)
+    assert left.positions == slice(plain.positions.start + 2, plain.positions.stop + 2)
+
+
+def test_more_candidates_than_columns_or_than_loaded_for_are_refused(teacher, folder):
+    with pytest.raises(UserError, match="top_k is 265; the teacher has 264"):
         teacher.score(rollout(), VOCAB + 1)
+    narrow = VLLMTeacher(folder, dtype="float32", max_top_k=4, max_model_len=LONGEST, kv_cache_gib=0.05)
+    assert narrow.score(rollout(), 4)[0].topk_ids.shape == (9, 4)
+    with pytest.raises(UserError, match="max_top_k"):
+        narrow.score(rollout(), 5)
+    narrow.close()
 
 
 def test_longer_sequences_than_loaded_for_are_refused(teacher):

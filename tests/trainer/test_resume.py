@@ -118,7 +118,10 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         file.write('{"step": 5, "lo')  # killed here
     folder.rewind(2)
     assert losses(tmp_path) == {1: 1.0, 2: 2.0}
-    assert sorted(p.name for p in (tmp_path / "completions").iterdir()) == ["step-000001.parquet", "step-000002.parquet"]
+    assert sorted(p.name for p in (tmp_path / "completions").iterdir()) == [
+        "step-000001.parquet",
+        "step-000002.parquet",
+    ]
 
 
 def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
