@@ -18,6 +18,7 @@ the weights that are trained.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import sys
@@ -160,6 +161,8 @@ def _prepare_environment(on_gpu: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at load concern servers: 20 lines of them
+    if "vllm" not in sys.modules:  # it speaks before it has set up its logging
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     if not on_gpu:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 

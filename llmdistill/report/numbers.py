@@ -11,7 +11,7 @@ from llmdistill.report.svg import Series, histogram, interval_plot, line_plot, r
 from llmdistill.report.text import exact, safe, show
 
 NATS, SHARE = "nats/token", "share of tokens"
-TEXTS = (("student", "the student's own samples"), ("teacher", "the teacher's text"))
+TEXTS = (("student", "the student’s own samples"), ("teacher", "the teacher’s text"))
 SMOOTHED_FROM = 40  # log lines: a noisy curve of at least as many gets a running mean
 NOT_NOISY = ("learning_rate", "memory/peak_gib")
 LINE_COLOURS = ("c1", "c2", "c3", "c4")
@@ -113,7 +113,7 @@ def _big(when: str, estimate: Estimate | None) -> str:
     if estimate is None:
         return f'<div class="figure"><b>–</b><span>{when}: not measured</span></div>'
     bounds = estimate.interval
-    ends = f"[{exact(bounds[0])}, {exact(bounds[1])}]" if bounds else "no interval"
+    ends = f'<span class="ends">[{exact(bounds[0])}, {exact(bounds[1])}]</span>' if bounds else "no interval"
     return f'<div class="figure"><b>{exact(estimate.value)}</b><span>{when} {ends}</span></div>'
 
 
@@ -321,7 +321,7 @@ def spread(data: RunData) -> str:
         ]
         plot = histogram(f"Reverse KL per sequence, {title}", f"mean reverse KL of a sequence, {NATS}", groups)
         if plot:
-            figures.append(_figure(f"On {title}", "number of sequences", plot))
+            figures.append(_figure(f"On {title}", "sequences", plot))
     if bars := _intervals(data):
         figures.insert(0, bars)
     if not figures:

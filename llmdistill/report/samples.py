@@ -85,7 +85,7 @@ def _completion(row: dict[str, Any], values: list[float], scale: tuple[float, fl
     )
     return (
         f'<details class="completion" {attributes} data-kl="{0.0 if mean is None else mean:.6g}"><summary>'
-        f'<span class="facts">{" ".join(f"<span>{f}</span>" for f in facts)}{bars}</span>'
+        f'<span class="facts">{bars}{" ".join(f"<span>{f}</span>" for f in facts)}</span>'
         f'<span class="first" dir="auto">{first}</span></summary>'
         f'<h4>Prompt</h4><pre class="prompt" dir="auto">{clipped(row.get("prompt") or "", limit // 3, keep_end=True)}</pre>'
         f'<h4>Completion</h4><pre dir="auto">{clipped(text, limit - limit // 3)}</pre></details>'
