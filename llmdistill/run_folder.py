@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ class RunFolderCallback(TrainerCallback):
     def __init__(self, folder: RunFolder, meters: Meters) -> None:
         self.folder, self.meters = folder, meters
         self.progress: Progress | None = None
+        self.optimizer_began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -113,6 +115,12 @@ class RunFolderCallback(TrainerCallback):
         )
         self.progress.start()
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, rate="", note="")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer_began = time.perf_counter()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meters.add("time/optimizer", time.perf_counter() - self.optimizer_began)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.progress is not None:

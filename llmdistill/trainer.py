@@ -238,7 +238,7 @@ class DistillationTrainer(Trainer):
             )
             return found["loss"]
 
-        with self.meters.timed("time/student_forward"), in_place_of(head.linear, at_the_head):
+        with in_place_of(head.linear, at_the_head):
             output = model(
                 input_ids=rollout.input_ids,
                 attention_mask=rollout.attention_mask,
@@ -259,7 +259,7 @@ class DistillationTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.meters.timed("time/student"):
+        with self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
             return super().training_step(*args, **kwargs)
 
     def _metrics(self, student_nV: Tensor, *evidence: Tensor) -> dict[str, Tensor]:

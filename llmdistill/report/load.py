@@ -79,6 +79,8 @@ def _read_config(data: RunData) -> None:
     try:
         data.config_text = (data.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
         data.config = as_dict(yaml.safe_load(data.config_text))
+        if not data.config:
+            data.missing.append("config.yaml holds no settings; it is shown as it is.")
     except OSError:
         data.missing.append("config.yaml is not there, so the settings of the run are not shown.")
     except yaml.YAMLError:

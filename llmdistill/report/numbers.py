@@ -58,7 +58,11 @@ CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ),
     ("Peak memory", "GiB", (("memory/peak_gib", "so far"),)),
     ("Completion length", "tokens", (("rollout/mean_length", "mean"),)),
-    ("Truncated completions", "share of sequences", (("rollout/truncated_fraction", "cut at max_new_tokens"),)),
+    (
+        "Truncated completions",
+        "share of sequences",
+        (("rollout/truncated_fraction", "cut at max_new_tokens"),),
+    ),
 )
 
 
@@ -118,22 +122,18 @@ def _big(when: str, estimate: Estimate | None) -> str:
 
 
 def _verdict(before: Estimate | None, after: Estimate | None, on: str) -> str:
-    if after is None:
-        return (
-            f"Measured on {on} before training. The measurement after training is missing, so no change can be stated."
-        )
-    if before is None:
-        return (
-            f"Measured on {on} after training. The measurement before training is missing, so no change can be stated."
-        )
+    if after is None or before is None:
+        here, gone = ("before", "after") if after is None else ("after", "before")
+        return f"Measured on {on} {here} training. It is missing {gone} training, so no change can be stated."
     separate = apart(before, after)
     percent = f" ({100 * (after.value / before.value - 1):+.0f}&nbsp;%)".replace("-", "−") if before.value > 0 else ""
+    change = f"{_signed(after.value - before.value)}{percent}"
     if separate is None:
-        return f"Changed by {_signed(after.value - before.value)}{percent}. There are no intervals to judge that by."
+        return f"Changed by {change}. There are no intervals to judge that by."
     if not separate:
         return (
-            f"<strong>The intervals overlap</strong>: the change of {_signed(after.value - before.value)}{percent} may be "
-            f"sampling noise. Measured on {on}; more of them (objective.heldout_sequences) narrow the intervals."
+            f"<strong>The intervals overlap</strong>: the change of {change} may be sampling noise. Measured on {on}; "
+            "more of them (objective.heldout_sequences) narrow the intervals."
         )
     direction = "closer to" if after.value < before.value else "further from"
     return (
@@ -149,9 +149,9 @@ def tables(data: RunData) -> str:
         return '<p class="none">No held-out measurement in this run folder.</p>'
     sparse = any("tail_mass" in as_dict(s.get(text)) for s in (data.before, data.after) for text, _ in TEXTS)
     note = (
-        "Means per token; 95&nbsp;% bootstrap intervals over whole sequences. The student’s samples are fresh each time; "
-        "the teacher’s text is the same before and after. Apart: the two intervals share no value; overlap: they do, and the "
-        "change may be sampling noise."
+        "Means per token; 95&nbsp;% bootstrap intervals over whole sequences. The student’s samples are fresh each "
+        "time; the teacher’s text is the same before and after. Apart: the two intervals share no value; overlap: "
+        "they do, and the change may be sampling noise."
     )
     if sparse:
         note += (
@@ -240,11 +240,7 @@ def curves(data: RunData) -> str:
         figures.append(_figure(title, unit, plot, _legend(series)))
     if not figures:
         return '<p class="none">No step was logged.</p>'
-    accumulation = finite(data.option("train", "gradient_accumulation_steps")) or 1
-    note = (
-        f"{_smoothing(data)}Time is the mean of one call: rollout and teacher "
-        f"are called once a step, the student once a micro-batch ({accumulation:g} per step and process here)."
-    )
+    note = f"{_smoothing(data)}Time is the mean of one optimizer step."
     if absent:
         note += f" Not in this run’s log: {', '.join(absent)}."
     return f'<div class="plots">{"".join(figures)}</div><p class="note">{note}</p>'
@@ -257,7 +253,10 @@ def _training(data: RunData, key: str, label: str, colour: str) -> list[Series]:
     if len(xs) < SMOOTHED_FROM or key in NOT_NOISY:
         return [Series(label, xs, ys, colour)]
     mean = running_mean(ys, _reach(len(xs)))
-    return [Series(f"{label}, log lines", xs, ys, f"{colour} raw"), Series(f"{label}, running mean", xs, mean, colour)]
+    return [
+        Series(f"{label}, log lines", xs, ys, f"{colour} raw"),
+        Series(f"{label}, running mean", xs, mean, colour),
+    ]
 
 
 def _reach(lines: int) -> int:
@@ -301,7 +300,8 @@ def _legend(series: list[Series]) -> str:
     if len(named) < 2:
         return ""
     items = [
-        f'<li><i class="key{" point" if s.dots else ""} {s.colour}"></i>{safe(s.label.removesuffix(", running mean"))}</li>'
+        f'<li><i class="key{" point" if s.dots else ""} {s.colour}"></i>'
+        f"{safe(s.label.removesuffix(', running mean'))}</li>"
         for s in named
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'

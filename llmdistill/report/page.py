@@ -19,7 +19,7 @@ from string import Template
 from llmdistill.report.load import RunData, finite, load_run
 from llmdistill.report.numbers import curves, headline, spread, tables
 from llmdistill.report.samples import answers, completions
-from llmdistill.report.text import clipped, duration, exact, safe
+from llmdistill.report.text import clipped, duration, exact, name, safe
 
 CONFIG_BYTES = 40_000
 
@@ -37,10 +37,10 @@ def render(data: RunData) -> str:
     """The page as one string."""
     parts = files("llmdistill.report")
     style, script, page = ((parts / f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html"))
-    name = data.path.resolve().name
+    folder = data.path.resolve().name
     return Template(page).substitute(
-        title=safe(f"{name}: distillation run"),
-        name=safe(name),
+        title=safe(f"{folder}: distillation run"),
+        name=safe(folder),
         style=style,
         script=script,
         # The only script that may run is ours, even if something hostile got past the escaping.
@@ -82,7 +82,7 @@ def _subtitle(data: RunData) -> str:
     student, teacher = data.option("student", "model"), data.option("teacher", "model")
     if not student or not teacher:
         return ""
-    return f'<p class="models"><bdi>{clipped(student, 300)}</bdi> learns from <bdi>{clipped(teacher, 300)}</bdi></p>'
+    return f'<p class="models"><bdi>{name(student)}</bdi> learns from <bdi>{name(teacher)}</bdi></p>'
 
 
 def _missing(data: RunData) -> str:
@@ -101,13 +101,13 @@ def _facts(data: RunData) -> str:
         "steps": f"{data.last_step:,}",
         "training time": safe(duration(runtime)) if runtime else None,
         "peak memory": f"{exact(peak)} GiB" if peak else None,
-        "objective": ", ".join(clipped(x, 80) for x in objective if x) or None,
-        "rollouts": "{}, at most {} tokens, {} per prompt".format(*(clipped(x, 80) for x in rollouts))
+        "objective": ", ".join(name(x) for x in objective if x) or None,
+        "rollouts": "{}, at most {} tokens, {} per prompt".format(*(name(x) for x in rollouts))
         if all(rollouts)
         else None,
-        "learning rate": clipped(rate, 40) if (rate := data.option("train", "learning_rate")) else None,
+        "learning rate": name(rate) if (rate := data.option("train", "learning_rate")) else None,
     }
-    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items() if value)
+    items = "".join(f"<div><dt>{term}</dt><dd>{value}</dd></div>" for term, value in facts.items() if value)
     return f'<dl class="facts">{items}</dl>'
 
 

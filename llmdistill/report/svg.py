@@ -51,7 +51,7 @@ class Axis:
             powers = range(math.floor(math.log10(self.low)) - 1, math.ceil(math.log10(self.high)) + 1)
             for factors in ((1, 2, 5), (1, 3), (1,)):
                 found = [f * 10.0**p for p in powers for f in factors if self.low <= f * 10.0**p <= self.high]
-                if len(found) <= count + 1:
+                if len(found) <= count + 3:
                     break
             return found
         step = nice_step(self.low, self.high, count)
@@ -203,7 +203,8 @@ def sparkline(values: Sequence[float], low: float, high: float, label: str, widt
     )
     return (
         f'<svg class="spark" viewBox="0 0 {width} {height}" role="img" aria-label="{safe(label)}">'
-        f'<path d="{path}" stroke-width="{max(step - 0.6, 1.2):.3g}"/><path class="axis" d="M0 {zero:.3g}H{width}"/></svg>'
+        f'<path d="{path}" stroke-width="{max(step - 0.6, 1.2):.3g}"/>'
+        f'<path class="axis" d="M0 {zero:.3g}H{width}"/></svg>'
     )
 
 

@@ -21,8 +21,25 @@ def safe(value: object) -> str:
 
 
 def clipped(value: object, limit: int, *, keep_end: bool = False) -> str:
-    """Like :func:`safe`, of at most about ``limit`` bytes once escaped; says how many characters were cut."""
+    """Like :func:`safe`, of at most ``limit`` bytes once escaped; markup after it says how many characters were cut."""
     text = str(value)
+    kept = _fitting(text, limit, keep_end)
+    cut = len(text) - kept
+    if not cut:
+        return safe(text)
+    note = f'<span class="cut">{cut:,} characters not shown</span>'
+    return f"{note}… {safe(text[cut:])}" if keep_end else f"{safe(text[:kept])} …{note}"
+
+
+def name(value: object, limit: int = 120) -> str:
+    """A short text for attributes and one-line places: no markup, an ellipsis where it was cut."""
+    text = str(value)
+    kept = _fitting(text, limit, keep_end=False)
+    return safe(text[:kept]) + ("…" if kept < len(text) else "")
+
+
+def _fitting(text: str, limit: int, keep_end: bool) -> int:
+    """How many characters from that end escape to at most ``limit`` bytes."""
     source = reversed(text) if keep_end else iter(text)
     kept, size = 0, 0
     for character in source:
@@ -30,11 +47,7 @@ def clipped(value: object, limit: int, *, keep_end: bool = False) -> str:
         if size > limit:
             break
         kept += 1
-    cut = len(text) - kept
-    if not cut:
-        return safe(text)
-    note = f'<span class="cut">{cut:,} characters not shown</span>'
-    return f"{note}… {safe(text[cut:])}" if keep_end else f"{safe(text[:kept])} …{note}"
+    return kept
 
 
 def show(value: float) -> str:

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from llmdistill.rollouts import Prompt, Sampling
 from llmdistill.run_folder import RunFolder
+from llmdistill.teachers.local import LocalTeacher, load_model
 from tests import tiny
 
 STEPS = 8
@@ -97,6 +100,23 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, engine: str) -> N
         assert found == {step: pytest.approx(loss, rel=1e-5) for step, loss in expected.items()}
     after = [json.loads((run / "after.json").read_text())["student"]["reverse_kl"] for run in (whole, torn)]
     assert after[0] == pytest.approx(after[1], rel=1e-5)
+    for name in ("config.yaml", "report.html", "before.json", "summary.json", "completions/step-000008.parquet"):
+        assert (whole / name).stat().st_size > 0, name
+    assert_the_saved_student_loads(whole / "student", engine)
+
+
+def assert_the_saved_student_loads(folder: Path, engine: str) -> None:
+    """transformers and vLLM read it and answer alike."""
+    model, tokenizer = load_model(str(folder), "float32", "student")
+    prompts = [Prompt(list(tokenizer("9+4=")["input_ids"]), "")]
+    local = LocalTeacher(model, tokenizer).generate(prompts, Sampling(8, temperature=0))
+    assert len(local.input_ids[0]) > len(prompts[0].ids)
+    if engine == "vllm":
+        from llmdistill.teachers.vllm import VLLMTeacher
+
+        other = VLLMTeacher(str(folder), dtype="float32", max_model_len=32)
+        assert torch.equal(other.generate(prompts, Sampling(8, temperature=0)).input_ids, local.input_ids)
+        other.close()
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
