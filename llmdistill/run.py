@@ -222,6 +222,11 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
         console.print("student after: ", after["student_answers"][i][:300], markup=False)
     console.rule()
     console.print(f"student: {folder.path / 'student'}   page: {page}", markup=False)
+    console.print(
+        "next: open the page; then your own models, with --student.model, --teacher.model, --data.train and "
+        "--max_new_tokens (README, 'Your models')",
+        markup=False,
+    )
 
 
 def _cell(values: dict[str, float], metric: str) -> str:
