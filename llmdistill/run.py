@@ -147,7 +147,7 @@ def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
     measured = trainer.measure_heldout(heldout[: trainer.args.heldout_sequences])
     shown = heldout[:SHOWN_PROMPTS]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
-    trainer.rollout_engine.sync(trainer._generating_model(), trainer.state.global_step)
+    trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
     return {
         "step": trainer.state.global_step,
         **{name: m.flat() for name, m in measured.items()},

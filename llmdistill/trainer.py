@@ -157,7 +157,7 @@ class DistillationTrainer(Trainer):
                 pad_id=self.pad_id,
                 domain=[p.domain for p in prompts],
             )
-        self.rollout_engine.sync(self._generating_model(), self.state.global_step)
+        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
         rollout = self.rollout_engine.generate(prompts, sampling)
         return rollout.without_truncated() if self.args.rollouts.mask_truncated else rollout
 
@@ -198,10 +198,10 @@ class DistillationTrainer(Trainer):
             batches.append({"micro_batch": micro, "input_ids": part.input_ids})
         return batches
 
-    def _sampling(self, step: int, *, samples: int | None = None) -> Sampling:
+    def _sampling(self, step: int) -> Sampling:
         r = self.args.rollouts
         seed = request_seed(self.args.seed, step, self.accelerator.process_index)
-        return Sampling(r.max_new_tokens, r.temperature, r.top_p, r.top_k, samples or r.samples_per_prompt, seed)
+        return Sampling(r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.samples_per_prompt, seed)
 
     # ---------------------------------------------------------------- loss
 
@@ -301,7 +301,7 @@ class DistillationTrainer(Trainer):
         counted = [i < len(prompts) for i in index]
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         sampling = Sampling(r.max_new_tokens, seed=request_seed(self.args.seed, -1, rank))
-        self.rollout_engine.sync(self._generating_model(), self.state.global_step)
+        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
         own = self.rollout_engine.generate(mine, sampling)
         if self._teacher_text is None or len(self._teacher_text) != len(mine):
             self._teacher_text = self.teacher.generate(mine, sampling)
@@ -311,7 +311,7 @@ class DistillationTrainer(Trainer):
             sharded = list(self.model.parameters()) if self.model_wrapped is self.model else []
             with self.accelerator.autocast(), gathered(sharded):
                 measured[name] = measure(
-                    self._forward_model(),
+                    self.forward_model(),
                     head_of(self.model),
                     self.teacher,
                     rollout,
@@ -406,8 +406,6 @@ class DistillationTrainer(Trainer):
             seed=self.args.seed,
         )
 
-    def _forward_model(self) -> nn.Module:
+    def forward_model(self) -> nn.Module:
+        """The student to run: DeepSpeed's engine puts sharded parameters together, everything else is the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
-
-    def _generating_model(self) -> nn.Module:
-        return self._forward_model()

@@ -42,7 +42,7 @@ def sampled_rollout(trainer: DistillationTrainer, prompts: Sequence[Prompt]) -> 
         return collate([p.ids for p in chosen], completions, pad_id=trainer.pad_id)
     r = trainer.args.rollouts  # type: ignore[attr-defined]
     sampling = Sampling(min(NEW_TOKENS, r.max_new_tokens), r.temperature, r.top_p, r.top_k, seed=trainer.args.seed)
-    trainer.rollout_engine.sync(trainer._generating_model(), trainer.state.global_step)
+    trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
     return trainer.rollout_engine.generate(chosen, sampling)
 
 
