@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.rollouts import Prompt, Rollout, Sampling
 from llmdistill.service.blocks import ScoreBlock
@@ -29,8 +31,13 @@ class Teacher(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout: ...
 
-    def score(self, rollout: Rollout, top_k: int) -> list[ScoreBlock]:
-        """One block per sequence over its counted tokens; ``top_k`` 0 gives token log-probs only."""
+    def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
+        """One block per sequence over its counted tokens; ``top_k`` 0 lists none but those asked for.
+
+        Args:
+            chosen: [N, C] ids to list in row N's block beside the teacher's ``top_k``, -1 where a row has fewer.
+                The rows are those of ``rollout.token_rows()``; ids already listed are not listed twice.
+        """
         ...
 
     def info(self) -> TeacherInfo: ...
