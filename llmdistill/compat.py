@@ -147,6 +147,11 @@ def takes_partial_push(llm: Any) -> bool:
     return bool(llm.collective_rpc(_is_plain)[0])
 
 
+def scores_chosen_ids(llm: Any) -> bool:
+    """Whether a request may name the ids to score (``prompt_logprob_token_ids``): vLLM's second model runner only."""
+    return bool(llm.llm_engine.vllm_config.use_v2_model_runner)
+
+
 @contextmanager
 def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
     """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing."""

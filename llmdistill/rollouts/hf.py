@@ -69,10 +69,16 @@ def generate(
     eos_ids: Sequence[int],
     pad_id: int,
     policy_version: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> Rollout:
     """Completions of every prompt (samples of one prompt adjacent), the ending eos included and counted.
 
-    The global random state is left as it was found: a run draws the same samples whatever else uses it.
+    ``behavior_logprobs`` are those of the distribution drawn from: softmax(logits / temperature) after top-k and
+    top-p; of softmax(logits) when greedy. The global random state is left as it was found: a run draws the same
+    samples whatever else uses it.
+
+    Args:
+        rows: number of each prompt in the call its seed speaks of, where this call is only a part of that.
     """
     n = sampling.samples_per_prompt
     width = max(len(p.ids) for p in prompts)
@@ -80,7 +86,7 @@ def generate(
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     # Drawing is ours (one uniform number per request and token), so transformers only has to take the best score.
-    draw = _Draw(sampling, len(prompts)).to(model.device)
+    draw = _Draw(sampling, range(len(prompts)) if rows is None else rows).to(model.device)
     was_training = model.training
     model.eval()
     out = model.generate(  # type: ignore[operator]
@@ -98,15 +104,18 @@ def generate(
     )
     model.train(was_training)
     completions: list[list[int]] = []
+    logprobs: list[list[float]] = []
     finish: list[Finish] = []
-    for row in out[:, width:].tolist():  # type: ignore[union-attr]
+    for row, row_logprobs in zip(out[:, width:].tolist(), draw.logprobs(), strict=True):  # type: ignore[union-attr]
         end = next((i for i, token in enumerate(row) if token in eos_ids), None)
         completions.append(row if end is None else row[: end + 1])
+        logprobs.append(row_logprobs[: len(completions[-1])])
         finish.append("length" if end is None else "stop")
     return collate(
         [p.ids for p in prompts for _ in range(n)],
         completions,
         pad_id=pad_id,
+        behavior_logprobs=logprobs,
         finish=finish,
         domain=[p.domain for p in prompts for _ in range(n)],
         policy_version=policy_version,
@@ -132,25 +141,34 @@ class _Draw(LogitsProcessor):
     which is not touched.
     """
 
-    def __init__(self, sampling: Sampling, prompts: int) -> None:
-        requests = [(i, j) for i in range(prompts) for j in range(sampling.samples_per_prompt)]
+    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
+        requests = [(i, j) for i in rows for j in range(sampling.samples_per_prompt)]
         streams = [torch.Generator().manual_seed(request_seed(sampling.seed, i, j)) for i, j in requests]
         shape = sampling.max_new_tokens
         self.uniform_BL = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in streams])
         self.greedy, self.step = sampling.temperature == 0, 0
+        self.drawn_lp: list[Tensor] = []  # [B] of every step
 
     def to(self, device: torch.device) -> _Draw:
         self.uniform_BL = self.uniform_BL.to(device)
         return self
 
+    def logprobs(self) -> list[list[float]]:
+        """Of every token drawn, [B, steps]."""
+        return torch.stack(self.drawn_lp, 1).tolist()
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         if self.greedy:
+            best_B = scores.argmax(-1, keepdim=True)
+            self.drawn_lp.append((scores.gather(-1, best_B) - scores.logsumexp(-1, keepdim=True)).squeeze(-1).float())
             return scores
         # float64: over 150k columns a float32 running sum loses the tail.
-        cdf_BV = scores.double().softmax(-1).cumsum(-1)
+        probabilities_BV = scores.double().softmax(-1)
+        cdf_BV = probabilities_BV.cumsum(-1)
         threshold_B1 = self.uniform_BL[:, self.step, None] * cdf_BV[:, -1:]
         self.step += 1
         drawn_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True).clamp(max=scores.shape[-1] - 1)
+        self.drawn_lp.append(probabilities_BV.gather(-1, drawn_B1).log().squeeze(-1).float())
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn_B1, 0.0)
 
 

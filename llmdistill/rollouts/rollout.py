@@ -117,6 +117,12 @@ def predicting_rows(states_BTX: Tensor, mask_BT: Tensor) -> Tensor:
     return states_BTX[:, :-1][mask_BT[:, 1:]]
 
 
+def span(mask_T: Tensor) -> slice:
+    """First to last counted position of one sequence; index 0 cannot be counted (nothing predicts it)."""
+    at = mask_T[1:].nonzero().flatten() + 1
+    return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
+
+
 def position_ids(attention_mask_BT: Tensor) -> Tensor:
     """Positions that count real tokens only, so that left padding changes nothing, [B, T] int64."""
     return (attention_mask_BT.long().cumsum(1) - 1).clamp(min=0)

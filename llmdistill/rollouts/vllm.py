@@ -12,6 +12,7 @@ from llmdistill import compat
 from llmdistill.errors import UserError
 from llmdistill.rollouts.engine import request_seed
 from llmdistill.rollouts.rollout import Finish, Prompt, Rollout, Sampling, collate
+from llmdistill.vllm_requests import generation_params
 from llmdistill.weights import base_model, named_weights
 
 
@@ -96,8 +97,6 @@ def complete(
     llm: Any, prompts: Sequence[Prompt], sampling: Sampling, eos_ids: Sequence[int], max_model_len: int
 ) -> list[Any]:
     """vLLM's ``CompletionOutput`` of every prompt and sample, samples of one prompt adjacent."""
-    from vllm import SamplingParams
-
     longest = max((len(p.ids) for p in prompts), default=0) + sampling.max_new_tokens
     if longest > max_model_len:
         raise UserError(
@@ -108,17 +107,7 @@ def complete(
     requests = [
         (
             {"prompt_token_ids": list(prompt.ids)},
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
-                seed=request_seed(sampling.seed, i, j),
-                stop_token_ids=list(eos_ids),
-                logprobs=0,  # the sampled token's only
-                flat_logprobs=True,
-                detokenize=False,
-            ),
+            generation_params(sampling, request_seed(sampling.seed, i, j), eos_ids),
         )
         for i, prompt in enumerate(prompts)
         for j in range(sampling.samples_per_prompt)

@@ -13,7 +13,8 @@ file). Nothing is ever unpickled or evaluated. fp is a fingerprint of weights; a
 ``POST /v1/generate``::
 
     {"prompts": [[id, ...], ...], "rows": [i, ...] | null, "eos_ids": [id, ...] | null, "adapter": name | null,
-     "sampling": {"max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "seed"}, "teacher": fp | null}
+     "sampling": {"max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "seed"},
+     "teacher": fp | null}
     -> {"teacher", "policy_version", "completions": [[{"ids", "logprobs", "finish"} per sample] per prompt]}
 
 Sample j of prompt i is drawn with ``request_seed(seed, rows[i], j)`` (rows: 0, 1, ... when null), so a call that is
@@ -30,8 +31,8 @@ split over requests or replicas draws what the whole call would have drawn.
 
 ``GET /v1/info``::
 
-    {"protocol", "name", "teacher", "tokenizer", "vocab_size", "eos_ids", "context_length", "template", "engine", "dtype",
-     "policy_version", "chosen_ids", "weights", "adapters": [name, ...],
+    {"protocol", "name", "teacher", "tokenizer", "vocab_size", "eos_ids", "context_length", "template", "engine",
+     "dtype", "policy_version", "chosen_ids", "weights", "adapters": [name, ...],
      "limits": {"top_k", "sequence_tokens", "sequences", "positions", "new_tokens", "body_bytes", "in_flight"}}
 
 ``GET /health`` (the process lives), ``/ready`` (200 when it takes work, else 503), ``/metrics`` (Prometheus).

@@ -13,11 +13,12 @@ from llmdistill.distributed import whole_models
 from llmdistill.errors import UserError
 from llmdistill.heads import head_of, hidden_states
 from llmdistill.objectives.rows import HiddenRows
-from llmdistill.rollouts import Prompt, Rollout, Sampling, position_ids, predicting_rows
+from llmdistill.rollouts import Prompt, Rollout, Sampling, position_ids, predicting_rows, span
 from llmdistill.rollouts.hf import generate
 from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
+from llmdistill.teachers.listing import columns, listed, support_of
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
 
 
@@ -76,8 +77,8 @@ class LocalTeacher:
         return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, top_k: int) -> list[ScoreBlock]:
-        """One block per sequence. ``top_k`` up to the vocabulary size.
+    def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
+        """One block per sequence. ``top_k`` up to the vocabulary size; any ids can be ``chosen``.
 
         Raises:
             UserError: ``top_k`` above the number of logit columns.
@@ -86,25 +87,23 @@ class LocalTeacher:
         if top_k > vocab:
             raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
         rows, ids_N = self.dense(rollout), rollout.token_rows().to(self.model.device)
-        token_lp, top_lp, top_ids = [], [], []
+        width = columns(top_k, chosen, vocab)
+        token_lp = [torch.zeros(0)]
+        ids, lps = [torch.zeros(0, width, dtype=torch.int32)], [torch.zeros(0, width)]
         for start in range(0, len(rows), self.chunk_tokens):
             piece = slice(start, start + self.chunk_tokens)
             (logits_nV,) = rows.chunk(piece, vocab)
             logprobs_nV = logits_nV.float().log_softmax(-1)
             token_lp.append(logprobs_nV.gather(1, ids_N[piece, None]).squeeze(1).cpu())
-            values, indices = logprobs_nV.topk(top_k, dim=-1)
-            top_lp.append(values.cpu())
-            top_ids.append(indices.int().cpu())
+            ids_nK, lps_nK = listed(logprobs_nV, top_k, None if chosen is None else chosen[piece])
+            ids.append(ids_nK.cpu())
+            lps.append(lps_nK.cpu())
         counts = rollout.row_counts
-        columns = (
-            (torch.cat(token_lp) if token_lp else torch.zeros(0)).split(counts),
-            (torch.cat(top_ids) if top_ids else torch.zeros(0, top_k, dtype=torch.int32)).split(counts),
-            (torch.cat(top_lp) if top_lp else torch.zeros(0, top_k)).split(counts),
-        )
+        parts = (torch.cat(token_lp).split(counts), torch.cat(ids).split(counts), torch.cat(lps).split(counts))
         info = self.info()
-        header = BlockHeader(info.fingerprint, info.tokenizer, top_k, vocab)
-        spans = [_span(mask) for mask in rollout.completion_mask]
-        return [ScoreBlock(s, *c, header) for s, c in zip(spans, zip(*columns, strict=True), strict=True)]
+        header = BlockHeader(info.fingerprint, info.tokenizer, width, vocab, support=support_of(top_k, chosen))
+        spans = [span(mask) for mask in rollout.completion_mask]
+        return [ScoreBlock(s, *p, header) for s, p in zip(spans, zip(*parts, strict=True), strict=True)]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         return generate(self.model, prompts, sampling, eos_ids=self.info().eos_ids, pad_id=pad_id(self.tokenizer))
@@ -160,9 +159,3 @@ def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
-
-
-def _span(mask_T: Tensor) -> slice:
-    """First to last counted position."""
-    at = mask_T[1:].nonzero().flatten() + 1
-    return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)

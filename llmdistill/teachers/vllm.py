@@ -10,19 +10,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from llmdistill import compat
 from llmdistill.config import TeacherConfig
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Rollout, Sampling
+from llmdistill.rollouts import Prompt, Rollout, Sampling, span
 from llmdistill.rollouts.vllm import complete, to_rollout
 from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
+from llmdistill.teachers.listing import columns, support_of
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
+from llmdistill.vllm_requests import scored_rows, scoring_params
 
 
 class VLLMTeacher:
@@ -102,14 +103,13 @@ class VLLMTeacher:
             trust_remote_code=config.trust_remote_code,
         )
 
-    def score(self, rollout: Rollout, top_k: int) -> list[ScoreBlock]:
+    def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """One block per sequence. ``top_k`` 0 gives token log-probs only, the vocabulary size all of them.
 
         Raises:
-            UserError: ``top_k`` above ``max_top_k``, or a sequence longer than ``max_model_len``.
+            UserError: ``top_k`` above ``max_top_k``, a sequence longer than ``max_model_len``, or ``chosen`` ids where
+                vLLM's model runner cannot score them (on CPU it cannot).
         """
-        from vllm import SamplingParams
-
         vocab = self._info.vocab_size
         if top_k > vocab:
             raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
@@ -118,6 +118,11 @@ class VLLMTeacher:
                 f"objective.top_k is {top_k}; this vLLM teacher was loaded for at most {self.max_top_k}. "
                 f"Fix: load it with a larger max_top_k, or set teacher.engine to 'hf'."
             )
+        if chosen is not None and not compat.scores_chosen_ids(self.llm):
+            raise UserError(
+                "the caller chose the ids to score; vLLM's model runner here cannot give their log-probs exactly. "
+                "Fix: teacher.engine hf."
+            )
         sequences = [ids[real].tolist() for ids, real in zip(rollout.input_ids, rollout.attention_mask, strict=True)]
         longest = max(map(len, sequences), default=0)
         if longest > self.max_model_len:
@@ -125,19 +130,21 @@ class VLLMTeacher:
                 f"a sequence has {longest} tokens; the vLLM teacher holds {self.max_model_len}. "
                 f"Fix: lower data.max_prompt_tokens or rollouts.max_new_tokens."
             )
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=-1 if top_k == vocab else top_k,
-            flat_logprobs=True,
-            detokenize=False,
-        )
+        places = [_places(*masks) for masks in zip(rollout.completion_mask, rollout.attention_mask, strict=True)]
+        ids = [None] * len(rollout) if chosen is None else chosen.split(rollout.row_counts)
+        params = [
+            scoring_params(len(sequence), at, top_k, vocab, mine)
+            for sequence, at, mine in zip(sequences, places, ids, strict=True)
+        ]
         with compat.random_state_kept():
-            outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
-        header = BlockHeader(self._info.fingerprint, self._info.tokenizer, top_k, vocab)
+            outputs = self.llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
+        width = columns(top_k, chosen, vocab)
+        header = BlockHeader(
+            self._info.fingerprint, self._info.tokenizer, width, vocab, support=support_of(top_k, chosen)
+        )
         return [
-            _block(output.prompt_logprobs, counted, real, top_k, header)
-            for output, counted, real in zip(outputs, rollout.completion_mask, rollout.attention_mask, strict=True)
+            ScoreBlock(span(mask), *scored_rows(output, at, top_k, vocab, mine), header)
+            for output, at, mine, mask in zip(outputs, places, ids, rollout.completion_mask, strict=True)
         ]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -151,13 +158,6 @@ class VLLMTeacher:
         compat.close_vllm(self.llm)
 
 
-def _block(logprobs: Any, counted_T: Tensor, real_T: Tensor, top_k: int, header: BlockHeader) -> ScoreBlock:
-    """From vLLM's flat lists, per real token the token itself and then the candidates in order, to a block."""
-    counted_T = counted_T & (real_T.cumsum(0) > 1)  # the first token has nothing before it
-    at = counted_T.nonzero().flatten().tolist()
-    starts = np.asarray(logprobs.start_indices)[counted_T[real_T].cpu().numpy()]
-    cells = starts[:, None] + np.arange(top_k + 1)  # [n, 1 + K]
-    values_nK = torch.from_numpy(np.asarray(logprobs.logprobs, dtype=np.float32)[cells])
-    ids_nK = torch.from_numpy(np.asarray(logprobs.token_ids, dtype=np.int32)[cells])
-    span = slice(at[0], at[-1] + 1) if at else slice(0, 0)
-    return ScoreBlock(span, values_nK[:, 0].clone(), ids_nK[:, 1:].clone(), values_nK[:, 1:].clone(), header)
+def _places(counted_T: Tensor, real_T: Tensor) -> np.ndarray:
+    """Where the counted tokens stand among the real ones; the first has nothing before it."""
+    return ((counted_T & (real_T.cumsum(0) > 1))[real_T]).nonzero().flatten().cpu().numpy()

@@ -26,10 +26,28 @@ def test_what_a_request_draws_does_not_depend_on_its_company() -> None:
     assert completions(PROMPTS, Sampling(8, seed=5)) != together
 
 
+def test_a_part_of_a_call_draws_what_the_whole_call_would() -> None:
+    model, sampling = tiny.llama(1), Sampling(8, seed=4, samples_per_prompt=2)
+    whole = completions(PROMPTS, sampling)
+    part = generate(model, PROMPTS[3:], sampling, eos_ids=[1], pad_id=0, rows=[3, 4])
+    assert [r[m].tolist() for r, m in zip(part.input_ids, part.completion_mask, strict=True)] == whole[6:]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_behavior_logprobs_are_those_of_the_distribution_drawn_from(temperature: float) -> None:
+    model = tiny.llama(1)
+    rollout = generate(model, PROMPTS, Sampling(8, temperature, seed=2), eos_ids=[1], pad_id=0)
+    logits = model(rollout.input_ids, attention_mask=rollout.attention_mask).logits[:, :-1] / (temperature or 1.0)
+    expected = logits.log_softmax(-1).gather(-1, rollout.input_ids[:, 1:, None]).squeeze(-1)
+    counted = rollout.completion_mask[:, 1:]
+    assert (expected - rollout.behavior_logprobs[:, 1:])[counted].abs().max() < 1e-4
+    assert (rollout.behavior_logprobs[~rollout.completion_mask] == 0).all()
+
+
 def test_draws_follow_the_distribution() -> None:
     """20,000 requests over 5 tokens, one of them impossible: counts within 5 sigma (false failures below 1e-5)."""
     n, logits = 20_000, torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
-    scores = _Draw(Sampling(1, seed=1), n)(torch.zeros(n, 1), logits.expand(n, 5))
+    scores = _Draw(Sampling(1, seed=1), range(n))(torch.zeros(n, 1), logits.expand(n, 5))
     counts, p = scores.argmax(-1).bincount(minlength=5).double(), logits.double().softmax(-1)
     assert counts[2] == 0
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
