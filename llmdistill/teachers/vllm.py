@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from llmdistill import compat
 from llmdistill.config import TeacherConfig
@@ -55,26 +55,7 @@ class VLLMTeacher:
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        try:
-            config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-            self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"teacher.model {model_path!r} cannot be loaded: {reason}") from error
-        try:
-            generation = GenerationConfig.from_pretrained(model_path)
-        except OSError:
-            generation = GenerationConfig.from_model_config(config)
-        text_config = config.get_text_config()
-        self._info = TeacherInfo(
-            name=model_path,
-            fingerprint=weights_fingerprint(model_path),
-            tokenizer=tokenizer_fingerprint(self.tokenizer),
-            vocab_size=text_config.vocab_size,
-            eos_ids=eos_ids(SimpleNamespace(generation_config=generation), self.tokenizer),
-            context_length=context_length(config),
-            template=template_hash(self.tokenizer),
-        )
+        self._info, self.tokenizer = describe(model_path, trust_remote_code)
         self.max_top_k = min(max_top_k or self._info.vocab_size, self._info.vocab_size)
         self.max_model_len = max_model_len or self._info.context_length
         self.llm = compat.load_vllm(
@@ -107,21 +88,17 @@ class VLLMTeacher:
         """One block per sequence. ``top_k`` 0 gives token log-probs only, the vocabulary size all of them.
 
         Raises:
-            UserError: ``top_k`` above ``max_top_k``, a sequence longer than ``max_model_len``, or ``chosen`` ids where
-                vLLM's model runner cannot score them (on CPU it cannot).
+            UserError: ``top_k`` or the number of ``chosen`` ids above ``max_top_k``, or a sequence longer than
+                ``max_model_len``.
         """
         vocab = self._info.vocab_size
         if top_k > vocab:
             raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
-        if top_k > self.max_top_k:
+        wide = max(top_k, 0 if chosen is None else chosen.shape[1])
+        if wide > self.max_top_k:
             raise UserError(
-                f"objective.top_k is {top_k}; this vLLM teacher was loaded for at most {self.max_top_k}. "
+                f"objective.top_k is {wide}; this vLLM teacher was loaded for at most {self.max_top_k}. "
                 f"Fix: load it with a larger max_top_k, or set teacher.engine to 'hf'."
-            )
-        if chosen is not None and not compat.scores_chosen_ids(self.llm):
-            raise UserError(
-                "the caller chose the ids to score; vLLM's model runner here cannot give their log-probs exactly. "
-                "Fix: teacher.engine hf."
             )
         sequences = [ids[real].tolist() for ids, real in zip(rollout.input_ids, rollout.attention_mask, strict=True)]
         longest = max(map(len, sequences), default=0)
@@ -156,6 +133,34 @@ class VLLMTeacher:
 
     def close(self) -> None:
         compat.close_vllm(self.llm)
+
+
+def describe(model_path: str, trust_remote_code: bool = False) -> tuple[TeacherInfo, PreTrainedTokenizerBase]:
+    """What is known of a model without loading its weights, and its tokenizer.
+
+    Raises:
+        UserError: nothing loadable there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"teacher.model {model_path!r} cannot be loaded: {reason}") from error
+    try:
+        generation = GenerationConfig.from_pretrained(model_path)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    info = TeacherInfo(
+        name=model_path,
+        fingerprint=weights_fingerprint(model_path),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        vocab_size=config.get_text_config().vocab_size,
+        eos_ids=eos_ids(SimpleNamespace(generation_config=generation), tokenizer),
+        context_length=context_length(config),
+        template=template_hash(tokenizer),
+    )
+    return info, tokenizer
 
 
 def _places(counted_T: Tensor, real_T: Tensor) -> np.ndarray:

@@ -45,6 +45,37 @@ def rollout():
     return collate([draw(3), draw(20), draw(40), draw(5), []], [draw(9), draw(1), draw(24), [], draw(6)], pad_id=0)
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_ids_the_caller_chose_are_scored(teacher, reference, top_k):
+    made, generator = rollout(), torch.Generator().manual_seed(1)
+    chosen = torch.stack([torch.randperm(VOCAB, generator=generator)[:7] for _ in range(made.num_rows)])
+    chosen[3, 2:] = -1
+    exact = reference.score(made, top_k, chosen)
+    for block, wanted in zip(teacher.score(made, top_k, chosen), exact, strict=True):
+        assert block.header == wanted.header
+        torch.testing.assert_close(block.token_logprobs, wanted.token_logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(block.topk_logprobs, wanted.topk_logprobs, rtol=0, atol=1e-4)
+        assert (block.topk_ids == wanted.topk_ids).float().mean() > 0.97 or not block.topk_ids.numel()
+    listed = torch.cat([b.topk_ids for b in exact])
+    for row, ids in zip(listed.tolist(), chosen.tolist(), strict=True):
+        assert set(ids) - {-1} <= set(row) and len(set(row) - {-1}) == len([i for i in row if i >= 0])
+
+
+def test_chosen_ids_survive_prompts_that_are_scored_in_chunks(folder, reference):
+    """With a budget of 16 tokens a step the 64-token sequence is prefilled in four pieces."""
+    made, generator = rollout(), torch.Generator().manual_seed(2)
+    chosen = torch.randint(0, VOCAB, (made.num_rows, 1), generator=generator)
+    small = VLLMTeacher(
+        folder, dtype="float32", max_top_k=8, max_model_len=LONGEST, kv_cache_gib=0.05, max_num_batched_tokens=16
+    )
+    try:
+        for block, wanted in zip(small.score(made, 0, chosen), reference.score(made, 0, chosen), strict=True):
+            torch.testing.assert_close(block.topk_logprobs, wanted.topk_logprobs, rtol=0, atol=1e-4)
+            torch.testing.assert_close(block.token_logprobs, wanted.token_logprobs, rtol=0, atol=1e-4)
+    finally:
+        small.close()
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB])
 def test_scores_are_those_of_the_full_softmax(teacher, reference, top_k):
     made = rollout()
