@@ -43,7 +43,7 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
         trainer.teacher.close()
         if not was_there and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()  # transformers makes it; a look leaves nothing behind
-    title = f"{words.method}: {recipe.teacher.model} into {recipe.student.model}"
+    title = f"{words.method}: {' + '.join(t.label for t in recipe.teachers)} into {recipe.student.model}"
     table = Table("", "check", "found", title=title)
     for f in findings:
         found = f.message + (f"\nFix: {f.fix}" if f.fix else "")
@@ -65,6 +65,13 @@ def report(words: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def serve(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Runs the teacher-rollout service until it is told to stop."""
+    from llmdistill.service.serve import main as run_service
+
+    return run_service(rest)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="llmdistill", description="Distil large language models into small ones.")
     top.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -79,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--method", choices=sorted(METHODS), default="opd", help="front door the recipe is for [opd]")
     look.set_defaults(run_command=doctor)
+    service = commands.add_parser(
+        "serve", help="serve a model to trainers: scores, samples, new weights", add_help=False, allow_abbrev=False
+    )
+    service.set_defaults(run_command=serve)
     page = commands.add_parser("report", help="rebuild report.html of a run folder", allow_abbrev=False)
     page.add_argument("run", metavar="RUN", help="the run's train.output_dir")
     page.set_defaults(run_command=report)

@@ -246,12 +246,30 @@ def admit_chosen_ids(engine: Any) -> bool:
     return True
 
 
+class _NoAdapter:
+    """Stands in for an output head's adapter."""
+
+    def add_lora_logits(self, logits: Tensor, *args: Any) -> Tensor:
+        return logits
+
+
 def teach_chosen_ids(worker: Any) -> None:
-    """Makes a worker with vLLM's first model runner fill ``prompt_token_id_logprobs`` as its second one does."""
+    """Makes a worker with vLLM's first model runner fill ``prompt_token_id_logprobs`` as its second one does.
+
+    Prompts are scored with the plain output head: that runner would add the adapters of the step's *sampled* rows to
+    them, of which there are not as many, and die of it. What is scored is the base model anyway.
+    """
     runner = worker.model_runner
     score_prompts, sample, done = runner._get_prompt_logprobs_dict, runner.sample_tokens, dict[str, Tensor]()
 
-    def with_chosen(hidden: Tensor, scheduled: dict[str, int]) -> Any:
+    def scored(hidden: Tensor, scheduled: dict[str, int]) -> Any:
+        head = getattr(runner.model, "logits_processor", None)
+        plain = mock.patch.object(head, "punica_wrapper", _NoAdapter()) if hasattr(head, "punica_wrapper") else None
+        with plain or nullcontext():
+            chosen(hidden, scheduled)
+            return score_prompts(hidden, scheduled)
+
+    def chosen(hidden: Tensor, scheduled: dict[str, int]) -> None:
         for name, count in scheduled.items():
             request = runner.requests[name]
             params = request.sampling_params
@@ -275,7 +293,6 @@ def teach_chosen_ids(worker: Any) -> None:
                 request.llmdistill_scores[a - start : b - start] = found.cpu()
             if first + count >= length:
                 done[name] = request.llmdistill_scores
-        return score_prompts(hidden, scheduled)
 
     def with_scores(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
@@ -285,7 +302,7 @@ def teach_chosen_ids(worker: Any) -> None:
             done.clear()
         return output
 
-    runner._get_prompt_logprobs_dict, runner.sample_tokens = with_chosen, with_scores
+    runner._get_prompt_logprobs_dict, runner.sample_tokens = scored, with_scores
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""What the service asks of an engine. Engines know nothing of HTTP; the service knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.rollouts import Sampling
+from llmdistill.rollouts.rollout import Finish
+from llmdistill.service.blocks import BlockHeader, ScoreBlock
+from llmdistill.teachers.base import TeacherInfo
+from llmdistill.teachers.listing import columns, support_of
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One sequence: score its tokens ``start`` to ``stop - 1``."""
+
+    ids: list[int]  # up to ``stop``: later tokens change nothing
+    start: int
+    stop: int
+    top_k: int
+    chosen: Tensor | None = None  # [stop - start, C] int64, -1 where a row has fewer
+
+    def block(self, info: TeacherInfo, rows: tuple[Tensor, Tensor, Tensor] | None = None) -> ScoreBlock:
+        """The evidence as a block; None where there is nothing to score."""
+        width = columns(self.top_k, self.chosen, info.vocab_size)
+        if rows is None:
+            rows = (torch.zeros(0), torch.zeros(0, width, dtype=torch.int32), torch.zeros(0, width))
+        header = BlockHeader(
+            info.fingerprint, info.tokenizer, width, info.vocab_size, support=support_of(self.top_k, self.chosen)
+        )
+        return ScoreBlock(slice(self.start, self.stop), *rows, header)
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """``samples_per_prompt`` completions of every prompt; ``rows`` number the prompts for their seeds."""
+
+    prompts: list[list[int]]
+    rows: list[int]
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, the ending eos included."""
+
+    ids: list[int]
+    logprobs: list[float]  # of the distribution drawn from
+    finish: Finish
+
+
+class EngineDead(RuntimeError):
+    """The engine will not answer any more; the process has to be started again."""
+
+
+class Engine(Protocol):
+    """A model that scores, generates and takes new weights. All calls but the loading ones may overlap."""
+
+    kind: str  # "hf" or "vllm"
+    dtype: str
+    chosen_ids: bool  # whether jobs may choose ids
+    max_top_k: int
+    max_model_len: int
+    adapters: dict[str, str]  # name -> folder
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def info(self) -> TeacherInfo: ...
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]: ...
+
+    async def generate(self, job: GenerateJob) -> list[list[Sample]]: ...
+
+    async def load_weights(self, folder: Path, partial: bool) -> None:
+        """Weights from the safetensors files of ``folder``. Nothing else is running meanwhile.
+
+        Raises:
+            ValueError: they do not fit the model; the old ones are still in place.
+        """
+        ...
+
+    async def add_adapter(self, name: str, folder: Path) -> None: ...
+
+    async def remove_adapter(self, name: str) -> None: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,96 @@
+"""Who may work when: a bounded number of requests, none while weights change, none new when the service drains."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from llmdistill.service.limits import Limits
+from llmdistill.service.problems import Problem
+
+LONGEST_WAIT_S = 30.0
+
+
+class Gate:
+    """Counts what is in the house. Everything runs on one event loop, so nothing here needs a lock but the weights."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.requests, self.tokens = 0, 0
+        self.draining = False
+        self._working = 0
+        self._changed = asyncio.Condition()
+        self._exclusive = False
+        self._rate = 0.0  # tokens a second, a running mean
+
+    @asynccontextmanager
+    async def admitted(self, tokens: int) -> AsyncIterator[None]:
+        """A place for a request of so many tokens, until it is answered.
+
+        Raises:
+            Problem: 503 while draining; 429 with the time until there may be room.
+        """
+        if self.draining:
+            raise Problem(503, "draining", "the service is shutting down", retry_after_s=5)
+        limits = self.limits
+        # One request always fits: its own size is bounded by the limits of a request.
+        if self.requests >= limits.in_flight or (self.requests and self.tokens + tokens > limits.queue_tokens):
+            raise Problem(
+                429,
+                "busy",
+                f"{self.requests} requests of {self.tokens} tokens are waiting; "
+                f"at most {limits.in_flight} and {limits.queue_tokens}",
+                retry_after_s=self._wait(),
+            )
+        self.requests, self.tokens = self.requests + 1, self.tokens + tokens
+        started = time.monotonic()
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._exclusive)
+                self._working += 1
+            try:
+                yield
+            finally:
+                async with self._changed:
+                    self._working -= 1
+                    self._changed.notify_all()
+            seconds = max(time.monotonic() - started, 1e-3)
+            # what was in the house left at about this rate
+            self._rate += 0.1 * (self.tokens / seconds - self._rate) if self._rate else self.tokens / seconds
+        finally:
+            self.requests, self.tokens = self.requests - 1, self.tokens - tokens
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Waits until nothing is at work and keeps everything else waiting: for a change of weights."""
+        if self.draining:
+            raise Problem(503, "draining", "the service is shutting down", retry_after_s=5)
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._exclusive)
+            self._exclusive = True
+            try:
+                await self._changed.wait_for(lambda: self._working == 0)
+            except BaseException:
+                self._exclusive = False
+                self._changed.notify_all()
+                raise
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._exclusive = False
+                self._changed.notify_all()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Refuses new work and waits for what is there; whether all of it was answered."""
+        self.draining = True
+        end = time.monotonic() + timeout_s
+        while self.requests and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return not self.requests
+
+    def _wait(self) -> float:
+        """Seconds until about a quarter of the queue has gone."""
+        return min(max(0.25 * self.tokens / self._rate if self._rate else 1.0, 0.1), LONGEST_WAIT_S)

@@ -1,0 +1,221 @@
+"""A transformers model behind the service: any architecture, exact full-vocabulary scores, caller-chosen ids.
+
+Requests of different callers are merged: the scheduler takes the one that waits longest and fills its batch, up to
+``batch_tokens``, with the waiting ones nearest to it in length. One thread runs the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from llmdistill.rollouts import Prompt, Rollout, Sampling, collate
+from llmdistill.rollouts.hf import generate
+from llmdistill.service.blocks import ScoreBlock
+from llmdistill.service.engine import GenerateJob, Sample, ScoreJob
+from llmdistill.teachers.base import TeacherInfo
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.tokenization.special import pad_id
+
+
+@dataclass
+class _Waiting:
+    job: ScoreJob
+    answer: asyncio.Future[ScoreBlock]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What may share a batch: blocks of one call have one width."""
+        return self.job.top_k, -1 if self.job.chosen is None else self.job.chosen.shape[1]
+
+
+class HFEngine:
+    """Implements :class:`~llmdistill.service.engine.Engine` over a :class:`LocalTeacher`.
+
+    Args:
+        teacher: the model and its tokenizer.
+        batch_tokens: tokens, padding included, of one forward pass.
+    """
+
+    kind = "hf"
+    chosen_ids = True
+
+    def __init__(self, teacher: LocalTeacher, *, batch_tokens: int = 16384, max_model_len: int | None = None) -> None:
+        self.teacher, self.tokenizer, self.batch_tokens = teacher, teacher.tokenizer, batch_tokens
+        self.max_top_k = teacher.info().vocab_size
+        self.max_model_len = min(max_model_len or teacher.info().context_length, teacher.info().context_length)
+        self.dtype = str(teacher.model.dtype).removeprefix("torch.")
+        self.adapters: dict[str, str] = {}
+        self._waiting: list[_Waiting] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._loop_task: asyncio.Task[None] | None = None
+        self._more = asyncio.Event()
+        self._peft: Any = None
+
+    @property
+    def info(self) -> TeacherInfo:
+        return self.teacher.info()
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._run())
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[ScoreBlock]] = []
+        for job in jobs:
+            answers.append(loop.create_future())
+            if job.start == job.stop:
+                answers[-1].set_result(job.block(self.info))
+            else:
+                self._waiting.append(_Waiting(job, answers[-1]))
+        self._more.set()
+        return list(await asyncio.gather(*answers))
+
+    async def generate(self, job: GenerateJob) -> list[list[Sample]]:
+        return await self._on_thread(self._generate, job)
+
+    async def load_weights(self, folder: Path, partial: bool) -> None:
+        await self._on_thread(self._load, folder, partial)
+
+    async def add_adapter(self, name: str, folder: Path) -> None:
+        await self._on_thread(self._add_adapter, name, folder)
+        self.adapters[name] = str(folder)
+
+    async def remove_adapter(self, name: str) -> None:
+        del self.adapters[name]
+        await self._on_thread(self._remove_adapter, name)
+
+    async def close(self) -> None:
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    # ---------------------------------------------------------------- scoring
+
+    async def _run(self) -> None:
+        while True:
+            await self._more.wait()
+            # callers that went away without waiting for the answer
+            self._waiting = [w for w in self._waiting if not w.answer.done()]
+            if not self._waiting:
+                self._more.clear()
+                continue
+            batch = next_batch(self._waiting, self.batch_tokens)
+            taken = {id(w) for w in batch}
+            self._waiting = [w for w in self._waiting if id(w) not in taken]
+            try:
+                blocks = await self._on_thread(self._score, [w.job for w in batch])
+            except Exception as error:
+                for waiting in batch:
+                    if not waiting.answer.done():
+                        waiting.answer.set_exception(error)
+                continue
+            for waiting, block in zip(batch, blocks, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(block)
+
+    def _score(self, jobs: list[ScoreJob]) -> list[ScoreBlock]:
+        rollout: Rollout = collate(
+            [j.ids[: j.start] for j in jobs],
+            [j.ids[j.start : j.stop] for j in jobs],
+            pad_id=pad_id(self.teacher.tokenizer),
+        )
+        chosen = None if jobs[0].chosen is None else torch.cat([j.chosen for j in jobs])  # type: ignore[misc]
+        with self._as(None):
+            return self.teacher.score(rollout, jobs[0].top_k, chosen)
+
+    # ---------------------------------------------------------------- generation, weights, adapters
+
+    def _generate(self, job: GenerateJob) -> list[list[Sample]]:
+        n, samples = job.sampling.samples_per_prompt, list[Sample]()
+        longest = max(map(len, job.prompts)) + job.sampling.max_new_tokens
+        share = max(1, self.batch_tokens // (longest * n))
+        with self._as(job.adapter) as model:
+            for a in range(0, len(job.prompts), share):
+                part = slice(a, a + share)
+                samples += self._samples(model, job.prompts[part], job.rows[part], job.sampling, job.eos_ids)
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+    def _samples(
+        self, model: Any, prompts: list[list[int]], rows: list[int], sampling: Sampling, eos_ids: tuple[int, ...]
+    ) -> list[Sample]:
+        pad = pad_id(self.teacher.tokenizer)
+        asked = [Prompt(ids, "") for ids in prompts]
+        drawn = generate(model, asked, sampling, eos_ids=eos_ids, pad_id=pad, rows=rows)
+        assert drawn.behavior_logprobs is not None
+        columns = zip(drawn.input_ids, drawn.behavior_logprobs, drawn.completion_mask, drawn.finish, strict=True)
+        return [Sample(ids[mask].tolist(), lps[mask].tolist(), finish) for ids, lps, mask, finish in columns]
+
+    @torch.no_grad()
+    def _load(self, folder: Path, partial: bool) -> None:
+        model = self.teacher.model
+        own = model.state_dict()  # the tensors themselves
+        found = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+        if self._peft is not None:
+            raise ValueError("the model has adapters; new weights go into a model without")
+        wrong = [n for n, t in found.items() if n not in own or own[n].shape != t.shape]
+        unique = {name for name, _ in model.named_parameters()}  # a tied matrix once
+        missing = [] if partial else sorted(unique - set(found))
+        if wrong or missing or not found:
+            what = f"unknown or of another shape: {wrong[:3]}" if wrong else f"missing: {missing[:3] or 'all of them'}"
+            raise ValueError(f"the weights do not fit the model; {what}")
+        for name, tensor in found.items():
+            own[name].copy_(tensor)
+        self.teacher.forget_info()
+
+    def _add_adapter(self, name: str, folder: Path) -> None:
+        from peft import PeftModel
+
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(self.teacher.model, str(folder), adapter_name=name)  # type: ignore[arg-type]
+            self._peft.eval()
+        else:
+            if name in self.adapters:
+                self._peft.delete_adapter(name)
+            self._peft.load_adapter(str(folder), adapter_name=name)
+
+    def _remove_adapter(self, name: str) -> None:
+        if self.adapters:
+            self._peft.delete_adapter(name)
+        else:  # the last one: the model is as it was
+            self.teacher.model, self._peft = self._peft.unload(), None
+
+    @contextmanager
+    def _as(self, adapter: str | None) -> Iterator[Any]:
+        """The model with that adapter, or without any."""
+        if self._peft is None:
+            yield self.teacher.model
+        elif adapter is None:
+            with self._peft.disable_adapter():
+                yield self.teacher.model
+        else:
+            self._peft.set_adapter(adapter)
+            yield self._peft
+
+    async def _on_thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+
+def next_batch(waiting: Sequence[_Waiting], batch_tokens: int) -> list[_Waiting]:
+    """The one that waits longest and those nearest to it in length, padded size within ``batch_tokens``."""
+    first = waiting[0]
+    alike = sorted((w for w in waiting if w.key == first.key), key=lambda w: w.job.stop)
+    low = high = next(i for i, w in enumerate(alike) if w is first)
+    while True:
+        below = first.job.stop - alike[low - 1].job.stop if low > 0 else None
+        above = alike[high + 1].job.stop - first.job.stop if high + 1 < len(alike) else None
+        if below is None and above is None:
+            break
+        down = above is None or (below is not None and below <= above)
+        longest = alike[high if down else high + 1].job.stop
+        if longest * (high - low + 2) > batch_tokens:
+            break
+        low, high = (low - 1, high) if down else (low, high + 1)
+    return list(alike[low : high + 1])

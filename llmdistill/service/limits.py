@@ -1,0 +1,22 @@
+"""What one service takes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request and of all that are in the house. A request past them costs its sender an error."""
+
+    top_k: int = 128  # listed tokens a position, the caller's included
+    sequence_tokens: int = 4096  # one sequence, prompt and completion
+    sequences: int = 512  # sequences (or samples) of one request
+    positions: int = 131072  # scored positions of one request
+    new_tokens: int = 32768  # of one completion
+    body_bytes: int = 64 << 20
+    weights_bytes: int = 256 << 30  # of one upload of weights
+    in_flight: int = 256  # requests in the house, waiting ones included
+    queue_tokens: int = 1 << 20  # tokens of all requests in the house
+    answers_bytes: int = 256 << 20  # kept for requests that are sent again
+    answers_s: float = 600.0  # and for how long

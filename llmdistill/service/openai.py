@@ -1,0 +1,134 @@
+"""The OpenAI completions protocol, for clients that know nothing of distillation. Generation only."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from llmdistill.service import requests as bodies
+from llmdistill.service.engine import GenerateJob, Sample
+from llmdistill.service.problems import Problem, invalid
+
+if TYPE_CHECKING:
+    from llmdistill.service.app import Service
+
+
+class CompletionBody(BaseModel):
+    """The fields that are honoured; others are refused when they would change what is sampled, else ignored."""
+
+    model: str | None = None
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int = 0
+    n: Annotated[int, Field(ge=1)] = 1
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    stream: bool = False
+    return_token_ids: bool = False
+    # whatever of these is set to something would change the distribution
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """``/v1/models`` and ``/v1/completions``."""
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        info = service.engine.info
+        names = [info.name, *service.engine.adapters]
+        length = min(info.context_length, service.engine.max_model_len)
+        entry = {"object": "model", "created": 0, "owned_by": "llmdistill", "max_model_len": length}
+        return {"object": "list", "data": [{"id": name, "root": info.name, **entry} for name in names]}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = bodies.read(CompletionBody, await bodies.read_body(request, service.limits.body_bytes))
+        job = _job(body, service)
+        async with service.gate.admitted(sum(body.n * (len(p) + body.max_tokens) for p in job.prompts)):
+            drawn = await service.engine.generate(job)
+        service.metrics.generated.inc(sum(len(s.ids) for samples in drawn for s in samples))
+        choices = [
+            _choice(i * body.n + j, sample, prompt, body, service)
+            for i, (prompt, samples) in enumerate(zip(job.prompts, drawn, strict=True))
+            for j, sample in enumerate(samples)
+        ]
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+        head["model"] = body.model or service.engine.info.name
+        written = sum(len(s.ids) for samples in drawn for s in samples)
+        read = sum(map(len, job.prompts))
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        if not body.stream:
+            return JSONResponse({**head, "choices": choices, "usage": usage})
+        return StreamingResponse(_events(head, choices), media_type="text/event-stream")
+
+
+def _job(body: CompletionBody, service: Service) -> GenerateJob:
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias", "suffix"):
+        if getattr(body, name):
+            raise invalid(name, "is not supported; leave it out")
+    if body.best_of not in (None, body.n):
+        raise invalid("best_of", f"is {body.best_of}; only n ({body.n}) is supported")
+    if body.logprobs is not None and body.logprobs > 1:
+        raise invalid("logprobs", f"is {body.logprobs}; only the sampled token's own are kept: 0 or 1", 1)
+    engine, adapter = service.engine, None
+    if body.model is not None and body.model != engine.info.name:
+        if body.model not in engine.adapters:
+            raise Problem(404, "model", f"model {body.model!r} is not served; {engine.info.name!r} is", field="model")
+        adapter = body.model
+    asked: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if asked and isinstance(asked[0], int):
+        asked = [asked]
+    ids = [p if isinstance(p, list) else list(engine.tokenizer(p)["input_ids"]) for p in asked]
+    generate = bodies.GenerateBody(
+        prompts=ids,
+        sampling=bodies.SamplingBody(
+            max_new_tokens=body.max_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            samples_per_prompt=body.n,
+            seed=body.seed if body.seed is not None else uuid.uuid4().int & (2**62 - 1),
+        ),
+        adapter=adapter,
+    )
+    return bodies.generate_job(generate, engine, service.limits)
+
+
+def _choice(index: int, sample: Sample, prompt: list[int], body: CompletionBody, service: Service) -> dict[str, Any]:
+    tokenizer = service.engine.tokenizer
+    text, finish = str(tokenizer.decode(sample.ids, skip_special_tokens=True)), sample.finish
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
+    if cut >= 0:
+        text, finish = text[:cut], "stop"
+    if body.echo:
+        text = str(tokenizer.decode(prompt, skip_special_tokens=True)) + text
+    choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+    if body.logprobs is not None:
+        tokens = [tokenizer.decode([i]) for i in sample.ids]
+        choice["logprobs"] = {"tokens": tokens, "token_logprobs": sample.logprobs, "top_logprobs": None}
+    if body.return_token_ids:
+        choice["token_ids"], choice["prompt_token_ids"] = sample.ids, prompt
+    return choice
+
+
+async def _events(head: dict[str, Any], choices: list[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events, a whole choice in each: what comes is what was sampled, all at once."""
+    for choice in choices:
+        yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+    yield "data: [DONE]\n\n"

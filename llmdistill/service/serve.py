@@ -1,0 +1,236 @@
+"""``llmdistill serve``: one model behind HTTP, for every trainer, dataset script and evaluation that wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from llmdistill.config import DType, TeacherConfig, option
+from llmdistill.errors import UserError
+from llmdistill.service.engine import Engine
+from llmdistill.service.limits import Limits
+
+# Limits that are settings of the command; the others are the same for everybody.
+LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
+
+
+@dataclass
+class ServeConfig:
+    """What is served, where, and to whom."""
+
+    model: str = option("", "folder or hub name of the model")
+    engine: Literal["vllm", "hf"] = option("vllm", "vllm, or hf: any architecture, caller-chosen ids, all log-probs")
+    dtype: DType = option("bfloat16", "dtype of the weights")
+    host: str = option("127.0.0.1", "address to listen on; any but a loopback one needs a token")
+    port: int = option(8100, "port; 0: a free one, which is printed")
+    token_env: str = option("LLMDISTILL_TOKEN", "environment variable with the bearer token callers have to show")
+    max_model_len: int = option(4096, "longest sequence, prompt and completion")
+    updatable: bool = option(False, "take new weights: a student's, for rollouts")
+    allow_weights: list[str] = field(
+        default_factory=list, metadata={"help": "folders that weights and adapters may be read from"}
+    )
+    max_lora_rank: int = option(0, "largest rank of adapters (vllm); 0: no adapters")
+    batch_tokens: int = option(16384, "token budget of one forward pass")
+    kv_cache_gib: float = option(0.5, "vllm's key-value cache on CPU")
+    gpu_memory_utilization: float = option(0.9, "vllm's share of the GPU")
+    tensor_parallel: int = option(1, "GPUs one copy of the model is spread over (vllm)")
+    drain_s: float = option(60.0, "at SIGTERM: seconds given to the requests that are there")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    top_k: int = option(Limits.top_k, "most tokens listed at a position")
+    sequences: int = option(Limits.sequences, "most sequences of one request")
+    positions: int = option(Limits.positions, "most scored positions of one request")
+    new_tokens: int = option(Limits.new_tokens, "longest completion")
+    body_bytes: int = option(Limits.body_bytes, "largest body of a request")
+    in_flight: int = option(Limits.in_flight, "most requests at one time; more get 429")
+    queue_tokens: int = option(Limits.queue_tokens, "most tokens of all of them")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns its exit status: 0 after a clean stop, 1 when the engine died."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    config = parsed(argv)
+    token = os.environ.get(config.token_env) or None
+    check(config, token)
+    return asyncio.run(serve(config, token))
+
+
+def parsed(argv: Sequence[str]) -> ServeConfig:
+    """The settings of a command line.
+
+    Raises:
+        UserError: an unknown option, or a value of the wrong type.
+    """
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise UserError(f"llmdistill serve: {message}. Fix: llmdistill serve --help lists the options.")
+
+    parser = Parser(ServeConfig, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
+    config, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    if unknown:
+        near = difflib.get_close_matches(
+            unknown[0].lstrip("-").replace("-", "_"), [f.name for f in fields(ServeConfig)], 1
+        )
+        hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+        raise UserError(f"llmdistill serve: unknown option {unknown[0]!r}{hint}")
+    return config  # type: ignore[no-any-return]
+
+
+def check(config: ServeConfig, token: str | None) -> None:
+    """Refuses what would be unsafe or cannot work, before the model is loaded.
+
+    Raises:
+        UserError: says what to change.
+    """
+    if not config.model:
+        raise UserError("--model is empty; it must be a folder or hub name. Fix: llmdistill serve --model PATH.")
+    if token is None and not is_loopback(config.host):
+        raise UserError(
+            f"--host {config.host} can be reached from other machines and there is no token. "
+            f"Fix: set the environment variable {config.token_env}, or --host 127.0.0.1."
+        )
+    if config.engine == "vllm" and config.updatable and config.max_lora_rank:
+        raise UserError(
+            f"--updatable and --max-lora-rank {config.max_lora_rank} are both given; vLLM takes either new weights or "
+            "adapters. Fix: leave out the one your student does not send."
+        )
+    for folder in config.allow_weights:
+        if not Path(folder).is_dir():
+            raise UserError(f"--allow-weights {folder}: no such folder")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def help_text() -> str:
+    lines = ["usage: llmdistill serve --model PATH [--option value ...]", "", str(ServeConfig.__doc__), ""]
+    for f in fields(ServeConfig):
+        default = f.default if f.default_factory is None or not callable(f.default_factory) else "-"
+        lines.append(f"  --{f.name.replace('_', '-'):<24} {f.metadata['help']} [{default}]")
+    return "\n".join(lines)
+
+
+def load(config: ServeConfig) -> Engine:
+    """The engine, with the model in it."""
+    if config.engine == "vllm":
+        from llmdistill.service.vllm_engine import VLLMEngine
+
+        return VLLMEngine(
+            config.model,
+            dtype=config.dtype,
+            max_top_k=config.top_k,
+            max_model_len=config.max_model_len,
+            kv_cache_gib=config.kv_cache_gib,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            trust_remote_code=config.trust_remote_code,
+            updatable=config.updatable,
+            max_lora_rank=config.max_lora_rank,
+            max_num_batched_tokens=max(config.batch_tokens, config.max_model_len + 1),
+            tensor_parallel_size=config.tensor_parallel,
+        )
+    import torch
+
+    from llmdistill.service.hf_engine import HFEngine
+    from llmdistill.teachers.local import LocalTeacher
+
+    teacher = TeacherConfig(model=config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    local = LocalTeacher.load(teacher, "cuda" if torch.cuda.is_available() else "cpu")
+    return HFEngine(local, batch_tokens=config.batch_tokens, max_model_len=config.max_model_len)
+
+
+async def serve(config: ServeConfig, token: str | None) -> int:
+    """Loads, listens, and drains when told to stop."""
+    import uvicorn
+
+    from llmdistill.service.app import Service, create_app
+
+    listening = bind(config.host, config.port)
+    try:
+        engine = load(config)
+        limits = Limits(sequence_tokens=config.max_model_len, **{name: getattr(config, name) for name in LIMITS})
+
+        class Server(uvicorn.Server):
+            @contextmanager
+            def capture_signals(self) -> Iterator[None]:
+                yield  # ours are below
+
+        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        server: uvicorn.Server
+
+        def dead() -> None:
+            print("the engine has died; the service ends", file=sys.stderr)
+            server.should_exit = True
+
+        service = Service(
+            engine,
+            limits,
+            token=token,
+            weight_folders=[Path(folder) for folder in config.allow_weights],
+            accept_weights=config.updatable,
+            on_dead=dead,
+        )
+        server = Server(uvicorn.Config(create_app(service), timeout_graceful_shutdown=10, **settings))
+        stopping: list[asyncio.Task[None]] = []
+
+        async def stop() -> None:
+            print(f"draining: {service.gate.requests} requests", file=sys.stderr, flush=True)
+            if not await service.gate.drained(config.drain_s):
+                print(f"{service.gate.requests} requests were not done in {config.drain_s:g} s", file=sys.stderr)
+            server.should_exit = True
+
+        def told() -> None:
+            if stopping:
+                server.force_exit = server.should_exit = True
+            else:
+                stopping.append(asyncio.get_running_loop().create_task(stop()))
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, told)
+        host, port = listening.getsockname()[:2]
+        most = min(limits.top_k, engine.max_top_k)
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"serving {config.model} ({engine.kind}, {engine.dtype}, top-k up to {most}) on http://{shown}:{port}",
+            flush=True,
+        )
+        await server.serve(sockets=[listening])
+        await engine.close()
+        return 1 if service.dead else 0
+    finally:
+        listening.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}. Fix: another port; 0 takes a free one."
+        ) from error

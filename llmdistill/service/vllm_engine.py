@@ -1,0 +1,185 @@
+"""vLLM behind the service: its async engine merges what is asked, within its token budget, in processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmdistill import compat
+from llmdistill.rollouts import request_seed
+from llmdistill.service.blocks import ScoreBlock
+from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
+from llmdistill.teachers.base import TeacherInfo
+from llmdistill.teachers.fingerprint import stored_shapes, weights_fingerprint
+from llmdistill.teachers.vllm import describe
+from llmdistill.vllm_requests import generation_params, scored_rows, scoring_params
+
+
+class VLLMEngine:
+    """Implements :class:`~llmdistill.service.engine.Engine` over vLLM's ``AsyncLLM``.
+
+    Args:
+        model_path: folder or hub name, with its tokenizer.
+        max_top_k: the most tokens a job may list; the vocabulary size allows all.
+        updatable: whether :meth:`load_weights` will be called (twice the memory for weights on a CPU).
+        max_lora_rank: 0: no adapters.
+        options: further arguments of vLLM's engine.
+
+    Raises:
+        UserError: vLLM or the model cannot be loaded.
+    """
+
+    kind = "vllm"
+    chosen_ids = True
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str = "bfloat16",
+        max_top_k: int = 128,
+        max_model_len: int | None = None,
+        kv_cache_gib: float = 0.5,
+        gpu_memory_utilization: float = 0.9,
+        trust_remote_code: bool = False,
+        updatable: bool = False,
+        max_lora_rank: int = 0,
+        **options: Any,
+    ) -> None:
+        self._info, self.tokenizer = describe(model_path, trust_remote_code)
+        self._shapes = stored_shapes(model_path)
+        vocab = self._info.vocab_size
+        self.max_top_k = min(max_top_k, vocab)
+        self.max_model_len = min(max_model_len or self._info.context_length, self._info.context_length)
+        self.dtype = dtype
+        if max_lora_rank:
+            options |= {"enable_lora": True, "max_lora_rank": max_lora_rank, "max_loras": 4}
+        self.engine = compat.load_async_vllm(
+            model_path,
+            dtype=dtype,
+            seed=0,
+            max_model_len=self.max_model_len + 1,  # vLLM insists on generating a token after what it scores
+            max_logprobs=-1 if self.max_top_k == vocab else self.max_top_k,
+            kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+            gpu_memory_utilization=gpu_memory_utilization,
+            trust_remote_code=trust_remote_code,
+            updatable=updatable,
+            **options,
+        )
+        self._must_teach = compat.admit_chosen_ids(self.engine)
+        self._taught: asyncio.Future[Any] | None = None  # at the first call: it needs a running loop
+        self.adapters: dict[str, str] = {}
+        self._lora: dict[str, Any] = {}
+        self._numbers = itertools.count(1)
+
+    @property
+    def info(self) -> TeacherInfo:
+        return self._info
+
+    async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
+        if self._must_teach:
+            if self._taught is None:
+                self._taught = asyncio.ensure_future(self.engine.collective_rpc("llmdistill_teach_chosen_ids"))
+            await self._taught
+        async with _cancelling() as group:
+            # the longest first: what is left at the end is short
+            order = sorted(range(len(jobs)), key=lambda i: -jobs[i].stop)
+            tasks = {i: group.create_task(self._score(jobs[i])) for i in order}
+        return [tasks[i].result() for i in range(len(jobs))]
+
+    async def _score(self, job: ScoreJob) -> ScoreBlock:
+        if job.start == job.stop:
+            return job.block(self._info)
+        vocab, at = self._info.vocab_size, np.arange(job.start, job.stop)
+        params = scoring_params(len(job.ids), at, job.top_k, vocab, job.chosen)
+        output = await self._ask(job.ids, params)
+        return job.block(self._info, scored_rows(output, at, job.top_k, vocab, job.chosen))
+
+    async def generate(self, job: GenerateJob) -> list[list[Sample]]:
+        n, lora = job.sampling.samples_per_prompt, self._lora.get(job.adapter or "")
+        async with _cancelling() as group:
+            tasks = [
+                group.create_task(
+                    self._ask(
+                        ids,
+                        generation_params(job.sampling, request_seed(job.sampling.seed, row, j), job.eos_ids),
+                        lora,
+                    )
+                )
+                for ids, row in zip(job.prompts, job.rows, strict=True)
+                for j in range(n)
+            ]
+        drawn = [task.result().outputs[0] for task in tasks]
+        samples = [
+            Sample(list(o.token_ids), list(o.logprobs.logprobs), "stop" if o.finish_reason == "stop" else "length")
+            for o in drawn
+        ]
+        return [samples[i : i + n] for i in range(0, len(samples), n)]
+
+    async def _ask(self, ids: list[int], params: Any, lora: Any = None) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        name = f"r{next(self._numbers)}"
+        try:
+            outputs = [
+                o async for o in self.engine.generate({"prompt_token_ids": ids}, params, name, lora_request=lora)
+            ]
+        except EngineDeadError as error:
+            raise EngineDead("vLLM's engine process has died") from error
+        return outputs[-1]
+
+    async def load_weights(self, folder: Path, partial: bool) -> None:
+        self._check(stored_shapes(folder), partial)
+        try:
+            await self.engine.collective_rpc("llmdistill_load", args=(str(folder), partial))
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), repr(error))
+            raise ValueError(f"the weights do not fit the model; {reason}") from error
+        await self.engine.reset_prefix_cache()  # what it holds was computed with the old ones
+        pushed = weights_fingerprint(folder)
+        if partial:  # the rest is what it was
+            pushed = hashlib.blake2b(f"{self._info.fingerprint}{pushed}".encode(), digest_size=8).hexdigest()
+        self._info = replace(self._info, fingerprint=pushed)
+
+    async def add_adapter(self, name: str, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        if name in self._lora:
+            await self.remove_adapter(name)
+        request = LoRARequest(name, next(self._numbers), str(folder))
+        await self.engine.add_lora(request)
+        self._lora[name], self.adapters[name] = request, str(folder)
+
+    async def remove_adapter(self, name: str) -> None:
+        del self.adapters[name]
+        await self.engine.remove_lora(self._lora.pop(name).lora_int_id)
+
+    async def close(self) -> None:
+        self.engine.shutdown()
+
+    def _check(self, found: dict[str, tuple[int, ...]], partial: bool) -> None:
+        """Refuses weights that do not fit before any of them is loaded."""
+        wrong = [name for name, shape in found.items() if self._shapes.get(name, shape) != shape]
+        unknown = sorted(set(found) - set(self._shapes) - {"lm_head.weight"})
+        missing = [] if partial else sorted(set(self._shapes) - set(found) - {"lm_head.weight"})
+        if self._shapes and (wrong or unknown or missing or not found):
+            what = f"of another shape: {wrong[:3]}" if wrong else f"unknown: {unknown[:3]}, missing: {missing[:3]}"
+            raise ValueError(f"the weights do not fit the model; {what}")
+
+
+@asynccontextmanager
+async def _cancelling() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that ends with its first error, the other tasks cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

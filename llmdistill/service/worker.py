@@ -1,0 +1,59 @@
+"""The service's part of a vLLM worker process. vLLM imports it there by name, before it loads the model.
+
+Importing it ties the worker to the life of the process that started it, and, where the service says that weights will
+be pushed, makes layers keep the plain weights they are loaded into (see :mod:`llmdistill.compat`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmdistill import compat
+
+UPDATABLE = "LLMDISTILL_UPDATABLE"  # set by the service for the processes it starts
+PARENT = "LLMDISTILL_PARENT"
+
+
+class Worker:
+    """Methods added to vLLM's worker, called by name; their arguments are text and numbers only."""
+
+    def llmdistill_load(self, folder: str, partial: bool) -> None:
+        """Loads the safetensors files of ``folder`` into the running model."""
+        compat.load_into_worker(self, _tensors(Path(folder)), partial)
+
+    def llmdistill_teach_chosen_ids(self) -> None:
+        compat.teach_chosen_ids(self)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (it is no dictionary)
+                yield name, tensors.get_tensor(name)
+
+
+def _die_with_parent() -> None:
+    """A service killed with SIGKILL cannot end its engine; the kernel does."""
+    if sys.platform == "linux" and PARENT in os.environ:
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+def _prepare() -> Any:
+    _die_with_parent()
+    if os.environ.get(UPDATABLE) == "1":
+        compat.keep_plain_weights()
+
+
+_prepare()

@@ -1,0 +1,247 @@
+"""The command: what it refuses to start with, and a real process over vLLM and over transformers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import save
+
+from llmdistill.cli import main
+from llmdistill.rollouts import Prompt, Sampling, collate
+from llmdistill.rollouts.hf import generate
+from llmdistill.service import wire
+from llmdistill.teachers.fingerprint import weights_fingerprint
+from llmdistill.teachers.local import LocalTeacher
+from tests import tiny
+from tests.service.process import ServiceProcess
+from tests.service.test_app import assert_same, blocks_of, stored
+
+ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("served")
+    tiny.llama(1, hidden=64, tied=True).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def server(request: Any, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    allowed = tmp_path_factory.mktemp("weights")
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    options = ["--engine", request.param, "--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05"]
+    options += ["--updatable", "--allow-weights", str(allowed)]
+    with ServiceProcess(model, *options, token="secret") as running:
+        running.allowed = allowed  # type: ignore[attr-defined]
+        yield running
+
+
+def client(server: ServiceProcess) -> httpx.Client:
+    return httpx.Client(base_url=server.url, headers={"Authorization": "Bearer secret"}, timeout=60)
+
+
+SEQUENCES = [[40 + i, 60, *range(50, 54 + 2 * i)] for i in range(5)]
+PROMPTS = [ids[:3] for ids in SEQUENCES]
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    positions = [[2, len(ids)] for ids in SEQUENCES]
+    return {"sequences": SEQUENCES, "positions": positions, "top_k": 8, "dtype": "float32", **changes}
+
+
+def exact(llama: Any, top_k: int = 8, chosen: torch.Tensor | None = None) -> Any:
+    rollout = collate([ids[:2] for ids in SEQUENCES], [ids[2:] for ids in SEQUENCES], pad_id=0)
+    return LocalTeacher(llama, tiny.tokenizer()).score(rollout, top_k, chosen)
+
+
+def greedy(http: httpx.Client, **more: Any) -> list[list[int]]:
+    asked = {"prompts": PROMPTS, "sampling": {"max_new_tokens": 8, "temperature": 0}, **more}
+    answer = http.post(wire.GENERATE, json=asked)
+    assert answer.status_code == 200, answer.text
+    return [samples[0]["ids"] for samples in answer.json()["completions"]]
+
+
+def greedily(llama: Any) -> list[list[int]]:
+    drawn = generate(llama, [Prompt(p, "") for p in PROMPTS], Sampling(8, temperature=0), eos_ids=[1], pad_id=0)
+    return [ids[m].tolist() for ids, m in zip(drawn.input_ids, drawn.completion_mask, strict=True)]
+
+
+def test_the_process_scores_and_samples_as_transformers_does(server: ServiceProcess) -> None:
+    llama = tiny.llama(1, hidden=64, tied=True)
+    with client(server) as http:
+        info = http.get(wire.INFO).json()
+        assert info["teacher"] == weights_fingerprint(server.model) and info["chosen_ids"] is True
+        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], exact(llama), 1e-4)
+        rows = sum(len(ids) - 2 for ids in SEQUENCES)
+        chosen = torch.randint(0, 264, (rows, 1), generator=torch.Generator().manual_seed(0))
+        split = [part.tolist() for part in chosen.split([len(ids) - 2 for ids in SEQUENCES])]
+        found = blocks_of(http.post(wire.SCORE, json=body(top_k=0, chosen=split)))[1]
+        assert_same(found, exact(llama, 0, chosen), 1e-4)
+        assert greedy(http) == greedily(llama)
+        # seeded samples do not depend on how the call is split
+        sampling = {"max_new_tokens": 8, "samples_per_prompt": 2, "seed": 9}
+        whole = http.post(wire.GENERATE, json={"prompts": PROMPTS, "sampling": sampling}).json()["completions"]
+        part = {"prompts": PROMPTS[3:], "rows": [3, 4], "sampling": sampling}
+        again = http.post(wire.GENERATE, json=part).json()["completions"]
+        assert [[s["ids"] for s in ss] for ss in again] == [[s["ids"] for s in ss] for ss in whole[3:]]
+
+
+def test_pushed_weights_are_those_that_answer(server: ServiceProcess) -> None:
+    """Whole, in part, from a folder; and a refused push leaves what was there. Same prompts, so a stale prefix cache
+    would show."""
+    first, second = tiny.llama(1, hidden=64, tied=True), tiny.llama(2, hidden=64, tied=True)
+    headers = {"Content-Type": wire.TENSORS_TYPE}
+    with client(server) as http:
+        assert greedy(http) == greedily(first)
+        data = save(stored(second))
+        answer = http.post(wire.WEIGHTS, params={"policy_version": 3}, content=data, headers=headers)
+        assert answer.json() == {"teacher": weights_fingerprint(second), "policy_version": 3}, answer.text
+        assert greedy(http) == greedily(second) != greedily(first)
+        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], exact(second), 1e-4)
+        refused = http.post(
+            wire.WEIGHTS,
+            params={"policy_version": 4},
+            content=save({"model.norm.weight": torch.zeros(5)}),
+            headers=headers,
+        )
+        assert refused.status_code == 400
+        assert greedy(http) == greedily(second)
+        with torch.no_grad():
+            second.model.layers[0].mlp.down_proj.weight.mul_(-2)
+        part = {"model.layers.0.mlp.down_proj.weight": second.model.layers[0].mlp.down_proj.weight.detach()}
+        answer = http.post(
+            wire.WEIGHTS, params={"policy_version": 5, "partial": "true"}, content=save(part), headers=headers
+        )
+        assert answer.status_code == 200, answer.text
+        assert greedy(http) == greedily(second)
+        folder = server.allowed / "v6"  # type: ignore[attr-defined]
+        first.save_pretrained(folder)
+        answer = http.post(wire.WEIGHTS, json={"path": str(folder), "policy_version": 6})
+        assert answer.json() == {"teacher": weights_fingerprint(server.model), "policy_version": 6}, answer.text
+        assert greedy(http) == greedily(first)
+        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], exact(first), 1e-4)
+
+
+@pytest.mark.slow
+def test_adapters_are_swapped_while_vllm_runs(model: str, tmp_path: Path) -> None:
+    """And scores stay the base model's, with an adapter at work in the same steps."""
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(seed: int) -> Any:
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return get_peft_model(tiny.llama(1, hidden=64, tied=True), config)
+
+    options = ["--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05", "--max-lora-rank", "8"]
+    with (
+        ServiceProcess(model, *options, "--allow-weights", str(tmp_path), token="secret") as server,
+        client(server) as http,
+    ):
+        plain = greedy(http)
+        for seed in (1, 2):
+            lora = adapted(seed)
+            folder = tmp_path / f"lora{seed}"
+            lora.save_pretrained(folder)
+            answer = http.post(wire.ADAPTERS, json={"name": "a", "path": str(folder)})
+            assert answer.status_code == 200, answer.text
+            assert greedy(http, adapter="a") == greedily(lora) != plain
+            assert greedy(http) == plain
+            with ThreadPoolExecutor(4) as pool:
+                drawn = [pool.submit(greedy, http, adapter="a") for _ in range(3)]
+                scored = pool.submit(http.post, wire.SCORE, json=body())
+            assert_same(blocks_of(scored.result())[1], exact(tiny.llama(1, hidden=64, tied=True)), 1e-4)
+            assert all(d.result() == greedily(lora) for d in drawn)
+        assert http.delete(wire.ADAPTERS + "/a").status_code == 200
+
+
+def test_a_stop_answers_what_is_there_and_leaves_nothing_behind(model: str) -> None:
+    with ServiceProcess(model, "--engine", "hf", "--dtype", "float32", "--max-model-len", "250") as server:
+        found: list[httpx.Response] = []
+        asked = {"prompts": [[40, 41]] * 8, "sampling": {"max_new_tokens": 240, "temperature": 1}, "eos_ids": []}
+        thread = threading.Thread(
+            target=lambda: found.append(httpx.post(server.url + wire.GENERATE, json=asked, timeout=60))
+        )
+        thread.start()
+        while "llmdistill_requests_in_house 1.0" not in httpx.get(server.url + wire.METRICS).text:
+            time.sleep(0.01)
+        assert server.terminate() == 0
+        thread.join()
+        assert found[0].status_code == 200 and len(found[0].json()["completions"]) == 8
+        assert "".join(server.log).count("draining") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_service_takes_its_engine_with_it(model: str) -> None:
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    options = ["--dtype", "float32", "--max-model-len", "64", "--kv-cache-gib", "0.05"]
+    with ServiceProcess(model, *options) as server:
+        httpx.post(server.url + wire.GENERATE, json={"prompts": [[4]], "sampling": {"max_new_tokens": 2}}, timeout=60)
+        children = server.children()
+        assert children
+        server.kill()
+        end = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.slow
+def test_when_the_engine_dies_the_service_says_so_and_ends(model: str) -> None:
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    options = ["--dtype", "float32", "--max-model-len", "64", "--kv-cache-gib", "0.05"]
+    with ServiceProcess(model, *options) as server:
+        asked = {"prompts": [[4]], "sampling": {"max_new_tokens": 2}}
+        assert httpx.post(server.url + wire.GENERATE, json=asked, timeout=60).status_code == 200
+        for pid in server.children():
+            os.kill(pid, 9)
+        time.sleep(0.5)
+        answer = httpx.post(server.url + wire.GENERATE, json=asked, timeout=60)
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "dead"
+        assert server.process is not None and server.process.wait(30) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0"], ["--host 0.0.0.0", "LLMDISTILL_TOKEN"]),
+        (["--host", "::"], ["--host ::", "LLMDISTILL_TOKEN"]),
+        (["--host", "example.org"], ["example.org", "LLMDISTILL_TOKEN"]),
+        (["--allow-weights", "/no/such/folder"], ["--allow-weights", "/no/such/folder"]),
+        (["--topk", "3"], ["--topk", "--top-k"]),
+        (["--updatable", "--max-lora-rank", "8"], ["--updatable", "--max-lora-rank", "either"]),
+        (["--port", "many"], ["port", "many"]),
+        (["--engine", "tgi"], ["engine", "tgi", "vllm"]),
+        (["--model", "/no/such/model", "--engine", "hf"], ["/no/such/model"]),
+        (["--model", "", "--engine", "hf"], ["--model"]),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    options: list[str], words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLMDISTILL_TOKEN", raising=False)
+    assert main(["serve", "--model", "somewhere", "--port", "0", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+def test_a_port_that_is_taken(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--model", model, "--port", str(port)]) == 2
+    assert f"--port {port}" in capsys.readouterr().err
