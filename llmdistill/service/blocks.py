@@ -32,6 +32,7 @@ from torch import Tensor
 from llmdistill.service.packing import (
     MAX_EXPONENT,
     MIN_EXPONENT,
+    by_id,
     from_codes,
     pack_bits,
     packed_size,
@@ -124,10 +125,10 @@ def encode(block: ScoreBlock, dtype: str | None = None) -> bytes:
         parts.append(pack_bits(ids + np.int32(padded), _bits(vocab, padded)))
     if k and short:
         tops, exponents, codes = to_codes(listed)
-        codes = _by_id(codes, ids) if dense else np.ascontiguousarray(codes[:, 1:])
+        codes = by_id(codes, ids) if dense else np.ascontiguousarray(codes[:, 1:])
         parts += [tops.tobytes(), exponents.tobytes(), codes.tobytes()]
     elif k:
-        parts.append((_by_id(listed, ids) if dense else listed).tobytes())
+        parts.append((by_id(listed, ids) if dense else listed).tobytes())
     body = b"".join(parts)
     return body + _CRC.pack(zlib.crc32(body))
 
@@ -157,8 +158,7 @@ def decode(
     (crc,) = _CRC.unpack_from(view, len(view) - _CRC.size)
     if zlib.crc32(view[: -_CRC.size]) != crc:
         raise BlockError(f"a score block of {len(view)} bytes is damaged: its checksum differs")
-    layout = _layout(view, at, max_positions, max_bytes)
-    return layout.read()
+    return _layout(view, at, max_positions, max_bytes).read()
 
 
 class _Layout(NamedTuple):
@@ -222,15 +222,14 @@ class _Layout(NamedTuple):
         n, k = self.n, self.header.top_k
         if self.short():
             tops, exponents = self._read_tops(reader)
-            keys: NDArray[Any] = reader.array(np.uint16, n, k)
-            if keys.min(1).any():
+            ids, codes = ranked(reader.array(np.uint16, n, k))
+            if codes[:, 0].any():
                 raise BlockError("a row of codes without its likeliest token")
-            ids, codes = ranked(keys)
             return ids, from_codes(tops, exponents, codes)
-        by_id = reader.array(np.float32, n, k)
-        if not bool((by_id <= 0).all()):
+        columns = reader.array(np.float32, n, k)
+        if not bool((columns <= 0).all()):
             raise BlockError("a listed log-prob is positive or not a number")
-        return ranked(by_id)
+        return ranked(columns)
 
     def _read_tops(self, reader: _Reader) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         tops, exponents = reader.array(np.float32, self.n), reader.array(np.uint8, self.n)
@@ -292,8 +291,6 @@ def _checked(block: ScoreBlock, n: int) -> tuple[NDArray[np.float32], NDArray[np
     start, stop, step = block.positions.start, block.positions.stop, block.positions.step
     if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop < 1 << 32 and step in (None, 1)):
         raise ValueError(f"positions are {block.positions}; they must be a slice from start to stop, in steps of 1")
-    if not 0 <= k <= header.vocab_size < 1 << 31:
-        raise ValueError(f"header.top_k is {k} and vocab_size {header.vocab_size}; needed: 0 <= K <= V < 2**31")
     _check_header(start, stop, n, k, header.vocab_size, header.temperature, ValueError)
     for name, shape in (("token_logprobs", (n,)), ("topk_ids", (n, k)), ("topk_logprobs", (n, k))):
         if (found := tuple(getattr(block, name).shape)) != shape:
@@ -324,7 +321,7 @@ def _check_header(
 ) -> None:
     if n > stop - start or (n == 0) != (stop == start):
         raise error(f"{n} counted tokens at positions {start} to {stop}; they must fit, and both ends count")
-    if k > vocab or not 0 < vocab < 1 << 31:
+    if not 0 <= k <= vocab or not 0 < vocab < 1 << 31:
         raise error(f"top_k is {k} and vocab_size {vocab}; needed: 0 <= K <= V, 1 <= V < 2**31")
     if not (math.isfinite(temperature) and temperature > 0):
         raise error(f"temperature is {temperature}; it must be a positive number")
@@ -369,10 +366,3 @@ def _is_dense(k: int, vocab: int, padded: bool) -> bool:
 def _bits(vocab: int, padded: bool) -> int:
     """Of one id in a list that is not dense: at least 1."""
     return (vocab if padded else vocab - 1).bit_length()
-
-
-def _by_id(columns_nV: NDArray[Any], ids_nV: NDArray[np.int32]) -> NDArray[Any]:
-    made = np.empty_like(columns_nV)
-    for made_V, ids_V, columns_V in zip(made, ids_nV, columns_nV, strict=True):
-        made_V[ids_V] = columns_V
-    return made

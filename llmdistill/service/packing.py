@@ -109,16 +109,26 @@ def ranked(columns_nV: NDArray[Any]) -> tuple[NDArray[np.int32], NDArray[Any]]:
     without their sign log-probs sort as 32-bit numbers, in two such passes.
     """
     order_nV, ranked_nV = np.empty(columns_nV.shape, np.int32), np.empty_like(columns_nV)
-    for row, column_V in enumerate(columns_nV):
-        if column_V.dtype == np.float32:
-            key_V = np.abs(column_V).view(np.uint32)
-            order = np.argsort(key_V.astype(np.uint16), kind="stable")  # the lower half
-            order = order[np.argsort((key_V >> 16).astype(np.uint16)[order], kind="stable")]
+    for rows in row_chunks(*columns_nV.shape):
+        piece_nV = columns_nV[rows]
+        if piece_nV.dtype == np.float32:
+            key_nV = np.abs(piece_nV).view(np.uint32)
+            order = np.argsort(key_nV.astype(np.uint16), axis=1, kind="stable")  # by the lower half
+            upper = np.take_along_axis((key_nV >> 16).astype(np.uint16), order, 1)
+            order = np.take_along_axis(order, np.argsort(upper, axis=1, kind="stable"), 1)
         else:
-            order = np.argsort(column_V, kind="stable")
-        order_nV[row] = order
-        np.take(column_V, order, out=ranked_nV[row])
+            order = np.argsort(piece_nV, axis=1, kind="stable")
+        order_nV[rows] = order
+        ranked_nV[rows] = np.take_along_axis(piece_nV, order, 1)
     return order_nV, ranked_nV
+
+
+def by_id(columns_nV: NDArray[Any], ids_nV: NDArray[np.int32]) -> NDArray[Any]:
+    """The inverse of :func:`ranked`: each row in the order of its ids."""
+    made_nV = np.empty_like(columns_nV)
+    for rows in row_chunks(*columns_nV.shape):
+        np.put_along_axis(made_nV[rows], ids_nV[rows].astype(np.int64), columns_nV[rows], 1)
+    return made_nV
 
 
 def row_chunks(n: int, k: int) -> list[slice]:

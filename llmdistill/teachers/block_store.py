@@ -1,0 +1,357 @@
+"""Score blocks on disk, as they travel: for later epochs, runs and machines.
+
+A store is a folder::
+
+    info.json              the teacher: every field of TeacherInfo
+    shard-00000.blocks     records one after another: magic, key, length, CRC-32 of these, the encoded block
+    shard-00000.index      where they lie, so that opening a store does not read it; only a help, may be lost
+
+Every process that writes has shards of its own, and only ever appends, the record before its index entry. One killed at
+any moment therefore leaves whole records and at most one that is cut off, at the end of a shard nobody will append to
+again: it is passed over. Everything that is read is checked: the record by its CRC, the block by its own. What the
+kernel has survives the process; a full shard, and the last one on ``close``, is synced to survive the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from llmdistill.errors import UserError
+from llmdistill.service.blocks import BlockError, ScoreBlock, decode
+from llmdistill.teachers.base import TeacherInfo
+
+KEY_BYTES = 16
+_HEAD = struct.Struct("<4s16sQI")  # magic, key, bytes of the block, CRC-32 of the three
+_ENTRY = struct.Struct("<16sQQI")  # key, offset of the record, bytes of the block, CRC-32 of the three
+_CRC_BYTES = 4
+_MAGIC = b"LDSR"
+_VOID = bytes(KEY_BYTES)  # key of an index entry that covers damaged bytes
+_UNLIMITED = 1 << 62  # blocks of a store were written here, and are as long as their record says
+
+
+class _Place(NamedTuple):
+    shard: int
+    offset: int
+    length: int  # of the block, without the record's head
+
+
+@dataclass
+class _Seen:
+    """Bytes that have been read of a shard and of its index."""
+
+    blocks: int = 0
+    index: int = 0
+
+
+@dataclass
+class _Shard:
+    """The shard this process appends to."""
+
+    pid: int
+    number: int
+    blocks: int  # file descriptors
+    index: int
+    size: int = 0
+
+    def close(self) -> None:
+        os.close(self.blocks)
+        os.close(self.index)
+
+
+class BlockStore:
+    """Encoded score blocks under 16-byte keys; of several under one key the longest counts.
+
+    Any number of processes, and their threads, may read and write at the same time. What others append is found by
+    :meth:`refresh`.
+
+    Args:
+        folder: made when it is claimed or appended to.
+        shard_bytes: a shard of this size is not appended to.
+
+    Raises:
+        UserError: a shard is damaged where no index tells what lies there.
+    """
+
+    def __init__(self, folder: str | Path, *, shard_bytes: int = 1 << 30) -> None:
+        self.folder = Path(folder)
+        self.shard_bytes = shard_bytes
+        self._places: dict[bytes, _Place] = {}
+        self._seen: dict[int, _Seen] = {}
+        self._shard: _Shard | None = None
+        self._lock = threading.RLock()
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The keys."""
+        return iter(list(self._places))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def get(self, key: bytes) -> ScoreBlock | None:
+        """The block under ``key``, or None.
+
+        Raises:
+            UserError: it is damaged, or its file is gone; the message names file and byte.
+        """
+        place = self._places.get(key)
+        if place is None:
+            return None
+        file = _file(self.folder, place.shard)
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is gone, and with it blocks of this store. Fix: put it back.") from error
+        try:
+            record = os.pread(descriptor, _HEAD.size + place.length, place.offset)
+        finally:
+            os.close(descriptor)
+        try:
+            if _read_head(record) != (key, place.length):
+                raise BlockError("its head is not the one that was written")
+            return decode(memoryview(record)[_HEAD.size :], max_positions=_UNLIMITED, max_bytes=_UNLIMITED)
+        except BlockError as error:
+            raise _damaged(file, place.offset, error) from error
+
+    def append(self, key: bytes, data: bytes) -> None:
+        """Writes an encoded block. When this returns it survives the process.
+
+        Raises:
+            OSError: the disk is full, for example. What was there stays readable, and later calls use another shard.
+        """
+        head = _sealed(_HEAD, _MAGIC, key, len(data))
+        with self._lock:
+            shard = self._writable()
+            place = _Place(shard.number, shard.size, len(data))
+            try:
+                _write(shard.blocks, head + data)
+                _write(shard.index, _sealed(_ENTRY, key, place.offset, place.length))
+            except OSError:
+                self._shard = None  # nothing may follow a record that was cut off
+                shard.close()
+                raise
+            shard.size += len(head) + len(data)
+            seen = self._seen.setdefault(shard.number, _Seen())
+            seen.blocks, seen.index = shard.size, seen.index + _ENTRY.size
+            self._add(key, place)
+
+    def refresh(self) -> int:
+        """Finds what others have appended since: how many blocks."""
+        with self._lock:
+            found = 0
+            for number in _numbers(self.folder):
+                seen = self._seen.setdefault(number, _Seen())
+                size = _file(self.folder, number).stat().st_size
+                if size == seen.blocks:
+                    continue
+                for read in (self._indexed, self._scanned):
+                    for key, place in read(number, seen, size):
+                        self._add(key, place)
+                        found += 1
+            return found
+
+    def info(self) -> TeacherInfo | None:
+        """Whose evidence this is; None where nobody has claimed it.
+
+        Raises:
+            UserError: info.json is there and cannot be read.
+        """
+        file = self.folder / "info.json"
+        try:
+            content = json.loads(file.read_text())
+            known = {field.name: content[field.name] for field in fields(TeacherInfo)}
+            return TeacherInfo(**known | {"eos_ids": tuple(content["eos_ids"])})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is no description of a teacher ({error!r}). Fix: put the file back.") from error
+
+    def claim(self, info: TeacherInfo) -> TeacherInfo:
+        """Says whose blocks will be appended, for good. Returns what the store says from then on.
+
+        Raises:
+            UserError: it holds another teacher's, or of another vocabulary.
+        """
+        found = self.info()
+        if found is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f"info.json.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(asdict(info), indent=1))
+            os.replace(temporary, self.folder / "info.json")
+            found = self.info() or info  # another process may have been as quick
+        if (found.fingerprint, found.tokenizer) != (info.fingerprint, info.tokenizer):
+            raise UserError(
+                f"{self.folder} holds evidence of teacher {found.name!r} (weights {found.fingerprint}, tokenizer "
+                f"{found.tokenizer}); this is {info.name!r} (weights {info.fingerprint}, tokenizer {info.tokenizer}). "
+                "Fix: another folder for this teacher."
+            )
+        return found
+
+    def close(self) -> None:
+        """Syncs what this process has appended. Appending again opens another shard."""
+        with self._lock:
+            shard, self._shard = self._shard, None
+            if shard is not None:
+                os.fsync(shard.blocks)
+                shard.close()
+
+    def _add(self, key: bytes, place: _Place) -> None:
+        known = self._places.get(key)
+        if key != _VOID and (known is None or place.length > known.length):
+            self._places[key] = place
+
+    def _writable(self) -> _Shard:
+        """The shard to append to. One that was opened before a fork is the parent's."""
+        shard = self._shard
+        if shard is not None and shard.pid == os.getpid() and shard.size < self.shard_bytes:
+            return shard
+        self.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = max(_numbers(self.folder), default=-1) + 1
+        flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+        while True:
+            try:
+                blocks = os.open(_file(self.folder, number), flags | os.O_EXCL, 0o666)
+                break
+            except FileExistsError:  # another writer's, since we looked
+                number += 1
+        index = os.open(_file(self.folder, number, "index"), flags | os.O_TRUNC, 0o666)
+        self._shard = _Shard(os.getpid(), number, blocks, index)
+        return self._shard
+
+    def _indexed(self, number: int, seen: _Seen, size: int) -> Iterator[tuple[bytes, _Place]]:
+        """Records that the index knows. It is believed as far as its checksums hold."""
+        file = _file(self.folder, number, "index")
+        if not file.exists():
+            return
+        with file.open("rb") as stream:
+            stream.seek(seen.index)
+            data = stream.read()
+        for at in range(0, len(data) - _ENTRY.size + 1, _ENTRY.size):
+            entry = data[at : at + _ENTRY.size]
+            key, offset, length, crc = _ENTRY.unpack(entry)
+            end = offset + _HEAD.size + length
+            if zlib.crc32(entry[:-_CRC_BYTES]) != crc or end > size:
+                return
+            seen.index += _ENTRY.size
+            if offset >= seen.blocks:  # else it was found in the shard before its entry was written
+                seen.blocks = end
+                yield key, _Place(number, offset, length)
+
+    def _scanned(self, number: int, seen: _Seen, size: int) -> Iterator[tuple[bytes, _Place]]:
+        """Whole records after those that the index knows."""
+        file = _file(self.folder, number)
+        with file.open("rb") as stream:
+            while size - seen.blocks >= _HEAD.size:
+                stream.seek(seen.blocks)
+                head = stream.read(_HEAD.size)
+                if head == bytes(_HEAD.size):  # a crash of the machine: the file has grown, its bytes never came
+                    return
+                try:
+                    key, length = _read_head(head)
+                except BlockError as error:
+                    raise _damaged(file, seen.blocks, error) from error
+                place = _Place(number, seen.blocks, length)
+                if place.offset + _HEAD.size + length > size:  # cut off, or being written
+                    return
+                seen.blocks += _HEAD.size + length
+                yield key, place
+
+
+def rebuild_index(folder: str | Path) -> int:
+    """Reads every shard from end to end and writes its index anew, without what is damaged: how many places that is.
+
+    The sequences that lay there are missing from then on. Not to be called while others append.
+    """
+    damaged = 0
+    for number in _numbers(Path(folder)):
+        entries = list(_inspect(_file(Path(folder), number)))
+        damaged += sum(key == _VOID for key, _, _ in entries)
+        temporary = _file(Path(folder), number, "index.tmp")
+        temporary.write_bytes(b"".join(_sealed(_ENTRY, *entry) for entry in entries))
+        os.replace(temporary, _file(Path(folder), number, "index"))
+    return damaged
+
+
+def _inspect(file: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Key, offset and length of every whole record, each one read; :data:`_VOID` for the bytes between them."""
+    if not file.stat().st_size:
+        return
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
+        while len(data) - at >= _HEAD.size:
+            try:
+                key, length = _read_head(data[at : at + _HEAD.size])
+                if at + _HEAD.size + length > len(data):  # cut off
+                    return
+                block = data[at + _HEAD.size : at + _HEAD.size + length]
+                decode(block, max_positions=_UNLIMITED, max_bytes=_UNLIMITED)
+            except BlockError:
+                key, length = _VOID, _next_head(data, at + _HEAD.size) - at - _HEAD.size
+            yield key, at, length
+            at += _HEAD.size + length
+
+
+def _next_head(data: mmap.mmap, at: int) -> int:
+    """Where the next record starts, or the end."""
+    while (at := data.find(_MAGIC, at)) >= 0:
+        try:
+            _read_head(data[at : at + _HEAD.size])
+            return at
+        except BlockError:
+            at += 1
+    return len(data)
+
+
+def _file(folder: Path, number: int, kind: str = "blocks") -> Path:
+    return folder / f"shard-{number:05d}.{kind}"
+
+
+def _numbers(folder: Path) -> list[int]:
+    names = [file.stem.removeprefix("shard-") for file in folder.glob("shard-*.blocks")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _sealed(layout: struct.Struct, *values: bytes | int) -> bytes:
+    """The values and their checksum, the last field of ``layout``."""
+    packed = layout.pack(*values, 0)[:-_CRC_BYTES]
+    return packed + zlib.crc32(packed).to_bytes(_CRC_BYTES, "little")
+
+
+def _read_head(record: bytes) -> tuple[bytes, int]:
+    """Key and length of the block.
+
+    Raises:
+        BlockError: no record starts here.
+    """
+    if len(record) < _HEAD.size:
+        raise BlockError("the file ends here")
+    magic, key, length, crc = _HEAD.unpack_from(record)
+    if magic != _MAGIC or zlib.crc32(record[: _HEAD.size - _CRC_BYTES]) != crc:
+        raise BlockError("no record starts here")
+    return key, length
+
+
+def _damaged(file: Path, offset: int, error: BlockError) -> UserError:
+    return UserError(
+        f"{file} is damaged at byte {offset}: {error}. Fix: llmdistill.teachers.block_store.rebuild_index"
+        f"({str(file.parent)!r}) gives up what is damaged; its sequences are then scored anew."
+    )
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
