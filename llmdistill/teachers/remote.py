@@ -1,0 +1,398 @@
+"""A teacher behind the service: the same evidence as an embedded one, from another process, machine or several.
+
+The weights that answer first are the teacher of the run. Whenever others answer, the run stops.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
+
+import httpx
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.errors import UserError
+from llmdistill.rollouts import Prompt, Rollout, Sampling
+from llmdistill.rollouts.remote import pack, sample, service_info
+from llmdistill.service.blocks import BlockHeader, ScoreBlock, decode
+from llmdistill.service.wire import BLOCKS_TYPE, INFO, SCORE, SCORE_TEXT, unpack_frames
+from llmdistill.teachers.base import Teacher, TeacherInfo
+from llmdistill.teachers.listing import columns, support_of
+from llmdistill.teachers.transport import Get, Refused, Request, Transport, json_object
+from llmdistill.tokenization import special
+
+T = TypeVar("T")
+REQUESTS_PER_REPLICA = 2  # one is computed while the other is on its way
+FRAME_BYTES, PIECE_BYTES = 256, 40  # of a body, beside ids: for the request, and for each sequence
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A completion as the teacher's tokens, and what it says about them."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    offsets: list[tuple[int, int]]  # first and last + 1 character of the completion, of every id
+    block: ScoreBlock
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Counted span of one sequence, or a part of it where it is longer than a request may be."""
+
+    sequence: int
+    start: int  # among the real tokens
+    stop: int
+    ids_json: str
+    chosen_json: str
+
+    def costs(self, length: int) -> tuple[int, int, int, int]:
+        """Sequences, positions, bytes and tokens."""
+        return 1, self.stop - self.start, len(self.ids_json) + len(self.chosen_json) + PIECE_BYTES, length
+
+
+class RemoteTeacher:
+    """Implements :class:`~llmdistill.teachers.base.Teacher` over one or several replicas of the service.
+
+    Args:
+        url: of the service; several replicas, as a list or with commas, have to hold the same weights.
+        lossless: log-probs come as float32; else in 16 bits each (:mod:`llmdistill.service.packing`).
+        tokenizer: of the teacher, where its padding id is to be used; any valid id does.
+        options: of :class:`~llmdistill.teachers.transport.Transport`.
+
+    Raises:
+        UserError: no service there within ``max_outage_s``, or replicas with different weights.
+    """
+
+    live = True  # answers come from a model, not from what was stored
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        max_outage_s: float = 3600.0,
+        in_flight: int = 8,
+        lossless: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
+        self.dtype = "float32" if lossless else "float16"
+        self.tokenizer = tokenizer
+        self._pinned = threading.Lock()
+        self._info: TeacherInfo | None = None
+        self._limits: dict[str, int] = {}
+        self._takes_chosen = True
+        self.transport = Transport(
+            url,
+            token=token,
+            admit=self._admit,
+            timeout_s=timeout_s,
+            max_outage_s=max_outage_s,
+            in_flight=in_flight,
+            **options,
+        )
+        try:
+            self.transport.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def bytes_received(self) -> int:
+        """Of evidence and completions so far, as they came over the wire."""
+        return self.transport.counters.bytes_received
+
+    def info(self) -> TeacherInfo:
+        assert self._info is not None
+        return self._info
+
+    def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
+        """One block per sequence, in the order of the rollout.
+
+        Raises:
+            UserError: more listed tokens than the service allows, a sequence that is too long for it, ``chosen`` where
+                its engine cannot, or other weights than those of the start.
+        """
+        rollout, width = rollout.to("cpu"), self._width(top_k, chosen)
+        pieces, lengths = self._pieces(rollout, chosen)
+        order = sorted(range(len(pieces)), key=lambda i: -lengths[i])  # what is left at the end is short
+        costs = [pieces[i].costs(lengths[i]) for i in order]
+        groups = [[order[j] for j in group] for group in pack(costs, self._room(sum(lengths), FRAME_BYTES))]
+        answers = self._send([self._scoring([pieces[i] for i in g], top_k, chosen is not None) for g in groups])
+        blocks = {i: block for g, found in zip(groups, answers, strict=True) for i, block in zip(g, found, strict=True)}
+        parts: list[list[ScoreBlock]] = [[] for _ in range(len(rollout))]
+        for i, piece in enumerate(pieces):
+            parts[piece.sequence].append(blocks[i])
+        info = self.info()
+        empty = BlockHeader(
+            info.fingerprint,
+            info.tokenizer,
+            width,
+            info.vocab_size,
+            dtype=self.dtype,
+            support=support_of(top_k, chosen),
+        )
+        return [_joined(found, mask, width, empty) for found, mask in zip(parts, rollout.completion_mask, strict=True)]
+
+    def score_text(self, items: Sequence[tuple[str | list[dict[str, str]], str]], top_k: int) -> list[ScoredText]:
+        """What the teacher says about texts, in its own tokens: for students with another vocabulary.
+
+        Args:
+            items: (prompt, completion); a prompt that is a list of chat messages gets the teacher's template.
+
+        Raises:
+            UserError: as :meth:`score`; a text that the service cannot tokenise.
+        """
+        self._width(top_k, None)
+        texts = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in items]
+        # a token is at least a byte of text
+        costs = [(1, len(item[1].encode()), len(text) + 2, len(text)) for item, text in zip(items, texts, strict=True)]
+        rest = json.dumps({"top_k": top_k, "dtype": self.dtype, "teacher": self.info().fingerprint})
+        groups = pack(costs, self._room(sum(map(len, texts)), len(rest) + 16))
+        requests = []
+        for group in groups:
+            body = f'{{"items": [{", ".join(texts[i] for i in group)}], {rest[1:]}'
+            parse = self._reader(_scored_texts_of(len(group)))
+            requests.append(Request(SCORE_TEXT, parse, body=body.encode(), answer_type=BLOCKS_TYPE))
+        return [text for answer in self._send(requests) for text in answer]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        """Completions of every prompt, drawn as one call would draw them however they are split over replicas.
+
+        Raises:
+            UserError: no room for ``max_new_tokens``, or other weights than those of the start.
+        """
+        info = self.info()
+        pad = special.pad_id(self.tokenizer) if self.tokenizer is not None else next(iter(info.eos_ids), 0)
+        try:
+            return sample(self.transport, prompts, sampling, limits=self._limits, pad_id=pad, teacher=info.fingerprint)
+        except Refused as refusal:
+            self._explain(refusal)
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def _admit(self, get: Get) -> None:
+        """Pins the weights at the first replica and compares every later one with them."""
+        found = service_info(get, "teacher")
+        limits = {name: int(value) for name, value in found["limits"].items()}
+        info = TeacherInfo(
+            name=found["name"],
+            fingerprint=found["teacher"],
+            tokenizer=found["tokenizer"],
+            vocab_size=int(found["vocab_size"]),
+            eos_ids=tuple(found["eos_ids"]),
+            context_length=int(found["context_length"]),
+            template=found["template"],
+        )
+        with self._pinned:
+            if self._info is None:
+                self._info, self._limits = info, limits
+            else:
+                self._same(info.fingerprint, info.tokenizer)
+                self._limits = {name: min(value, limits[name]) for name, value in self._limits.items()}
+            self._takes_chosen = self._takes_chosen and bool(found["chosen_ids"])
+
+    def _same(self, fingerprint: str, tokenizer: str) -> None:
+        info = self.info()
+        if (fingerprint, tokenizer) != (info.fingerprint, info.tokenizer):
+            what, own, other = ("weights", info.fingerprint, fingerprint)
+            if fingerprint == info.fingerprint:
+                what, own, other = "tokenizer", info.tokenizer, tokenizer
+            raise UserError(
+                f"teacher {', '.join(self.transport.urls)}: the service restarted with other weights, or its replicas "
+                f"differ: {what} {other}, this run began with {own}. "
+                f"Fix: serve one checkpoint everywhere, then --resume."
+            )
+
+    def _send(self, requests: Sequence[Request[T]]) -> list[T]:
+        try:
+            return self.transport.send_all(requests)
+        except Refused as refusal:
+            self._explain(refusal)
+
+    def _explain(self, refusal: Refused) -> NoReturn:
+        """A conflict becomes the message that names both fingerprints."""
+        if refusal.status == 409:
+            found = self.transport.send(Request(INFO, json_object, method="GET"))
+            self._same(found["teacher"], found["tokenizer"])
+        raise refusal
+
+    def _width(self, top_k: int, chosen: Tensor | None) -> int:
+        """Columns of the blocks, if the service lists that many."""
+        info, limit = self.info(), self._limits["top_k"]
+        if top_k > info.vocab_size:
+            raise UserError(
+                f"objective.top_k is {top_k}; the teacher has {info.vocab_size} logit columns. "
+                f"Fix: at most {info.vocab_size}."
+            )
+        if chosen is not None and not self._takes_chosen:
+            raise UserError(
+                "objective.support asks for ids of the student's choice; the teacher's service cannot score them. "
+                "Fix: serve it with an engine that can (hf), or use the teacher's own top-k."
+            )
+        asked = top_k + (0 if chosen is None else chosen.shape[1])
+        if asked > limit:
+            own = "" if chosen is None else f" and {asked - top_k} ids of the student's choice"
+            raise UserError(
+                f"objective.top_k is {top_k}{own}; the service at {self.transport.urls[0]} lists at most {limit} "
+                f"tokens a position. Fix: lower it, or raise the service's limit."
+            )
+        return columns(top_k, chosen, info.vocab_size)
+
+    def _pieces(self, rollout: Rollout, chosen: Tensor | None) -> tuple[list[_Piece], list[int]]:
+        """Spans to ask for, and the length of each one's sequence. Sequences without counted tokens have none."""
+        most, space = max(self._limits["positions"], 1), self._limits["body_bytes"] - FRAME_BYTES - PIECE_BYTES
+        rows = chosen.split(rollout.row_counts) if chosen is not None else None
+        pieces, lengths = [], []
+        for b, (ids_T, real_T, mask_T) in enumerate(
+            zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True)
+        ):
+            ids = ids_T[real_T].tolist()
+            at = _counted(mask_T)[real_T].nonzero().flatten().tolist()
+            if not at:
+                continue
+            if len(ids) > self._limits["sequence_tokens"]:
+                raise UserError(
+                    f"a sequence has {len(ids)} tokens; the service at {self.transport.urls[0]} holds "
+                    f"{self._limits['sequence_tokens']}. Fix: lower data.max_prompt_tokens or rollouts.max_new_tokens."
+                )
+            listed = dict(zip(at, rows[b].tolist(), strict=True)) if rows is not None else {}
+            ids_json, step = json.dumps(ids), most
+            if listed:  # their part of the body has a bound too: 2 bytes a position and the longest row of ids
+                row = max(len(json.dumps(c)) for c in listed.values()) + 2
+                step = max(1, min(most, (space - len(ids_json)) // row))
+            for start in range(at[0], at[-1] + 1, step):
+                stop = min(start + step, at[-1] + 1)
+                own = [[c for c in listed.get(t, ()) if c >= 0] for t in range(start, stop)] if listed else []
+                pieces.append(_Piece(b, start, stop, ids_json, json.dumps(own) if own else ""))
+                lengths.append(len(ids))
+        return pieces, lengths
+
+    def _room(self, tokens: int, rest: int) -> tuple[int, int, int, int]:
+        """Sequences, positions, bytes and tokens of a request."""
+        wanted = min(self.transport.in_flight, REQUESTS_PER_REPLICA * len(self.transport.urls))
+        limits = self._limits
+        return limits["sequences"], limits["positions"], limits["body_bytes"] - rest, -(-tokens // max(wanted, 1))
+
+    def _scoring(self, pieces: list[_Piece], top_k: int, with_chosen: bool) -> Request[list[ScoreBlock]]:
+        chosen = f"[{', '.join(p.chosen_json for p in pieces)}]" if with_chosen else "null"
+        body = (
+            f'{{"sequences": [{", ".join(p.ids_json for p in pieces)}], '
+            f'"positions": {json.dumps([(p.start, p.stop) for p in pieces])}, "top_k": {top_k}, "chosen": {chosen}, '
+            f'"temperature": 1.0, "dtype": "{self.dtype}", "teacher": "{self.info().fingerprint}"}}'
+        )
+        expected = [slice(p.start, p.stop) for p in pieces]
+
+        def parse(head: dict[str, Any], blocks: list[ScoreBlock]) -> list[ScoreBlock]:
+            found = [block.positions for block in blocks]
+            if found != expected:
+                raise ValueError(f"blocks of the positions {found[:3]}..., asked for {expected[:3]}...")
+            return blocks
+
+        return Request(SCORE, self._reader(parse), body=body.encode(), answer_type=BLOCKS_TYPE)
+
+    def _reader(self, parse: Callable[[dict[str, Any], list[ScoreBlock]], T]) -> Callable[[httpx.Response], T]:
+        def read(response: httpx.Response) -> T:
+            first, *frames = unpack_frames(response.content)
+            head = json.loads(bytes(first))
+            self._same(head["teacher"], head["tokenizer"])
+            blocks = [decode(frame) for frame in frames]
+            for block in blocks:
+                self._same(block.header.teacher, block.header.tokenizer)
+                if len(block.token_logprobs) != block.positions.stop - block.positions.start:
+                    raise ValueError(f"a block of {len(block.token_logprobs)} rows for {block.positions}")
+            return parse(head, blocks)
+
+        return read
+
+
+def connect(url: str | Sequence[str], **options: Any) -> Teacher:
+    """The teacher at ``url``: our service, or a plain vLLM OpenAI server. Waits until one of them answers.
+
+    Args:
+        options: of :class:`RemoteTeacher` or :class:`~llmdistill.teachers.openai.PlainVLLMTeacher`, whichever it is;
+            what only the other one has is ignored.
+
+    Raises:
+        UserError: neither is there within ``max_outage_s``.
+    """
+    from llmdistill.teachers.openai import PlainVLLMTeacher
+
+    kinds: list[type[RemoteTeacher] | type[PlainVLLMTeacher]] = []
+
+    def look(get: Get) -> None:
+        try:
+            get(INFO)
+            kinds.append(RemoteTeacher)
+        except Refused as refusal:
+            if refusal.status != 404:
+                raise
+            get("/v1/models")
+            kinds.append(PlainVLLMTeacher)
+
+    own = {name: value for name, value in options.items() if name not in ("lossless", "tokenizer", "model")}
+    probe = Transport(url, admit=look, **own)
+    try:
+        probe.wait_ready()
+    finally:
+        probe.close()
+    if kinds[0] is PlainVLLMTeacher:
+        options.pop("lossless", None)  # JSON is
+    else:  # this one says what its tokenizer is
+        options.pop("model", None)
+        if isinstance(options.get("tokenizer"), str):
+            del options["tokenizer"]
+    return kinds[0](url, **options)
+
+
+def _counted(mask_T: Tensor) -> Tensor:
+    """Marks that have a token before them; those of one sequence, as ``Rollout.token_rows`` counts them."""
+    counted_T = mask_T.clone()
+    counted_T[:1] = False
+    return counted_T
+
+
+def _joined(parts: list[ScoreBlock], mask_T: Tensor, width: int, empty: BlockHeader) -> ScoreBlock:
+    """The parts of one sequence as one block of its counted rows, as wide as every block of the call."""
+    at = _counted(mask_T).nonzero().flatten()
+    if not parts:
+        rows = (torch.zeros(0), torch.zeros(0, width, dtype=torch.int32), torch.zeros(0, width))
+        return ScoreBlock(slice(0, 0), *rows, empty)
+    keep = at - at[0]
+    token = torch.cat([p.token_logprobs for p in parts])[keep]
+    missing = [width - p.topk_ids.shape[1] for p in parts]
+    ids = torch.cat(
+        [torch.nn.functional.pad(p.topk_ids, (0, m), value=-1) for p, m in zip(parts, missing, strict=True)]
+    )
+    logprobs = torch.cat(
+        [
+            torch.nn.functional.pad(p.topk_logprobs, (0, m), value=-torch.inf)
+            for p, m in zip(parts, missing, strict=True)
+        ]
+    )
+    span = slice(int(at[0]), int(at[-1]) + 1)
+    return ScoreBlock(span, token, ids[keep], logprobs[keep], replace(parts[0].header, top_k=width))
+
+
+def _scored_texts_of(count: int) -> Callable[[dict[str, Any], list[ScoreBlock]], list[ScoredText]]:
+    def parse(head: dict[str, Any], blocks: list[ScoreBlock]) -> list[ScoredText]:
+        items = head["items"]
+        if not len(items) == len(blocks) == count:
+            raise ValueError(f"{len(items)} items and {len(blocks)} blocks for {count} texts")
+        made = []
+        for item, block in zip(items, blocks, strict=True):
+            if not len(item["ids"]) == len(item["offsets"]) == len(block.token_logprobs):
+                raise ValueError(f"{len(item['ids'])} ids of a text, {len(block.token_logprobs)} scored")
+            offsets = [(int(a), int(b)) for a, b in item["offsets"]]
+            made.append(ScoredText(item["prompt_ids"], item["ids"], offsets, block))
+        return made
+
+    return parse

@@ -1,0 +1,264 @@
+"""Which replica of a service gets a request, who is out, and how everything waits while nobody answers.
+
+A replica that fails several times in a row is taken out. A thread of its own then asks it, after a cool-down, whether
+it works again. Requests wait while no replica is left: one line says so, another every half minute, one at the end.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmdistill.errors import UserError
+
+Status = Callable[[str], None]
+Cancelled = Callable[[], bool]
+
+UNREADABLE = (ValueError, LookupError, TypeError)  # what parsing raises where an answer has another shape
+_jitter = random.Random()  # not the global state: a resumed run has to find that undisturbed
+
+
+@dataclass(eq=False)
+class Failed(Exception):
+    """One try came to nothing; another may not."""
+
+    reason: str
+    may_be_done: bool = False  # the service may have, or come to have, the answer
+    busy: bool = False  # it works, only not for us now
+    retry_after: float | None = None
+
+    def delay(self, longest: float) -> float:
+        """Seconds to the next try: full jitter, on top of what the service asked for."""
+        drawn = _jitter.uniform(0, longest)
+        return drawn if self.retry_after is None else self.retry_after + min(drawn, self.retry_after / 4)
+
+
+@dataclass(eq=False)
+class Replica:
+    """One address of the service."""
+
+    url: str
+    up: bool = False
+    asked: bool = False  # whether it has been probed at all
+    reason: str = ""  # of its last failure
+    failures: int = 0  # in a row
+    failed_at: float = 0.0
+    probes: int = 0  # in vain, since it last worked
+    in_flight: int = 0
+    taken_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How failures are answered. Times in seconds.
+
+    Args:
+        max_outage_s: how long a request keeps failing before the run stops.
+        backoff_s, max_backoff_s: the n-th retry waits a random time up to ``backoff_s * 2**n``, at most the maximum.
+        eject_after: failures in a row (those of overlapping tries count once) that take a replica out.
+        cool_down_s: until a replica that was taken out is probed; doubles with every probe up to ``max_backoff_s``.
+        status_every_s: between two lines that say what is waited for.
+    """
+
+    max_outage_s: float = 3600.0
+    backoff_s: float = 0.25
+    max_backoff_s: float = 15.0
+    eject_after: int = 3
+    cool_down_s: float = 1.0
+    status_every_s: float = 30.0
+
+    def backoff(self, tries: int) -> float:
+        return min(self.max_backoff_s, self.backoff_s * 2.0 ** min(tries, 30))
+
+
+class Replicas:
+    """The replicas of one service. Threads may share it.
+
+    Args:
+        section: of the recipe, for messages.
+        admit: asks one replica whether it may get requests; a UserError of it stops the run.
+        on_status: gets one line when requests start to wait, every ``status_every_s`` and when they go on.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        section: str,
+        admit: Callable[[Replica], None],
+        patience: Patience,
+        on_status: Status,
+    ) -> None:
+        self.urls, self.section, self.patience = tuple(urls), section, patience
+        self.changed = threading.Condition()  # replicas came or went, a request was cancelled, the end
+        self.closed = False
+        self.seconds_waited = 0.0
+        self._admit, self._on_status = admit, on_status
+        self._fatal: Exception | None = None
+        self._down_since: float | None = None  # the first failure since anything worked
+        self._announced: float | None = None
+        self._all = [Replica(url) for url in self.urls]
+        for replica in self._all:
+            self._nurse_in_thread(replica, 0.0)
+
+    def up(self) -> list[Replica]:
+        """Those that get requests."""
+        with self.changed:
+            return [r for r in self._all if r.up]
+
+    def wait_ready(self) -> None:
+        """Returns when one replica is admitted and every other has been asked once.
+
+        Raises:
+            UserError: none within ``max_outage_s``, or what ``admit`` raised.
+        """
+        since = time.monotonic()
+        with self.changed:
+            while not (self.up() and all(r.asked for r in self._all)):
+                self._check(None)
+                if self.up():
+                    self.changed.wait(self.patience.status_every_s)
+                else:
+                    self._wait(since)
+            self._check(None)
+            self._worked()
+
+    def take(self, last: Replica | None, stay: bool, since: float | None, cancelled: Cancelled | None) -> Replica:
+        """A replica for the next try of a request: the least busy one.
+
+        Args:
+            last: where the try before went; another one is better, unless it is the one to ``stay`` with.
+            since: when the request began to fail.
+
+        Raises:
+            UserError: none within ``max_outage_s``.
+        """
+        began = time.monotonic()
+        with self.changed:
+            while True:
+                self._check(cancelled)
+                if up := self.up():
+                    if last is None or not stay or last not in up:
+                        others = [r for r in up if r is not last]
+                        last = min(others or up, key=lambda r: (r.in_flight, r.taken_at))
+                    last.in_flight, last.taken_at = last.in_flight + 1, time.monotonic()
+                    self.seconds_waited += last.taken_at - began
+                    return last
+                self._wait(began if since is None else since)
+
+    def release(self, replica: Replica, worked: bool = False) -> None:
+        """The try has ended."""
+        with self.changed:
+            replica.in_flight -= 1
+            if worked:
+                replica.failures, replica.probes, replica.reason = 0, 0, ""
+                self._worked()
+
+    def failed(self, replica: Replica, failure: Failed, began: float) -> None:
+        """The try that started at ``began`` has ended in vain."""
+        with self.changed:
+            now = time.monotonic()
+            replica.in_flight -= 1
+            replica.reason = failure.reason
+            self._down_since = now if self._down_since is None else self._down_since
+            if failure.busy or began < replica.failed_at:  # one event breaks every try that is under way
+                return
+            replica.failed_at, replica.failures = now, replica.failures + 1
+            if replica.up and replica.failures >= self.patience.eject_after:
+                replica.up = False
+                replica.failures = self.patience.eject_after - 1  # when it is back, one more takes it out again
+                self._nurse_in_thread(replica, self.patience.cool_down_s)
+
+    def pause(self, seconds: float, since: float, cancelled: Cancelled | None) -> None:
+        """Between two tries of a request that began to fail at ``since``.
+
+        Raises:
+            UserError: that is ``max_outage_s`` ago.
+        """
+        began = time.monotonic()
+        with self.changed:
+            while (now := time.monotonic()) < began + seconds or now >= since + self.patience.max_outage_s:
+                self._check(cancelled)
+                silent = self._down_since is not None and now - self._down_since >= self.patience.status_every_s
+                self._wait(since, until=began + seconds, announce=silent)
+            self.seconds_waited += now - began
+
+    def close(self) -> None:
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def _nurse_in_thread(self, replica: Replica, delay: float) -> None:
+        threading.Thread(target=self._nurse, args=(replica, delay), daemon=True).start()
+
+    def _nurse(self, replica: Replica, delay: float) -> None:
+        """Asks a replica until it is admitted."""
+        while self._sleep(delay):
+            reason = ""
+            fatal: Exception | None = None
+            try:
+                self._admit(replica)
+            except Failed as failure:
+                reason = failure.reason
+            except UserError as error:
+                fatal = error
+            except UNREADABLE as error:
+                reason = f"says who it is in a way that cannot be read: {error or type(error).__name__}"
+            except Exception as error:
+                fatal = error
+            with self.changed:
+                self._fatal = self._fatal or fatal
+                replica.reason = reason or replica.reason  # ready again, and yet a request may fail as before
+                replica.asked, replica.up = True, not reason and not fatal
+                self.changed.notify_all()
+                if not reason:
+                    return
+                replica.probes += 1
+                longest = min(
+                    self.patience.max_backoff_s, self.patience.cool_down_s * 2.0 ** min(replica.probes - 1, 30)
+                )
+            delay = longest * _jitter.uniform(0.5, 1)
+
+    def _sleep(self, delay: float) -> bool:
+        with self.changed:
+            return not self.changed.wait_for(lambda: self.closed, delay)
+
+    def _wait(self, since: float, until: float = float("inf"), announce: bool = True) -> None:
+        """Waits for a change, the time of a status line, or the end of patience. The lock is held."""
+        now, end = time.monotonic(), since + self.patience.max_outage_s
+        if now >= end:
+            where = f" {self.urls[0]}" if len(self.urls) == 1 else ""  # the reasons name several
+            raise UserError(
+                f"{self.section}{where} gave no answer for {self.patience.max_outage_s:g} s: {self._reasons()}. "
+                f"Fix: start the service, then --resume; a longer max_outage_s waits longer."
+            )
+        every = self.patience.status_every_s
+        self._down_since = now if self._down_since is None else self._down_since
+        asked = all(r.asked for r in self._all)  # before that there is little to say
+        if announce and asked and (self._announced is None or now - self._announced >= every):
+            self._announced = now
+            self._on_status(
+                f"{self.section} {', '.join(self.urls)} unreachable since {now - self._down_since:.0f} s "
+                f"({self._reasons()}); training waits, gives up after {self.patience.max_outage_s:g} s"
+            )
+        line = (self._announced if self._announced is not None else now) + every
+        self.changed.wait(max(min(end, until, line) - now, 0.001))
+
+    def _worked(self) -> None:
+        if self._announced is not None and self._down_since is not None:
+            seconds = time.monotonic() - self._down_since
+            self._on_status(f"{self.section} {', '.join(self.urls)} is back after {seconds:.0f} s")
+        self._down_since = self._announced = None
+
+    def _reasons(self) -> str:
+        if len(self._all) == 1:
+            return self._all[0].reason or "not asked yet"
+        return "; ".join(f"{r.url}: {r.reason or 'no failure'}" for r in self._all)
+
+    def _check(self, cancelled: Cancelled | None) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+        if self.closed or (cancelled is not None and cancelled()):
+            raise RuntimeError("the transport was closed, or another request of the same call has failed")
