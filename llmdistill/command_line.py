@@ -19,7 +19,15 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, StudentConfig, TeacherConfig
+from llmdistill.config import (
+    DataConfig,
+    DistillationConfig,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    in_section,
+    teacher_groups,
+)
 from llmdistill.errors import UserError
 
 # The handful of transformers.TrainingArguments that --help lists; all the others are accepted too.
@@ -29,6 +37,8 @@ COMMON_TRAIN = [
     *("gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit", "eval_strategy", "eval_steps"),
     *("seed", "report_to"),
 ]
+
+AMONG_SEVERAL = ("name", "domains", "weight")  # keys that tell teachers apart
 
 
 @dataclass
@@ -45,10 +55,29 @@ class Recipe:
     """A resolved recipe."""
 
     student: StudentConfig
-    teacher: TeacherConfig
+    teachers: list[TeacherConfig]
     data: DataConfig
     args: DistillationConfig
     flags: Flags
+    listed: bool = False  # it has teachers:, a list, and not teacher:
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The only teacher.
+
+        Raises:
+            UserError: there are several.
+        """
+        if len(self.teachers) > 1:
+            raise UserError(
+                f"the recipe has {len(self.teachers)} teachers; this takes one. Fix: teacher: for teachers:."
+            )
+        return self.teachers[0]
+
+    @property
+    def teacher_sections(self) -> list[str]:
+        """How messages name each of ``teachers``."""
+        return [f"teachers[{i}]" for i in range(len(self.teachers))] if self.listed else ["teacher"]
 
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run, section by section, as written to ``config.yaml``."""
@@ -60,7 +89,11 @@ class Recipe:
         train = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and _plain(v) and v != []}
         return {
             "student": dataclasses.asdict(self.student),
-            "teacher": dataclasses.asdict(self.teacher),
+            **(
+                {"teachers": [dataclasses.asdict(t) for t in self.teachers]}
+                if self.listed
+                else {"teacher": dataclasses.asdict(self.teacher)}
+            ),
             "data": dataclasses.asdict(self.data),
             "rollouts": args["rollouts"],
             "objective": objective,
@@ -75,14 +108,17 @@ def parse(config_class: type[DistillationConfig], argv: Sequence[str]) -> Recipe
         UserError: an unknown section or key (with the nearest known one), a value of the wrong type, a missing file.
     """
     sections = _sections(config_class)
-    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    values: dict[str, Any] = {name: {} for name in sections}
     flags, overrides = _split_argv(argv, values, sections)
     for section, key, value in overrides:
-        values[section][key] = value
-    built = {name: _build(cls, values[name], name) for name, cls in _plain_sections().items()}
+        place = _entry(section, key, values.get("teachers", [])) if section not in sections else values[section]
+        place[key] = value
+    listed = "teachers" in values
+    teachers = _teachers(values.pop("teacher"), values.pop("teachers", []), listed)
+    built = {name: _build(cls, values[name], name) for name, cls in _plain_sections().items() if name in values}
     own = {**values["objective"], **values["train"]}
     args = _build(config_class, own, "train", rollouts=built.pop("rollouts"))
-    return Recipe(**built, args=args, flags=flags)
+    return Recipe(**built, teachers=teachers, args=args, flags=flags, listed=listed)
 
 
 def run_front_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> None:
@@ -109,6 +145,7 @@ def help_text(config_class: type[DistillationConfig], command: str, summary: str
         "  --skip-check NAME      go on although this preflight check fails (repeatable)",
         "  --debug                show tracebacks",
         "  --KEY VALUE            override a key below; --section.KEY where two sections share a name",
+        "  --teachers.N.KEY VALUE where the recipe lists teachers: a key of the Nth (from 0), or of the one named N",
     ]
     for name, cls in _sections(config_class).items():
         keys = {f.name: f for f in dataclasses.fields(cls)}
@@ -146,7 +183,7 @@ def _keys(config_class: type, section: str) -> list[str]:
 
 
 def _split_argv(
-    argv: Sequence[str], values: dict[str, dict[str, Any]], sections: Mapping[str, type]
+    argv: Sequence[str], values: dict[str, Any], sections: Mapping[str, type]
 ) -> tuple[Flags, list[tuple[str, str, Any]]]:
     """Reads the recipe file into ``values`` and returns the flags and the command line's overrides."""
     flags, overrides, words = Flags(), [], list(argv)
@@ -172,7 +209,7 @@ def _split_argv(
     return flags, overrides
 
 
-def _read_recipe(path: Path, values: dict[str, dict[str, Any]], sections: Mapping[str, type]) -> None:
+def _read_recipe(path: Path, values: dict[str, Any], sections: Mapping[str, type]) -> None:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file. Fix: recipes/ lists the ready-made ones.")
     try:
@@ -182,25 +219,86 @@ def _read_recipe(path: Path, values: dict[str, dict[str, Any]], sections: Mappin
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} holds no mapping; it needs the sections {', '.join(sections)}")
     for section, content in recipe.items():
-        if section not in sections:
-            raise UserError(f"{path}: unknown section {section!r}{_hint(section, sections)}")
-        for key, value in (content or {}).items():
-            known = _keys(sections[section], section)
-            if key not in known:
-                raise UserError(f"{path}: unknown key {section}.{key}{_hint(key, known)}")
-            values[section][key] = value
+        if section == "teachers":
+            values[section] = [
+                _known(entry, f"teachers[{i}]", sections["teacher"], path) for i, entry in _items(content)
+            ]
+        elif section not in sections:
+            raise UserError(f"{path}: unknown section {section!r}{_hint(section, [*sections, 'teachers'])}")
+        else:
+            values[section] |= _known(content or {}, section, sections[section], path)
+
+
+def _items(content: Any) -> list[tuple[int, Any]]:
+    if not isinstance(content, list):
+        raise UserError(
+            f"teachers is a {type(content).__name__}; it must be a list. Fix: '- model: ...' for each of them."
+        )
+    return list(enumerate(content))
+
+
+def _known(content: Any, section: str, cls: type, path: Path) -> dict[str, Any]:
+    """``content`` if it is a mapping of keys that ``cls`` has."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {section} is {content!r}; it must be a mapping of keys to values")
+    for key in content:
+        if key not in (known := _keys(cls, section)):
+            raise UserError(f"{path}: unknown key {section}.{key}{_hint(key, known)}")
+    return dict(content)
+
+
+def _entry(section: str, key: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of ``teachers`` that an override ``--teachers.WHICH.KEY`` speaks of."""
+    which = section.removeprefix("teachers.")
+    found = [e for i, e in enumerate(entries) if which in (str(i), e.get("name"))]
+    if found:
+        return found[0]
+    if not entries:
+        raise UserError(f"--{section}.{key}: the recipe has no list teachers. Fix: --teacher.{key}.")
+    known = ", ".join(f"{i} ({e['name']})" if e.get("name") else str(i) for i, e in enumerate(entries))
+    raise UserError(f"--{section}.{key}: the recipe has no teacher {which!r}; it has {known}")
+
+
+def _teachers(single: dict[str, Any], several: list[dict[str, Any]], listed: bool) -> list[TeacherConfig]:
+    """The teachers of a recipe, each named by its place in messages."""
+    if listed and single:
+        raise UserError(
+            f"the recipe has a list teachers, and teacher.{next(iter(single))} is set too. Fix: move it into the list "
+            "(on the command line --teachers.0.KEY), or take the list out."
+        )
+    if not listed:
+        configs = [_build(TeacherConfig, single, "teacher")]
+    else:
+        configs = [_build_entry(entry, f"teachers[{i}]") for i, entry in enumerate(several)]
+    try:
+        teacher_groups(configs)
+    except UserError as error:
+        raise error if listed else UserError(str(error).replace("teachers[0]", "teacher")) from None
+    return configs
+
+
+def _build_entry(entry: dict[str, Any], section: str) -> TeacherConfig:
+    try:
+        return _build(TeacherConfig, entry, section)  # type: ignore[no-any-return]
+    except UserError as error:
+        raise in_section(error, section) from None
 
 
 def _locate(name: str, sections: Mapping[str, type]) -> tuple[str, str]:
     """Section and key that an override names."""
     section, _, key = name.rpartition(".")
+    if section == "teachers":
+        raise UserError(f"--{name}: of which teacher? Fix: --teachers.0.{key} for the first, or its name for the 0.")
     if section:
-        if section not in sections:
-            raise UserError(f"--{name}: unknown section {section!r}{_hint(section, sections)}")
-        if key not in (known := _keys(sections[section], section)):
+        cls = sections.get("teacher" if section.startswith("teachers.") else section)
+        if cls is None:
+            raise UserError(f"--{name}: unknown section {section!r}{_hint(section, [*sections, 'teachers'])}")
+        if key not in (known := _keys(cls, section)):
             raise UserError(f"--{name}: unknown key {key!r} in {section}{_hint(key, known)}")
         return section, key
     homes = [s for s, cls in sections.items() if name in _keys(cls, s)]
+    if len(homes) > 1 and name in AMONG_SEVERAL:  # what they mean to a single teacher is worth no ambiguity
+        homes.remove("teacher")
     if len(homes) == 1:
         return homes[0], name
     if homes:
@@ -214,9 +312,13 @@ def _hint(word: str, known: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; --help lists the known ones ({len(list(known))})"
 
 
+class _BadWord(UserError):
+    """What argparse says of one option; a config class says of its own settings itself."""
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        raise UserError(message)
+        raise _BadWord(message)
 
 
 def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> Any:
@@ -234,7 +336,7 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
         # The nested section is built already; the parser only has to know the flat fields.
         parser = _Parser(_flat(cls) if ready else cls)  # type: ignore[arg-type]
         (parsed,) = parser.parse_args_into_dataclasses(words)
-    except UserError as error:
+    except _BadWord as error:
         option, _, reason = str(error).removeprefix("argument ").partition(":")
         key = option.split("/")[0].removeprefix("--")
         home = "objective" if section == "train" and key in _own_fields(cls) else section

@@ -8,7 +8,10 @@ subclass), which is a ``transformers.TrainingArguments`` and can be built in Pyt
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ from llmdistill.distributed import check_cpu_launch, launched_processes
 from llmdistill.errors import UserError
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
+TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
 
 
 def option(default: Any, help: str) -> Any:
@@ -46,7 +50,11 @@ class StudentConfig:
 
 @dataclass
 class TeacherConfig:
-    """The model that is learnt from."""
+    """A model that is learnt from: loaded here (``model``), asked over HTTP (``url``), or read from disk (``stored``).
+
+    A recipe has one as ``teacher:``, or several as the list ``teachers:``. Then ``domains`` says whose rows each of
+    them judges, and those with the same domains and a ``weight`` are averaged.
+    """
 
     model: str = option("", "folder or hub name of the teacher")
     engine: Literal["hf", "vllm"] = option("hf", "hf: embedded, exact full distribution; vllm: top-k evidence at speed")
@@ -54,6 +62,37 @@ class TeacherConfig:
     batch_tokens: int = option(16384, "tokens (padding included) of one forward pass when scoring")
     attn_implementation: str | None = option(None, "transformers' attention implementation")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    url: str = option("", "teacher service instead of a model in this process; replicas with commas")
+    tokenizer: str = option("", "folder or hub name of its tokenizer, for a plain vLLM server whose model is not here")
+    token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
+    timeout_s: float = option(120.0, "seconds until a request to the service is tried again")
+    max_outage_s: float = option(3600.0, "seconds without any answer until the run gives up")
+    in_flight: int = option(8, "requests to the service at one time")
+    lossless: bool = option(False, "float32 evidence from the service, twice the bytes of float16")
+    stored: str = option("", "folder of score blocks: alone, training runs from disk; else a read-through cache")
+    name: str = option("", "what messages and --teachers.NAME.key call it")
+    domains: list[str] = option([], "rows of these domains are its own; empty: all that no other teacher has")
+    weight: float = option(0.0, "share in the average of teachers with the same domains; 0: it is not averaged")
+
+    def __post_init__(self) -> None:
+        self.domains = [str(domain) for domain in self.domains]  # YAML reads some names as numbers
+        require(not (self.model and self.url), "teacher.url", self.url, "empty beside teacher.model", "leave one out")
+        require(
+            bool(self.url) or not self.tokenizer,
+            "teacher.tokenizer",
+            self.tokenizer,
+            "empty without teacher.url",
+            "leave it out",
+        )
+        require(self.timeout_s > 0, "teacher.timeout_s", self.timeout_s, "> 0", "use 120")
+        require(self.max_outage_s >= 0, "teacher.max_outage_s", self.max_outage_s, ">= 0", "use 3600")
+        require(self.in_flight >= 1, "teacher.in_flight", self.in_flight, ">= 1", "use 8")
+        require(0 <= self.weight < math.inf, "teacher.weight", self.weight, ">= 0", "leave it out, or use 1")
+
+    @property
+    def label(self) -> str:
+        """What to call it where no name was given."""
+        return self.name or self.model or self.url or self.stored
 
 
 @dataclass
@@ -75,8 +114,8 @@ class DataConfig:
 class RolloutConfig:
     """How the student's completions are sampled."""
 
-    engine: Literal["hf", "vllm"] = option(
-        "hf", "hf: generate() of transformers; vllm: in-process engine, weights pushed"
+    engine: Literal["hf", "vllm", "remote"] = option(
+        "hf", "hf: generate() of transformers; vllm: in-process engine, weights pushed; remote: a service"
     )
     max_new_tokens: int = option(256, "longest completion")
     temperature: float = option(1.0, "sampling temperature (0: greedy); apart from objective.loss_temperature")
@@ -87,8 +126,20 @@ class RolloutConfig:
     dtype: DType = option("bfloat16", "dtype of the vllm engine's copy of the student")
     kv_cache_gib: float = option(0.5, "memory for vllm's key-value cache on CPU")
     gpu_memory_utilization: float = option(0.3, "share of the GPU given to vllm's copy and cache")
+    url: str = option("", "rollout service of the remote engine; replicas with commas")
+    token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
+    push_every: int = option(1, "steps between pushes of the student's weights; more: staler samples, fewer pushes")
+    push_folder: str = option("", "folder the service can read: weights go there and not through HTTP")
 
     def __post_init__(self) -> None:
+        remote = self.engine == "remote"
+        require(bool(self.url) or not remote, "rollouts.url", self.url, "set for engine remote", "--rollouts.url URL")
+        for name in ("url", "push_folder"):
+            value = getattr(self, name)
+            require(remote or not value, f"rollouts.{name}", value, f"empty for engine {self.engine}", "engine remote")
+        require(self.push_every >= 1, "rollouts.push_every", self.push_every, ">= 1", "use 1")
+        needed = "1 for engine hf, which samples from the student itself"
+        require(self.engine != "hf" or self.push_every == 1, "rollouts.push_every", self.push_every, needed, "use 1")
         require(self.temperature >= 0, "rollouts.temperature", self.temperature, ">= 0", "use 0 for greedy")
         require(0 < self.top_p <= 1, "rollouts.top_p", self.top_p, "in (0, 1]", "use 1 for no nucleus")
         require(self.top_k >= 0, "rollouts.top_k", self.top_k, ">= 0", "use 0 for the whole vocabulary")
@@ -157,6 +208,63 @@ def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> Non
         raise UserError(f"{setting} is {value!r}; it must be {needed}. Fix: {fix}.")
 
 
+def in_section(error: UserError, section: str) -> UserError:
+    """The error with the settings of ``teacher`` named as those of ``section``, an entry of ``teachers``."""
+    said = re.sub(r"(?<!\S)teacher\.(?=\w)", f"{section}.", str(error))
+    return UserError(said.replace(" --teacher.", f" --{section.replace('[', '.').replace(']', '')}."))
+
+
 def torch_dtype(name: DType) -> torch.dtype | Literal["auto"]:
     """The torch dtype a setting names."""
     return "auto" if name == "auto" else getattr(torch, name)
+
+
+def bearer_token(variable: str, setting: str) -> str | None:
+    """The token in an environment variable; None where the usual one is not set.
+
+    Raises:
+        UserError: another variable was named, and it is not set.
+    """
+    token = os.environ.get(variable) or None
+    if token is None and variable != TOKEN_ENV:
+        raise UserError(f"{setting} is {variable!r}, and no such environment variable is set. Fix: export {variable}.")
+    return token
+
+
+def teacher_groups(configs: Sequence[TeacherConfig]) -> list[list[int]]:
+    """Indices of the teachers that answer together: one, or an ensemble of those with the same domains.
+
+    Raises:
+        UserError: no teacher, a name twice, a domain claimed by two groups, two teachers of the same domains without
+            weights, or a weight that averages nothing.
+    """
+    if not configs:
+        raise UserError("teachers is an empty list; a run needs at least one. Fix: give one with model, url or stored.")
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, config in enumerate(configs):
+        groups.setdefault(frozenset(config.domains), []).append(i)
+        same = [j for j in range(i) if config.name and configs[j].name == config.name]
+        if same:
+            raise UserError(f"teachers[{same[0]}] and teachers[{i}] are both named {config.name!r}. Fix: rename one.")
+    owner: dict[str, int] = {}
+    for domains, members in groups.items():
+        first, whose = members[0], f"domains {sorted(domains)}" if domains else "no domains"
+        for domain in sorted(domains):
+            if (other := owner.setdefault(domain, first)) != first:
+                raise UserError(
+                    f"domain {domain!r} is both teachers[{other}]'s and teachers[{first}]'s, which differ in others. "
+                    "Fix: take it from one of them, or give both the same domains and a weight."
+                )
+        bare = [i for i in members if configs[i].weight == 0]
+        if len(members) > 1 and bare:
+            names = " and ".join(f"teachers[{i}]" for i in members)
+            raise UserError(
+                f"{names} have {whose}, and teachers[{bare[0]}].weight is 0; teachers of the same rows are averaged. "
+                "Fix: give each a weight > 0, or domains of its own."
+            )
+        if len(members) == 1 and configs[first].weight > 0:
+            raise UserError(
+                f"teachers[{first}].weight is {configs[first].weight:g}, and no other teacher has {whose}, so there is "
+                "nothing to average. Fix: leave weight out, or give another teacher the same domains and a weight."
+            )
+    return list(groups.values())

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from llmdistill.errors import UserError
 from llmdistill.evals.metrics import bootstrap_ci
-from llmdistill.heads import Head, in_place_of
+from llmdistill.heads import Head, head_of, in_place_of
 from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
-from llmdistill.rollouts import Rollout, position_ids, predicting_rows
-from llmdistill.teachers.base import DenseTeacher, Teacher
+from llmdistill.prompts import completed
+from llmdistill.rollouts import Prompt, Rollout, Sampling, position_ids, predicting_rows, request_seed
+from llmdistill.teachers.base import DenseTeacher, Teacher, is_live
 from llmdistill.teachers.evidence import Evidence, Kind, gather
+from llmdistill.weights import gathered
+
+if TYPE_CHECKING:
+    from llmdistill.trainer import DistillationTrainer
 
 # What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
 UNLISTED_TOP_K = 64
@@ -49,11 +56,15 @@ class Measurement:
         """The sequences of all ranks together."""
         if accelerator.num_processes == 1:
             return self
-        from accelerate.utils import gather_object
-
         parts: list[Measurement] = gather_object([self])
         sums = {k: [x for p in parts for x in p.sums[k]] for k in self.sums}
         return Measurement(sums, [n for p in parts for n in p.tokens])
+
+
+def question(teacher: Teacher, kind: Kind, top_k: int) -> tuple[Kind, int]:
+    """What is asked of the teacher for measuring, given what the objective asks: never less."""
+    dense = kind == "full" or isinstance(teacher, DenseTeacher)
+    return "full" if dense else "top_k", top_k or UNLISTED_TOP_K
 
 
 @torch.no_grad()
@@ -76,8 +87,8 @@ def measure(
     tail are lower bounds.
     ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
     """
-    dense = kind == "full" or isinstance(teacher, DenseTeacher)
-    metrics = dense_metrics if dense else sparse_metrics
+    asked, listed = question(teacher, kind, top_k)
+    metrics = dense_metrics if asked == "full" else sparse_metrics
     streaming: dict[str, Any] = dict(
         chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
     )
@@ -87,9 +98,7 @@ def measure(
     model.eval()
     for start in range(0, len(rollout), batch_sequences):
         part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(head.linear.weight.device)
-        evidence = gather(
-            teacher, part, "full" if dense else "top_k", top_k or UNLISTED_TOP_K, head.linear.weight.device
-        )
+        evidence = gather(teacher, part, asked, listed, head.linear.weight.device)
         found: dict[str, Tensor] = {}
 
         def at_the_head(
@@ -113,3 +122,73 @@ def measure(
     model.train(was_training)
     keep = range(len(tokens)) if counted is None else [i for i, c in enumerate(counted) if c]
     return Measurement({k: [v[i] for i in keep] for k, v in sums.items()}, [tokens[i] for i in keep])
+
+
+class HeldOut:
+    """The held-out measurement of a trainer: which texts, and the student's metrics on them.
+
+    ``student``: its own fresh samples at temperature 1. ``teacher``: the teacher's samples, drawn once. A teacher that
+    only replays what was stored knows neither text: then ``dataset``, the held-out rows' own completions, and nothing
+    where they have none or the store has not got them.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        self._teacher_text: Rollout | None = None
+        self._lacking: tuple[int, str] | None = None  # of how many prompts; what keeps them from being measured
+
+    def measure(self, prompts: Sequence[Prompt]) -> dict[str, Measurement]:
+        """Name of the text -> the sequences of all ranks."""
+        t = self.trainer
+        world, rank = t.accelerator.num_processes, t.accelerator.process_index
+        # Every rank makes the same number of forward passes (ZeRO-3 gathers parameters in them): the last ones repeat.
+        share = -(-len(prompts) // world)
+        index = range(rank * share, (rank + 1) * share)
+        mine = [prompts[min(i, len(prompts) - 1)] for i in index]
+        counted = [i < len(prompts) for i in index]
+        measured = {}
+        for name, rollout in self._texts(mine).items():
+            # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
+            sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
+            with t.accelerator.autocast(), gathered(sharded):
+                measured[name] = measure(
+                    t.forward_model(),
+                    head_of(t.model),
+                    t.teacher,
+                    rollout,
+                    vocab_size=t.vocab_size,
+                    chunk_tokens=t.args.chunk_tokens,
+                    batch_sequences=t.args.per_device_eval_batch_size,
+                    kind=t.objective.evidence,
+                    top_k=t.objective.top_k,
+                    counted=counted,
+                ).gathered(t.accelerator)
+        return measured
+
+    def _texts(self, prompts: Sequence[Prompt]) -> dict[str, Rollout]:
+        t = self.trainer
+        if not is_live(t.teacher):
+            return {} if self.lacking(prompts) else {"dataset": completed(prompts, t.pad_id)}
+        # At temperature 1, untruncated: the divergence is an expectation under the student itself.
+        seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
+        sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
+        t.rollout_engine.sync(t.forward_model(), t.state.global_step)
+        own = t.rollout_engine.generate(prompts, sampling)
+        if self._teacher_text is None or len(self._teacher_text) != len(prompts):
+            self._teacher_text = t.teacher.generate(prompts, sampling)
+        return {"student": own, "teacher": self._teacher_text}
+
+    def lacking(self, prompts: Sequence[Prompt]) -> str:
+        """Why a teacher that is not live cannot judge these rows, or nothing. Every rank has the same answer."""
+        t = self.trainer
+        if self._lacking is None or self._lacking[0] != len(prompts):
+            reason = "" if all(p.completion for p in prompts) else "they have no completions of their own"
+            if not reason:
+                try:
+                    asked = question(t.teacher, t.objective.evidence, t.objective.top_k)
+                    gather(t.teacher, completed(prompts, t.pad_id), *asked)
+                except UserError as error:
+                    reason = str(error)
+            reasons = gather_object([reason]) if t.accelerator.num_processes > 1 else [reason]
+            self._lacking = len(prompts), next(filter(None, reasons), "")
+        return self._lacking[1]

@@ -10,6 +10,9 @@ Thinking Machines 2025). Three estimators of its gradient:
 - ``sampled``: the sampled token only, as a policy gradient. Unbiased at rollout temperature 1; the cheapest evidence.
 
 The gradient is not taken through the sampling, and no future divergence is credited to a token (discount 0).
+
+``on_policy: false`` takes the dataset's completions instead of the student's samples: the teacher may then be one that
+was stored (``teacher.stored``), and none has to run.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class OPDConfig(DistillationConfig):
     estimator: Kind = _setting("full", "full, top_k (with a tail bucket) or sampled")
     top_k: int = _setting(64, "teacher tokens listed by the top_k estimator")
     loss_temperature: float = _setting(1.0, "divides both logits in the loss; apart from rollouts.temperature")
+    on_policy: bool = _setting(True, "false: train on the dataset's completions, not on samples of the student")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +85,11 @@ class OPDConfig(DistillationConfig):
         if self.estimator == "sampled" and self.divergence != "reverse_kl":
             raise UserError(
                 f"objective.estimator sampled estimates the reverse KL, objective.divergence is {self.divergence}. "
+                "Fix: --estimator full or top_k."
+            )
+        if self.estimator == "sampled" and not self.on_policy:
+            raise UserError(
+                "objective.on_policy is false, and objective.estimator sampled needs tokens that the student drew. "
                 "Fix: --estimator full or top_k."
             )
         if self.estimator == "top_k" and self.loss_temperature != 1:
@@ -101,7 +110,7 @@ class OPDConfig(DistillationConfig):
 
 
 class OPDTrainer(DistillationTrainer):
-    """Distils ``teacher`` into ``model`` on the student's own samples.
+    """Distils ``teacher`` into ``model`` on the student's own samples (``on_policy``), or on the dataset's completions.
 
     Example::
 
@@ -110,7 +119,7 @@ class OPDTrainer(DistillationTrainer):
     """
 
     def __init__(self, model: Any, args: OPDConfig, teacher: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, teacher, objective=args.objective(), **kwargs)
+        super().__init__(model, args, teacher, objective=args.objective(), **{"on_policy": args.on_policy, **kwargs})
 
 
 SUMMARY = "On-policy distillation: the student samples, the teacher scores every token, the student learns from it."

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.config import DataConfig
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt
+from llmdistill.rollouts import Prompt, Rollout, collate
 
 
 def load_rows(source: str, config: DataConfig, setting: str) -> Dataset:
@@ -57,7 +57,8 @@ class PromptEncoder:
                 f"row {index}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                 f"{self.config.max_prompt_tokens}. Fix: raise it, or --data.overlong drop."
             )
-        return Prompt(list(ids), text, row.get(self.config.domain_column), index)
+        domain = row.get(self.config.domain_column)
+        return Prompt(list(ids), text, None if domain is None else str(domain), index)
 
     def text(self, row: Mapping[str, Any], index: int = 0) -> str:
         """The prompt as the model sees it."""
@@ -103,3 +104,9 @@ class PromptEncoder:
         if not prompts:
             raise UserError("no prompt is left: all are longer than data.max_prompt_tokens. Fix: raise it.")
         return prompts
+
+
+def completed(prompts: Sequence[Prompt], pad_id: int) -> Rollout:
+    """The prompts with the dataset's own completions."""
+    ids, completions = [p.ids for p in prompts], [p.completion for p in prompts]
+    return collate(ids, completions, pad_id=pad_id, domain=[p.domain for p in prompts])

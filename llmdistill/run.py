@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from llmdistill.command_line import Recipe
-from llmdistill.config import StudentConfig, TeacherConfig
+from llmdistill.config import StudentConfig
 from llmdistill.errors import UserError
 from llmdistill.measure import Measurement
 from llmdistill.meters import peak_memory_gib
@@ -24,8 +23,9 @@ from llmdistill.prompts import load_rows
 from llmdistill.report.page import write_report
 from llmdistill.rollouts import Prompt, Rollout, Sampling
 from llmdistill.run_folder import RunFolder
-from llmdistill.teachers.base import Teacher
-from llmdistill.teachers.local import LocalTeacher, load_model
+from llmdistill.teachers.base import is_live
+from llmdistill.teachers.load import load_teachers
+from llmdistill.teachers.local import load_model
 from llmdistill.trainer import DistillationTrainer
 from llmdistill.weights import base_model, named_weights
 
@@ -43,15 +43,15 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     folder = RunFolder(recipe.args.output_dir or "runs/default")
     trainer = build(recipe, trainer_class)
     main_process = trainer.is_world_process_zero()
-    for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
-        if main_process:
-            finding.show(console)
-    checkpoint = _checkpoint(recipe, folder, console)  # after the checks: a refused command touches no earlier run
-    if main_process:
-        folder.write_config(recipe.resolved())
-    before = _Before(trainer, folder)
-    trainer.callback_handler.callbacks.insert(0, before)
     try:
+        for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
+            if main_process:
+                finding.show(console)
+        checkpoint = _checkpoint(recipe, folder, console)  # after the checks: a refused command touches no earlier run
+        if main_process:
+            folder.write_config(recipe.resolved())
+        before = _Before(trainer, folder)
+        trainer.callback_handler.callbacks.insert(0, before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = _snapshot(trainer)
         _save(trainer, folder)
@@ -83,32 +83,26 @@ def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> 
     rows = load_rows(data.train, data, "data.train")
     heldout = load_rows(data.heldout, data, "data.heldout") if data.heldout else None
     student, tokenizer = load_student(recipe.student)
-    teacher = load_teacher(recipe.teacher, args.device, recipe)
-    return trainer_class(
-        student,
-        args,
-        teacher,
-        train_dataset=rows,
-        eval_dataset=heldout,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe.student),
-        data=data,
-    )
+    longest = data.max_prompt_tokens + args.rollouts.max_new_tokens
+    teacher = load_teachers(recipe.teachers, args.device, longest, recipe.teacher_sections)
+    try:
+        return trainer_class(
+            student,
+            args,
+            teacher,
+            train_dataset=rows,
+            eval_dataset=heldout,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe.student),
+            data=data,
+        )
+    except BaseException:
+        teacher.close()
+        raise
 
 
 def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model(config.model, config.dtype, "student", config.trust_remote_code, config.attn_implementation)
-
-
-def load_teacher(config: TeacherConfig, device: torch.device, recipe: Recipe) -> Teacher:
-    """The teacher a recipe names, behind the one interface."""
-    if config.engine == "hf":
-        return LocalTeacher.load(config, device)
-    from llmdistill.teachers.vllm import VLLMTeacher
-
-    longest = recipe.data.max_prompt_tokens + recipe.args.rollouts.max_new_tokens
-    # The full estimator and the self-check list every token; vLLM has to be told at loading.
-    return VLLMTeacher.load(config, max_model_len=longest, max_top_k=1 << 30)
 
 
 def lora_config(config: StudentConfig) -> Any:
@@ -144,17 +138,19 @@ def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
     if not trainer.eval_dataset:
         return {}
     heldout: list[Prompt] = trainer.eval_dataset
-    measured = trainer.measure_heldout(heldout[: trainer.args.heldout_sequences])
+    chosen = heldout[: trainer.args.heldout_sequences]
+    measured = trainer.measure_heldout(chosen)
     shown = heldout[:SHOWN_PROMPTS]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
     trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
+    live = is_live(trainer.teacher)  # one that is only stored has nothing new to say
     return {
         "step": trainer.state.global_step,
-        **{name: m.flat() for name, m in measured.items()},
+        **({name: m.flat() for name, m in measured.items()} or {"not_measured": trainer.heldout.lacking(chosen)}),
         "sequences": {name: _per_sequence(m) for name, m in measured.items()},
         "prompts": [p.text for p in shown],
         "student_answers": _texts(trainer, trainer.rollout_engine.generate(shown, greedy)),
-        "teacher_answers": _texts(trainer, trainer.teacher.generate(shown, greedy)),
+        **({"teacher_answers": _texts(trainer, trainer.teacher.generate(shown, greedy))} if live else {}),
     }
 
 
@@ -204,10 +200,11 @@ def _save(trainer: DistillationTrainer, folder: RunFolder) -> None:
 
 def _print(folder: RunFolder, console: Console, page: Path) -> None:
     before, after = folder.read_json("before.json") or {}, folder.read_json("after.json") or {}
-    for text, title in (("student", "on the student's own samples"), ("teacher", "on the teacher's text")):
+    texts = {"student": "the student's own samples", "teacher": "the teacher's text", "dataset": "the dataset's text"}
+    for text, title in texts.items():
         if text not in before or text not in after:
             continue
-        table = Table(title=f"held-out, {title} (95 % interval over sequences)")
+        table = Table(title=f"held-out, on {title} (95 % interval over sequences)")
         for column in ("per token", "before", "after"):
             table.add_column(column, justify="left" if column == "per token" else "right")
         for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance"):
@@ -216,7 +213,8 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
     for i, prompt in enumerate(after.get("prompts", [])):
         console.rule(f"prompt {i + 1}")
         console.print(prompt.strip()[-400:], markup=False, style="dim")
-        console.print("teacher:       ", after["teacher_answers"][i][:300], markup=False)
+        if after.get("teacher_answers"):
+            console.print("teacher:       ", after["teacher_answers"][i][:300], markup=False)
         if before.get("student_answers"):
             console.print("student before:", before["student_answers"][i][:300], markup=False)
         console.print("student after: ", after["student_answers"][i][:300], markup=False)

@@ -17,32 +17,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
 
-from llmdistill.compat import generation_ready
-from llmdistill.config import DataConfig, DistillationConfig, TeacherConfig
+from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, TeacherConfig
 from llmdistill.errors import UserError
 from llmdistill.heads import head_of, in_place_of
-from llmdistill.measure import Measurement, measure
+from llmdistill.measure import HeldOut, Measurement
 from llmdistill.meters import Meters, peak_memory_gib
 from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed
-from llmdistill.prompts import PromptEncoder
+from llmdistill.prompts import PromptEncoder, completed
 from llmdistill.rollouts import (
     Prompt,
     Rollout,
     RolloutEngine,
     Sampling,
-    collate,
     position_ids,
     predicting_rows,
     request_seed,
 )
-from llmdistill.rollouts.hf import HFRollouts
+from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.run_folder import RunFolder, RunFolderCallback
-from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.base import Teacher, bytes_received
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.tokenization.special import eos_ids, pad_id
-from llmdistill.weights import gathered
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,8 @@ class DistillationTrainer(Trainer):
         args: a :class:`~llmdistill.config.DistillationConfig`.
         teacher: a Teacher, a model (scored in this process), or a folder or hub name.
         objective: per-token loss and the evidence it needs.
-        train_dataset, eval_dataset: rows with a prompt (and a completion when ``on_policy`` is false).
+        train_dataset, eval_dataset: rows with a prompt; with a completion too when ``on_policy`` is false (held-out
+            rows need it only where the teacher does not answer: see :class:`~llmdistill.measure.HeldOut`).
         processing_class: the student's tokenizer; loaded from the model's folder when absent.
         peft_config: trains an adapter instead of the weights.
         on_policy: sample the sequences from the student; else take the dataset's completions.
@@ -128,20 +126,29 @@ class DistillationTrainer(Trainer):
         self.eos_ids, self.pad_id = eos_ids(model, processing_class), pad_id(processing_class)
         self.run_folder = RunFolder(args.output_dir or "runs/default")
         self.meters = Meters()
-        self._teacher_text: Rollout | None = None
         super().__init__(
             model=model,  # type: ignore[arg-type]
             args=args,
             data_collator=list,  # type: ignore[arg-type]  # rows stay rows until a whole round of them is there
             train_dataset=None if train_dataset is None else self._encoded(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset, heldout=True),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.teacher = self._as_teacher(teacher, processing_class)
-        self.rollout_engine = rollout_engine or self._make_rollout_engine()
         self.vocab_size = min(head_of(self.model).vocab_size, self.teacher.info().vocab_size)
+        self.heldout = HeldOut(self)
+        self.rollout_engine = rollout_engine or make_rollout_engine(
+            args.rollouts if on_policy else RolloutConfig(),  # the dataset's completions need no engine of their own
+            self.model,
+            self.accelerator,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            longest=self.data_config.max_prompt_tokens + args.rollouts.max_new_tokens,
+            seed=args.seed,
+        )
+        self._pushed = False
         self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
         self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
         self.add_callback(self._run_folder_callback)
@@ -151,13 +158,11 @@ class DistillationTrainer(Trainer):
     def sequences(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Where the sequences of a round come from."""
         if not self.on_policy:
-            return collate(
-                [p.ids for p in prompts],
-                [p.completion for p in prompts],
-                pad_id=self.pad_id,
-                domain=[p.domain for p in prompts],
-            )
-        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
+            return completed(prompts, self.pad_id)
+        # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.
+        if not self._pushed or self.state.global_step % self.args.rollouts.push_every == 0:
+            self.rollout_engine.sync(self.forward_model(), self.state.global_step)
+            self._pushed = True
         rollout = self.rollout_engine.generate(prompts, sampling)
         return rollout.without_truncated() if self.args.rollouts.mask_truncated else rollout
 
@@ -177,8 +182,11 @@ class DistillationTrainer(Trainer):
         lengths = rollout.attention_mask.sum(1).tolist()
         order = sorted(range(len(rollout)), key=lambda i: lengths[i])
         rollout, per_sequence = rollout.sequences(order), [per_sequence[i] for i in order]
+        received = bytes_received(self.teacher)
         with self.meters.timed("time/teacher"):
             evidence = gather(self.teacher, rollout, self.objective.evidence, self.objective.top_k, device)
+        if received is not None:
+            self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rollout.num_rows)
         self._note_round(rollout)
         count = torch.tensor(rollout.num_rows, device=device)
         total = self.accelerator.gather(count).sum()
@@ -278,51 +286,22 @@ class DistillationTrainer(Trainer):
         """The distillation metrics on held-out prompts: on the student's own samples and on the teacher's text.
 
         Keys: ``{prefix}_student/reverse_kl`` … and ``{prefix}_teacher/…``, with the bounds of the 95 % interval as
-        ``…_low`` and ``…_high``.
+        ``…_low`` and ``…_high``. ``{prefix}_dataset/…`` instead, or nothing, where the teacher is only stored.
         """
-        prompts = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset)
+        prompts = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset, heldout=True)
         if not prompts:
             raise UserError("evaluate() needs held-out prompts. Fix: --data.heldout FILE, or pass eval_dataset.")
         results: dict[str, float] = {}
         for name, measured in self.measure_heldout(prompts[: self.args.heldout_sequences]).items():
             results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in measured.flat().items()})
-        self.log(dict(results))
+        if results:
+            self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
     def measure_heldout(self, prompts: Sequence[Prompt]) -> dict[str, Measurement]:
-        """``student``: on its own fresh samples at temperature 1; ``teacher``: on the teacher's samples, drawn once."""
-        accelerator, r = self.accelerator, self.args.rollouts
-        world, rank = accelerator.num_processes, accelerator.process_index
-        # Every rank makes the same number of forward passes (ZeRO-3 gathers parameters in them): the last ones repeat.
-        share = -(-len(prompts) // world)
-        index = range(rank * share, (rank + 1) * share)
-        mine = [prompts[min(i, len(prompts) - 1)] for i in index]
-        counted = [i < len(prompts) for i in index]
-        # At temperature 1, untruncated: the divergence is an expectation under the student itself.
-        sampling = Sampling(r.max_new_tokens, seed=request_seed(self.args.seed, -1, rank))
-        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
-        own = self.rollout_engine.generate(mine, sampling)
-        if self._teacher_text is None or len(self._teacher_text) != len(mine):
-            self._teacher_text = self.teacher.generate(mine, sampling)
-        measured = {}
-        for name, rollout in (("student", own), ("teacher", self._teacher_text)):
-            # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
-            sharded = list(self.model.parameters()) if self.model_wrapped is self.model else []
-            with self.accelerator.autocast(), gathered(sharded):
-                measured[name] = measure(
-                    self.forward_model(),
-                    head_of(self.model),
-                    self.teacher,
-                    rollout,
-                    vocab_size=self.vocab_size,
-                    chunk_tokens=self.args.chunk_tokens,
-                    batch_sequences=self.args.per_device_eval_batch_size,
-                    kind=self.objective.evidence,
-                    top_k=self.objective.top_k,
-                    counted=counted,
-                ).gathered(accelerator)
-        return measured
+        """See :class:`~llmdistill.measure.HeldOut`."""
+        return self.heldout.measure(prompts)
 
     # ---------------------------------------------------------------- small things
 
@@ -374,10 +353,11 @@ class DistillationTrainer(Trainer):
         step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)
         return self.model.training and (step % every == 0 or (step == 1 and self.args.logging_first_step))
 
-    def _encoded(self, rows: Any) -> list[Prompt]:
+    def _encoded(self, rows: Any, heldout: bool = False) -> list[Prompt]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
-        return self.encode.encode_all(rows, completions=not self.on_policy)
+        optional = heldout and not all(row.get(self.data_config.completion_column) for row in rows)
+        return self.encode.encode_all(rows, completions=not (self.on_policy or optional))
 
     def _as_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase) -> Teacher:
         if isinstance(teacher, str):
@@ -385,26 +365,6 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher.to(self.args.device), tokenizer)  # type: ignore[arg-type]
         return teacher  # type: ignore[no-any-return]
-
-    def _make_rollout_engine(self) -> RolloutEngine:
-        """The engine ``rollouts.engine`` names."""
-        if self.args.rollouts.engine == "hf" or not self.on_policy:
-            return HFRollouts(
-                eos_ids=self.eos_ids, pad_id=self.pad_id, ready=lambda m: generation_ready(m, self.accelerator)
-            )
-        from llmdistill.rollouts.vllm import VLLMRollouts
-
-        r = self.args.rollouts
-        return VLLMRollouts(
-            self.model,
-            eos_ids=self.eos_ids,
-            pad_id=self.pad_id,
-            dtype=r.dtype,
-            max_model_len=self.data_config.max_prompt_tokens + r.max_new_tokens,
-            kv_cache_gib=r.kv_cache_gib,
-            gpu_memory_utilization=r.gpu_memory_utilization,
-            seed=self.args.seed,
-        )
 
     def forward_model(self) -> nn.Module:
         """The student to run: DeepSpeed's engine puts sharded parameters together, everything else is the model."""

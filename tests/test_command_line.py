@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,99 @@ def test_a_resolved_recipe_says_the_same_when_read_again(tmp_path: Path) -> None
     assert resolved["train"]["learning_rate"] == 3e-4 and resolved["objective"]["estimator"] == "top_k"
 
 
+TWO = [{"model": "a", "domains": ["math"]}, {"url": "http://b", "name": "code", "domains": ["code", "law"]}]
+
+
+def test_a_list_of_teachers_and_overrides_by_place_and_name(tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, teachers=TWO)
+    words = ["--teachers.0.dtype", "float32", "--teachers.code.url", "http://c,http://d", "--teachers.1.lossless=true"]
+    recipe = parse(OPDConfig, ["--config", file, *words, "--output_dir", str(tmp_path)])
+    first, second = recipe.teachers
+    assert (first.model, first.dtype, first.domains) == ("a", "float32", ["math"])
+    assert (second.url, second.lossless, second.domains) == ("http://c,http://d", True, ["code", "law"])
+    assert recipe.teacher_sections == ["teachers[0]", "teachers[1]"]
+    with pytest.raises(UserError, match="has 2 teachers; this takes one"):
+        _ = recipe.teacher
+    resolved = recipe.resolved()
+    assert "teacher" not in resolved and len(resolved["teachers"]) == 2
+    assert parse(OPDConfig, ["--config", recipe_file(tmp_path, **resolved)]).resolved() == resolved
+
+
+def test_one_teacher_is_written_back_as_it_was_given(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path)]
+    listed = parse(OPDConfig, ["--config", recipe_file(tmp_path, teachers=[{"model": "a"}]), *words])
+    single = parse(OPDConfig, ["--teacher.model", "a", *words])
+    assert listed.teacher == single.teacher == listed.teachers[0]
+    assert "teacher" not in listed.resolved() and "teachers" not in single.resolved()
+    assert (listed.teacher_sections, single.teacher_sections) == (["teachers[0]"], ["teacher"])
+
+
+def test_domains_that_yaml_reads_as_numbers_are_names(tmp_path: Path) -> None:
+    (recipe,) = parse(
+        OPDConfig, ["--config", recipe_file(tmp_path, teachers=[{"model": "a", "domains": [1, "x"]}])]
+    ).teachers
+    assert recipe.domains == ["1", "x"]
+
+
+@pytest.mark.parametrize(
+    "teachers,words,said",
+    [
+        ([{"model": "a"}, {"modle": "b"}], [], "unknown key teachers[1].modle; did you mean 'model'"),
+        ([{"model": "a", "dtype": "float31"}], [], "teachers[0].dtype: invalid choice: 'float31'"),
+        ([{"model": "a", "url": "http://b"}], [], "teachers[0].url is 'http://b'; it must be empty beside teachers"),
+        (["a"], [], "teachers[0] is 'a'; it must be a mapping"),
+        ({"model": "a"}, [], "teachers is a dict; it must be a list"),
+        ([], [], "teachers is an empty list"),
+        (TWO, ["--teacher.model", "c"], "has a list teachers, and teacher.model is set too"),
+        (TWO, ["--teachers.2.model", "c"], "no teacher '2'; it has 0, 1 (code)"),
+        (TWO, ["--teachers.math.model", "c"], "no teacher 'math'; it has 0, 1 (code)"),
+        (TWO, ["--teachers.code.modle", "c"], "did you mean 'model'"),
+        (TWO, ["--teachers.model", "c"], "of which teacher? Fix: --teachers.0.model"),
+        (None, ["--teachers.0.model", "c"], "has no list teachers. Fix: --teacher.model"),
+        (None, ["--techers.0.model", "c"], "unknown section 'techers.0'; did you mean 'teachers'"),
+        (
+            [{"model": "a"}, {"model": "b"}],
+            [],
+            "teachers[0] and teachers[1] have no domains, and teachers[0].weight is 0",
+        ),
+        ([{"model": "a", "weight": 1}, {"model": "b"}], [], "teachers[1].weight is 0"),
+        (
+            TWO,
+            ["--teachers.code.weight", "1"],
+            "teachers[1].weight is 1, and no other teacher has domains ['code', 'law']",
+        ),
+        (TWO, ["--teachers.0.domains", "law"], "domain 'law' is both teachers[0]'s and teachers[1]'s"),
+        (TWO, ["--teachers.0.name", "code"], "teachers[0] and teachers[1] are both named 'code'"),
+        (TWO, ["--teachers.0.weight", "-1"], "teachers[0].weight is -1.0; it must be >= 0"),
+        (None, ["--teacher.weight", "1"], "teacher.weight is 1, and no other teacher has no domains"),
+        (None, ["--teacher.in_flight", "0"], "teacher.in_flight is 0; it must be >= 1"),
+        (None, ["--teacher.timeout_s", "0"], "teacher.timeout_s is 0.0; it must be > 0"),
+        (None, ["--teacher.tokenizer", "x"], "teacher.tokenizer is 'x'; it must be empty without teacher.url"),
+        (None, ["--rollouts.engine", "remote"], "rollouts.url is ''; it must be set for engine remote"),
+        (None, ["--rollouts.url", "http://x"], "rollouts.url is 'http://x'; it must be empty for engine hf"),
+        (None, ["--push_folder", "x"], "rollouts.push_folder is 'x'; it must be empty for engine hf"),
+        (None, ["--push_every", "0"], "rollouts.push_every is 0; it must be >= 1"),
+        (None, ["--push_every", "2"], "rollouts.push_every is 2; it must be 1 for engine hf"),
+        (None, ["--url", "http://x"], "--teacher.url or --rollouts.url"),
+        (None, ["--on_policy", "false", "--estimator", "sampled"], "objective.on_policy is false, and"),
+    ],
+)
+def test_mistakes_with_teachers_and_services_are_named(
+    tmp_path: Path, teachers: Any, words: list[str], said: str
+) -> None:
+    file = [] if teachers is None else ["--config", recipe_file(tmp_path, teachers=teachers)]
+    with pytest.raises(UserError) as error:
+        parse(OPDConfig, [*file, *words])
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not re.search(r"(rollouts|teacher|teachers\[\d\])\.(rollouts|teacher)\.", str(error.value))
+
+
+def test_keys_that_tell_teachers_apart_take_no_short_name_from_others() -> None:
+    recipe = parse(OPDConfig, ["--divergence", "f_divergence", "--name", "jeffreys_sum", "--on_policy", "false"])
+    args: Any = recipe.args
+    assert args.name == "jeffreys_sum" and recipe.teacher.name == "" and args.on_policy is False
+
+
 @pytest.mark.parametrize(
     "words,said",
     [
@@ -81,6 +175,7 @@ def test_mistakes_are_named(words: list[str], said: str) -> None:
     with pytest.raises(UserError) as error:
         parse(OPDConfig, words)
     assert said in str(error.value) and "\n" not in str(error.value)
+    assert "rollouts.rollouts" not in str(error.value)  # what a config says of itself is not said again
 
 
 @pytest.mark.parametrize(

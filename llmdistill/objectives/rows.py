@@ -4,12 +4,14 @@ All are indexable by a slice or an index tensor over rows, so that a batch's row
 (`rows[a:b]`), and none carries gradient.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llmdistill.objectives.fused import compute_dtype
 from llmdistill.objectives.projection import Projection, cast_head, matmul_dtype
 
 Index = slice | Tensor
@@ -141,6 +143,110 @@ class TokenRows:
         return self.token_ids_N[rows], *(tensor.detach()[rows] for tensor in self.per_row)
 
 
+@dataclass(frozen=True, eq=False)
+class RoutedRows:
+    """Rows of several teachers, each for its share of the N tokens; the objective takes what theirs takes.
+
+    parts[m] has n_m rows; they speak of rows places[m] [n_m], int64 on the CPU and ascending. Every one of the N rows
+    is in one of the places.
+    """
+
+    parts: tuple[TeacherRows, ...]
+    places: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        counts = [(len(part), len(at)) for part, at in zip(self.parts, self.places, strict=True)]
+        if not counts or any(rows != places for rows, places in counts):
+            raise ValueError(f"(rows, places) of the parts are {counts}; there is a part, and each row has a place")
+
+    @property
+    def width(self) -> int | None:
+        return _narrowest(self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.places))
+
+    def __getitem__(self, index: Index) -> "RoutedRows":
+        if isinstance(index, slice) and index.step in (None, 1):  # as a batch is split: views, no copies
+            start, stop, _ = index.indices(len(self))
+            edges = [torch.searchsorted(at, torch.tensor([start, max(start, stop)])).tolist() for at in self.places]
+            return RoutedRows(
+                tuple(part[a:b] for part, (a, b) in zip(self.parts, edges, strict=True)),
+                tuple(at[a:b] - start for at, (a, b) in zip(self.places, edges, strict=True)),
+            )
+        owner_N, row_N = torch.empty(len(self), dtype=torch.int64), torch.empty(len(self), dtype=torch.int64)
+        for m, at in enumerate(self.places):
+            owner_N[at], row_N[at] = m, torch.arange(len(at))
+        index = index.cpu() if isinstance(index, Tensor) else index
+        owner_n, row_n = owner_N[index], row_N[index]
+        places = [(owner_n == m).nonzero().flatten() for m in range(len(self.parts))]
+        return RoutedRows(tuple(p[row_n[at]] for p, at in zip(self.parts, places, strict=True)), tuple(places))
+
+    @torch.no_grad()
+    def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
+        part, columns = self[rows], vocab_size or self.width
+        # A teacher without rows here is not asked; if none has any, the first gives the empty result its shape.
+        busy = [pair for pair in zip(part.parts, part.places, strict=True) if len(pair[1])]
+        if len(busy) <= 1:
+            only = busy[0][0] if busy else part.parts[0]
+            return only.chunk(slice(0, len(only)), columns)
+        answers = [teacher.chunk(slice(0, len(teacher)), columns) for teacher, _ in busy]
+        merged = []
+        for pieces in zip(*answers, strict=True):
+            dtype = pieces[0].dtype
+            for piece in pieces[1:]:
+                dtype = torch.promote_types(dtype, piece.dtype)
+            whole = pieces[0].new_empty((len(part), *pieces[0].shape[1:]), dtype=dtype)
+            for piece, (_, at) in zip(pieces, busy, strict=True):
+                whole[at] = piece.to(whole)
+            merged.append(whole)
+        return tuple(merged)
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureRows:
+    """The arithmetic mixture sum_m weights[m] p_m of teachers with logits; the objective takes (student_logits, its
+    log-probs [N, V]).
+
+    Under a vocabulary cut every p_m is cut and renormalised before it is mixed, so that the padding columns of one
+    teacher cannot move the weights.
+    """
+
+    parts: tuple[TeacherRows, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) != len(self.weights) or not self.parts or min(self.weights) <= 0:
+            raise ValueError(f"{len(self.parts)} parts, weights {self.weights}; every part has a weight > 0")
+        if len({len(part) for part in self.parts}) > 1:
+            raise ValueError(f"the parts have {[len(p) for p in self.parts]} rows; all must speak of the same tokens")
+
+    @property
+    def width(self) -> int | None:
+        return _narrowest(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, index: Index) -> "MixtureRows":
+        return replace(self, parts=tuple(part[index] for part in self.parts))
+
+    @torch.no_grad()
+    def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
+        total, columns, mixed = sum(self.weights), vocab_size or self.width, None
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            (logits_nV,) = part.chunk(rows, columns)
+            log_p = logits_nV.log_softmax(-1, dtype=compute_dtype(logits_nV)) + math.log(weight / total)
+            mixed = log_p if mixed is None else torch.logaddexp(mixed, log_p)
+        assert mixed is not None
+        return (mixed,)
+
+
+def _narrowest(parts: tuple[TeacherRows, ...]) -> int | None:
+    widths = [part.width for part in parts]
+    return None if None in widths else min(w for w in widths if w is not None)
+
+
 Teacher = Tensor | tuple[Tensor, nn.Linear] | TeacherRows
 
 
@@ -148,6 +254,8 @@ def as_rows(teacher: Teacher) -> TeacherRows:
     """Logits and (hidden, lm_head) pairs become rows; a head that autocast would cast is cast here, once."""
     if isinstance(teacher, Tensor):
         return LogitRows(teacher)
+    if isinstance(teacher, RoutedRows | MixtureRows):
+        return replace(teacher, parts=tuple(map(as_rows, teacher.parts)))
     rows = HiddenRows(*teacher) if isinstance(teacher, tuple) else teacher
     if isinstance(rows, HiddenRows):
         dtype = matmul_dtype(rows.hidden_NH)

@@ -28,9 +28,11 @@ CHECKS: tuple[Check, ...] = (
     tokens.chat_template,
     tokens.context,
     tokens.prompts,
+    tokens.domains,
     machine.disk,
     machine.device,
     machine.objective,
+    models.stored,
     *PROBES,
 )
 

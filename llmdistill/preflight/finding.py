@@ -15,7 +15,9 @@ from llmdistill.command_line import Recipe
 from llmdistill.config import DistillationConfig
 from llmdistill.heads import head_of
 from llmdistill.rollouts import Prompt
-from llmdistill.teachers.base import TeacherInfo
+from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
+from llmdistill.teachers.fingerprint import tokenizer_fingerprint
+from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
 from llmdistill.tokenization.compare import tokens_by_id
 from llmdistill.trainer import DistillationTrainer, Objective
 
@@ -52,6 +54,34 @@ def fail(message: str, fix: str) -> Finding:
     return Finding("fail", "", message, fix)
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the run's teachers. Several are told apart by name, and each by what is known of it."""
+
+    name: str
+    teacher: Teacher
+    info: TeacherInfo
+    model: nn.Module | None  # where it is a model in this process
+    tokenizer: PreTrainedTokenizerBase | None  # where it is at hand; others are known by their fingerprints
+    route: str | None = None  # of the router it is reached by
+    averaged: bool = False  # one of an ensemble: what the run hears is not its own word
+
+    @classmethod
+    def of(cls, name: str, teacher: Teacher, route: str | None, averaged: bool) -> Side:
+        inner = getattr(teacher, "teacher", None) or teacher  # what a cache keeps the answers of
+        info, model, tokenizer = teacher.info(), getattr(inner, "model", None), getattr(inner, "tokenizer", None)
+        known = isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer_fingerprint(tokenizer) == info.tokenizer
+        return cls(
+            name,
+            teacher,
+            info,
+            model if isinstance(model, nn.Module) else None,
+            tokenizer if known else None,
+            route,
+            averaged,
+        )
+
+
 class Subject:
     """The run that is looked at, in the terms of the checks."""
 
@@ -61,14 +91,25 @@ class Subject:
         self.objective: Objective = trainer.objective  # type: ignore[has-type,unused-ignore]
         self.student: nn.Module = trainer.model  # type: ignore[assignment]
         self.tokenizer: PreTrainedTokenizerBase = trainer.encode.tokenizer
-        self.info: TeacherInfo = trainer.teacher.info()
-        # Only a teacher in this process has these; others are known by their fingerprints.
-        self.teacher: nn.Module | None = getattr(trainer.teacher, "model", None)
-        if not isinstance(self.teacher, nn.Module):
-            self.teacher = None
-        self.teacher_tokenizer: PreTrainedTokenizerBase | None = getattr(trainer.teacher, "tokenizer", None)
+        self.info: TeacherInfo = trainer.teacher.info()  # of all teachers as one
+        self.router = trainer.teacher if isinstance(trainer.teacher, RoutedTeacher) else None
+        self.live: bool = is_live(trainer.teacher)  # false: it replays what is stored
+        routes = self.router.members.items() if self.router else [(None, trainer.teacher)]
+        self.sides = [
+            Side.of(name, teacher, route, isinstance(member, EnsembleTeacher))
+            for route, member in routes
+            for name, teacher in leaves(member, route or "")
+        ]
         self.prompts: list[Prompt] = list(trainer.train_dataset or [])  # type: ignore[arg-type]
         self.heldout: list[Prompt] = list(trainer.eval_dataset or [])  # type: ignore[arg-type]
+
+    def prompts_of(self, side: Side, prompts: list[Prompt]) -> list[Prompt]:
+        """Those that a teacher is asked about."""
+        return [p for p in prompts if self.router is None or self.router.route(p.domain) == side.route]
+
+    def says(self, side: Side, message: str) -> str:
+        """``message``, and of which teacher, where there are several."""
+        return f"teacher {side.name!r}: {message}" if len(self.sides) > 1 else message
 
     @cached_property
     def ids(self) -> int:
@@ -76,9 +117,9 @@ class Subject:
         return len(tokens_by_id(self.tokenizer))
 
     @cached_property
-    def columns(self) -> tuple[int, int]:
-        """Logit columns of student and teacher."""
-        return head_of(self.student).vocab_size, self.info.vocab_size
+    def columns(self) -> int:
+        """Logit columns of the student."""
+        return head_of(self.student).vocab_size
 
     @cached_property
     def sharded(self) -> bool:

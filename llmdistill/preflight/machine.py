@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
-from llmdistill.teachers.base import DenseTeacher
+from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.teachers.base import DenseTeacher, is_live
 
 GIB = 2**30
 FREE_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -57,8 +57,9 @@ def device(s: Subject) -> Iterator[Finding]:
     args = s.args
     on_cpu = args.device.type == "cpu"
     student = next(s.student.parameters()).dtype
-    teacher = None if s.teacher is None else next(s.teacher.parameters()).dtype
-    if on_cpu and (args.fp16 or torch.float16 in (student, teacher)):
+    embedded = [next(side.model.parameters()).dtype for side in s.sides if side.model is not None]
+    dtypes = {student, *embedded}
+    if on_cpu and (args.fp16 or torch.float16 in dtypes):
         yield fail("float16 on a CPU", "student.dtype float32, teacher.dtype bfloat16, and train.bf16 for train.fp16")
     full = not hasattr(s.student, "peft_config")
     if student == torch.float16 and full:
@@ -71,7 +72,7 @@ def device(s: Subject) -> Iterator[Finding]:
     maths = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "its dtype"
     if args.bf16 and student == torch.float32:
         yield notice("bfloat16 autocast over float32 weights: losses are float32, activations are not")
-    if on_cpu and (args.bf16 or torch.bfloat16 in (student, teacher)) and cpu_flags().isdisjoint(BF16_FLAGS):
+    if on_cpu and (args.bf16 or torch.bfloat16 in dtypes) and cpu_flags().isdisjoint(BF16_FLAGS):
         yield notice("this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16): float32 is faster here")
     threads, cores = torch.get_num_threads(), cores_here()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -79,8 +80,15 @@ def device(s: Subject) -> Iterator[Finding]:
         yield notice(f"{processes} processes of {threads} threads on {cores} cores", f"OMP_NUM_THREADS={cores}")
     elif on_cpu and threads * processes < cores:
         yield notice(f"{threads * processes} of {cores} cores are used", "raise OMP_NUM_THREADS if the machine is idle")
-    place = f"; teacher {_name(teacher)}" if teacher else "; the teacher runs elsewhere"
-    yield ok(f"student {_name(student)}, computed in {maths}, on {args.device}{place}")
+    names = [f"teacher {side.name!r}" if len(s.sides) > 1 else "the teacher" for side in s.sides]
+    teachers = ", ".join(f"{name} {_place(side)}" for name, side in zip(names, s.sides, strict=True))
+    yield ok(f"student {_name(student)}, computed in {maths}, on {args.device}; {teachers}")
+
+
+def _place(side: Side) -> str:
+    if side.model is not None:
+        return f"is {_name(next(side.model.parameters()).dtype)}"
+    return "runs elsewhere" if is_live(side.teacher) else "is read from disk"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -110,7 +118,7 @@ def objective(s: Subject) -> Iterator[Finding]:
         )
     if wanted.evidence == "top_k" and not 1 <= wanted.top_k <= width:
         yield fail(f"objective.top_k is {wanted.top_k}, the vocabulary has {width} columns", f"at most {width}")
-    if wanted.evidence == "full" and not isinstance(s.trainer.teacher, DenseTeacher):
+    if wanted.evidence == "full" and s.live and not isinstance(s.trainer.teacher, DenseTeacher):
         yield notice(
             f"the full estimator asks a teacher outside this process for {width} log-probs a token",
             "--estimator top_k, or teacher.engine hf",
@@ -118,6 +126,12 @@ def objective(s: Subject) -> Iterator[Finding]:
     if not s.trainer.on_policy:
         yield ok(f"{wanted.evidence} estimator on the dataset's completions")
         return
+    if r.push_every > 1 and s.args.save_strategy == "steps" and s.args.save_steps % r.push_every:
+        yield notice(
+            f"rollouts.push_every is {r.push_every}, train.save_steps {s.args.save_steps:g}: a run resumed from a "
+            "checkpoint between two pushes samples from newer weights than the undisturbed one",
+            "save at multiples of push_every",
+        )
     if r.temperature == 0 and r.samples_per_prompt > 1:
         yield fail(
             f"rollouts.samples_per_prompt is {r.samples_per_prompt} at temperature 0: all samples are the same",
@@ -131,6 +145,6 @@ def objective(s: Subject) -> Iterator[Finding]:
             f"{', '.join(narrowed)}: the sampled estimator is unbiased for samples of the student itself only",
             "temperature 1, top_p 1, top_k 0",
         )
-    if r.top_k > s.columns[0]:
-        yield fail(f"rollouts.top_k is {r.top_k}, the student has {s.columns[0]} columns", "0, the whole vocabulary")
+    if r.top_k > s.columns:
+        yield fail(f"rollouts.top_k is {r.top_k}, the student has {s.columns} columns", "0, the whole vocabulary")
     yield ok(f"{wanted.evidence} estimator over {width} columns, {r.samples_per_prompt} samples a prompt")

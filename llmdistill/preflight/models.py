@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from torch import nn
 
+from llmdistill.errors import UserError
 from llmdistill.preflight import probes
-from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
+from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.prompts import completed
 from llmdistill.rollouts import Rollout
 from llmdistill.service.blocks import ScoreBlock
+from llmdistill.teachers.base import is_live
 from llmdistill.tokenization.compare import encode
 
 LISTED = 8  # candidates asked of the teacher
+STORED_ROWS = 64  # training rows looked up in a store
 # nats: a bfloat16 copy is off by 0.05 on average, one with a stale output head by 0.6 and more (measured on vLLM)
 STALE = 0.3
 
@@ -20,32 +26,64 @@ STALE = 0.3
 def head(s: Subject) -> Iterator[Finding]:
     """Losses are formed from hidden states and the head alone, so nothing else may happen to a model's logits."""
     rollout = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
-    for side, model in (("student", s.student), ("teacher", s.teacher)):
-        if model is None:
-            continue
+    models = {id(s.student): ("the student's logits", s.student, "student.model")}
+    for side in s.sides:
+        if side.model is not None:  # two teachers may share one
+            whose = f"the logits of teacher {side.name!r}" if len(s.sides) > 1 else "the teacher's logits"
+            models.setdefault(id(side.model), (whose, side.model, "teacher.model"))
+    for logits, model, setting in models.values():
         if model is s.student and s.sharded:
             yield notice("not checked for the student: ZeRO-3 holds it in shards until training starts")
             continue
         found = probes.head_error(model, rollout)
         if not found.finite:
-            yield fail(f"the {side}'s logits are NaN: its weights are damaged", f"another {side}.model")
+            yield fail(f"{logits} are NaN: the weights are damaged", f"another {setting}")
         elif not found.relative <= found.tolerance:
             yield fail(
-                f"the {side}'s logits are {found.relative:.2g} (relative) away from head(hidden) with the scale and "
-                f"cap of its config, {found.tolerance:g} is rounding: its forward does more to logits than we know",
-                f"another {side}.model, or teach llmdistill.heads.head_of the transform",
+                f"{logits} are {found.relative:.2g} (relative) away from head(hidden) with the scale and cap of the "
+                f"config, {found.tolerance:g} is rounding: the forward does more to logits than we know",
+                f"another {setting}, or teach llmdistill.heads.head_of the transform",
             )
         else:
-            yield ok(f"the {side}'s logits are head(hidden) within {found.relative:.1g}")
+            yield ok(f"{logits} are head(hidden) within {found.relative:.1g}")
+
+
+def stored(s: Subject) -> Iterator[Finding]:
+    """A teacher that is read from disk has said everything it will be asked."""
+    if s.live:
+        yield ok("the teacher answers itself, and need not have stored anything")
+        return
+    if s.trainer.on_policy:
+        yield fail(
+            "the teacher only replays what is stored, and what the student will write is not known yet",
+            "objective.on_policy false, or teacher.model or teacher.url beside teacher.stored",
+        )
+        return
+    first, reasons = s.prompts[:STORED_ROWS], {}
+    for prompt in first:
+        try:
+            probes.evidence_of(s.trainer, completed([prompt], s.trainer.pad_id))
+        except UserError as error:
+            reasons[prompt.row] = str(error).split(" Fix:")[0].rstrip(".")
+    if reasons:
+        row, reason = next(iter(reasons.items()))
+        yield fail(
+            f"{len(reasons)} of the first {len(first)} training sequences are not stored as the objective needs them "
+            f"(first: row {row}): {reason}",
+            "have them scored first, with teacher.model or teacher.url beside teacher.stored",
+        )
+    if s.heldout and (lacking := s.trainer.heldout.lacking(s.heldout[: s.args.heldout_sequences])):
+        yield notice(f"nothing will be measured on held-out rows: {lacking}")
+    yield ok(f"the first {len(first)} training sequences are stored")
 
 
 def round_trip(s: Subject) -> Iterator[Finding]:
     """What the student writes reaches the teacher token for token, and every counted token is scored."""
-    if s.sharded:
+    if s.sharded and s.trainer.on_policy:
         yield notice("tried on prompts only: ZeRO-3 holds the student in shards until training starts")
         rollout = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
     else:
-        rollout = probes.sampled_rollout(s.trainer, s.prompts or s.heldout)
+        rollout = probes.sampled_rollout(s, s.prompts or s.heldout)
     rows = rollout.num_rows
     written = rollout.input_ids[rollout.completion_mask]
     if bool((written >= s.info.vocab_size).any()):
@@ -56,7 +94,8 @@ def round_trip(s: Subject) -> Iterator[Finding]:
         )
         return
     # No more candidates than training will ask for: an engine may be set up for that many only.
-    listed = 0 if s.objective.evidence == "sampled" else min(LISTED, s.objective.top_k or s.info.vocab_size)
+    asked = s.objective.top_k or s.info.vocab_size
+    listed = 0 if s.objective.evidence == "sampled" else min(LISTED, asked) if s.live else asked
     blocks = s.trainer.teacher.score(rollout, listed)
     if problem := misplaced(rollout, blocks):
         yield fail(f"teacher {s.info.name!r} {problem}", "report it: the teacher's engine breaks its contract")
@@ -73,7 +112,7 @@ def round_trip(s: Subject) -> Iterator[Finding]:
             "rollouts.engine hf",
         )
     yield ok(f"{rows} tokens of {len(rollout)} rollouts scored, each at its place")
-    reader = s.teacher_tokenizer or s.tokenizer
+    reader = s.sides[0].tokenizer or s.tokenizer
     changed = sum(
         encode(reader, str(s.tokenizer.decode(row[mask].tolist(), skip_special_tokens=False))) != row[mask].tolist()
         for row, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)
@@ -104,12 +143,23 @@ def misplaced(rollout: Rollout, blocks: list[ScoreBlock]) -> str | None:
 
 def self_(s: Subject) -> Iterator[Finding]:
     """A student equal to the teacher has nothing to learn: loss and gradient vanish."""
-    if s.teacher is None:
-        yield notice("not checked: the teacher runs in another engine and cannot stand in the student's place")
-        return
+    for side in s.sides:
+        if side.model is None:
+            where = "runs in another engine" if is_live(side.teacher) else "is read from disk"
+            yield notice(s.says(side, f"not checked: the teacher {where} and cannot stand in the student's place"))
+        else:
+            found = list(_alone(s, side, side.model))
+            yield from (replace(f, message=s.says(side, f.message)) for f in found)
+
+
+def _alone(s: Subject, side: Side, model: nn.Module) -> Iterator[Finding]:
+    """Through the router, so that what it does to rows is in it; an ensemble's average is no member's own word."""
     rollout = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
-    d = probes.self_distance(s.trainer, s.teacher, rollout)
-    wide = next(s.teacher.parameters()).dtype in (torch.float32, torch.float64)
+    if s.router is not None and not side.averaged:
+        domain = next((d for d, name in s.router.domains.items() if name == side.route), None)
+        rollout = replace(rollout, domain=(domain,) * len(rollout))
+    d = probes.self_distance(s.trainer, side.teacher if side.averaged else s.trainer.teacher, model, rollout)
+    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
     # The same sums twice differ in float32 by their order, 1e-6; in 16 bits two forward passes of one text may lie 1 %
     # apart, which a gradient follows linearly. The wrong row, the wrong mask or the wrong cut give about 1.
     limit = 1e-3 if wide else 5e-2

@@ -5,9 +5,10 @@ They run on a handful of tokens, take no gradient of any weight and leave modes,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from llmdistill.heads import head_of, hidden_states
 from llmdistill.meters import Meters
 from llmdistill.objectives.projection import Projection
+from llmdistill.preflight.finding import Subject
+from llmdistill.prompts import completed
 from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
+from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.evidence import Evidence, gather
 from llmdistill.trainer import DistillationTrainer, MicroBatch, Objective
 
@@ -31,25 +35,33 @@ def forced_rollout(prompts: Sequence[Prompt], pad: int) -> Rollout:
     pieces = [ids if len(ids) > 1 else ids * 2 for ids in pieces]
     halves = [(len(ids) + 1) // 2 for ids in pieces]
     cut = list(zip(pieces, halves, strict=True))
-    return collate([ids[:h] for ids, h in cut], [ids[h:] for ids, h in cut], pad_id=pad)
+    domains = [p.domain for p in prompts[:PROMPTS]]
+    return collate([ids[:h] for ids, h in cut], [ids[h:] for ids, h in cut], pad_id=pad, domain=domains)
 
 
-def sampled_rollout(trainer: DistillationTrainer, prompts: Sequence[Prompt]) -> Rollout:
-    """What a round would hold for the shortest prompts: drawn by the run's engine, or the dataset's completions."""
-    chosen = sorted(prompts, key=lambda p: (len(p.ids), p.row))[:PROMPTS]
+def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> Rollout:
+    """What a round would hold for the shortest prompts of every route to a teacher: drawn by the run's engine, or the
+    dataset's completions (whole ones, where only those are stored)."""
+    trainer, seen, chosen = s.trainer, Counter[str | None](), list[Prompt]()
+    for prompt in sorted(prompts, key=lambda p: (len(p.ids), p.row)):
+        route = s.router.route(prompt.domain) if s.router is not None else None
+        seen[route] += 1
+        if seen[route] <= PROMPTS:
+            chosen.append(prompt)
     if not trainer.on_policy:
-        completions = [p.completion[:NEW_TOKENS] for p in chosen]
-        return collate([p.ids for p in chosen], completions, pad_id=trainer.pad_id)
+        if s.live:
+            chosen = [replace(p, completion=p.completion[:NEW_TOKENS]) for p in chosen]
+        return completed(chosen, trainer.pad_id)
     r = trainer.args.rollouts  # type: ignore[attr-defined]
     sampling = Sampling(min(NEW_TOKENS, r.max_new_tokens), r.temperature, r.top_p, r.top_k, seed=trainer.args.seed)
     trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
     return trainer.rollout_engine.generate(chosen, sampling)
 
 
-def evidence_of(trainer: DistillationTrainer, rollout: Rollout) -> Evidence:
-    """What the run's objective would read."""
+def evidence_of(trainer: DistillationTrainer, rollout: Rollout, teacher: Teacher | None = None) -> Evidence:
+    """What the run's objective would read, of its teacher or another one."""
     wanted: Objective = trainer.objective  # type: ignore[has-type,unused-ignore]
-    return gather(trainer.teacher, rollout, wanted.evidence, wanted.top_k, trainer.args.device)
+    return gather(teacher or trainer.teacher, rollout, wanted.evidence, wanted.top_k, trainer.args.device)
 
 
 @torch.no_grad()
@@ -118,12 +130,14 @@ class SelfDistance:
     disturbed_gradient: float
 
 
-def self_distance(trainer: DistillationTrainer, teacher_model: nn.Module, rollout: Rollout) -> SelfDistance:
+def self_distance(
+    trainer: DistillationTrainer, teacher: Teacher, teacher_model: nn.Module, rollout: Rollout
+) -> SelfDistance:
     """The trainer's own loss with the teacher in the student's place, so shift, masks, cut and estimator are all in it.
 
     The gradient is taken at the head's input: no weight is touched and nothing but the head is differentiated.
     """
-    micro = MicroBatch(rollout.to(trainer.args.device), evidence_of(trainer, rollout))
+    micro = MicroBatch(rollout.to(trainer.args.device), evidence_of(trainer, rollout, teacher))
     found = []
     for disturbed in (False, True):
         with in_the_students_place(trainer, teacher_model), head_input(teacher_model, disturbed) as leaf:

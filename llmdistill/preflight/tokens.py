@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
+from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.rollouts import Prompt
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
+from llmdistill.teachers.mixture import UNKNOWN_FIX
 from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.special import context_length
 
@@ -13,41 +15,49 @@ SHOWN = 3  # examples in a message
 
 
 def tokenizers(s: Subject) -> Iterator[Finding]:
-    """Every id means the same token on both sides."""
+    """Every id means the same token to the student and to each teacher."""
+    for side in s.sides:
+        yield from _tokenizer(s, side)
+
+
+def _tokenizer(s: Subject, side: Side) -> Iterator[Finding]:
     fix = "a teacher with the student's vocabulary (one model family)"
-    if s.teacher_tokenizer is None:
-        if tokenizer_fingerprint(s.tokenizer) == s.info.tokenizer:
-            yield ok(f"vocabularies have the same fingerprint {s.info.tokenizer}")
+    if side.tokenizer is None:
+        if tokenizer_fingerprint(s.tokenizer) == side.info.tokenizer:
+            yield ok(s.says(side, f"vocabularies have the same fingerprint {side.info.tokenizer}"))
         else:
-            message = f"the vocabulary of teacher {s.info.name!r} has another fingerprint than the student's"
+            message = f"the vocabulary of teacher {side.name!r} has another fingerprint than the student's"
             yield fail(f"{message}; the teacher would score other tokens than the student wrote", fix)
         return
-    c = compare_tokenizers(s.tokenizer, s.teacher_tokenizer)
+    c = compare_tokenizers(s.tokenizer, side.tokenizer)
     if c.differing:
         shown = "; ".join(f"{i} is {a!r} to the student, {b!r} to the teacher" for i, a, b in c.differing[:SHOWN])
-        yield fail(f"{len(c.differing)} of {c.shared} shared ids are different tokens: {shown}", fix)
+        yield fail(s.says(side, f"{len(c.differing)} of {c.shared} shared ids are different tokens: {shown}"), fix)
     else:
-        yield ok(f"{c.shared} shared ids are the same tokens")
+        yield ok(s.says(side, f"{c.shared} shared ids are the same tokens"))
     if c.student_only or c.teacher_only:
-        yield notice(f"past them the student has {c.student_only} more tokens and the teacher {c.teacher_only}")
+        more = f"past them the student has {c.student_only} more tokens and the teacher {c.teacher_only}"
+        yield notice(s.says(side, more))
     if c.special:
         shown = ", ".join(f"{token!r} ({i})" for i, token in c.special[:SHOWN])
-        yield notice(f"special on one side only: {shown}; ids are scored alike, decoded texts may differ")
+        message = f"special on one side only: {shown}; ids are scored alike, decoded texts may differ"
+        yield notice(s.says(side, message))
     if not c.same_splits:
-        yield notice("the tokenizers split a probe text differently; the teacher is scored on the student's splits")
+        message = "the tokenizers split a probe text differently; the teacher is scored on the student's splits"
+        yield notice(s.says(side, message))
 
 
 def logit_width(s: Subject) -> Iterator[Finding]:
     """Heads are padded past the tokenizer, by different amounts in one family."""
-    student, teacher = s.columns
-    for side, width in (("student", student), (f"teacher {s.info.name!r}", teacher)):
+    student, teacher = s.columns, s.info.vocab_size  # of several teachers it is one number, or there is no run
+    for who, width in (("student", student), *((f"teacher {side.name!r}", teacher) for side in s.sides)):
         if width < s.ids:
             yield fail(
-                f"{side} has {width} logit columns, the student's tokenizer {s.ids} ids; the last ids have no logit",
+                f"{who} has {width} logit columns, the student's tokenizer {s.ids} ids; the last ids have no logit",
                 "model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
             )
     if student == teacher:
-        yield ok(f"both heads have {student} columns")
+        yield ok(f"all heads have {student} columns")
     else:
         yield notice(
             f"teacher {s.info.name!r} has {teacher} logit columns, the student {student}; columns past "
@@ -56,22 +66,24 @@ def logit_width(s: Subject) -> Iterator[Finding]:
 
 
 def eos_pad(s: Subject) -> Iterator[Finding]:
-    """Both sides end a text with the same ids."""
-    student, teacher = set(s.trainer.eos_ids), set(s.info.eos_ids)
+    """All sides end a text with the same ids."""
+    student = set(s.trainer.eos_ids)
     fix = "set eos_token_id in the student's generation_config.json to the teacher's"
     if not student:
         yield fail("the student has no eos id: its rollouts never stop", fix)
-    elif student == teacher:
-        yield ok(f"eos ids {sorted(student)} on both sides")
-    elif teacher and teacher < student:
-        extra = sorted(student - teacher)
-        yield notice(f"the student also ends at {extra}, where teacher {s.info.name!r} goes on; it will unlearn that")
-    else:
-        yield fail(
-            f"the student ends at {sorted(student)}, teacher {s.info.name!r} at {sorted(teacher)}: it would learn to "
-            "write an ending that does not stop it",
-            fix,
-        )
+    for side in s.sides if student else ():
+        teacher = set(side.info.eos_ids)
+        if student == teacher:
+            yield ok(s.says(side, f"eos ids {sorted(student)} on both sides"))
+        elif teacher and teacher < student:
+            extra = sorted(student - teacher)
+            yield notice(f"the student also ends at {extra}, where teacher {side.name!r} goes on; it will unlearn that")
+        else:
+            yield fail(
+                f"the student ends at {sorted(student)}, teacher {side.name!r} at {sorted(teacher)}: it would learn to "
+                "write an ending that does not stop it",
+                fix,
+            )
     if s.tokenizer.eos_token_id not in student | {None}:
         message = f"the tokenizer's eos {s.tokenizer.eos_token_id} is none of the student's eos ids {sorted(student)}"
         if s.trainer.on_policy:
@@ -100,38 +112,62 @@ def chat_template(s: Subject) -> Iterator[Finding]:
             f"{len(doubled)} prompts begin with bos twice (first: row {doubled[0]}): their text holds it already",
             "give prompts as chat messages, or cut the bos from the strings",
         )
-    if own == s.info.template:
-        yield ok("same template on both sides" if own else "no template on either side: prompts are plain text")
-    elif own is None:
-        yield notice("the student has no chat template, the teacher has: it will see prompts as plain text")
-    else:
-        yield notice(
-            f"the student's template ({own}) is not the teacher's ({s.info.template}): the teacher is scored on the "
-            "student's rendering of each prompt",
-            "give the student the teacher's chat_template if both were tuned on it",
-        )
+    for side in s.sides:
+        if own == side.info.template:
+            same = "same template on both sides" if own else "no template on either side: prompts are plain text"
+            yield ok(s.says(side, same))
+        elif own is None:
+            message = "the student has no chat template, the teacher has: it will see prompts as plain text"
+            yield notice(s.says(side, message))
+        else:
+            message = (
+                f"the student's template ({own}) is not the teacher's ({side.info.template}): the teacher is scored on "
+                "the student's rendering of each prompt"
+            )
+            fix = "give the student the teacher's chat_template if both were tuned on it"
+            yield notice(s.says(side, message), fix)
 
 
 def context(s: Subject) -> Iterator[Finding]:
-    """Prompt and completion fit into both models."""
-    prompts = s.prompts + s.heldout
-    longest = max((len(p.ids) for p in prompts), default=0)
-    sampled = s.args.rollouts.max_new_tokens if s.trainer.on_policy or s.heldout else 0
-    new = max([sampled, *(len(p.completion) for p in s.prompts)])
-    # Engines that score prompts (vLLM) refuse one that leaves no room for the token they decode after it.
-    spare = 0 if s.teacher is not None else 1
-    limits = {
-        "the student": context_length(s.student.config),
-        f"teacher {s.info.name!r}": s.info.context_length - spare,
-    }
-    for side, limit in limits.items():
+    """Prompt and completion fit into the student, and into the teacher that is asked about them."""
+    limits = [("the student", context_length(s.student.config), _lengths(s, s.prompts, s.heldout))]
+    for side in s.sides:
+        # Engines that score prompts (vLLM) refuse one that leaves no room for the token they decode after it.
+        spare = 0 if side.model is not None or not s.live else 1
+        lengths = _lengths(s, s.prompts_of(side, s.prompts), s.prompts_of(side, s.heldout) if s.live else [])
+        limits.append((f"teacher {side.name!r}", side.info.context_length - spare, lengths))
+    for who, limit, (longest, new) in limits:
         if longest + new > limit:
             yield fail(
                 f"the longest prompt ({longest} tokens) and its completion (up to {new}) need {longest + new} "
-                f"positions, {side} has {limit}",
+                f"positions, {who} has {limit}",
                 "lower rollouts.max_new_tokens, or data.max_prompt_tokens with --data.overlong drop",
             )
-    yield ok(f"prompt {longest} + completion {new} tokens, context {min(limits.values())}")
+    longest, new = limits[0][2]
+    yield ok(f"prompt {longest} + completion {new} tokens, context {min(limit for _, limit, _ in limits)}")
+
+
+def _lengths(s: Subject, train: list[Prompt], heldout: list[Prompt]) -> tuple[int, int]:
+    """Of the longest prompt, and of the longest completion it may get."""
+    sampled = s.args.rollouts.max_new_tokens if (s.trainer.on_policy and train) or heldout else 0
+    new = max([sampled, *(len(p.completion) for p in train + heldout)])
+    return max((len(p.ids) for p in train + heldout), default=0), new
+
+
+def domains(s: Subject) -> Iterator[Finding]:
+    """Every row has a teacher, and every teacher has rows."""
+    if s.router is None:
+        yield ok("all rows have one teacher" if len(s.sides) == 1 else "all rows have one ensemble of teachers")
+        return
+    for what, rows in (("training", s.prompts), ("held-out", s.heldout)):
+        if strange := [p for p in rows if s.router.route(p.domain) is None]:
+            first = f"row {strange[0].row} {s.router.unknown(strange[0].domain)}"
+            yield fail(f"{len(strange)} {what} rows have no teacher; {first}", UNKNOWN_FIX)
+    counts = {name: sum(s.router.route(p.domain) == name for p in s.prompts) for name in s.router.members}
+    for name, count in counts.items():
+        if not count and s.prompts:
+            yield notice(f"teacher {name!r} has no training row", "correct its domains, or leave it out")
+    yield ok("; ".join(f"{count} rows for teacher {name!r}" for name, count in counts.items()))
 
 
 def prompts(s: Subject) -> Iterator[Finding]:

@@ -143,11 +143,15 @@ def _read_completions(data: RunData) -> None:
 
 def _explain(data: RunData) -> None:
     """Why there is no before or after."""
-    measured = [as_dict(s.get("student")) or as_dict(s.get("teacher")) for s in (data.before, data.after)]
+    texts = ("student", "teacher", "dataset")
+    measured = [any(as_dict(s.get(text)) for text in texts) for s in (data.before, data.after)]
     if not any(measured) and data.config and not data.option("data", "heldout"):
         data.missing.append(
             "The run had no held-out prompts (data.heldout), so nothing was measured before and after it."
         )
+        return
+    if not any(measured) and (reason := data.after.get("not_measured")):
+        data.missing.append(f"Nothing was measured on held-out prompts, and the teacher is only stored: {reason}")
         return
     if not measured[0]:
         data.missing.append("before.json has no measurement: the untrained student was not measured.")

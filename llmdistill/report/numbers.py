@@ -11,7 +11,11 @@ from llmdistill.report.svg import Series, histogram, interval_plot, line_plot, r
 from llmdistill.report.text import exact, safe, show
 
 NATS, SHARE = "nats/token", "share of tokens"
-TEXTS = (("student", "the student’s own samples"), ("teacher", "the teacher’s text"))
+TEXTS = (
+    ("student", "the student’s own samples"),
+    ("teacher", "the teacher’s text"),
+    ("dataset", "the dataset’s text"),  # of a run whose teacher was only stored, in place of the two above
+)
 SMOOTHED_FROM = 40  # log lines: a noisy curve of at least as many gets a running mean
 NOT_NOISY = ("learning_rate", "memory/peak_gib")
 LINE_COLOURS = ("c1", "c2", "c3", "c4")
@@ -100,17 +104,24 @@ def apart(before: Estimate, after: Estimate) -> bool | None:
 
 def headline(data: RunData) -> str:
     """Reverse KL on the student's own samples, before and after, and in plain words what that shows."""
-    before, after = (Estimate.of(as_dict(s.get("student")), "reverse_kl") for s in (data.before, data.after))
+    text, title = _headline_text(data)
+    before, after = (Estimate.of(as_dict(s.get(text)), "reverse_kl") for s in (data.before, data.after))
     if before is None and after is None:
         return '<p class="verdict">Nothing was measured on held-out prompts, so there is no before and after.</p>'
-    count = len(as_list(_sequences(data.after or data.before, "student").get("reverse_kl")))
+    count = len(as_list(_sequences(data.after or data.before, text).get("reverse_kl")))
     on = f"{count} held-out sequences" if count else "held-out sequences"
     words = _verdict(before, after, on)
     shown = [_big("before", before), '<span class="arrow" aria-hidden="true">→</span>', _big("after", after)]
     return (
-        '<p class="kicker">Reverse KL to the teacher on the student’s own samples, nats per token, '
+        f'<p class="kicker">Reverse KL to the teacher on {title}, nats per token, '
         f'with 95&nbsp;% intervals</p><div class="big">{"".join(shown)}</div><p class="verdict">{words}</p>'
     )
+
+
+def _headline_text(data: RunData) -> tuple[str, str]:
+    """The student's own samples, where they were measured."""
+    only_dataset = not any(as_dict(s.get("student")) for s in (data.before, data.after))
+    return TEXTS[2] if only_dataset and any(as_dict(s.get("dataset")) for s in (data.before, data.after)) else TEXTS[0]
 
 
 def _big(when: str, estimate: Estimate | None) -> str:
@@ -273,11 +284,12 @@ def _smoothing(data: RunData) -> str:
 def _heldout(data: RunData, name: str) -> Series | None:
     """Before, every evaluation, after: on the student's own samples."""
     found: dict[float, Estimate] = {}
+    text, _ = _headline_text(data)
     for line in data.metrics:
-        if estimate := Estimate.of(line, f"eval_student/{name}"):
+        if estimate := Estimate.of(line, f"eval_{text}/{name}"):
             found[float(line["step"])] = estimate
     for side in (data.before, data.after):
-        step, estimate = finite(side.get("step")), Estimate.of(as_dict(side.get("student")), name)
+        step, estimate = finite(side.get("step")), Estimate.of(as_dict(side.get(text)), name)
         if step is not None and estimate:
             found[step] = estimate
     if not found:
@@ -285,7 +297,7 @@ def _heldout(data: RunData, name: str) -> Series | None:
     points = sorted(found.items())
     bounds = [e.interval or (e.value, e.value) for _, e in points]
     return Series(
-        "held-out, student’s samples",
+        "held-out, student’s samples" if text == "student" else "held-out, dataset’s text",
         [step for step, _ in points],
         [e.value for _, e in points],
         "c2",

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from llmdistill.report.load import RunData, finite, load_run
+from llmdistill.report.load import RunData, as_dict, as_list, finite, load_run
 from llmdistill.report.numbers import curves, headline, spread, tables
 from llmdistill.report.samples import answers, completions
 from llmdistill.report.text import clipped, duration, exact, name, safe
@@ -79,7 +79,10 @@ def environment() -> str:
 
 
 def _subtitle(data: RunData) -> str:
-    student, teacher = data.option("student", "model"), data.option("teacher", "model")
+    student = data.option("student", "model")
+    entries = [as_dict(t) for t in (data.config.get("teacher"), *as_list(data.config.get("teachers")))]
+    labels = [next((str(t[k]) for k in ("name", "model", "url", "stored") if t.get(k)), "") for t in entries]
+    teacher = " + ".join(filter(None, labels))
     if not student or not teacher:
         return ""
     return f'<p class="models"><bdi>{name(student)}</bdi> learns from <bdi>{name(teacher)}</bdi></p>'

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from llmdistill.objectives.rows import HiddenRows
+from llmdistill.objectives.rows import TeacherRows
 from llmdistill.rollouts import Prompt, Rollout, Sampling
 from llmdistill.service.blocks import ScoreBlock
 
@@ -49,6 +49,18 @@ class Teacher(Protocol):
 class DenseTeacher(Protocol):
     """A teacher in this process whose whole distribution can be had without ever being written down."""
 
-    def dense(self, rollout: Rollout) -> HiddenRows:
-        """The final hidden rows of the counted tokens and the head that turns them into logits."""
+    def dense(self, rollout: Rollout) -> TeacherRows:
+        """Rows of the counted tokens that become logits a chunk at a time: final hidden rows with their head, or a
+        composition of such."""
         ...
+
+
+def is_live(teacher: Teacher) -> bool:
+    """False for a teacher that only replays what was stored: it generates nothing, and scores nothing new."""
+    return bool(getattr(teacher, "live", True))
+
+
+def bytes_received(teacher: Teacher) -> int | None:
+    """Over the wire so far, also by the teacher behind a cache; None where nothing comes over a wire."""
+    behind = getattr(teacher, "teacher", None)
+    return getattr(teacher, "bytes_received", None) if behind is None else bytes_received(behind)

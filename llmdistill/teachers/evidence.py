@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
-from llmdistill.objectives.rows import HiddenRows, LogitRows, SparseRows, TokenRows
+from llmdistill.objectives.rows import LogitRows, SparseRows, TeacherRows, TokenRows
 from llmdistill.rollouts import Rollout
 from llmdistill.teachers.base import DenseTeacher, Teacher
 
 Kind = Literal["full", "top_k", "sampled"]
-Evidence = HiddenRows | LogitRows | SparseRows | TokenRows
+Evidence = TeacherRows
 
 
 def gather(teacher: Teacher, rollout: Rollout, kind: Kind, top_k: int, device: torch.device | str = "cpu") -> Evidence:

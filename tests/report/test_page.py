@@ -201,6 +201,27 @@ def test_a_run_without_heldout_prompts_says_so(run: Path) -> None:
     assert "No held-out prompts were answered" in text and "Over the steps" in text
 
 
+def test_a_run_from_disk_shows_the_datasets_text(run: Path) -> None:
+    """Its teacher was only stored: no samples of the student were measured, and the teacher answered nothing."""
+    for name, step, level in (("before", 0, 7.0), ("after", 6, 0.5)):
+        whole = snapshot(step, level)
+        side = {k: whole[k] for k in ("step", "prompts", "student_answers")}
+        side |= {"dataset": whole["student"], "sequences": {"dataset": whole["sequences"]["student"]}}
+        write_json(run / f"{name}.json", side)
+    (run / "config.yaml").write_text("student: {model: s}\nteachers: [{stored: a}, {name: T, model: b}]\n")
+    text = page_of(run).text
+    assert "Reverse KL to the teacher on the dataset’s text" in text and "7.000 before [ 6.300 , 7.700 ]" in text
+    assert "The intervals are apart" in text and "8 held-out sequences" in text and "s learns from a + T" in text
+    assert "What is missing" not in text and "Teacher not measured" in text
+
+
+def test_a_run_whose_held_out_rows_the_store_lacks_says_so(run: Path) -> None:
+    for name, step in (("before", 0), ("after", 6)):
+        write_json(run / f"{name}.json", {"step": step, "not_measured": "they have no completions"})
+    text = page_of(run).text
+    assert "the teacher is only stored: they have no completions" in text and "is not finished" not in text
+
+
 @pytest.mark.parametrize(
     "part", ["config.yaml", "before.json", "after.json", "summary.json", "metrics.jsonl", "completions"]
 )

@@ -1,0 +1,57 @@
+"""The rollout engine that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from llmdistill.compat import generation_ready
+from llmdistill.config import RolloutConfig, bearer_token
+from llmdistill.rollouts.engine import RolloutEngine
+from llmdistill.rollouts.hf import HFRollouts
+
+
+def make_rollout_engine(
+    config: RolloutConfig,
+    student: nn.Module,
+    accelerator: Any,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    longest: int,
+    seed: int,
+) -> RolloutEngine:
+    """The engine ``rollouts.engine`` names. How often it is synced (``push_every``) is the trainer's business.
+
+    Args:
+        longest: prompt and completion together, for an engine that reserves memory for them.
+
+    Raises:
+        UserError: no engine, or no service, that takes the student.
+    """
+    if config.engine == "hf":
+        return HFRollouts(eos_ids=eos_ids, pad_id=pad_id, ready=lambda model: generation_ready(model, accelerator))
+    if config.engine == "remote":
+        from llmdistill.rollouts.remote import RemoteRollouts
+
+        return RemoteRollouts(
+            config.url,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            token=bearer_token(config.token_env, "rollouts.token_env"),
+            folder=config.push_folder or None,
+        )
+    from llmdistill.rollouts.vllm import VLLMRollouts
+
+    return VLLMRollouts(
+        student,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        dtype=config.dtype,
+        max_model_len=longest,
+        kv_cache_gib=config.kv_cache_gib,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        seed=seed,
+    )
