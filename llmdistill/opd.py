@@ -6,7 +6,8 @@ min_S  E_{y ~ S} sum_t D(S(.|y_<t), T(.|y_<t)), D = reverse KL by default (METHO
 Thinking Machines 2025). Three estimators of its gradient:
 
 - ``full``: the whole distributions. Exact, the least variance; needs a teacher in this process.
-- ``top_k``: the teacher's K likeliest tokens and one bucket for the rest: a true divergence, never above the full one.
+- ``top_k``: K tokens and one bucket for the rest: a true divergence, never above the full one. ``support`` says whose
+  likeliest they are: with the student's own a reverse KL sees most of its mass, with the teacher's a forward KL does.
 - ``sampled``: the sampled token only, as a policy gradient. Unbiased at rollout temperature 1; the cheapest evidence.
 
 The gradient is not taken through the sampling, and no future divergence is credited to a token (discount 0).
@@ -28,6 +29,7 @@ from llmdistill.config import DistillationConfig, require
 from llmdistill.errors import UserError
 from llmdistill.objectives import divergences, policy, sparse
 from llmdistill.run import run
+from llmdistill.support import Support
 from llmdistill.teachers.evidence import Kind
 from llmdistill.trainer import DistillationTrainer, Objective
 
@@ -65,7 +67,8 @@ class OPDConfig(DistillationConfig):
     head_mass: float | None = _setting(None, "adaptive_kl: teacher mass of the head, default 0.5")
     name: str | None = _setting(None, "f_divergence: which f")
     estimator: Kind = _setting("full", "full, top_k (with a tail bucket) or sampled")
-    top_k: int = _setting(64, "teacher tokens listed by the top_k estimator")
+    top_k: int = _setting(64, "tokens listed by the top_k estimator")
+    support: Support = _setting("teacher", "whose likeliest tokens those are: teacher, student, or union (both lists)")
     loss_temperature: float = _setting(1.0, "divides both logits in the loss; apart from rollouts.temperature")
     on_policy: bool = _setting(True, "false: train on the dataset's completions, not on samples of the student")
 
@@ -92,6 +95,11 @@ class OPDConfig(DistillationConfig):
                 "objective.on_policy is false, and objective.estimator sampled needs tokens that the student drew. "
                 "Fix: --estimator full or top_k."
             )
+        if self.support != "teacher" and self.estimator != "top_k":
+            raise UserError(
+                f"objective.support is {self.support}, and objective.estimator {self.estimator} lists no tokens. "
+                "Fix: --estimator top_k, or leave support out."
+            )
         if self.estimator == "top_k" and self.loss_temperature != 1:
             raise UserError(
                 f"objective.loss_temperature is {self.loss_temperature}; top-k evidence of a full softmax cannot be "
@@ -106,7 +114,7 @@ class OPDConfig(DistillationConfig):
         takes = PARAMETER.get(self.divergence)
         given = {takes: getattr(self, takes)} if takes and getattr(self, takes) is not None else {}
         loss = partial(getattr(family, self.divergence), temperature=self.loss_temperature, **given)
-        return Objective(loss, self.estimator, self.top_k if self.estimator == "top_k" else 0)
+        return Objective(loss, self.estimator, self.top_k if self.estimator == "top_k" else 0, self.support)
 
 
 class OPDTrainer(DistillationTrainer):

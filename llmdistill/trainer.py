@@ -36,6 +36,7 @@ from llmdistill.rollouts import (
 )
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.run_folder import RunFolder, RunFolderCallback
+from llmdistill.support import Support, likeliest_ids
 from llmdistill.teachers.base import Teacher, bytes_received
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 from llmdistill.teachers.local import LocalTeacher, load_model
@@ -53,6 +54,7 @@ class Objective:
     loss: Callable[..., Tensor]
     evidence: Kind = "full"
     top_k: int = 0
+    support: Support = "teacher"  # whose likeliest tokens ``top_k`` lists
 
 
 @dataclass
@@ -182,15 +184,39 @@ class DistillationTrainer(Trainer):
         lengths = rollout.attention_mask.sum(1).tolist()
         order = sorted(range(len(rollout)), key=lambda i: lengths[i])
         rollout, per_sequence = rollout.sequences(order), [per_sequence[i] for i in order]
+        with self.meters.timed("time/student", 0):  # a part of it
+            chosen = self.chosen_ids(rollout)
         received = bytes_received(self.teacher)
         with self.meters.timed("time/teacher"):
-            evidence = gather(self.teacher, rollout, self.objective.evidence, self.objective.top_k, device)
+            evidence = self.evidence(rollout, chosen)
         if received is not None:
             self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rollout.num_rows)
         self._note_round(rollout)
         count = torch.tensor(rollout.num_rows, device=device)
         total = self.accelerator.gather(count).sum()
         return self._split(rollout, evidence, per_sequence, len(groups)), total
+
+    def evidence(self, rollout: Rollout, chosen: Tensor | None = None, teacher: Teacher | None = None) -> Evidence:
+        """What the teacher (or another one) says about ``rollout``, as the objective reads it."""
+        wanted = self.objective
+        listed = 0 if wanted.support == "student" else wanted.top_k
+        return gather(teacher or self.teacher, rollout, wanted.evidence, listed, self.args.device, chosen)
+
+    def chosen_ids(self, rollout: Rollout) -> Tensor | None:
+        """The student's likeliest tokens, where the teacher is asked about those."""
+        if self.objective.evidence != "top_k" or self.objective.support == "teacher":
+            return None
+        size = self.args.per_device_train_batch_size * self.args.rollouts.samples_per_prompt
+        with self.accelerator.autocast():
+            return likeliest_ids(
+                self.forward_model(),
+                head_of(self.model),
+                rollout,
+                self.objective.top_k,
+                vocab_size=self.vocab_size,
+                chunk_tokens=self.args.chunk_tokens,
+                batch_sequences=size,
+            )
 
     def _split(self, rollout: Rollout, evidence: Evidence, prompts: list[Prompt], parts: int) -> list[dict[str, Any]]:
         """Micro-batches of (nearly) equally many sequences, with the rows of evidence that belong to them."""

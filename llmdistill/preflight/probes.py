@@ -21,8 +21,8 @@ from llmdistill.preflight.finding import Subject
 from llmdistill.prompts import completed
 from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
 from llmdistill.teachers.base import Teacher
-from llmdistill.teachers.evidence import Evidence, gather
-from llmdistill.trainer import DistillationTrainer, MicroBatch, Objective
+from llmdistill.teachers.evidence import Evidence
+from llmdistill.trainer import DistillationTrainer, MicroBatch
 
 PROMPTS = 2
 NEW_TOKENS = 8
@@ -60,8 +60,7 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> Rollout:
 
 def evidence_of(trainer: DistillationTrainer, rollout: Rollout, teacher: Teacher | None = None) -> Evidence:
     """What the run's objective would read, of its teacher or another one."""
-    wanted: Objective = trainer.objective  # type: ignore[has-type,unused-ignore]
-    return gather(teacher or trainer.teacher, rollout, wanted.evidence, wanted.top_k, trainer.args.device)
+    return trainer.evidence(rollout, trainer.chosen_ids(rollout), teacher)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from llmdistill.objectives.rows import LogitRows, SparseRows, TeacherRows, TokenRows
 from llmdistill.rollouts import Rollout
@@ -14,16 +15,24 @@ Kind = Literal["full", "top_k", "sampled"]
 Evidence = TeacherRows
 
 
-def gather(teacher: Teacher, rollout: Rollout, kind: Kind, top_k: int, device: torch.device | str = "cpu") -> Evidence:
+def gather(
+    teacher: Teacher,
+    rollout: Rollout,
+    kind: Kind,
+    top_k: int,
+    device: torch.device | str = "cpu",
+    chosen: Tensor | None = None,
+) -> Evidence:
     """What ``teacher`` says about the counted tokens of ``rollout``.
 
     ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as its log-probs
-    [N, V]. ``top_k``: the K likeliest tokens. ``sampled``: the tokens' own log-probs only.
+    [N, V]. ``top_k``: the K likeliest tokens and the ids ``chosen``, [N, C]. ``sampled``: the tokens' own log-probs
+    only.
     """
     if kind == "full" and isinstance(teacher, DenseTeacher):
         return teacher.dense(rollout)
     listed = {"full": teacher.info().vocab_size, "top_k": top_k, "sampled": 0}[kind]
-    blocks = teacher.score(rollout, listed)
+    blocks = teacher.score(rollout, listed, chosen if kind == "top_k" else None)
     if kind == "sampled":
         logprobs_N = torch.cat([b.token_logprobs for b in blocks])
         return TokenRows(rollout.token_rows().to(device), logprobs_N.to(device))
