@@ -59,9 +59,11 @@ def teacher_buckets(
         logprobs = _normalize(logprobs / temperature)
     if tail == "renormalize":
         return _normalize(logprobs)
-    tail_mass = -logprobs.logsumexp(-1, keepdim=True).expm1()
+    # In float64: a tail of 1e-5 is what is left of 1, and a reverse KL weighs its logarithm with the student's tail.
+    exact = logprobs.double()
+    tail_mass = -exact.logsumexp(-1, keepdim=True).expm1()
     tail_mass = tail_mass.clamp_min_(torch.finfo(logprobs.dtype).eps).masked_fill_(complete, 0.0)
-    return torch.cat([logprobs, tail_mass.log_()], -1).log_softmax(-1)
+    return torch.cat([exact, tail_mass.log_()], -1).log_softmax(-1).to(logprobs.dtype)
 
 
 def spread(grad_buckets: Tensor, topk_ids: Tensor, unlisted: Tensor) -> Tensor:

