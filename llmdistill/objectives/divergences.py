@@ -21,12 +21,12 @@ from llmdistill.objectives.fused import check_temperature, compute_dtype, per_to
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(T || S), mass-covering; the distillation loss of arXiv 1503.02531, without its temperature^2."""
-    return _dense(cores.forward_kl, student_logits, teacher_logits, temperature)
+    return dense(cores.forward_kl, student_logits, teacher_logits, temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(S || T), mode-seeking; the objective of on-policy distillation (MiniLLM, arXiv 2306.08543)."""
-    return _dense(cores.reverse_kl, student_logits, teacher_logits, temperature)
+    return dense(cores.reverse_kl, student_logits, teacher_logits, temperature)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -36,26 +36,26 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, te
     and KL(S || T) at beta = 1. The formula itself tends to 0 at both ends, so the scale of the loss jumps
     there: beta = .1 gives about a tenth of the KL.
     """
-    return _dense(partial(cores.jsd, beta=beta), student_logits, teacher_logits, temperature)
+    return dense(partial(cores.jsd, beta=beta), student_logits, teacher_logits, temperature)
 
 
 def skew_forward_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
     """KL(T || alpha T + (1 - alpha) S): DistiLLM's SKL (arXiv 2402.03898); at most log(1 / alpha)."""
-    return _dense(partial(cores.skew_forward_kl, alpha=alpha), student_logits, teacher_logits, temperature)
+    return dense(partial(cores.skew_forward_kl, alpha=alpha), student_logits, teacher_logits, temperature)
 
 
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
     """KL(S || (1 - alpha) T + alpha S): DistiLLM's SRKL (arXiv 2402.03898); at most log(1 / alpha)."""
-    return _dense(partial(cores.skew_reverse_kl, alpha=alpha), student_logits, teacher_logits, temperature)
+    return dense(partial(cores.skew_reverse_kl, alpha=alpha), student_logits, teacher_logits, temperature)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """sum |S - T| / 2 in [0, 1]; 1 - TV is the acceptance rate of speculative decoding (arXiv 2310.08461)."""
-    return _dense(cores.total_variation, student_logits, teacher_logits, temperature)
+    return dense(cores.total_variation, student_logits, teacher_logits, temperature)
 
 
 def adaptive_kl(
@@ -67,7 +67,7 @@ def adaptive_kl(
     first. The weight of the forward KL is the head's share of sum |T - S|, that of the reverse KL the rest;
     no gradient flows through the weights.
     """
-    return _dense(partial(cores.adaptive_kl, head_mass=head_mass), student_logits, teacher_logits, temperature)
+    return dense(partial(cores.adaptive_kl, head_mass=head_mass), student_logits, teacher_logits, temperature)
 
 
 def f_divergence(student_logits: Tensor, teacher_logits: Tensor, *, name: str, temperature: float = 1.0) -> Tensor:
@@ -78,10 +78,10 @@ def f_divergence(student_logits: Tensor, teacher_logits: Tensor, *, name: str, t
     as alpha_0.5. pearson_chi2, neyman_chi2 and alpha outside (0, 1) explode where one side is tiny; see
     `f_cores.power`.
     """
-    return _dense(partial(f_divergence_core, name=name), student_logits, teacher_logits, temperature)
+    return dense(partial(f_divergence_core, name=name), student_logits, teacher_logits, temperature)
 
 
-def _dense(core: cores.Core, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def dense(core: cores.Core, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     check_temperature(temperature)
     student_width, teacher_width = student_logits.shape[-1], teacher_logits.shape[-1]
     if student_width != teacher_width:

@@ -35,7 +35,7 @@ def forward_kl(
     tail: Tail = "bucket",
 ) -> Tensor:
     """KL(T || S) over the buckets; see the module and `divergences.forward_kl`."""
-    return _sparse(cores.forward_kl, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(cores.forward_kl, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def reverse_kl(
@@ -51,7 +51,7 @@ def reverse_kl(
     It sees most of the dense value only if the list holds the student's likely tokens, so have the teacher
     score those.
     """
-    return _sparse(cores.reverse_kl, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(cores.reverse_kl, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def jsd(
@@ -65,7 +65,7 @@ def jsd(
 ) -> Tensor:
     """Generalised Jensen-Shannon over the buckets; see the module and `divergences.jsd`."""
     core = partial(cores.jsd, beta=beta)
-    return _sparse(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def skew_forward_kl(
@@ -79,7 +79,7 @@ def skew_forward_kl(
 ) -> Tensor:
     """KL(T || alpha T + (1 - alpha) S) over the buckets; see the module and `divergences.skew_forward_kl`."""
     core = partial(cores.skew_forward_kl, alpha=alpha)
-    return _sparse(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def skew_reverse_kl(
@@ -93,7 +93,7 @@ def skew_reverse_kl(
 ) -> Tensor:
     """KL(S || (1 - alpha) T + alpha S) over the buckets; see the module and `divergences.skew_reverse_kl`."""
     core = partial(cores.skew_reverse_kl, alpha=alpha)
-    return _sparse(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def total_variation(
@@ -105,7 +105,7 @@ def total_variation(
     tail: Tail = "bucket",
 ) -> Tensor:
     """sum |S - T| / 2 over the buckets; see the module and `divergences.total_variation`."""
-    return _sparse(cores.total_variation, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(cores.total_variation, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def adaptive_kl(
@@ -119,7 +119,7 @@ def adaptive_kl(
 ) -> Tensor:
     """AKL over the buckets, the tail ranked like a token; see the module and `divergences.adaptive_kl`."""
     core = partial(cores.adaptive_kl, head_mass=head_mass)
-    return _sparse(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
 def f_divergence(
@@ -133,10 +133,10 @@ def f_divergence(
 ) -> Tensor:
     """D_f(T || S) for the generator `name` over the buckets; see `divergences.f_divergence`."""
     core = partial(f_divergence_core, name=name)
-    return _sparse(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
+    return bucketed(core, student_logits, topk_ids, topk_logprobs, temperature, tail)
 
 
-def _sparse(
+def bucketed(
     core: cores.Core,
     student_logits: Tensor,
     topk_ids: Tensor,
