@@ -107,7 +107,7 @@ def load_vllm(
                 reason = next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
                 raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
     if admit_chosen_ids(llm.llm_engine):
-        llm.collective_rpc(teach_chosen_ids)
+        llm.collective_rpc(mend_first_runner)
     _owns_group = _owns_group or not had_group
     _open_engines[id(llm)] = weakref.finalize(llm, _shutdown, llm.llm_engine.engine_core, id(llm))
     return llm
@@ -234,7 +234,7 @@ def admit_chosen_ids(engine: Any) -> bool:
     """Lets requests of an ``LLM``'s engine or ``AsyncLLM`` name the ids to score, one way or the other.
 
     vLLM's second model runner scores them; the first, the only one on a CPU, is taught to in the workers (see
-    :func:`teach_chosen_ids`), after which this opens the engine's front to such requests.
+    :func:`mend_first_runner`), and this opens the engine's front to such requests.
 
     Returns:
         Whether the workers have to be taught.
@@ -253,7 +253,43 @@ class _NoAdapter:
         return logits
 
 
-def teach_chosen_ids(worker: Any) -> None:
+def mend_first_runner(worker: Any) -> None:
+    """What a worker with vLLM's first model runner lacks: chosen ids, and on a CPU seeds that survive long prompts."""
+    _teach_chosen_ids(worker)
+    if worker.model_runner.device.type == "cpu":
+        _keep_seeds(worker.model_runner)
+
+
+def _keep_seeds(runner: Any) -> None:
+    """A step that computes only a part of a prompt samples all the same and takes the draw back by the generator's
+    offset, which a CPU generator has not got: the engine dies. Here the generator's state is put back instead."""
+    sample, book = runner._sample, runner._bookkeeping_sync
+
+    def taken_back() -> dict[int, torch.Generator]:
+        batch = runner.input_batch
+        discarded = runner.discard_request_mask.np[: batch.num_reqs]
+        return {i: generator for i, generator in batch.generators.items() if i < len(discarded) and discarded[i]}
+
+    def sampled(*args: Any, **kwargs: Any) -> Any:
+        states = [(generator, generator.get_state()) for generator in taken_back().values()]
+        output = sample(*args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return output
+
+    def booked(*args: Any, **kwargs: Any) -> Any:
+        hidden = taken_back()
+        for i in hidden:
+            del runner.input_batch.generators[i]
+        try:
+            return book(*args, **kwargs)
+        finally:
+            runner.input_batch.generators.update(hidden)
+
+    runner._sample, runner._bookkeeping_sync = sampled, booked
+
+
+def _teach_chosen_ids(worker: Any) -> None:
     """Makes a worker with vLLM's first model runner fill ``prompt_token_id_logprobs`` as its second one does.
 
     Prompts are scored with the plain output head: that runner would add the adapters of the step's *sampled* rows to

@@ -25,6 +25,7 @@ def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> 
         max_tokens=sampling.max_new_tokens,
         seed=seed,
         stop_token_ids=list(eos_ids),
+        ignore_eos=True,  # of the model's configuration: the ids above are all that end a completion
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
         detokenize=False,

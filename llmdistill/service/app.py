@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
+import os
 import re
 import secrets
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +23,25 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from safetensors import SafetensorError, safe_open
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmdistill.service import requests as bodies
 from llmdistill.service import wire
 from llmdistill.service.answers import Answer, Answers
 from llmdistill.service.blocks import ScoreBlock, encode
-from llmdistill.service.engine import Engine, EngineDead, ScoreJob
+from llmdistill.service.engine import Engine, EngineDead, GenerateJob, Sample, ScoreJob
 from llmdistill.service.gate import Gate
 from llmdistill.service.limits import Limits
 from llmdistill.service.metrics import Metrics
-from llmdistill.service.problems import Problem, invalid
+from llmdistill.service.openai import add_routes
+from llmdistill.service.problems import Problem, first_line, invalid
 from llmdistill.service.text import tokenized
+from llmdistill.teachers.fingerprint import weights_fingerprint
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 OPEN = (wire.HEALTH, wire.READY)  # without a token: load balancers ask
-Compute = Callable[[bytes], Awaitable[Answer]]
+Work = Callable[[], Awaitable[Answer]]
+UPLOADS = "llmdistill-weights-"
 
 
 class Service:
@@ -61,18 +69,25 @@ class Service:
         self.gate = Gate(self.limits)
         self.answers = Answers(self.limits.answers_bytes, self.limits.answers_s)
         self.metrics = Metrics()
+        self.bodies = bodies.Bodies(self.limits)
         self.policy_version = 0
         self.dead = False
+        self._last_push: tuple[bool, int, str] | None = None
+        self._uploading = asyncio.Lock()
+        self._reading = asyncio.Semaphore(2)  # bodies that are parsed at one time
 
     # ---------------------------------------------------------------- what is computed
+    #
+    # Each of these reads a body, which happens on a thread, and returns what is to be done about it.
 
-    async def score(self, data: bytes) -> Answer:
+    def score(self, data: bytes) -> Work:
         body = bodies.read(bodies.ScoreBody, data)
         jobs = bodies.score_jobs(body, self.engine, self.limits)
-        return await self._blocks(jobs, body.dtype, body.teacher, {})
+        return partial(self._blocks, jobs, body.dtype, body.teacher, {})
 
-    async def score_text(self, data: bytes) -> Answer:
+    def score_text(self, data: bytes) -> Work:
         body = bodies.read(bodies.TextBody, data)
+        bodies.check_texts(body.items, self.limits)
         items = [tokenized(self.engine.tokenizer, i, item) for i, item in enumerate(body.items)]
         score = bodies.ScoreBody(
             sequences=[item.prompt_ids + item.ids for item in items],
@@ -80,10 +95,11 @@ class Service:
             top_k=body.top_k,
         )
         jobs = bodies.score_jobs(score, self.engine, self.limits)
-        return await self._blocks(jobs, body.dtype, body.teacher, {"items": [asdict(item) for item in items]})
+        return partial(self._blocks, jobs, body.dtype, body.teacher, {"items": [asdict(item) for item in items]})
 
     async def _blocks(self, jobs: list[ScoreJob], dtype: str, expected: str | None, extra: dict[str, Any]) -> Answer:
-        async with self.gate.admitted(sum(job.stop for job in jobs)):
+        listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
+        async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
             self._expect(expected)
             blocks = await self.engine.score(jobs)
             info, version = self.engine.info, self.policy_version
@@ -101,74 +117,116 @@ class Service:
         self.metrics.evidence.inc(len(data))
         return Answer(data, wire.BLOCKS_TYPE)
 
-    async def generate(self, data: bytes) -> Answer:
+    def generate(self, data: bytes) -> Work:
         body = bodies.read(bodies.GenerateBody, data)
-        job = bodies.generate_job(body, self.engine, self.limits)
-        n = job.sampling.samples_per_prompt
-        async with self.gate.admitted(sum(n * (len(ids) + job.sampling.max_new_tokens) for ids in job.prompts)):
-            self._expect(body.teacher)
-            drawn = await self.engine.generate(job)
-            fingerprint, version = self.engine.info.fingerprint, self.policy_version
-        self.metrics.generated.inc(sum(len(sample.ids) for samples in drawn for sample in samples))
+        return partial(self._generated, bodies.generate_job(body, self.engine, self.limits), body.teacher)
+
+    async def _generated(self, job: GenerateJob, expected: str | None) -> Answer:
+        drawn, fingerprint, version = await self.samples(job, expected)
         completions = [[asdict(sample) for sample in samples] for samples in drawn]
         return _json({"teacher": fingerprint, "policy_version": version, "completions": completions})
 
+    async def samples(self, job: GenerateJob, expected: str | None = None) -> tuple[list[list[Sample]], str, int]:
+        """Samples of every prompt, and the fingerprint and version of the weights that drew them."""
+        n = job.sampling.samples_per_prompt
+        async with self.gate.admitted(sum(n * (len(ids) + job.sampling.max_new_tokens) for ids in job.prompts)):
+            self._expect(expected)
+            bodies.known_adapter(job.adapter, self.engine)  # it may have gone while the request waited
+            drawn = await self.engine.generate(job)
+            fingerprint, version = self.engine.info.fingerprint, self.policy_version
+        self.metrics.generated.inc(sum(len(sample.ids) for samples in drawn for sample in samples))
+        return drawn, fingerprint, version
+
     # ---------------------------------------------------------------- weights and adapters
 
-    async def load_folder(self, data: bytes) -> Answer:
+    def load_folder(self, data: bytes) -> Work:
+        self._accepts_weights()
         body = bodies.read(bodies.WeightsBody, data)
-        return await self._load(bodies.allowed_folder(body.path, self.weight_folders), False, body.policy_version)
+        folder = bodies.allowed_folder(body.path, self.weight_folders)
+        _check_files(folder)
+        return partial(self._load, folder, False, body.policy_version, weights_fingerprint(folder))
 
     async def load_upload(self, request: Request) -> Answer:
         """Weights in the body: written to memory-backed files as they come, then loaded at once."""
-        if not self.accept_weights:
-            raise Problem(403, "weights", "this service takes no weights; start it with --updatable")
+        self._accepts_weights()
         query = request.query_params
-        version, partial = query.get("policy_version", ""), query.get("partial", "false") in ("true", "1")
-        if not version.isdecimal():
-            raise invalid("policy_version", f"is {version!r}; it must be a whole number")
-        root = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        folder = Path(tempfile.mkdtemp(prefix="llmdistill-weights-", dir=root))
-        try:
-            with (folder / "model.safetensors").open("wb") as file:
-                received = 0
-                async for chunk in request.stream():
-                    received += len(chunk)
-                    if received > self.limits.weights_bytes:
-                        raise bodies.too_large(self.limits.weights_bytes)
-                    file.write(chunk)
-            return await self._load(folder, partial, int(version))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    async def _load(self, folder: Path, partial: bool, version: int) -> Answer:
-        if not self.accept_weights:
-            raise Problem(403, "weights", "this service takes no weights; start it with --updatable")
-        _check_files(folder)
-        async with self.gate.alone():
+        version, partial_ = query.get("policy_version", ""), query.get("partial", "false") in ("true", "1")
+        if not (version.isdecimal() and len(version) < 17 and int(version) < bodies.LARGEST):
+            raise invalid("policy_version", f"is {version[:40]!r}; it must be a whole number below 2**53")
+        most = self.engine.weights_bytes * 5 // 4 + (1 << 20)
+        async with self._uploading:  # one at a time: each is as large as the model
+            folder = Path(tempfile.mkdtemp(prefix=f"{UPLOADS}{os.getpid()}-", dir=_upload_root()))
             try:
-                await self.engine.load_weights(folder, partial)
-            except (ValueError, OSError) as error:
-                raise invalid("weights", f"were refused, the old ones stay: {error}") from error
-            self.policy_version = version
+                digest, received = hashlib.blake2b(digest_size=16), 0
+                with (folder / "model.safetensors").open("wb") as file:
+                    async for chunk in request.stream():
+                        received += len(chunk)
+                        if received > most:
+                            raise bodies.too_large(most)
+                        digest.update(chunk)
+                        file.write(chunk)
+                _check_files(folder)
+                return await self._load(folder, partial_, int(version), digest.hexdigest())
+            except OSError as error:
+                raise Problem(507, "storage", f"no room for the weights: {first_line(error)}") from None
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    async def _load(self, folder: Path, partial_: bool, version: int, name: str) -> Answer:
+        """The same weights sent again for the same version are there already: a lost answer does no harm."""
+        async with self.gate.alone():
+            push = (partial_, version, name)
+            if push != self._last_push:
+                try:
+                    await self.engine.load_weights(folder, partial_)
+                except (ValueError, OSError) as error:
+                    raise invalid("weights", f"were refused, the old ones stay: {first_line(error)}") from None
+                self.policy_version, self._last_push = version, push
             return _json({"teacher": self.engine.info.fingerprint, "policy_version": version})
 
-    async def add_adapter(self, data: bytes) -> Answer:
+    def add_adapter(self, data: bytes) -> Work:
         body = bodies.read(bodies.AdapterBody, data)
-        folder = bodies.allowed_folder(body.path, self.weight_folders)
+        return partial(self._add_adapter, body.name, bodies.allowed_folder(body.path, self.weight_folders))
+
+    async def _add_adapter(self, name: str, folder: Path) -> Answer:
         async with self.gate.alone():
             try:
-                await self.engine.add_adapter(body.name, folder)
-            except Exception as error:
-                raise invalid("path", f"holds no adapter for this model: {str(error).splitlines()[0]}") from error
-        return _json({"adapters": list(self.engine.adapters)})
+                await self.engine.add_adapter(name, folder)
+            except (ValueError, OSError) as error:
+                raise invalid("path", f"holds no adapter for this model: {first_line(error)}") from None
+            return _json({"adapters": list(self.engine.adapters)})
 
     async def remove_adapter(self, name: str) -> Answer:
-        if name not in self.engine.adapters:
-            raise Problem(404, "adapter", f"adapter {name!r} is not loaded", field="name")
         async with self.gate.alone():
+            bodies.known_adapter(name, self.engine)
             await self.engine.remove_adapter(name)
-        return _json({"adapters": list(self.engine.adapters)})
+            return _json({"adapters": list(self.engine.adapters)})
+
+    def _accepts_weights(self) -> None:
+        if not self.accept_weights:
+            raise Problem(403, "weights", "this service takes no weights; start it with --updatable")
+
+    # ---------------------------------------------------------------- a request
+
+    async def answered(self, request: Request, path: str, read: Callable[[bytes], Work]) -> Answer:
+        """The answer to a request whose body ``read`` understands; it is not held while that is worked out.
+
+        Raises:
+            Problem: whatever is wrong with it.
+        """
+        name = request.headers.get("x-request-id")
+        if name is not None and not REQUEST_ID.fullmatch(name):
+            raise invalid("X-Request-Id", "must be 1 to 128 letters, digits or _.:-")
+        async with self.bodies.read(request) as data:
+            # the path is part of what is asked
+            digest = hashlib.blake2b(path.encode() + b"\0", digest_size=16)
+            async with self._reading:
+                await asyncio.to_thread(digest.update, data)
+                try:
+                    work = await asyncio.to_thread(read, data)
+                finally:
+                    del data
+        return await self.answers.get(name, digest.digest(), work)
 
     # ---------------------------------------------------------------- state
 
@@ -226,19 +284,19 @@ class Service:
             )
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> ASGIApp:
     """The routes of ``service``."""
     app = FastAPI(title="llmdistill", docs_url=None, redoc_url=None, openapi_url=None)
 
-    def posted(path: str, compute: Compute) -> None:
+    def posted(path: str, read: Callable[[bytes], Work]) -> None:
         async def endpoint(request: Request) -> Response:
-            data = await bodies.read_body(request, service.limits.body_bytes)
-            name = request.headers.get("x-request-id")
-            if name is not None and not REQUEST_ID.fullmatch(name):
-                raise invalid("X-Request-Id", "must be 1 to 128 letters, digits or _.:-")
-            # the path is part of what is asked
-            answer = await service.answers.get(name, path.encode() + b"\0" + data, lambda: compute(data))
-            return Response(answer.body, media_type=answer.media_type)
+            try:
+                answer = await service.answered(request, path, read)
+                return Response(answer.body, media_type=answer.media_type)
+            except Problem as problem:
+                # the frames of its traceback hold the body, in a cycle with it
+                traceback.clear_frames(problem.__traceback__)
+                return problem_response(problem)
 
         app.post(path)(endpoint)
 
@@ -252,7 +310,7 @@ def create_app(service: Service) -> FastAPI:
         if request.headers.get("content-type") == wire.TENSORS_TYPE:
             answer = await service.load_upload(request)
         else:
-            answer = await service.load_folder(await bodies.read_body(request, service.limits.body_bytes))
+            answer = await service.answered(request, wire.WEIGHTS, service.load_folder)
         return Response(answer.body, media_type=answer.media_type)
 
     @app.delete(wire.ADAPTERS + "/{name}")
@@ -280,45 +338,76 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(service.exposition(), media_type="text/plain; version=0.0.4")
 
-    from llmdistill.service.openai import add_routes
-
     add_routes(app, service)
+
+    @app.exception_handler(Problem)
+    async def refused(request: Request, problem: Problem) -> Response:
+        return problem_response(problem)
+
+    @app.exception_handler(EngineDead)
+    async def died(request: Request, error: EngineDead) -> Response:
+        service.died()
+        return problem_response(Problem(503, "dead", first_line(error), retry_after_s=10))
 
     @app.exception_handler(HTTPException)
     async def unrouted(request: Request, error: HTTPException) -> Response:
-        return _problem(Problem(error.status_code, "route", f"{request.method} {request.url.path}: {error.detail}"))
+        shown = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
+        return problem_response(Problem(error.status_code, "route", shown))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        return _problem(Problem(500, "internal", f"{type(error).__name__}; the service's log has the details"))
+        return problem_response(Problem(500, "internal", f"{type(error).__name__}; the service's log has the details"))
 
-    @app.middleware("http")
-    async def around(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Token, errors, counters."""
-        started = time.monotonic()
+    return Around(app, service)
+
+
+class Around:
+    """Token and counters, around everything. Plain ASGI: a middleware class would keep bodies in reference cycles."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), [500]
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status[0] = message["status"]
+            await send(message)
+
         try:
-            _check_token(request, service.token)
-            response = await call_next(request)
-        except Problem as problem:
-            response = _problem(problem)
-        except EngineDead as error:
-            service.died()
-            response = _problem(Problem(503, "dead", str(error), retry_after_s=10))
-        route = request.scope.get("route")
-        endpoint = getattr(route, "path", "unknown")  # never the raw path: a label for each would be kept for ever
-        service.metrics.requests.labels(endpoint, response.status_code).inc()
-        service.metrics.seconds.labels(endpoint).observe(time.monotonic() - started)
-        return response
+            if self._allowed(scope):
+                await self.app(scope, receive, noting)
+            else:
+                words = "the Authorization header must be 'Bearer' and this service's token"
+                await problem_response(Problem(401, "token", words))(scope, receive, noting)
+        finally:
+            # never the raw path: a label for each would be kept for ever
+            endpoint = getattr(scope.get("route"), "path", "unknown")
+            self.service.metrics.requests.labels(endpoint, status[0]).inc()
+            self.service.metrics.seconds.labels(endpoint).observe(time.monotonic() - started)
 
-    return app
+    def _allowed(self, scope: Scope) -> bool:
+        token = self.service.token
+        if token is None or scope["path"] in OPEN:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return secrets.compare_digest(given, f"Bearer {token}".encode())
 
 
-def _check_token(request: Request, token: str | None) -> None:
-    if token is None or request.url.path in OPEN:
-        return
-    given = request.headers.get("authorization", "")
-    if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise Problem(401, "token", "the Authorization header must be 'Bearer' and this service's token")
+def forget_uploads() -> None:
+    """Removes what services that were killed in the middle of an upload have left."""
+    for folder in (Path(_upload_root() or tempfile.gettempdir())).glob(f"{UPLOADS}*"):
+        pid = folder.name.removeprefix(UPLOADS).split("-")[0]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _upload_root() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def _check_files(folder: Path) -> None:
@@ -342,6 +431,6 @@ def _json(content: dict[str, Any]) -> Answer:
     return Answer(json.dumps(content).encode(), "application/json")
 
 
-def _problem(problem: Problem) -> Response:
+def problem_response(problem: Problem) -> Response:
     headers = {} if problem.retry_after_s is None else {"Retry-After": str(math.ceil(problem.retry_after_s))}
     return JSONResponse(problem.body(), problem.status, headers)

@@ -74,8 +74,18 @@ class Engine(Protocol):
     adapters: dict[str, str]  # name -> folder
     tokenizer: PreTrainedTokenizerBase
 
+    weights_bytes: int  # of all weights in float32
+
     @property
     def info(self) -> TeacherInfo: ...
+
+    async def start(self) -> None:
+        """What needs a running loop, before the first call."""
+        ...
+
+    async def check(self) -> None:
+        """Raises EngineDead when the engine has died while nobody asked."""
+        ...
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]: ...
 
@@ -86,6 +96,7 @@ class Engine(Protocol):
 
         Raises:
             ValueError: they do not fit the model; the old ones are still in place.
+            EngineDead: they are half loaded.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from llmdistill.service.limits import Limits
@@ -14,15 +14,15 @@ LONGEST_WAIT_S = 30.0
 
 
 class Gate:
-    """Counts what is in the house. Everything runs on one event loop, so nothing here needs a lock but the weights."""
+    """Counts what is in the house. All of it runs on one event loop: counting needs no lock and cannot be cut off."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.requests, self.tokens = 0, 0
         self.draining = False
         self._working = 0
-        self._changed = asyncio.Condition()
         self._exclusive = False
+        self._waiters: list[asyncio.Future[None]] = []
         self._rate = 0.0  # tokens a second, a running mean
 
     @asynccontextmanager
@@ -32,8 +32,7 @@ class Gate:
         Raises:
             Problem: 503 while draining; 429 with the time until there may be room.
         """
-        if self.draining:
-            raise Problem(503, "draining", "the service is shutting down", retry_after_s=5)
+        self._refuse_when_draining()
         limits = self.limits
         # One request always fits: its own size is bounded by the limits of a request.
         if self.requests >= limits.in_flight or (self.requests and self.tokens + tokens > limits.queue_tokens):
@@ -47,15 +46,13 @@ class Gate:
         self.requests, self.tokens = self.requests + 1, self.tokens + tokens
         started = time.monotonic()
         try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: not self._exclusive)
-                self._working += 1
+            await self._until(lambda: not self._exclusive)
+            self._working += 1
             try:
                 yield
             finally:
-                async with self._changed:
-                    self._working -= 1
-                    self._changed.notify_all()
+                self._working -= 1
+                self._notify()
             seconds = max(time.monotonic() - started, 1e-3)
             # what was in the house left at about this rate
             self._rate += 0.1 * (self.tokens / seconds - self._rate) if self._rate else self.tokens / seconds
@@ -65,31 +62,41 @@ class Gate:
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Waits until nothing is at work and keeps everything else waiting: for a change of weights."""
-        if self.draining:
-            raise Problem(503, "draining", "the service is shutting down", retry_after_s=5)
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._exclusive)
-            self._exclusive = True
-            try:
-                await self._changed.wait_for(lambda: self._working == 0)
-            except BaseException:
-                self._exclusive = False
-                self._changed.notify_all()
-                raise
+        self._refuse_when_draining()
+        await self._until(lambda: not self._exclusive)
+        self._exclusive = True
         try:
+            await self._until(lambda: self._working == 0)
             yield
         finally:
-            async with self._changed:
-                self._exclusive = False
-                self._changed.notify_all()
+            self._exclusive = False
+            self._notify()
 
     async def drained(self, timeout_s: float) -> bool:
         """Refuses new work and waits for what is there; whether all of it was answered."""
         self.draining = True
         end = time.monotonic() + timeout_s
-        while self.requests and time.monotonic() < end:
+        while (self.requests or self._exclusive) and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        return not self.requests
+        return not (self.requests or self._exclusive)
+
+    def _refuse_when_draining(self) -> None:
+        if self.draining:
+            raise Problem(503, "draining", "the service is shutting down", retry_after_s=5)
+
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.remove(waiter)
+
+    def _notify(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _wait(self) -> float:
         """Seconds until about a quarter of the queue has gone."""

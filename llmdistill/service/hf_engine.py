@@ -7,6 +7,7 @@ Requests of different callers are merged: the scheduler takes the one that waits
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from safetensors.torch import load_file
 
 from llmdistill.rollouts import Prompt, Rollout, Sampling, collate
 from llmdistill.rollouts.hf import generate
+from llmdistill.service.adapters import check_adapter
 from llmdistill.service.blocks import ScoreBlock
-from llmdistill.service.engine import GenerateJob, Sample, ScoreJob
+from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
+from llmdistill.service.problems import first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.tokenization.special import pad_id
@@ -54,6 +57,10 @@ class HFEngine:
         self.max_model_len = min(max_model_len or teacher.info().context_length, teacher.info().context_length)
         self.dtype = str(teacher.model.dtype).removeprefix("torch.")
         self.adapters: dict[str, str] = {}
+        self.weights_bytes = 4 * sum(p.numel() for p in teacher.model.parameters())
+        self._shapes = {name: tuple(p.shape) for name, p in teacher.model.state_dict().items()}
+        self._inner: dict[str, str] = {}  # what peft calls an adapter
+        self._numbers = itertools.count()
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._loop_task: asyncio.Task[None] | None = None
@@ -63,6 +70,12 @@ class HFEngine:
     @property
     def info(self) -> TeacherInfo:
         return self.teacher.info()
+
+    async def start(self) -> None:
+        pass
+
+    async def check(self) -> None:
+        pass
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
         if self._loop_task is None:
@@ -85,7 +98,11 @@ class HFEngine:
         await self._on_thread(self._load, folder, partial)
 
     async def add_adapter(self, name: str, folder: Path) -> None:
-        await self._on_thread(self._add_adapter, name, folder)
+        check_adapter(folder, self._shapes)
+        try:
+            await self._on_thread(self._add_adapter, name, folder)
+        except Exception as error:
+            raise EngineDead(f"an adapter was half loaded into the model: {first_line(error)}") from error
         self.adapters[name] = str(folder)
 
     async def remove_adapter(self, name: str) -> None:
@@ -95,7 +112,7 @@ class HFEngine:
     async def close(self) -> None:
         if self._loop_task is not None:
             self._loop_task.cancel()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     # ---------------------------------------------------------------- scoring
 
@@ -171,20 +188,26 @@ class HFEngine:
         self.teacher.forget_info()
 
     def _add_adapter(self, name: str, folder: Path) -> None:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
+        inner = f"a{next(self._numbers)}"  # the old one of that name stays until the new one is there
+        config = PeftConfig.from_pretrained(str(folder))
+        config.init_lora_weights = True  # type: ignore[attr-defined]  # other ways to start change the base weights
+        config.inference_mode = True
         if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self.teacher.model, str(folder), adapter_name=name)  # type: ignore[arg-type]
-            self._peft.eval()
+            model: Any = self.teacher.model
+            self._peft = PeftModel.from_pretrained(model, str(folder), adapter_name=inner, config=config).eval()
         else:
-            if name in self.adapters:
-                self._peft.delete_adapter(name)
-            self._peft.load_adapter(str(folder), adapter_name=name)
+            self._peft.load_adapter(str(folder), adapter_name=inner, peft_config=config)
+        if name in self._inner:
+            self._peft.delete_adapter(self._inner[name])
+        self._inner[name] = inner
 
     def _remove_adapter(self, name: str) -> None:
         if self.adapters:
-            self._peft.delete_adapter(name)
+            self._peft.delete_adapter(self._inner.pop(name))
         else:  # the last one: the model is as it was
+            self._inner.clear()
             self.teacher.model, self._peft = self._peft.unload(), None
 
     @contextmanager
@@ -196,7 +219,7 @@ class HFEngine:
             with self._peft.disable_adapter():
                 yield self.teacher.model
         else:
-            self._peft.set_adapter(adapter)
+            self._peft.set_adapter(self._inner[adapter])
             yield self._peft
 
     async def _on_thread(self, work: Callable[..., Any], *args: Any) -> Any:

@@ -15,7 +15,8 @@ class Limits:
     positions: int = 131072  # scored positions of one request
     new_tokens: int = 32768  # of one completion
     body_bytes: int = 64 << 20
-    weights_bytes: int = 256 << 30  # of one upload of weights
+    body_s: float = 120.0  # for a body to arrive
+    bodies_bytes: int = 512 << 20  # of all bodies that are being read
     in_flight: int = 256  # requests in the house, waiting ones included
     queue_tokens: int = 1 << 20  # tokens of all requests in the house
     answers_bytes: int = 256 << 20  # kept for requests that are sent again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -24,9 +25,9 @@ class CompletionBody(BaseModel):
     """The fields that are honoured; others are refused when they would change what is sampled, else ignored."""
 
     model: str | None = None
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any  # text, ids, or a list of either: told apart below
     max_tokens: Annotated[int, Field(ge=1)] = 16
-    temperature: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: int = 0
     n: Annotated[int, Field(ge=1)] = 1
@@ -57,11 +58,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = bodies.read(CompletionBody, await bodies.read_body(request, service.limits.body_bytes))
-        job = _job(body, service)
-        async with service.gate.admitted(sum(body.n * (len(p) + body.max_tokens) for p in job.prompts)):
-            drawn = await service.engine.generate(job)
-        service.metrics.generated.inc(sum(len(s.ids) for samples in drawn for s in samples))
+        async with service.bodies.read(request) as data:
+            body, job = await asyncio.to_thread(_job, data, service)
+        drawn, _, _ = await service.samples(job)
         choices = [
             _choice(i * body.n + j, sample, prompt, body, service)
             for i, (prompt, samples) in enumerate(zip(job.prompts, drawn, strict=True))
@@ -77,7 +76,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return StreamingResponse(_events(head, choices), media_type="text/event-stream")
 
 
-def _job(body: CompletionBody, service: Service) -> GenerateJob:
+def _job(data: bytes, service: Service) -> tuple[CompletionBody, GenerateJob]:
+    body = bodies.read(CompletionBody, data)
     for name in ("presence_penalty", "frequency_penalty", "logit_bias", "suffix"):
         if getattr(body, name):
             raise invalid(name, "is not supported; leave it out")
@@ -90,10 +90,7 @@ def _job(body: CompletionBody, service: Service) -> GenerateJob:
         if body.model not in engine.adapters:
             raise Problem(404, "model", f"model {body.model!r} is not served; {engine.info.name!r} is", field="model")
         adapter = body.model
-    asked: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if asked and isinstance(asked[0], int):
-        asked = [asked]
-    ids = [p if isinstance(p, list) else list(engine.tokenizer(p)["input_ids"]) for p in asked]
+    ids = _prompt_ids(body.prompt, service)
     generate = bodies.GenerateBody(
         prompts=ids,
         sampling=bodies.SamplingBody(
@@ -106,13 +103,31 @@ def _job(body: CompletionBody, service: Service) -> GenerateJob:
         ),
         adapter=adapter,
     )
-    return bodies.generate_job(generate, engine, service.limits)
+    return body, bodies.generate_job(generate, engine, service.limits)
+
+
+def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
+    """The prompts as ids, however the request gives them."""
+    several = prompt if isinstance(prompt, list) and not (prompt and type(prompt[0]) is int) else [prompt]
+    if len(several) > service.limits.sequences:
+        raise invalid("prompt", f"has {len(several)} entries; at most {service.limits.sequences}", len(several))
+    made = []
+    for i, one in enumerate(several):
+        field = "prompt" if several is not prompt else f"prompt[{i}]"
+        if isinstance(one, str):
+            bodies.check_text(field, one, service.limits)
+            made.append(list(service.engine.tokenizer(one)["input_ids"]))
+        elif isinstance(one, list) and all(type(token) is int for token in one):
+            made.append(one)
+        else:
+            raise invalid(field, "must be text or a list of token ids")
+    return made
 
 
 def _choice(index: int, sample: Sample, prompt: list[int], body: CompletionBody, service: Service) -> dict[str, Any]:
     tokenizer = service.engine.tokenizer
     text, finish = str(tokenizer.decode(sample.ids, skip_special_tokens=True)), sample.finish
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = [s for s in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if s]
     cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
     if cut >= 0:
         text, finish = text[:cut], "stop"

@@ -35,6 +35,11 @@ class Problem(Exception):
         return {"error": {"type": self.kind, "field": self.field, "message": self.message, "limit": self.limit}}
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, briefly; never empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def invalid(field: str, message: str, limit: int | float | None = None) -> Problem:
     """400: ``field`` is wrong."""
     return Problem(400, "limit" if limit is not None else "invalid", f"{field} {message}", field=field, limit=limit)

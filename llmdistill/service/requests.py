@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import Request
 
 from llmdistill.rollouts import Sampling
 from llmdistill.service.engine import Engine, GenerateJob, ScoreJob
 from llmdistill.service.limits import Limits
-from llmdistill.service.problems import Problem, invalid
+from llmdistill.service.problems import Problem, first_line, invalid
 
+
+class _Fast(FailFast):
+    """pydantic's mark for stopping at the first wrong entry; hashable, which optional fields ask of it."""
+
+    def __hash__(self) -> int:
+        return 1
+
+
+ONE_MISTAKE = _Fast()  # a list of a million wrong entries is one mistake
 Id = Annotated[int, Field(strict=True)]
+Ids = Annotated[list[Id], ONE_MISTAKE]
+COLDEST, HOTTEST = 0.01, 2.0  # temperatures that every engine samples at as they are
+LARGEST = 2**53  # whole numbers that survive as floats
+CHARACTERS_A_TOKEN = 64  # more than any tokenizer makes of text on average
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -24,10 +40,10 @@ class _Body(BaseModel):
 
 
 class ScoreBody(_Body):
-    sequences: list[list[Id]]
-    positions: list[tuple[Id, Id]]
+    sequences: Annotated[list[Ids], ONE_MISTAKE]
+    positions: Annotated[list[tuple[Id, Id]], ONE_MISTAKE]
     top_k: Annotated[int, Field(strict=True, ge=0)] = 0
-    chosen: list[list[list[Id]]] | None = None
+    chosen: Annotated[list[Annotated[list[Ids], ONE_MISTAKE]], ONE_MISTAKE] | None = None
     temperature: float = 1.0
     dtype: Literal["float16", "float32"] = "float16"
     teacher: str | None = None
@@ -43,10 +59,10 @@ class SamplingBody(_Body):
 
 
 class GenerateBody(_Body):
-    prompts: list[list[Id]]
-    rows: list[Annotated[int, Field(strict=True, ge=0)]] | None = None
+    prompts: Annotated[list[Ids], ONE_MISTAKE]
+    rows: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], ONE_MISTAKE] | None = None
     sampling: SamplingBody
-    eos_ids: list[Id] | None = None
+    eos_ids: Ids | None = None
     adapter: str | None = None
     teacher: str | None = None
 
@@ -57,7 +73,7 @@ class TextItem(_Body):
 
 
 class TextBody(_Body):
-    items: list[TextItem]
+    items: Annotated[list[TextItem], ONE_MISTAKE]
     top_k: Annotated[int, Field(strict=True, ge=0)] = 0
     dtype: Literal["float16", "float32"] = "float16"
     teacher: str | None = None
@@ -65,7 +81,7 @@ class TextBody(_Body):
 
 class WeightsBody(_Body):
     path: str
-    policy_version: Annotated[int, Field(strict=True, ge=0)]
+    policy_version: Annotated[int, Field(strict=True, ge=0, lt=LARGEST)]
 
 
 class AdapterBody(_Body):
@@ -88,18 +104,41 @@ def read(kind: type[Body], data: bytes) -> Body:
         raise invalid(field, f"{first['msg'][0].lower()}{first['msg'][1:]}{known}") from None
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be too long."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise too_large(limit)
-    parts, size = list[bytes](), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
+class Bodies:
+    """Bodies that are being read: together they stay within a bound."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.bytes = limits, 0
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, held as long as the context lasts.
+
+        Raises:
+            Problem: 413 as soon as it is known to be too long, 408 when it does not arrive, 429 when too much is held.
+        """
+        limit = self.limits.body_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
             raise too_large(limit)
-        parts.append(chunk)
-    return b"".join(parts)
+        parts, size = list[bytes](), 0
+        try:
+            try:
+                async with asyncio.timeout(self.limits.body_s):
+                    async for chunk in request.stream():
+                        size, self.bytes = size + len(chunk), self.bytes + len(chunk)
+                        if size > limit:
+                            raise too_large(limit)
+                        if self.bytes > max(self.limits.bodies_bytes, limit):
+                            raise Problem(429, "busy", "too many large bodies at one time", retry_after_s=1)
+                        parts.append(chunk)
+            except TimeoutError:
+                raise Problem(408, "limit", f"the body did not arrive in {self.limits.body_s:g} s") from None
+            data = b"".join(parts)
+            parts.clear()
+            yield data
+        finally:
+            self.bytes -= size
 
 
 def too_large(limit: int) -> Problem:
@@ -129,12 +168,12 @@ def score_jobs(body: ScoreBody, engine: Engine, limits: Limits) -> list[ScoreJob
     positions = sum(stop - start for start, stop in body.positions)
     if positions > limits.positions:
         raise invalid("positions", f"are {positions} together; at most {limits.positions} a request", limits.positions)
-    chosen = _chosen(body, engine)
-    wide = body.top_k + max((c.shape[1] for c in chosen if c is not None), default=0)
-    most = min(limits.top_k, engine.max_top_k)
+    width = max((len(row) for rows in body.chosen or () for row in rows), default=0)
+    wide, most = body.top_k + width, min(limits.top_k, engine.max_top_k)
     if wide > most:
         asked = f"is {body.top_k}" if body.chosen is None else f"and the chosen ids make {wide}"
         raise invalid("top_k", f"{asked}; at most {most}", most)
+    chosen = _chosen(body, engine, width)
     return [
         ScoreJob(ids[:stop], start, stop, body.top_k, mine)
         for ids, (start, stop), mine in zip(body.sequences, body.positions, chosen, strict=True)
@@ -149,6 +188,15 @@ def generate_job(body: GenerateBody, engine: Engine, limits: Limits) -> Generate
     """
     sampling = body.sampling
     _count("prompts", len(body.prompts) * sampling.samples_per_prompt, limits)
+    if sampling.temperature and not COLDEST <= sampling.temperature <= HOTTEST:
+        raise invalid(
+            "sampling.temperature",
+            f"is {sampling.temperature}; it must be 0 (greedy) or {COLDEST} to {HOTTEST}",
+            HOTTEST,
+        )
+    if sampling.top_k > engine.info.vocab_size:
+        most = engine.info.vocab_size
+        raise invalid("sampling.top_k", f"is {sampling.top_k}; at most {most}, and 0 for all", most)
     if sampling.max_new_tokens > limits.new_tokens:
         raise invalid(
             "sampling.max_new_tokens", f"is {sampling.max_new_tokens}; at most {limits.new_tokens}", limits.new_tokens
@@ -157,9 +205,7 @@ def generate_job(body: GenerateBody, engine: Engine, limits: Limits) -> Generate
     rows = body.rows if body.rows is not None else list(range(len(body.prompts)))
     if len(rows) != len(body.prompts):
         raise invalid("rows", f"has {len(rows)} entries for {len(body.prompts)} prompts")
-    if body.adapter is not None and body.adapter not in engine.adapters:
-        known = ", ".join(engine.adapters) or "none"
-        raise Problem(404, "adapter", f"adapter {body.adapter!r} is not loaded; loaded: {known}", field="adapter")
+    known_adapter(body.adapter, engine)
     vocab = engine.info.vocab_size
     for i, token in enumerate(body.eos_ids or ()):
         if not 0 <= token < vocab:
@@ -168,19 +214,50 @@ def generate_job(body: GenerateBody, engine: Engine, limits: Limits) -> Generate
     return GenerateJob(body.prompts, rows, Sampling(**sampling.model_dump()), eos, body.adapter)
 
 
+def known_adapter(name: str | None, engine: Engine) -> None:
+    """Raises Problem 404 for an adapter that is not loaded."""
+    if name is not None and name not in engine.adapters:
+        known = ", ".join(engine.adapters) or "none"
+        raise Problem(404, "adapter", f"adapter {name[:64]!r} is not loaded; loaded: {known}", field="adapter")
+
+
 def allowed_folder(path: str, roots: list[Path]) -> Path:
     """``path`` with its links resolved.
 
     Raises:
         Problem: 400, it is no folder within ``roots``.
     """
-    folder = Path(path).resolve()
-    if not any(folder.is_relative_to(root.resolve()) for root in roots):
+    try:
+        folder = Path(path).resolve()
+        files = [folder, *(file.resolve() for file in folder.glob("*"))]  # links in it may lead elsewhere
+        if not folder.is_dir():
+            raise invalid("path", f"{path[:200]!r} is no folder here")
+    except (ValueError, OSError, RuntimeError) as error:
+        raise invalid("path", f"cannot be a folder: {first_line(error)[:200]}") from None
+    allowed = [root.resolve() for root in roots]
+    if not all(any(file.is_relative_to(root) for root in allowed) for file in files):
         shown = ", ".join(map(str, roots)) or "none (start the service with --allow-weights FOLDER)"
-        raise invalid("path", f"{path!r} lies outside the allowed folders: {shown}")
-    if not folder.is_dir():
-        raise invalid("path", f"{path!r} is no folder")
+        raise invalid("path", f"{path[:200]!r} lies outside the allowed folders, or a file in it does: {shown}")
     return folder
+
+
+def check_texts(items: list[TextItem], limits: Limits) -> None:
+    """Refuses what cannot fit before it is tokenised.
+
+    Raises:
+        Problem: 400.
+    """
+    _count("items", len(items), limits)
+    for i, item in enumerate(items):
+        check_text(f"items[{i}].prompt", item.prompt if isinstance(item.prompt, str) else str(item.prompt), limits)
+        check_text(f"items[{i}].completion", item.completion, limits)
+
+
+def check_text(field: str, text: str, limits: Limits) -> None:
+    """Raises Problem 400 for a text that is longer than any that fits."""
+    most = CHARACTERS_A_TOKEN * limits.sequence_tokens
+    if len(text) > most:
+        raise invalid(field, f"has {len(text)} characters; {most} are more than the context holds", most)
 
 
 def _count(field: str, n: int, limits: Limits) -> None:
@@ -209,7 +286,7 @@ def _ids(field: str, sequences: list[list[int]], engine: Engine, limits: Limits,
             raise invalid(f"{field}[{i}][{j}]", f"is {ids[j]}; token ids go from 0 to {vocab - 1}", vocab - 1)
 
 
-def _chosen(body: ScoreBody, engine: Engine) -> list[torch.Tensor | None]:
+def _chosen(body: ScoreBody, engine: Engine, width: int) -> list[torch.Tensor | None]:
     """The caller's ids as [n, C] tensors, one width for the whole request."""
     if body.chosen is None:
         return [None] * len(body.sequences)
@@ -222,7 +299,6 @@ def _chosen(body: ScoreBody, engine: Engine) -> list[torch.Tensor | None]:
         )
     if len(body.chosen) != len(body.sequences):
         raise invalid("chosen", f"has {len(body.chosen)} entries for {len(body.sequences)} sequences")
-    width = max((len(row) for rows in body.chosen for row in rows), default=0)
     vocab, made = engine.info.vocab_size, list[torch.Tensor | None]()
     for i, (rows, (start, stop)) in enumerate(zip(body.chosen, body.positions, strict=True)):
         if len(rows) != stop - start:
@@ -230,6 +306,8 @@ def _chosen(body: ScoreBody, engine: Engine) -> list[torch.Tensor | None]:
         for j, row in enumerate(rows):
             if any(not -1 <= token < vocab for token in row):
                 raise invalid(f"chosen[{i}][{j}]", f"holds ids outside 0 to {vocab - 1} (-1 pads)", vocab - 1)
-        padded = [row + [-1] * (width - len(row)) for row in rows]
-        made.append(torch.tensor(padded, dtype=torch.int64).reshape(stop - start, width))
-    return made
+        table = torch.full((stop - start, width), -1, dtype=torch.int32)
+        for j, row in enumerate(rows):
+            table[j, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        made.append(table)
+    return made if width else [None] * len(made)

@@ -19,10 +19,12 @@ from transformers import HfArgumentParser
 
 from llmdistill.config import DType, TeacherConfig, option
 from llmdistill.errors import UserError
-from llmdistill.service.engine import Engine
+from llmdistill.service.app import Service, create_app, forget_uploads
+from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.limits import Limits
 
 # Limits that are settings of the command; the others are the same for everybody.
+WATCH_S = 2.0
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
 
 
@@ -163,11 +165,11 @@ async def serve(config: ServeConfig, token: str | None) -> int:
     """Loads, listens, and drains when told to stop."""
     import uvicorn
 
-    from llmdistill.service.app import Service, create_app
-
     listening = bind(config.host, config.port)
+    forget_uploads()
     try:
         engine = load(config)
+        await engine.start()
         limits = Limits(sequence_tokens=config.max_model_len, **{name: getattr(config, name) for name in LIMITS})
 
         class Server(uvicorn.Server):
@@ -190,7 +192,8 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             accept_weights=config.updatable,
             on_dead=dead,
         )
-        server = Server(uvicorn.Config(create_app(service), timeout_graceful_shutdown=10, **settings))
+        settings |= {"timeout_graceful_shutdown": 10, "limit_concurrency": 4 * limits.in_flight}
+        server = Server(uvicorn.Config(create_app(service), **settings))
         stopping: list[asyncio.Task[None]] = []
 
         async def stop() -> None:
@@ -214,11 +217,27 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             f"serving {config.model} ({engine.kind}, {engine.dtype}, top-k up to {most}) on http://{shown}:{port}",
             flush=True,
         )
+        watching = asyncio.create_task(watch(service))
         await server.serve(sockets=[listening])
+        watching.cancel()
         await engine.close()
-        return 1 if service.dead else 0
+        code = 1 if service.dead else 0
+        if service.gate.requests:  # what was not done in time must not keep the process
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     finally:
         listening.close()
+
+
+async def watch(service: Service) -> None:
+    """Notices an engine that dies while nobody asks it."""
+    while not service.dead:
+        await asyncio.sleep(WATCH_S)
+        try:
+            await service.engine.check()
+        except EngineDead:
+            service.died()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -229,8 +248,10 @@ def bind(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listening = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(
             f"--host {host} --port {port}: {error.strerror}. Fix: another port; 0 takes a free one."
         ) from error
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else every answer waits 40 ms for an ack
+    return listening

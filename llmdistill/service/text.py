@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from llmdistill.service.problems import invalid
+from llmdistill.service.problems import first_line, invalid
 
 if TYPE_CHECKING:
     from llmdistill.service.requests import TextItem
@@ -37,7 +37,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, index: int, item: TextItem) ->
         try:
             text = tokenizer.apply_chat_template(item.prompt, tokenize=False, add_generation_prompt=True)
         except Exception as error:
-            raise invalid(f"{field}.prompt", f"is refused by the chat template: {str(error).splitlines()[0]}") from None
+            raise invalid(f"{field}.prompt", f"is refused by the chat template: {first_line(error)}") from None
         prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not prompt_ids:
         raise invalid(f"{field}.prompt", "is empty; the completion's first token needs one before it")

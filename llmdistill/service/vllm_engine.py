@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import numpy as np
 
 from llmdistill import compat
 from llmdistill.rollouts import request_seed
+from llmdistill.service.adapters import check_adapter
 from llmdistill.service.blocks import ScoreBlock
 from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
+from llmdistill.service.problems import Problem, first_line
 from llmdistill.teachers.base import TeacherInfo
-from llmdistill.teachers.fingerprint import stored_shapes, weights_fingerprint
+from llmdistill.teachers.fingerprint import is_tied, stored_shapes, weights_fingerprint
 from llmdistill.teachers.vllm import describe
 from llmdistill.vllm_requests import generation_params, scored_rows, scoring_params
 
@@ -56,6 +59,9 @@ class VLLMEngine:
     ) -> None:
         self._info, self.tokenizer = describe(model_path, trust_remote_code)
         self._shapes = stored_shapes(model_path)
+        self.weights_bytes = 4 * sum(map(math.prod, self._shapes.values()))
+        self._tied = is_tied(model_path)
+        self.max_lora_rank = max_lora_rank
         vocab = self._info.vocab_size
         self.max_top_k = min(max_top_k, vocab)
         self.max_model_len = min(max_model_len or self._info.context_length, self._info.context_length)
@@ -74,21 +80,25 @@ class VLLMEngine:
             updatable=updatable,
             **options,
         )
-        self._must_teach = compat.admit_chosen_ids(self.engine)
-        self._taught: asyncio.Future[Any] | None = None  # at the first call: it needs a running loop
+        self._must_mend = compat.admit_chosen_ids(self.engine)
         self.adapters: dict[str, str] = {}
         self._lora: dict[str, Any] = {}
         self._numbers = itertools.count(1)
+
+    async def start(self) -> None:
+        if self._must_mend:
+            with _death_is_named():
+                await self.engine.collective_rpc("llmdistill_mend")
+
+    async def check(self) -> None:
+        with _death_is_named():
+            await self.engine.check_health()
 
     @property
     def info(self) -> TeacherInfo:
         return self._info
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
-        if self._must_teach:
-            if self._taught is None:
-                self._taught = asyncio.ensure_future(self.engine.collective_rpc("llmdistill_teach_chosen_ids"))
-            await self._taught
         async with _cancelling() as group:
             # the longest first: what is left at the end is short
             order = sorted(range(len(jobs)), key=lambda i: -jobs[i].stop)
@@ -104,7 +114,7 @@ class VLLMEngine:
         return job.block(self._info, scored_rows(output, at, job.top_k, vocab, job.chosen))
 
     async def generate(self, job: GenerateJob) -> list[list[Sample]]:
-        n, lora = job.sampling.samples_per_prompt, self._lora.get(job.adapter or "")
+        n, lora = job.sampling.samples_per_prompt, self._lora[job.adapter] if job.adapter else None
         async with _cancelling() as group:
             tasks = [
                 group.create_task(
@@ -125,25 +135,22 @@ class VLLMEngine:
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
     async def _ask(self, ids: list[int], params: Any, lora: Any = None) -> Any:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         name = f"r{next(self._numbers)}"
-        try:
-            outputs = [
-                o async for o in self.engine.generate({"prompt_token_ids": ids}, params, name, lora_request=lora)
-            ]
-        except EngineDeadError as error:
-            raise EngineDead("vLLM's engine process has died") from error
+        with _death_is_named():
+            try:
+                asked = self.engine.generate({"prompt_token_ids": ids}, params, name, lora_request=lora)
+                outputs = [output async for output in asked]
+            except ValueError as error:  # what vLLM checks and we do not
+                raise Problem(400, "invalid", f"the engine refuses the request: {first_line(error)}") from None
         return outputs[-1]
 
     async def load_weights(self, folder: Path, partial: bool) -> None:
         self._check(stored_shapes(folder), partial)
         try:
             await self.engine.collective_rpc("llmdistill_load", args=(str(folder), partial))
-        except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), repr(error))
-            raise ValueError(f"the weights do not fit the model; {reason}") from error
-        await self.engine.reset_prefix_cache()  # what it holds was computed with the old ones
+            await self.engine.reset_prefix_cache()  # what it holds was computed with the old ones
+        except Exception as error:  # some weights may be in: what would answer now is neither the old nor the new
+            raise EngineDead(f"new weights could not be loaded into vLLM: {first_line(error)}") from error
         pushed = weights_fingerprint(folder)
         if partial:  # the rest is what it was
             pushed = hashlib.blake2b(f"{self._info.fingerprint}{pushed}".encode(), digest_size=8).hexdigest()
@@ -152,15 +159,18 @@ class VLLMEngine:
     async def add_adapter(self, name: str, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
-        if name in self._lora:
-            await self.remove_adapter(name)
+        check_adapter(folder, self._shapes, self.max_lora_rank)
         request = LoRARequest(name, next(self._numbers), str(folder))
-        await self.engine.add_lora(request)
+        with _death_is_named():
+            await self.engine.add_lora(request)
+            if name in self._lora:
+                await self.engine.remove_lora(self._lora[name].lora_int_id)
         self._lora[name], self.adapters[name] = request, str(folder)
 
     async def remove_adapter(self, name: str) -> None:
         del self.adapters[name]
-        await self.engine.remove_lora(self._lora.pop(name).lora_int_id)
+        with _death_is_named():
+            await self.engine.remove_lora(self._lora.pop(name).lora_int_id)
 
     async def close(self) -> None:
         self.engine.shutdown()
@@ -168,11 +178,23 @@ class VLLMEngine:
     def _check(self, found: dict[str, tuple[int, ...]], partial: bool) -> None:
         """Refuses weights that do not fit before any of them is loaded."""
         wrong = [name for name, shape in found.items() if self._shapes.get(name, shape) != shape]
-        unknown = sorted(set(found) - set(self._shapes) - {"lm_head.weight"})
-        missing = [] if partial else sorted(set(self._shapes) - set(found) - {"lm_head.weight"})
+        twice = {"lm_head.weight"} if self._tied else set()  # the same matrix as the embeddings: once is enough
+        unknown = sorted(set(found) - set(self._shapes) - twice)
+        missing = [] if partial else sorted(set(self._shapes) - set(found) - twice)
         if self._shapes and (wrong or unknown or missing or not found):
             what = f"of another shape: {wrong[:3]}" if wrong else f"unknown: {unknown[:3]}, missing: {missing[:3]}"
             raise ValueError(f"the weights do not fit the model; {what}")
+
+
+@contextmanager
+def _death_is_named() -> Iterator[None]:
+    """The engine's end, whatever vLLM calls it, as :class:`EngineDead`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDead("vLLM's engine process has died") from error
 
 
 @asynccontextmanager

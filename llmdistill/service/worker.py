@@ -29,8 +29,8 @@ class Worker:
         """Loads the safetensors files of ``folder`` into the running model."""
         compat.load_into_worker(self, _tensors(Path(folder)), partial)
 
-    def llmdistill_teach_chosen_ids(self) -> None:
-        compat.teach_chosen_ids(self)
+    def llmdistill_mend(self) -> None:
+        compat.mend_first_runner(self)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -38,8 +38,7 @@ def weights_fingerprint(source: str | Path | nn.Module) -> str:
         if not files:
             stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*"))]
             return hashlib.blake2b(repr((str(source), stats)).encode(), digest_size=8).hexdigest()
-        config = folder / "config.json"
-        tied = bool(json.loads(config.read_text()).get("tie_word_embeddings")) if config.exists() else False
+        tied = is_tied(folder)
         tensors = (pair for file in files for pair in _stored_tensors(file))
     entries = {name: entry for name, tensor in tensors if (entry := _entry(name, tensor))}
     if tied:  # some checkpoints store the second name of the same matrix, some do not
@@ -53,6 +52,12 @@ def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a folder's (or cached hub model's) safetensors files; empty without any."""
     files = sorted(_local_folder(str(folder)).glob("*.safetensors"))
     return {name: tuple(tensor.shape) for file in files for name, tensor in _stored_tensors(file)}
+
+
+def is_tied(folder: str | Path) -> bool:
+    """Whether the checkpoint's output head is its embedding matrix."""
+    config = _local_folder(str(folder)) / "config.json"
+    return bool(json.loads(config.read_text()).get("tie_word_embeddings")) if config.exists() else False
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

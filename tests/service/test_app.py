@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import os
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from safetensors.torch import save, save_file
 from llmdistill.rollouts import Prompt, Sampling, collate
 from llmdistill.rollouts.hf import generate
 from llmdistill.service import wire
+from llmdistill.service.answers import Answer, Answers
 from llmdistill.service.app import Service, create_app
 from llmdistill.service.blocks import ScoreBlock, decode
 from llmdistill.service.hf_engine import HFEngine, ScoreJob, _Waiting, next_batch
@@ -241,6 +245,34 @@ BAD: dict[str, tuple[str, dict[str, Any], str, int | None]] = {
         "sampling.temperature",
         None,
     ),
+    "colder than engines go": (
+        wire.GENERATE,
+        {"prompts": [[4]], "sampling": {**SAMPLING, "temperature": 1e-40}},
+        "sampling.temperature",
+        2,
+    ),
+    "hotter than engines go": (
+        wire.GENERATE,
+        {"prompts": [[4]], "sampling": {**SAMPLING, "temperature": 3}},
+        "sampling.temperature",
+        2,
+    ),
+    "more candidates than tokens": (
+        wire.GENERATE,
+        {"prompts": [[4]], "sampling": {**SAMPLING, "top_k": 10**30}},
+        "sampling.top_k",
+        264,
+    ),
+    "a text that cannot fit": (
+        wire.SCORE_TEXT,
+        {"items": [{"prompt": "a", "completion": "b" * 1300}]},
+        "items[0].completion",
+        1280,
+    ),
+    "a path with a zero": (wire.ADAPTERS, {"name": "a", "path": "a\0b"}, "path", None),
+    "a path that is too long": (wire.ADAPTERS, {"name": "a", "path": "a/" * 1500}, "path", None),
+    "prompts that are no prompts": ("/v1/completions", {"prompt": [{}, {}]}, "prompt[0]", None),
+    "too many prompts": ("/v1/completions", {"prompt": ["a"] * 7}, "prompt", 7),
     "too many samples": (
         wire.GENERATE,
         {"prompts": [[4]], "sampling": {**SAMPLING, "samples_per_prompt": 7}},
@@ -250,7 +282,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str, int | None]] = {
     "rows missing": (wire.GENERATE, {"prompts": [[4], [5]], "rows": [0], "sampling": SAMPLING}, "rows", None),
     "unknown eos": (wire.GENERATE, {"prompts": [[4]], "eos_ids": [264], "sampling": SAMPLING}, "eos_ids[0]", 263),
     "empty text": (wire.SCORE_TEXT, {"items": [{"prompt": "", "completion": "a"}]}, "items[0].prompt", None),
-    "no text": (wire.SCORE_TEXT, {"items": []}, "sequences", None),
+    "no text": (wire.SCORE_TEXT, {"items": []}, "items", None),
 }
 
 
@@ -273,6 +305,8 @@ def test_bodies_that_are_no_json_or_too_large() -> None:
         for data in (b"", b"{", b"\xff\x00", b"[" * 2000, b'{"sequences": NaN}'):
             answer = await client.post(wire.SCORE, content=data)
             assert answer.status_code == 400 and answer.json()["error"]["message"]
+        answer = await client.post("/v1/completions", content=b'{"prompt": "a", "temperature": 1e999}')
+        assert answer.status_code == 400 and answer.json()["error"]["field"] == "temperature"
         answer = await client.post(wire.SCORE, content=b"x" * 4001)
         assert answer.status_code == 413 and answer.json()["error"]["limit"] == 4000
 
@@ -466,6 +500,170 @@ def test_no_answer_mixes_two_policies() -> None:
     with_service(test, accept_weights=True)
 
 
+def test_the_same_push_again_changes_nothing_and_odd_versions_are_refused() -> None:
+    async def test(client: Client, service: Service) -> None:
+        headers = {"Content-Type": wire.TENSORS_TYPE}
+        part = save({"model.norm.weight": torch.full((32,), 0.5)})
+        told = []
+        for _ in range(2):
+            query = {"policy_version": "4", "partial": "true"}
+            answer = await client.post(wire.WEIGHTS, params=query, content=part, headers=headers)
+            told.append(answer.json())
+        assert told[0] == told[1] and told[0]["policy_version"] == 4
+        for version in ("1" * 400, "1" * 5000, "-1", "1.5", str(2**53)):
+            answer = await client.post(wire.WEIGHTS, params={"policy_version": version}, content=part, headers=headers)
+            assert answer.status_code == 400 and answer.json()["error"]["field"] == "policy_version"
+        assert (await client.get(wire.METRICS)).status_code == 200
+        long = b"0" * (service.engine.weights_bytes * 5 // 4 + (2 << 20))
+        answer = await client.post(wire.WEIGHTS, params={"policy_version": 5}, content=long, headers=headers)
+        assert answer.status_code == 413
+        assert not list(Path("/dev/shm").glob(f"llmdistill-weights-{os.getpid()}-*"))
+
+    with_service(test, accept_weights=True)
+
+
+def test_an_adapter_that_goes_while_a_request_waits_is_not_replaced_by_the_base_model() -> None:
+    async def test(client: Client, service: Service) -> None:
+        service.engine.adapters["one"] = "somewhere"
+        async with service.gate.alone():
+            body = {"prompts": [SEQUENCES[1]], "sampling": {"max_new_tokens": 4}, "adapter": "one"}
+            asked = asyncio.create_task(client.post(wire.GENERATE, json=body))
+            while not service.gate.requests:
+                await asyncio.sleep(0)
+            del service.engine.adapters["one"]
+        assert (await asked).status_code == 404
+
+    with_service(test)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "pickle", "bias", "module", "dora", "junk", "nothing"])
+def test_an_adapter_that_is_refused_leaves_the_model_as_it_was(wrong: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    targets, folder = ["q_proj", "v_proj"], tmp_path / "one"
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    get_peft_model(tiny.llama(1), config).save_pretrained(folder)
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if wrong == "shape":
+        tensors = load_file(file)
+        save_file({**tensors, next(iter(tensors)): torch.zeros(4, 5)}, file)
+    elif wrong == "pickle":
+        torch.save(load_file(file), folder / "adapter_model.bin")
+        file.unlink()
+    elif wrong == "module":
+        save_file({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)}, file)
+    elif wrong == "junk":
+        file.write_bytes(b"junk")
+    elif wrong == "nothing":
+        settings.unlink()
+    else:
+        told = json.loads(settings.read_text())
+        settings.write_text(json.dumps({**told, **({"bias": "all"} if wrong == "bias" else {"use_dora": True})}))
+
+    async def test(client: Client, service: Service) -> None:
+        answer = await client.post(wire.ADAPTERS, json={"name": "one", "path": str(folder)})
+        assert answer.status_code == 400 and answer.json()["error"]["field"] == "path", answer.text
+        assert_same(blocks_of(await client.post(wire.SCORE, json=score_body()))[1], expected(8))
+        assert service.engine.adapters == {}
+
+    with_service(test, weight_folders=[tmp_path])
+
+
+def test_a_way_to_start_adapters_that_changes_base_weights_changes_nothing(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny.llama(1), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "one")
+    settings = tmp_path / "one" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "init_lora_weights": "pissa"}))
+
+    async def test(client: Client, service: Service) -> None:
+        answer = await client.post(wire.ADAPTERS, json={"name": "one", "path": str(tmp_path / "one")})
+        assert answer.status_code == 200, answer.text
+        assert_same(blocks_of(await client.post(wire.SCORE, json=score_body()))[1], expected(8))
+
+    with_service(test, weight_folders=[tmp_path])
+
+
+def test_a_wide_row_of_chosen_ids_is_refused_before_it_is_spread_over_all_rows() -> None:
+    rows = [[1]] * 199 + [[1] * 20_000]
+    body = {"sequences": [[4] * 201], "positions": [[1, 201]], "chosen": [rows]}
+
+    async def test(client: Client, service: Service) -> None:
+        tracemalloc.start()
+        answer = await client.post(wire.SCORE, json=body)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert answer.status_code == 400 and answer.json()["error"]["field"] == "top_k"
+        assert peak < 8 << 20  # spread out it would be 200 x 20,000 numbers
+
+    with_service(test, Limits(sequence_tokens=256))
+
+
+def test_bodies_of_refused_requests_are_let_go_at_once() -> None:
+    """Without the garbage collector's help: back-pressure must not fill the memory."""
+
+    async def test(client: Client, service: Service) -> None:
+        padding = " " * (1 << 20)
+        data = json.dumps(score_body(top_k=999)).encode() + padding.encode()
+        gc.collect()
+        gc.disable()
+        try:
+            tracemalloc.start()
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(20):
+                assert (await client.post(wire.SCORE, content=bytes(data))).status_code == 400
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+        assert grown < 6 << 20 and service.bodies.bytes == 0
+
+    with_service(test)
+
+
+def test_bodies_that_are_being_read_have_a_bound_together_and_a_time_to_arrive() -> None:
+    async def test(client: Client, service: Service) -> None:
+        async def slowly():  # type: ignore[no-untyped-def]
+            yield b" " * 30_000
+            await asyncio.sleep(0.2)
+            yield b" " * 30_000
+
+        answers = await asyncio.gather(*[client.post(wire.SCORE, content=slowly()) for _ in range(4)])
+        assert {a.status_code for a in answers} == {400, 429} and service.bodies.bytes == 0
+
+        async def never():  # type: ignore[no-untyped-def]
+            yield b" "
+            await asyncio.sleep(5)
+            yield b" "
+
+        assert (await client.post(wire.SCORE, content=never())).status_code == 408
+
+    with_service(test, Limits(sequence_tokens=128, body_bytes=100_000, bodies_bytes=130_000, body_s=1.0))
+
+
+def test_an_answer_is_kept_from_when_it_is_there() -> None:
+    """However long it took: else the retry of a slow request would compute it again."""
+
+    async def run() -> None:
+        answers, computed = Answers(1 << 20, keep_s=0.2), list[int]()
+
+        async def work() -> Answer:
+            computed.append(1)
+            await asyncio.sleep(0.4)
+            return Answer(b"x", "text/plain")
+
+        for _ in range(2):
+            await answers.get("a", b"digest", work)
+        assert len(computed) == 1
+        await asyncio.sleep(0.3)
+        await answers.get("b", b"digest", work)
+        await answers.get("a", b"digest", work)
+        assert len(computed) == 3
+
+    asyncio.run(run())
+
+
 def test_adapters_come_and_go(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -537,7 +735,7 @@ def test_any_openai_client_can_generate() -> None:
 def test_a_draining_service_answers_what_it_has_and_takes_no_more() -> None:
     async def test(client: Client, service: Service) -> None:
         asked = [asyncio.create_task(client.post(wire.SCORE, json=score_body())) for _ in range(3)]
-        while not service.gate.requests:
+        while service.gate.requests < 3:
             await asyncio.sleep(0)
         drained = asyncio.create_task(service.gate.drained(30))
         await asyncio.sleep(0)
