@@ -104,7 +104,7 @@ async def clients(options: argparse.Namespace) -> None:
                     seen["status"][answer.status_code] += 1
                     if answer.status_code != 429:
                         break
-                    await asyncio.sleep(float(answer.headers["retry-after"]) * random.uniform(0.5, 1))
+                    await asyncio.sleep(float(answer.headers["retry-after-ms"]) / 1000 * random.uniform(0.5, 1))
                 if answer.status_code != 200:
                     continue
                 head, block = wire.unpack_frames(answer.content)
@@ -145,14 +145,15 @@ class Worker:
         self.process.wait(60)
 
 
-def resident_mib(pid: int) -> float:
-    """Of a process and its children."""
+def resident_mib(pid: int) -> dict[str, int]:
+    """Of the service's own process, and of the engine's beneath it (whose cache is touched bit by bit)."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid=,rss="], capture_output=True, text=True).stdout
     rows = [[int(word) for word in line.split()] for line in listing.splitlines()]
     family = {pid}
     while more := {p for p, parent, _ in rows if parent in family} - family:
         family |= more
-    return sum(rss for p, _, rss in rows if p in family) / 1024
+    own = sum(rss for p, _, rss in rows if p == pid) // 1024
+    return {"service": own, "engine": sum(rss for p, _, rss in rows if p in family) // 1024 - own}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -213,7 +214,7 @@ def main(options: argparse.Namespace) -> None:
                     sum(o["bytes"] for _, o in pairs) / sum(o["positions"] for _, o in pairs), 1
                 ),
                 "service_cpu_s": float(cpu[1]) if cpu else None,
-                "memory_mib": [round(m) for m in memory],
+                "memory_mib": {part: [m[part] for m in memory] for part in memory[0]},
             },
             indent=1,
         )

@@ -432,5 +432,9 @@ def _json(content: dict[str, Any]) -> Answer:
 
 
 def problem_response(problem: Problem) -> Response:
-    headers = {} if problem.retry_after_s is None else {"Retry-After": str(math.ceil(problem.retry_after_s))}
+    wait = problem.retry_after_s
+    # whole seconds are all that HTTP knows; clients that read the other one come back sooner
+    headers = (
+        {} if wait is None else {"Retry-After": str(math.ceil(wait)), "Retry-After-Ms": str(math.ceil(1000 * wait))}
+    )
     return JSONResponse(problem.body(), problem.status, headers)

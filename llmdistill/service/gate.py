@@ -11,6 +11,7 @@ from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem
 
 LONGEST_WAIT_S = 30.0
+FADING = 0.98  # of the sums behind the rate, with every answer
 
 
 class Gate:
@@ -23,7 +24,7 @@ class Gate:
         self._working = 0
         self._exclusive = False
         self._waiters: list[asyncio.Future[None]] = []
-        self._rate = 0.0  # tokens a second, a running mean
+        self._done, self._busy_s, self._since = 0.0, 0.0, 0.0  # fading sums: tokens answered, and seconds that took
 
     @asynccontextmanager
     async def admitted(self, tokens: int) -> AsyncIterator[None]:
@@ -43,8 +44,9 @@ class Gate:
                 f"at most {limits.in_flight} and {limits.queue_tokens}",
                 retry_after_s=self._wait(),
             )
+        if not self.requests:
+            self._since = time.monotonic()  # the time before was idle
         self.requests, self.tokens = self.requests + 1, self.tokens + tokens
-        started = time.monotonic()
         try:
             await self._until(lambda: not self._exclusive)
             self._working += 1
@@ -53,9 +55,9 @@ class Gate:
             finally:
                 self._working -= 1
                 self._notify()
-            seconds = max(time.monotonic() - started, 1e-3)
-            # what was in the house left at about this rate
-            self._rate += 0.1 * (self.tokens / seconds - self._rate) if self._rate else self.tokens / seconds
+            now = time.monotonic()
+            self._done, self._busy_s = FADING * self._done + tokens, FADING * self._busy_s + now - self._since
+            self._since = now
         finally:
             self.requests, self.tokens = self.requests - 1, self.tokens - tokens
 
@@ -100,4 +102,4 @@ class Gate:
 
     def _wait(self) -> float:
         """Seconds until about a quarter of the queue has gone."""
-        return min(max(0.25 * self.tokens / self._rate if self._rate else 1.0, 0.1), LONGEST_WAIT_S)
+        return min(max(0.25 * self.tokens * self._busy_s / self._done if self._done else 1.0, 0.05), LONGEST_WAIT_S)

@@ -43,7 +43,7 @@ and another body gets 409.
 
 Errors: ``{"error": {"type", "field", "message", "limit"}}`` with 400 (a field is wrong), 401 (token), 404, 409 (other
 fingerprint, reused id), 413 (body too large), 429 (queue full) and 503 (starting, draining, engine dead), the last two
-with ``Retry-After`` in seconds, 500.
+with ``Retry-After`` in seconds and ``Retry-After-Ms``, 500.
 
 A binary answer is a sequence of frames, each a little-endian uint32 length and that many bytes. The first frame is a
 JSON object about the whole answer, the others are score blocks, one per sequence, in the order asked.

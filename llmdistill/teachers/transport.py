@@ -260,7 +260,7 @@ class Transport:
             return response
         status, told = response.status_code, _told(response)
         if status >= 500 or status in (408, 425, 429):
-            wait = _retry_after(response.headers.get("retry-after"))
+            wait = _retry_after(response.headers)
             raise Failed(f"HTTP {status}: {told}", busy=status == 429, retry_after=wait)
         if status == 401:
             told += f". Fix: set the variable that {self.section}.token_env names to the service's token"
@@ -345,8 +345,11 @@ def _told(response: httpx.Response) -> str:
     return str(error.get("message")) + (f" ({', '.join(extra)})" if extra else "")
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number or a date."""
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds of a Retry-After header: a number or a date; of ours in milliseconds where there is one."""
+    exact, value = headers.get("retry-after-ms", ""), headers.get("retry-after")
+    if exact.isdecimal() and len(exact) < 9:
+        return int(exact) / 1000
     if value is None:
         return None
     try:
