@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import UserError
+from llmdistill.rollouts import Rollout, position_ids
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,19 @@ def in_place_of(linear: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Itera
         del linear.forward
 
 
+def forward_to_head(model: nn.Module, linear: nn.Linear, rollout: Rollout, compute: Callable[[Tensor], Tensor]) -> Any:
+    """The model's output on ``rollout`` with ``compute(hidden_BTH)`` in place of its head; see :func:`in_place_of`."""
+    with in_place_of(linear, compute):
+        return model(
+            input_ids=rollout.input_ids,
+            attention_mask=rollout.attention_mask,
+            position_ids=position_ids(rollout.attention_mask),
+            use_cache=False,
+        )
+
+
 @torch.no_grad()
-def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:
+def hidden_states(model: nn.Module, rollout: Rollout) -> Tensor:
     """What the head receives, [B, T, H], without computing a logit."""
     seen: list[Tensor] = []
 
@@ -81,6 +94,5 @@ def hidden_states(model: nn.Module, **inputs: Tensor) -> Tensor:
         seen.append(hidden_BTH)
         return hidden_BTH.new_zeros(())
 
-    with in_place_of(head_of(model).linear, keep):
-        model(**inputs, use_cache=False)
+    forward_to_head(model, head_of(model).linear, rollout, keep)
     return seen[0]

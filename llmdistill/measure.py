@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from llmdistill.errors import UserError
 from llmdistill.evals.metrics import bootstrap_ci
-from llmdistill.heads import Head, head_of, in_place_of
+from llmdistill.heads import Head, forward_to_head, head_of
 from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.prompts import completed
-from llmdistill.rollouts import Prompt, Rollout, Sampling, position_ids, predicting_rows, request_seed
+from llmdistill.rollouts import Prompt, Rollout, Sampling, predicting_rows, request_seed
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 from llmdistill.weights import gathered
@@ -109,13 +109,7 @@ def measure(
             found.update(streamed_metrics(metrics, rows_NH, head.linear, evidence, **streaming))
             return rows_NH.new_zeros(())
 
-        with in_place_of(head.linear, at_the_head):
-            model(
-                input_ids=part.input_ids,
-                attention_mask=part.attention_mask,
-                position_ids=position_ids(part.attention_mask),
-                use_cache=False,
-            )
+        forward_to_head(model, head.linear, part, at_the_head)
         for name, values_N in found.items():
             sums.setdefault(name, []).extend(float(v.sum()) for v in values_N.split(part.row_counts))
         tokens += part.row_counts

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llmdistill.heads import Head, in_place_of
+from llmdistill.heads import Head, forward_to_head
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.objectives.streaming import streamed_metrics
-from llmdistill.rollouts import Rollout, position_ids, predicting_rows
+from llmdistill.rollouts import Rollout, predicting_rows
 
 Support = Literal["teacher", "student", "union"]
 
@@ -49,12 +49,6 @@ def likeliest_ids(
             found.append(listed["ids"].cpu())
             return rows_NH.new_zeros(())
 
-        with in_place_of(head.linear, at_the_head):
-            model(
-                input_ids=part.input_ids,
-                attention_mask=part.attention_mask,
-                position_ids=position_ids(part.attention_mask),
-                use_cache=False,
-            )
+        forward_to_head(model, head.linear, part, at_the_head)
     model.train(was_training)
     return torch.cat(found)

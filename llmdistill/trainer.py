@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, TeacherConfig
 from llmdistill.errors import UserError
-from llmdistill.heads import head_of, in_place_of
+from llmdistill.heads import forward_to_head, head_of
 from llmdistill.measure import HeldOut, Measurement
 from llmdistill.meters import Meters, peak_memory_gib
 from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
@@ -30,7 +30,6 @@ from llmdistill.rollouts import (
     Rollout,
     RolloutEngine,
     Sampling,
-    position_ids,
     predicting_rows,
     request_seed,
 )
@@ -272,13 +271,7 @@ class DistillationTrainer(Trainer):
             )
             return found["loss"]
 
-        with in_place_of(head.linear, at_the_head):
-            output = model(
-                input_ids=rollout.input_ids,
-                attention_mask=rollout.attention_mask,
-                position_ids=position_ids(rollout.attention_mask),
-                use_cache=False,
-            )
+        output = forward_to_head(model, head.linear, rollout, at_the_head)
         total = max(int(num_items_in_batch if num_items_in_batch is not None else rollout.num_rows), 1)
         # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
         loss = (found["loss"] + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)

@@ -108,7 +108,7 @@ def head_error(model: nn.Module, rollout: Rollout) -> HeadError:
     )
     with evaluating(model):
         logits_NV = model(**inputs, use_cache=False).logits[rollout.attention_mask].float()
-        hidden_NH = hidden_states(model, **inputs)[rollout.attention_mask]
+        hidden_NH = hidden_states(model, rollout)[rollout.attention_mask]
     ours = Projection.of(head.linear, head.linear.weight.dtype, None, head.logit_scale, head.softcap)
     ours_NV = ours.rescale(ours.matmul(hidden_NH)).float()
     if ours_NV.shape != logits_NV.shape:

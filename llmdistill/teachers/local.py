@@ -13,7 +13,7 @@ from llmdistill.distributed import whole_models
 from llmdistill.errors import UserError
 from llmdistill.heads import head_of, hidden_states
 from llmdistill.objectives.rows import HiddenRows
-from llmdistill.rollouts import Prompt, Rollout, Sampling, position_ids, predicting_rows, span
+from llmdistill.rollouts import Prompt, Rollout, Sampling, predicting_rows, span
 from llmdistill.rollouts.hf import generate
 from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
@@ -63,12 +63,7 @@ class LocalTeacher:
         rows: list[Tensor | None] = [None] * len(rollout)
         for index in _batches(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
             part = rollout.sequences(index).to(device)
-            hidden_BTH = hidden_states(
-                self.model,
-                input_ids=part.input_ids,
-                attention_mask=part.attention_mask,
-                position_ids=position_ids(part.attention_mask),
-            )
+            hidden_BTH = hidden_states(self.model, part)
             split = predicting_rows(hidden_BTH, part.completion_mask).split(part.row_counts)
             for i, sequence_rows in zip(index, split, strict=True):
                 rows[i] = sequence_rows
