@@ -529,7 +529,7 @@ def test_an_adapter_that_goes_while_a_request_waits_is_not_replaced_by_the_base_
             body = {"prompts": [SEQUENCES[1]], "sampling": {"max_new_tokens": 4}, "adapter": "one"}
             asked = asyncio.create_task(client.post(wire.GENERATE, json=body))
             while not service.gate.requests:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             del service.engine.adapters["one"]
         assert (await asked).status_code == 404
 
@@ -734,15 +734,17 @@ def test_any_openai_client_can_generate() -> None:
 
 def test_a_draining_service_answers_what_it_has_and_takes_no_more() -> None:
     async def test(client: Client, service: Service) -> None:
-        asked = [asyncio.create_task(client.post(wire.SCORE, json=score_body())) for _ in range(3)]
-        while service.gate.requests < 3:
+        async with service.gate.alone():  # so that all three are there, and none is done
+            asked = [asyncio.create_task(client.post(wire.SCORE, json=score_body())) for _ in range(3)]
+            while service.gate.requests < 3:
+                await asyncio.sleep(0.001)
+            drained = asyncio.create_task(service.gate.drained(30))
             await asyncio.sleep(0)
-        drained = asyncio.create_task(service.gate.drained(30))
-        await asyncio.sleep(0)
-        refused = await client.post(wire.SCORE, json=score_body())
-        assert refused.status_code == 503 and "retry-after" in refused.headers
-        assert (await client.get(wire.READY)).status_code == 503
-        assert (await client.get(wire.HEALTH)).status_code == 200
+            refused = await client.post(wire.SCORE, json=score_body())
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert (await client.get(wire.READY)).status_code == 503
+            assert (await client.get(wire.HEALTH)).status_code == 200
+            assert not drained.done()
         assert await drained and [(await task).status_code for task in asked] == [200] * 3
 
     with_service(test)
