@@ -57,3 +57,13 @@ def whole_models() -> Iterator[None]:
         yield
     finally:
         _kept_alive[:] = [HfDeepSpeedConfig(config)]
+
+
+def leave_group() -> None:
+    """Ends the process group of a launch, together. What is left of gloo's threads at exit would abort the process
+    now and then ("terminate called without an active exception"), after all the work was done."""
+    import torch
+
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

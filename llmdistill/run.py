@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from llmdistill.command_line import Recipe
 from llmdistill.config import StudentConfig
+from llmdistill.distributed import leave_group
 from llmdistill.errors import UserError
 from llmdistill.measure import Measurement
 from llmdistill.meters import peak_memory_gib
@@ -63,6 +64,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         folder.write_json("summary.json", {"steps": trainer.state.global_step, "peak_gib": peak_memory_gib()})
         page = write_report(folder.path)
         _print(folder, Console(), page)
+    leave_group()
     return 0
 
 

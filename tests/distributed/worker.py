@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from llmdistill import DistillationConfig, DistillationTrainer, Objective, RolloutConfig
-from llmdistill.distributed import whole_models
+from llmdistill.distributed import leave_group, whole_models
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.weights import named_weights
@@ -175,3 +175,4 @@ def saved_difference(trainer: DistillationTrainer, folder: Path) -> float:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave_group()
