@@ -7,6 +7,7 @@ gathering) sees the head used where the model's author put it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from llmdistill.errors import UserError
 from llmdistill.rollouts import Rollout, position_ids
+
+_one_at_a_time = threading.RLock()  # standing in a head's place
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,20 @@ def in_place_of(linear: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Itera
     parameters in use, only on a graph that passes through the modules' outputs.
     """
 
+    owner = threading.get_ident()
+
     def forward(hidden_BTH: Tensor) -> Tensor:
+        if threading.get_ident() != owner:  # the same model, run elsewhere meanwhile: it has its head
+            return type(linear).forward(linear, hidden_BTH)
         value = compute(hidden_BTH)
         return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1) + 0 * value
 
-    linear.forward = forward  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        del linear.forward
+    with _one_at_a_time:
+        linear.forward = forward  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            del linear.forward
 
 
 def forward_to_head(model: nn.Module, linear: nn.Linear, rollout: Rollout, compute: Callable[[Tensor], Tensor]) -> Any:
