@@ -104,7 +104,7 @@ def load_vllm(
                     **options,
                 )
             except (ValueError, OSError) as error:
-                reason = next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
+                reason = _last_line(error)
                 raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
     if admit_chosen_ids(llm.llm_engine):
         llm.collective_rpc(mend_first_runner)
@@ -155,8 +155,13 @@ def load_async_vllm(
             )
         )
     except (ValueError, OSError, RuntimeError) as error:
-        reason = next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
+        reason = _last_line(error)
         raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """vLLM says at the end what went wrong."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
 
 
 def keep_plain_weights() -> None:

@@ -24,8 +24,8 @@ from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.weights import named_weights
 from tests import tiny
+from tests.service.inprocess import assert_same, blocks_of, stored
 from tests.service.process import ServiceProcess
-from tests.service.test_app import assert_same, blocks_of, stored
 
 ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
 
