@@ -204,11 +204,12 @@ def test_a_stop_does_not_wait_for_ever(model: str) -> None:
             "sampling": {"max_new_tokens": 240, "samples_per_prompt": 2},
             "eos_ids": [],
         }
-        threading.Thread(
-            target=lambda: pytest.raises(
-                httpx.HTTPError, httpx.post, server.url + wire.GENERATE, json=asked, timeout=60
-            )
-        ).start()
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError):  # cut off, or told 503: either will do
+                httpx.post(server.url + wire.GENERATE, json=asked, timeout=60)
+
+        threading.Thread(target=ask).start()
         while "llmdistill_requests_in_house 1.0" not in httpx.get(server.url + wire.METRICS).text:
             time.sleep(0.01)
         started = time.monotonic()

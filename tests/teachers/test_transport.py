@@ -36,6 +36,14 @@ def service(local):
         yield made
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal gives it: what a shell starts in the background ignores the signal, and so would a test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    signal.signal(signal.SIGINT, before)
+
+
 class Echo:
     """Answers a POST with its body, at once."""
 
@@ -203,23 +211,23 @@ def test_the_first_mistake_ends_the_call():
         transport.close()
 
 
-def test_ctrl_c_does_not_wait_for_answers():
+def test_ctrl_c_does_not_wait_for_answers(ctrl_c):
     with Faulty(small=Echo(), plan=lambda seen: "stall", stall_s=5.0) as service:
         transport = Transport(service.url, **{**QUICK, "timeout_s": 10.0})
         began = time.monotonic()
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             transport.send_all([asking(i) for i in range(4)])
         assert time.monotonic() - began < 1
         transport.close()
 
 
-def test_ctrl_c_ends_the_wait_for_a_service_that_is_not_there():
+def test_ctrl_c_ends_the_wait_for_a_service_that_is_not_there(ctrl_c):
     with Faulty(small=Echo()) as service:
         service.stop()
         transport = Transport(service.url, **QUICK)
         began = time.monotonic()
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             transport.send(asking())
         assert time.monotonic() - began < 1
