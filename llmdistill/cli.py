@@ -2,6 +2,9 @@
 
     llmdistill doctor --config recipes/quickstart.yaml   # every start-up check of that run, without the run
     llmdistill report runs/quickstart                    # its page again, from the files in the folder
+    llmdistill eval gsm8k --model runs/quickstart/student
+    llmdistill serve --model TEACHER                     # the teacher-rollout service
+    llmdistill contamination --train prompts.jsonl       # which benchmark problems are in there
 
 Training has its own front doors (``accelerate launch -m llmdistill.opd``). Nothing heavy is imported before a command
 is known.
@@ -72,6 +75,20 @@ def serve(words: argparse.Namespace, rest: Sequence[str]) -> int:
     return run_service(rest)
 
 
+def evaluation(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Scores a model on suites."""
+    from llmdistill.evals.command import run
+
+    return run(rest)
+
+
+def contamination(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Which benchmark problems occur in a training set."""
+    from llmdistill.evals.contamination import main as check
+
+    return check(rest)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="llmdistill", description="Distil large language models into small ones.")
     top.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -90,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
         "serve", help="serve a model to trainers: scores, samples, new weights", add_help=False, allow_abbrev=False
     )
     service.set_defaults(run_command=serve)
+    for name, command, what in (
+        ("eval", evaluation, "score a model on MATH500, AIME, GSM8K, HumanEval, ... or a suite of yours"),
+        ("contamination", contamination, "find benchmark problems in a training set"),
+    ):
+        other = commands.add_parser(name, help=what, add_help=False, allow_abbrev=False)
+        other.set_defaults(run_command=command)
     page = commands.add_parser("report", help="rebuild report.html of a run folder", allow_abbrev=False)
     page.add_argument("run", metavar="RUN", help="the run's train.output_dir")
     page.set_defaults(run_command=report)

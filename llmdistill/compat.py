@@ -478,3 +478,41 @@ def _checkpoint_dtype(path: str) -> str:
     from transformers import AutoConfig
 
     return str(getattr(AutoConfig.from_pretrained(path), "dtype", None) or torch.float32).removeprefix("torch.")
+
+
+def completions(
+    llm: Any,
+    requests: Iterable[tuple[str, list[int], Any]],
+    in_flight: int,
+    stopped: Callable[[list[int]], bool] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Drives the engine of :func:`load_vllm` step by step: (name, CompletionOutput) as each request is finished.
+
+    ``LLM.generate`` returns when all are, which would lose an evaluation's hours to a kill in the last minute.
+
+    Args:
+        requests: name, prompt ids and ``SamplingParams``; at most ``in_flight`` are taken at one time.
+        stopped: told the ids so far of a request whose output kind is cumulative, says whether to end it there.
+    """
+    engine, waiting, running = llm.llm_engine, iter(requests), set[str]()
+    try:
+        while True:
+            while len(running) < in_flight and (request := next(waiting, None)) is not None:
+                name, ids, params = request
+                engine.add_request(name, {"prompt_token_ids": ids}, params)
+                running.add(name)
+            if not running:
+                return
+            with random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
+                outputs = engine.step()
+            for output in outputs:
+                completion = output.outputs[0]
+                ends = stopped is not None and stopped(completion.token_ids)
+                if ends and not output.finished:
+                    engine.abort_request([output.request_id])
+                if ends or output.finished:
+                    running.discard(output.request_id)
+                    yield output.request_id, completion
+    finally:
+        if running:  # the caller has had enough
+            engine.abort_request(list(running))

@@ -232,7 +232,7 @@ class Replicas:
             where = f" {self.urls[0]}" if len(self.urls) == 1 else ""  # the reasons name several
             raise UserError(
                 f"{self.section}{where} gave no answer for {self.patience.max_outage_s:g} s: {self._reasons()}. "
-                f"Fix: start the service, then --resume; a longer max_outage_s waits longer."
+                f"Fix: start the service, then run again (training: with --resume); a longer max_outage_s waits longer."
             )
         every = self.patience.status_every_s
         self._down_since = now if self._down_since is None else self._down_since

@@ -1,0 +1,132 @@
+"""``llmdistill eval``: the command line of :func:`llmdistill.evals.evaluate`, and the table it ends with.
+
+llmdistill eval eval/math500.yaml --model PATH_OR_NAME --n 16 --temperature 0.6
+llmdistill eval gsm8k aime24 --model PATH_OR_NAME            # several suites, the model loaded once
+llmdistill eval --grade runs/eval/MODEL/gsm8k                # verdicts again, without generating
+llmdistill eval --compare runs/eval/A/gsm8k runs/eval/B/gsm8k
+accelerate launch --num_processes 8 eval/run.py eval/math500.yaml --model PATH_OR_NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import HfArgumentParser
+
+from llmdistill.errors import UserError
+from llmdistill.evals.config import EvalConfig
+from llmdistill.evals.runner import Evaluation, evaluate, launch, regrade
+from llmdistill.evals.suite import bundled_suites
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command. Exit status 0, or what :class:`UserError` makes of it one level up."""
+    rank, world = launch()  # before anything starts a group or counts GPUs
+    words, config_words = _parser().parse_known_args(argv)
+    if words.compare:
+        from llmdistill.evals.compare import compare
+
+        _no_more(words.suites + config_words, "--compare")
+        Console().print(compare(*words.compare).table())
+        return 0
+    if words.grade:
+        _no_more(words.suites, "--grade")
+        options = _config([*config_words, "--model", "stored"])
+        done = [regrade(f, workers=options.workers, allow_unsafe_exec=options.allow_unsafe_exec) for f in words.grade]
+    else:
+        if not words.suites:
+            raise UserError("llmdistill eval was given no suite. Fix: a YAML file, or a name such as gsm8k.")
+        found = evaluate(words.suites, config=_config(config_words), rank=rank, world=world)
+        assert isinstance(found, list)
+        done = found
+    for one in done:
+        Console().print(table(one))
+        Console().print(f"[dim]results[/] {one.folder / 'results.json'}   [dim]page[/] {one.folder / 'report.html'}")
+    return 0
+
+
+def table(done: Evaluation) -> Table:
+    """The numbers of one suite, shares in percent, with 95 % intervals over problems."""
+    r = done.results
+    shown = Table(title=Text(f"{r['suite']}: {r['model']}"), caption_justify="left")
+    shown.add_column("")
+    shown.add_column("%", justify="right")
+    shown.add_column("95 % interval", justify="right")
+
+    def row(name: str, entry: dict[str, float]) -> None:
+        shown.add_row(name, f"{100 * entry['value']:.1f}", f"{100 * entry['low']:.1f} – {100 * entry['high']:.1f}")
+
+    row(f"avg@{r['n']}" if r["n"] > 1 else "accuracy", r["avg"])
+    for k, entry in r["pass"].items():
+        if r["n"] > 1 and k != "1":  # pass@1 is avg@n
+            row(f"pass@{k}", entry)
+    for k, entry in r["maj"].items():
+        row(f"maj@{k}", entry)
+    shown.add_section()
+    health = r["health"]
+    for name, key in (("cut off", "truncated"), ("no answer", "no_answer"), ("repetitive", "repetitive")):
+        shown.add_row(name, f"{100 * health[key]:.1f}", "")
+    if health.get("finished_avg") is not None:
+        shown.add_row("right, of those not cut off", f"{100 * health['finished_avg']:.1f}", "")
+    shown.add_section()
+    for name, values in r["groups"].items():
+        for value, entry in values.items():
+            label = f"{name} {value} ({entry['problems']})"
+            row(label, {"value": entry["avg"], "low": entry["low"], "high": entry["high"]})
+    lengths, template = r["lengths"]["all"], r["template"]
+    mean, median = lengths.get("mean"), lengths.get("median")
+    length = f"{mean:,.0f} tokens on average, median {median:,.0f}" if mean is not None else ""
+    sampling = ", ".join(f"{key} {value}" for key, value in r["sampling"].items())
+    shown.caption = Text(
+        f"{r['problems']} problems × {r['n']}; {length}\n{sampling}\n"
+        f"template {template['name']} v{template['version']} ({template['hash']})"
+    )
+    return shown
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="llmdistill eval",
+        usage="llmdistill eval SUITE [SUITE ...] --model PATH_OR_NAME [--key value ...]\n"
+        "       llmdistill eval --grade FOLDER [FOLDER ...]\n"
+        "       llmdistill eval --compare FOLDER_A FOLDER_B",
+        description="Scores a model. An evaluation that was interrupted goes on where it stopped.",
+        allow_abbrev=False,
+        epilog=_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("suites", nargs="*", metavar="SUITE", help="YAML file, or the name of a bundled suite")
+    top.add_argument("--grade", nargs="+", metavar="FOLDER", help="grade stored samples again, without generating")
+    top.add_argument("--compare", nargs=2, metavar="FOLDER", help="two evaluations of one suite, problem by problem")
+    top.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    return top
+
+
+def _help() -> str:
+    lines = [
+        f"  --{field.name:<24}{field.metadata['help']}"
+        + (f" [{field.default}]" if field.default not in (None, "", False) else "")
+        for field in dataclasses.fields(EvalConfig)
+    ]
+    return "\n".join([f"bundled suites: {', '.join(bundled_suites())}", "", "settings (default: the suite's):", *lines])
+
+
+def _config(words: Sequence[str]) -> EvalConfig:
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"llmdistill eval: {message}. Fix: llmdistill eval --help lists the settings.")
+
+    parser = Parser(EvalConfig, allow_abbrev=False)  # type: ignore[arg-type]
+    (config,) = parser.parse_args_into_dataclasses(list(words))
+    return config  # type: ignore[no-any-return]
+
+
+def _no_more(words: Sequence[str], option: str) -> None:
+    if words:
+        raise UserError(f"{option} takes folders only, not {words[0]!r}.")

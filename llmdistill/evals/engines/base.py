@@ -1,0 +1,63 @@
+"""What an evaluation asks of an engine, and the settings that make one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from llmdistill.evals.records import Sample
+from llmdistill.rollouts.rollout import Sampling
+
+EngineName = Literal["vllm", "hf", "openai", "remote"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One sample to be drawn: sample ``index`` of a problem, with a seed of its own.
+
+    Attributes:
+        messages: the chat, for endpoints that apply their own template.
+        prefill: words the assistant has begun with.
+        text, ids: the rendered prompt; empty for such endpoints.
+        room: the most new tokens; less than asked for where the prompt takes too much of the context.
+    """
+
+    problem: str
+    index: int
+    seed: int
+    messages: tuple[dict[str, str], ...]
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    prefill: str = ""
+    room: int = 0
+
+    def sample(self, text: str, tokens: int, finish: str, stop: Sequence[str] = ()) -> Sample:
+        """The record of what was drawn. Text from the first stop string on is cut off, which ends it properly."""
+        ends = [at for word in stop if (at := text.find(word)) >= 0]
+        if ends:
+            text, finish = text[: min(ends)], "stop"
+        return Sample(
+            self.problem, self.index, text, tokens, "length" if finish == "length" else "stop", seed=self.seed
+        )
+
+
+class Engine(Protocol):
+    """Draws samples. Results come as they are finished, in any order."""
+
+    def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
+        """One sample for each of ``asked``; ``sampling.samples_per_prompt`` and ``sampling.seed`` are not used.
+
+        Raises:
+            UserError: the engine cannot go on. What was yielded before stands.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def sample_seed(seed: int, problem: str, index: int) -> int:
+    """Of one sample: the same in whatever order and company, and in a run that is resumed."""
+    digest = hashlib.blake2b(f"{seed}:{problem}:{index}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,126 @@
+"""From the settings of an evaluation to its engine: first what prompts need, the model only when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from llmdistill.config import bearer_token
+from llmdistill.errors import UserError
+from llmdistill.evals.config import EvalConfig
+from llmdistill.evals.engines.base import Engine
+from llmdistill.evals.engines.http import OpenAIEngine, RemoteEngine
+from llmdistill.teachers.fingerprint import weights_fingerprint
+from llmdistill.tokenization.special import context_length
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be asked, not yet loaded.
+
+    Attributes:
+        name: how results name it.
+        fingerprint: of its weights; None where they are out of sight.
+        dtype: of its weights; None likewise.
+        tokenizer: None where an endpoint applies its own.
+        context: tokens that prompt and completion may have together.
+        engine: loads it, for sequences up to a length.
+    """
+
+    name: str
+    fingerprint: str | None
+    dtype: str | None
+    tokenizer: PreTrainedTokenizerBase | None
+    context: int
+    engine: Callable[[int], Engine]
+
+
+def open_source(config: EvalConfig) -> Source:
+    """Tokenizer, context and fingerprint of what ``config`` names. Endpoints are asked here, models are not loaded.
+
+    Raises:
+        UserError: nothing there, or an engine that cannot be.
+    """
+    kind = config.resolved_engine
+    if kind in ("openai", "remote"):
+        return _behind_url(config, kind)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, config.trust_remote_code)
+    try:
+        settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unreadable("model", config.model, error) from error
+
+    def load(longest: int) -> Engine:
+        # here, not above: both take seconds to import
+        from llmdistill.evals.engines.local import HFEngine, VLLMEngine
+
+        if kind == "vllm":
+            return VLLMEngine(
+                config.model,
+                tokenizer,
+                dtype=config.dtype,
+                max_model_len=longest,
+                kv_cache_gib=config.kv_cache_gib,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                trust_remote_code=config.trust_remote_code,
+            )
+        import torch
+
+        from llmdistill.teachers.local import load_model
+
+        model, _ = load_model(config.model, config.dtype, "eval", config.trust_remote_code)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return HFEngine(model.to(device).eval(), tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
+
+    return Source(
+        config.model,
+        weights_fingerprint(config.model),
+        config.dtype,
+        tokenizer,
+        context_length(settings),
+        load,
+    )
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises :class:`UserError` where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise _unreadable("tokenizer", path, error) from error
+
+
+def _behind_url(config: EvalConfig, kind: str) -> Source:
+    token = bearer_token(config.token_env, "token_env")
+    options = {"token": token, "timeout_s": config.timeout_s, "max_outage_s": config.max_outage_s}
+    ours = kind == "remote" or config.api == "completions"
+    tokenizer = None
+    if ours:
+        if not (config.tokenizer or config.model):
+            raise UserError(
+                f"tokenizer is '' and engine {kind} takes token ids; it must be the tokenizer of the model served. "
+                "Fix: --tokenizer PATH_OR_NAME."
+            )
+        tokenizer = load_tokenizer(config.tokenizer or config.model, config.trust_remote_code)
+    if kind == "remote":
+        assert tokenizer is not None
+        service = RemoteEngine(config.url, tokenizer, concurrency=config.concurrency, **options)
+        info = service.teacher.info()
+        return Source(info.name, info.fingerprint, None, tokenizer, info.context_length, lambda longest: service)
+    endpoint = OpenAIEngine(
+        config.url,
+        config.model,
+        api=config.api,
+        concurrency=config.concurrency,
+        thinking=config.enable_thinking,
+        **options,
+    )
+    context = endpoint.context or 1 << 30
+    return Source(endpoint.model, None, None, tokenizer, context, lambda longest: endpoint)
+
+
+def _unreadable(setting: str, path: str, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(f"{setting} {path!r} cannot be loaded: {reason} Fix: a folder or a hub name.")

@@ -1,0 +1,152 @@
+"""From a benchmark's row to a problem: one function per format.
+
+``rows`` is the format of your own suites; the others exist because the code benchmarks and GSM8K write their tests and
+answers in ways of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmdistill.errors import UserError
+from llmdistill.evals.records import Kind, Problem
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its values, where it stands ("math500.jsonl line 3") and its number from 0."""
+
+    values: Mapping[str, Any]
+    where: str
+    number: int
+
+    def text(self, name: str) -> str:
+        """A field that must be text; numbers are written out.
+
+        Raises:
+            UserError: it is missing, empty or something else.
+        """
+        value = self.values.get(name)
+        if isinstance(value, (list, tuple)) and len(value) == 1:  # some benchmarks keep single answers in a list
+            value = value[0]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = f"{value:g}" if isinstance(value, float) else str(value)
+        if not isinstance(value, str) or not value.strip():
+            found = "is missing" if name not in self.values else f"is {value!r}"
+            raise UserError(
+                f"{self.where}: field {name!r} {found}; it must be text (the row has {', '.join(self.values)}). "
+                "Fix: complete the row, or name the right columns under 'columns:'."
+            )
+        return value
+
+
+Reader = Callable[[Row, Kind, Mapping[str, str], Sequence[str]], Problem]
+
+
+def rows(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """``id`` (default: the row's number), ``question``, ``answer`` or ``tests``, under the names in ``columns``."""
+    tests = None
+    if kind == "code":
+        tests = row.values.get(columns.get("tests", "tests"))
+        if not isinstance(tests, dict):
+            raise UserError(f"{row.where}: field 'tests' is {tests!r}; a code problem needs an object there.")
+    gold = row.text(columns.get("answer", "answer")) if kind != "code" else row.values.get("solution")
+    return _problem(row, kind, columns, groups, row.text(columns.get("question", "question")), gold, tests)
+
+
+def olympiad(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """OlympiadBench: a numeric answer may come with the error it allows."""
+    given = row.values.get("error_tolerance") or row.values.get("error")
+    try:
+        tests = {"tolerance": float(given)} if given else None
+    except (TypeError, ValueError):  # "1e-1, 1e-2": one for each of several answers, which are compared exactly
+        tests = None
+    answer = row.text(columns.get("answer", "answer"))
+    return _problem(row, kind, columns, groups, row.text(columns.get("question", "question")), answer, tests)
+
+
+def gsm8k(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """GSM8K as its authors publish it: the answer is what follows ``####`` in the solution."""
+    _, mark, answer = row.text(columns.get("answer", "answer")).rpartition("####")
+    if not mark:
+        raise UserError(f"{row.where}: the answer has no '####'; GSM8K's rows end with it.")
+    question = row.text(columns.get("question", "question"))
+    return _problem(row, kind, columns, groups, question, answer.strip().replace(",", ""), None)
+
+
+def humaneval(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """HumanEval and HumanEval+: a header to complete, and ``check(candidate)``."""
+    prompt, entry = row.text("prompt"), row.text("entry_point")
+    tests = {"style": "asserts", "test": row.text("test"), "entry_point": entry, "setup": prompt}
+    solution = prompt + str(row.values.get("canonical_solution", ""))
+    return _problem(row, "code", columns, groups, prompt, solution, tests)
+
+
+def mbpp(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """MBPP, sanitized MBPP and MBPP+: a sentence, shown with the tests that name the function."""
+    values = row.values
+    task = row.text("prompt" if values.get("prompt") else "text").strip()
+    listed = [str(t) for t in values.get("test_list") or ()]
+    test = str(values.get("test") or "\n".join(listed))
+    if not test:
+        raise UserError(f"{row.where}: neither 'test' nor 'test_list' has a test.")
+    entry = values.get("entry_point")
+    question = task
+    if listed and "assert" not in task:  # MBPP+ writes one into its text
+        question = f"{task}\nYour code should pass these tests:\n" + "\n".join(listed)
+    setup = "\n".join([str(values.get("test_setup_code") or ""), *map(str, values.get("test_imports") or ())]).strip()
+    tests: dict[str, Any] = {"style": "asserts", "entry_point": entry, "test": test, "setup": setup}
+    solution = values.get("canonical_solution") or values.get("code")
+    return _problem(row, "code", columns, groups, question, solution, tests)
+
+
+def leetcode(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """``class Solution`` items with a preamble of imports and ``check(Solution().method)``."""
+    tests = {"style": "asserts", "test": row.text("test"), "entry_point": row.text("entry_point")}
+    tests["preamble"] = str(row.values.get("preamble") or "")
+    return _problem(row, "code", columns, groups, row.text("prompt"), row.values.get("canonical_solution"), tests)
+
+
+def livecodebench(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """Items by example: programs that read standard input, and methods called with arguments."""
+    given = row.values.get("test")
+    try:
+        cases = json.loads(given) if isinstance(given, str) else list(given or ())
+        pairs = [[str(case["input"]), str(case["output"])] for case in cases]
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{row.where}: field 'test' is no list of objects with 'input' and 'output'.") from error
+    if not pairs:
+        raise UserError(f"{row.where}: field 'test' is empty; a problem needs at least one case.")
+    tests: dict[str, Any] = {"style": "stdin", "cases": pairs}
+    if row.values.get("test_type") == "functional":
+        tests = {"style": "functional", "entry_point": row.text("entry_point"), "cases": pairs}
+    return _problem(row, "code", columns, groups, row.text("prompt"), None, tests)
+
+
+READERS: dict[str, Reader] = {
+    function.__name__: function for function in (rows, olympiad, gsm8k, humaneval, mbpp, leetcode, livecodebench)
+}
+
+
+def _problem(
+    row: Row,
+    kind: Kind,
+    columns: Mapping[str, str],
+    groups: Sequence[str],
+    question: str,
+    gold: Any,
+    tests: dict[str, Any] | None,
+) -> Problem:
+    given = row.values.get(columns.get("id", "id"), row.values.get("task_id"))
+    values = {name: row.values.get(columns.get(name, name)) for name in groups}
+    return Problem(
+        id=str(row.number if given is None else given),
+        question=question,
+        kind=kind,
+        gold=None if gold is None else str(gold),
+        tests=tests,
+        groups={name: str(value) for name, value in values.items() if value not in (None, "")},
+    )

@@ -1,0 +1,167 @@
+"""What an evaluation leaves on disk, and reading it back.
+
+    RUN/config.json        what was asked: suite, data and template hashes, model, sampling, versions
+    RUN/problems.jsonl     one Problem a line, as asked
+    RUN/samples/*.jsonl    one Sample a line, appended as it is finished; one file per process
+    RUN/grades.jsonl       one Grade a line; made again from the samples whenever grading is
+    RUN/results.json       the numbers
+    RUN/report.html        the page
+
+Samples are the expensive part: they are only ever appended to. A line that was being written when the process was
+killed is dropped on reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+Kind = Literal["math", "choice", "code"]
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One item of a suite.
+
+    Attributes:
+        id: unique in the suite.
+        question: the item's own text; the prompt template goes around it.
+        kind: how its answers are judged.
+        gold: the right answer (maths, choice); for code the reference solution's program, if there is one.
+        tests: of a code item, what llmdistill.evals.grading hands to llmdistill.verify.code; None otherwise.
+        groups: the breakdowns it belongs to, {"subject": "Algebra", "level": "3"}.
+    """
+
+    id: str
+    question: str
+    kind: Kind
+    gold: str | None = None
+    tests: dict[str, Any] | None = None
+    groups: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. ``text`` is the completion only, special tokens that matter (thinking tags) included."""
+
+    problem: str
+    index: int
+    text: str
+    tokens: int
+    finish: Finish
+    seed: int
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one sample.
+
+    Attributes:
+        kind: "right"/"wrong"/"no_answer"/"timeout" for answers; a code verdict's kind ("pass", "wrong",
+            "runtime_error", "timeout", "memory", "violation", "syntax_error", "no_program") for programs.
+        extracted: the answer that was judged, or the program.
+        stage: the extraction rule that found it ("boxed", "answer_line", "last_number", ...).
+        detail: why, in a line or a few.
+        cluster: number of the answer's equivalence class among the problem's samples, by first appearance; None
+            without an answer.
+    """
+
+    problem: str
+    index: int
+    passed: bool
+    kind: str
+    extracted: str | None
+    stage: str
+    detail: str
+    cluster: int | None = None
+
+
+class EvalFolder:
+    """The files of one suite's run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.json"
+
+    def read_config(self) -> dict[str, Any] | None:
+        return json.loads(self.config_file.read_text()) if self.config_file.is_file() else None
+
+    def read_results(self) -> dict[str, Any]:
+        return dict(json.loads(self.results_file.read_text()))
+
+    def write_json(self, file: Path, value: Mapping[str, Any]) -> None:
+        _replace(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def problems(self) -> list[Problem]:
+        return [Problem(**row) for row in _rows(self.path / "problems.jsonl")]
+
+    def write_problems(self, problems: Iterable[Problem]) -> None:
+        _replace(self.path / "problems.jsonl", "".join(_line(p) for p in problems))
+
+    def samples(self) -> dict[tuple[str, int], Sample]:
+        """All finished samples by problem and index, ordered by file and line; the first of a pair counts."""
+        found: dict[tuple[str, int], Sample] = {}
+        for file in sorted((self.path / "samples").glob("*.jsonl")):
+            for row in _rows(file):
+                sample = Sample(**row)
+                found.setdefault((sample.problem, sample.index), sample)
+        return found
+
+    def grades(self) -> list[Grade]:
+        return [Grade(**row) for row in _rows(self.path / "grades.jsonl")]
+
+    def write_grades(self, grades: Iterable[Grade]) -> None:
+        _replace(self.path / "grades.jsonl", "".join(_line(g) for g in grades))
+
+    def appender(self, rank: int) -> SampleWriter:
+        return SampleWriter(self.path / "samples" / f"rank-{rank}.jsonl")
+
+
+class SampleWriter:
+    """Appends samples so that what was written survives the death of the process."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file() and not file.read_bytes().endswith(b"\n"):  # cut off in the middle of a line
+            whole = file.read_bytes().rpartition(b"\n")
+            _replace(file, (whole[0] + whole[1]).decode())
+        self.file: TextIO = file.open("a", encoding="utf-8")
+
+    def add(self, sample: Sample) -> None:
+        self.file.write(_line(sample))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _line(record: Any) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

