@@ -116,7 +116,7 @@ def line_plot(title: str, unit: str, series: Sequence[Series], x_label: str = "s
         f"between {show(min(s.ys))} and {show(max(s.ys))}"
         for s in drawn
     )
-    return _svg(title, f"{title} in {unit}. {said}.", "".join(parts))
+    return drawing(title, f"{title} in {unit}. {said}.", "".join(parts))
 
 
 def interval_plot(title: str, unit: str, rows: Sequence[tuple[str, str, float, float, float]]) -> str:
@@ -128,19 +128,19 @@ def interval_plot(title: str, unit: str, rows: Sequence[tuple[str, str, float, f
     parts = [f'<path class="axis" d="M{left} 4V{height - BOTTOM}"/>' if low == 0 else ""]
     for tick in x.ticks(4):
         parts.append(f'<path class="grid" d="M{x.at(tick):.1f} 4V{height - BOTTOM}"/>')
-        parts.append(_text(x.at(tick), height - BOTTOM + 15, tick_label(tick), "middle"))
-    parts.append(_text((left + WIDTH - 52) / 2, height - 4, unit, "middle"))
+        parts.append(label_at(x.at(tick), height - BOTTOM + 15, tick_label(tick), "middle"))
+    parts.append(label_at((left + WIDTH - 52) / 2, height - 4, unit, "middle"))
     for i, (label, colour, value, a, b) in enumerate(rows):
         middle = 4 + 34 * i + 17
-        parts.append(_text(left - 8, middle + 4, label, "end", "name"))
+        parts.append(label_at(left - 8, middle + 4, label, "end", "name"))
         parts.append(
             f'<path class="bar {colour}" d="M{x.at(0):.1f} {middle - 9}H{x.at(value):.1f}v18H{x.at(0):.1f}z"/>'
             f'<path class="whisker" d="M{x.at(a):.1f} {middle}H{x.at(b):.1f}M{x.at(a):.1f} {middle - 5}v10'
             f'M{x.at(b):.1f} {middle - 5}v10"/>'
         )
-        parts.append(_text(max(x.at(b), x.at(value)) + 6, middle + 4, show(value), "start", "name"))
+        parts.append(label_at(max(x.at(b), x.at(value)) + 6, middle + 4, show(value), "start", "name"))
     said = "; ".join(f"{label}: {show(v)}, interval {show(a)} to {show(b)}" for label, _, v, a, b in rows)
-    return _svg(title, f"{title} in {unit}. {said}.", "".join(parts), height)
+    return drawing(title, f"{title} in {unit}. {said}.", "".join(parts), height)
 
 
 def histogram(title: str, unit: str, groups: Sequence[tuple[str, str, Sequence[float]]], bins: int = 24) -> str:
@@ -167,8 +167,8 @@ def histogram(title: str, unit: str, groups: Sequence[tuple[str, str, Sequence[f
     parts, said = [], []
     for tick in x.ticks():
         parts.append(f'<path class="grid" d="M{x.at(tick):.1f} {TOP}V{bottom}"/>')
-        parts.append(_text(x.at(tick), bottom + 15, tick_label(tick), "middle"))
-    parts.append(_text((x.start + x.end) / 2, height - 4, f"{unit}{', log scale' if log else ''}", "middle"))
+        parts.append(label_at(x.at(tick), bottom + 15, tick_label(tick), "middle"))
+    parts.append(label_at((x.start + x.end) / 2, height - 4, f"{unit}{', log scale' if log else ''}", "middle"))
     for k, (row, (label, colour, group)) in enumerate(zip(counts, drawn, strict=True)):
         base = TOP + panel * (k + 1)
         up = Axis(0, tallest, base, base - panel + 22)
@@ -180,13 +180,15 @@ def histogram(title: str, unit: str, groups: Sequence[tuple[str, str, Sequence[f
         parts.append(
             f'<path class="bar {colour}" d="{"".join(bars)}"/><path class="axis" d="M{x.start} {base}H{x.end}"/>'
         )
-        parts.append(_text(x.start - 6, up.at(tallest) + 4, str(tallest), "end") + _text(x.start - 6, base, "0", "end"))
-        parts.append(_text(x.end, base - panel + 14, f"{label}, {len(group)} sequences", "end", "name"))
+        parts.append(
+            label_at(x.start - 6, up.at(tallest) + 4, str(tallest), "end") + label_at(x.start - 6, base, "0", "end")
+        )
+        parts.append(label_at(x.end, base - panel + 14, f"{label}, {len(group)} sequences", "end", "name"))
         middle = sorted(group)[len(group) // 2]
         said.append(
             f"{label}: {len(group)} sequences from {show(min(group))} to {show(max(group))}, median {show(middle)}"
         )
-    return _svg(title, f"{title} in {unit}. {'; '.join(said)}.", "".join(parts), height)
+    return drawing(title, f"{title} in {unit}. {'; '.join(said)}.", "".join(parts), height)
 
 
 def sparkline(values: Sequence[float], low: float, high: float, label: str, width: int = 132, height: int = 22) -> str:
@@ -248,21 +250,23 @@ def _frame(x: Axis, y: Axis, x_label: str) -> str:
     parts = []
     for tick in y.ticks():
         parts.append(f'<path class="grid" d="M{x.start} {y.at(tick):.1f}H{x.end}"/>')
-        parts.append(_text(x.start - 6, y.at(tick) + 4, tick_label(tick), "end"))
+        parts.append(label_at(x.start - 6, y.at(tick) + 4, tick_label(tick), "end"))
     for tick in x.ticks(6):
         if tick == int(tick):  # steps are whole
             parts.append(f'<path class="axis" d="M{x.at(tick):.1f} {y.start}v4"/>')
-            parts.append(_text(x.at(tick), y.start + 17, tick_label(tick), "middle"))
-    parts.append(_text((x.start + x.end) / 2, HEIGHT - 3, x_label, "middle"))
+            parts.append(label_at(x.at(tick), y.start + 17, tick_label(tick), "middle"))
+    parts.append(label_at((x.start + x.end) / 2, HEIGHT - 3, x_label, "middle"))
     parts.append(f'<path class="axis" d="M{x.start} {y.start}H{x.end}"/>')
     return "".join(parts)
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+def label_at(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+    """Text at a point, ``anchor`` being start, middle or end."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{safe(text)}</text>'
 
 
-def _svg(title: str, description: str, body: str, height: int = HEIGHT) -> str:
+def drawing(title: str, description: str, body: str, height: int = HEIGHT) -> str:
+    """The SVG element around what was drawn, with its title and its description in words."""
     key = "plot-" + re.sub(r"\W+", "-", title.lower()).strip("-")  # titles differ within a page
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{key}-title {key}-desc">'

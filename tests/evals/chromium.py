@@ -29,6 +29,7 @@ class Chromium:
         self.reads, self.writes = reads, writes
         self.buffer, self.last, self.session = b"", 0, None
         self.events: list[dict[str, Any]] = []
+        self.page = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -66,7 +67,8 @@ class Chromium:
     def open(self, file: Path, fragment: str = "") -> None:
         self.events.clear()
         self.call("Page.navigate", url="about:blank")
-        self.call("Page.navigate", url=file.resolve().as_uri() + fragment)
+        self.page = file.resolve().as_uri()
+        self.call("Page.navigate", url=self.page + fragment)
         self.wait("document.readyState === 'complete'")
 
     def value(self, expression: str) -> Any:
@@ -75,13 +77,12 @@ class Chromium:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 10) -> Any:
-        """Asks until the expression is true, and returns it."""
+    def wait(self, expression: str, seconds: float = 10) -> None:
+        """Asks until the expression is true."""
         end = time.monotonic() + seconds
-        while not (found := self.value(expression)):
+        while not self.value(f"Boolean({expression})"):
             assert time.monotonic() < end, f"never true: {expression}"
             time.sleep(0.02)
-        return found
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
@@ -91,7 +92,7 @@ class Chromium:
     def requests(self) -> list[str]:
         """What was asked of anything but the page's own file."""
         urls = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith(("file:", "data:", "about:"))]
+        return [url for url in urls if url.partition("#")[0] not in (self.page, "about:blank", "data:,")]
 
     def complaints(self) -> list[str]:
         """Console messages, exceptions, blocked loads."""

@@ -1,0 +1,349 @@
+// The browser of problems and samples. The list is made from a small index; a problem's samples are unpacked when it
+// is opened (or searched), so that a page of many megabytes opens at once.
+const VERDICTS = new Map([
+  ["r", "right"], ["R", "right, though cut at the token limit"], ["w", "wrong"], ["t", "cut at the token limit, wrong"],
+  ["T", "cut at the token limit, no answer"], ["n", "no answer"], ["e", "failed"], ["-", "missing"],
+]);
+const FILTERS = [
+  ["", "all", () => true],
+  ["wrong", "all wrong", (v) => /[wtTne]/.test(v) && !/[rR]/.test(v)],
+  ["mixed", "mixed", (v) => /[wtTne]/.test(v) && /[rR]/.test(v)],
+  ["right", "all right", (v) => /[rR]/.test(v) && !/[wtTne]/.test(v)],
+  ["truncated", "with a truncated sample", (v) => /[RtT]/.test(v)],
+  ["unanswered", "with no answer", (v) => /[nT]/.test(v)],
+  ["failed", "with a failed sample", (v) => /e/.test(v)],
+];
+const ORDERS = [
+  ["", "as in the suite", null],
+  ["hard", "hardest first", (a, b) => a.rate - b.rate],
+  ["easy", "easiest first", (a, b) => b.rate - a.rate],
+  ["long", "longest first", (a, b) => b.tokens - a.tokens],
+  ["short", "shortest first", (a, b) => a.tokens - b.tokens],
+];
+
+const byId = (id) => document.getElementById(id);
+const whole = (number) => Number(number).toLocaleString("en");
+
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+// Text that came in two ends: [head, characters left out, tail], or a string when it is whole.
+const joined = (text) => (typeof text === "string" ? text : text.map((part) =>
+  (typeof part === "number" ? `${CUT}${part}\uE003` : part.replace(/[\uE002\uE003]/g, "\uFFFD"))).join(""));
+const rawText = (text) => (typeof text === "string" ? text
+  : `${text[0]}\n[… ${whole(text[1])} characters left out of this page …]\n${text[2]}`);
+const typeset = (text) => rendered(typeof text === "string" ? text.replace(/[\uE002\uE003]/g, "\uFFFD") : joined(text));
+
+function dots(verdicts) {
+  const shown = [...verdicts].slice(0, 64).map((v) => element("i", { class: `dot v-${v}` }));
+  const counts = [...VERDICTS].map(([v, label]) => [verdicts.split(v).length - 1, label]).filter(([count]) => count);
+  const label = counts.map(([count, name]) => `${count} ${name}`).join("; ");
+  if (verdicts.length > 64) shown.push(element("small", null, `+${verdicts.length - 64}`));
+  return element("span", { class: "dots", role: "img", "aria-label": label, title: label }, ...shown);
+}
+
+const solved = (problem) => {
+  const there = problem.verdicts.replaceAll("-", "").length;
+  return there ? `${problem.verdicts.replace(/[^rR]/g, "").length} of ${there}` : "no samples";
+};
+
+// An extracted answer is a formula as a rule; whatever is none is shown as it is.
+function answer(text) {
+  if (text === null) return element("em", null, "none");
+  if (/^[\w\s.,'-]*$/.test(text)) return document.createTextNode(text);
+  const shown = shownFormula(text.replace(/^\$([^]*)\$$/, "$1"), false, text);
+  shown.setAttribute("displaystyle", "true");
+  return shown;
+}
+
+class Browser {
+  constructor(index) {
+    this.problems = index.map((problem, place) => {
+      const there = problem.verdicts.replaceAll("-", "");
+      const rate = there ? there.replace(/[^rR]/g, "").length / there.length : -1;
+      const words = [problem.id, problem.start, problem.gold ?? "", ...Object.values(problem.groups)].join("\n");
+      const href = `#problem=${encodeURIComponent(problem.id)}`;
+      return { ...problem, place, rate, href, words: words.toLowerCase() };
+    });
+    this.shown = [];
+    this.current = null;
+    this.raw = false;
+    this.search = 0; // number of the newest search; older ones stop
+    this.list = byId("problem-list");
+    this.detail = byId("problem-detail");
+  }
+
+  start() {
+    const option = (value, label) => element("option", { value }, label);
+    for (const [value, label, fits] of FILTERS) {
+      const count = this.problems.filter((p) => fits(p.verdicts)).length;
+      if (!value || count) byId("show").append(option(value, `${label} (${whole(count)})`));
+    }
+    byId("order").append(...ORDERS.map(([value, label]) => option(value, label)));
+    this.groupOptions();
+    const form = byId("problem-filters");
+    form.hidden = false;
+    form.addEventListener("submit", (event) => event.preventDefault());
+    let timer = 0;
+    byId("search").addEventListener("input", () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => this.update(), 150);
+    });
+    form.addEventListener("change", (event) => event.target.id !== "search" && this.update());
+    addEventListener("hashchange", () => this.follow());
+    addEventListener("keydown", (event) => this.key(event));
+    this.rows = this.problems.map((problem) => this.row(problem));
+    this.update();
+    this.follow();
+  }
+
+  groupOptions() {
+    const found = new Map();
+    for (const { groups } of this.problems) {
+      for (const [key, value] of Object.entries(groups)) found.set(key, (found.get(key) ?? new Set()).add(value));
+    }
+    const select = byId("group");
+    select.append(element("option", { value: "" }, "all"));
+    for (const [key, values] of found) {
+      const sorted = [...values].sort((a, b) => a.localeCompare(b, "en", { numeric: true })).slice(0, 200);
+      const options = sorted.map((value) => element("option", { value: JSON.stringify([key, value]) }, value));
+      select.append(element("optgroup", { label: key }, ...options));
+    }
+    select.parentElement.hidden = found.size === 0;
+  }
+
+  row(problem) {
+    const facts = element("span", { class: "facts" }, dots(problem.verdicts), element("span", null, solved(problem)),
+      element("span", null, problem.tokens ? `${whole(Math.round(problem.tokens))} tokens` : ""));
+    const title = element("span", { class: "id" }, problem.id);
+    const link = element("a", { href: problem.href }, title, facts);
+    // Formulas are made when the row first comes near the screen.
+    const start = element("span", { class: "start", dir: "auto" }, problem.start);
+    link.append(start);
+    const item = element("li", null, link);
+    item.typeset = () => {
+      start.replaceChildren(...line(problem.start));
+      stretched(start);
+    };
+    return item;
+  }
+
+  // Filters and orders; then looks for what is searched in the samples themselves, one problem after the other.
+  async update() {
+    const search = ++this.search;
+    const wanted = byId("search").value.trim().toLowerCase();
+    const fits = FILTERS.find(([value]) => value === byId("show").value)[2];
+    const group = byId("group").value ? JSON.parse(byId("group").value) : null;
+    const candidates = this.problems.filter((p) => fits(p.verdicts) && (!group || p.groups[group[0]] === group[1]));
+    const order = ORDERS.find(([value]) => value === byId("order").value)[2];
+    if (order) candidates.sort((a, b) => order(a, b) || a.place - b.place);
+    const hits = new Set(candidates.filter((p) => p.words.includes(wanted)));
+    const show = (note) => {
+      this.shown = candidates.filter((p) => hits.has(p));
+      this.list.replaceChildren(...this.shown.map((p) => this.rows[p.place]));
+      byId("count").textContent = `${whole(this.shown.length)} of ${whole(this.problems.length)} problems${note}`;
+      this.watch();
+    };
+    show(wanted ? ", searching the samples…" : "");
+    if (!wanted) return;
+    for (const [i, problem] of candidates.entries()) {
+      if (hits.has(problem)) continue;
+      const data = await unpack(`data-${problem.place}`);
+      if (search !== this.search) return; // something else was typed
+      const texts = [data.question, ...data.samples.flatMap((s) => [s.text, s.extracted ?? "", s.detail])];
+      if (texts.some((text) => rawText(text).toLowerCase().includes(wanted))) hits.add(problem);
+      if (i % 50 === 49) show(`, searching the samples… ${Math.round((100 * i) / candidates.length)} %`);
+    }
+    show("");
+  }
+
+  watch() {
+    this.watcher ??= new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (!isIntersecting) continue;
+        target.typeset();
+        this.watcher.unobserve(target);
+      }
+    }, { root: this.list, rootMargin: "300px" });
+    for (const item of this.list.children) {
+      if (!item.watched) this.watcher.observe(item);
+      item.watched = true;
+    }
+  }
+
+  follow() {
+    const [, id] = /^#problem=(.*)$/.exec(location.hash) ?? [];
+    if (id === undefined) return;
+    let wanted = id;
+    try {
+      wanted = decodeURIComponent(id);
+    } catch { /* not ours: compared as it is */ }
+    const problem = this.problems.find((p) => p.id === wanted);
+    if (problem) this.open(problem, true);
+    else this.detail.replaceChildren(element("p", { class: "none" }, "No problem of this name is on this page."));
+  }
+
+  async open(problem, focus) {
+    this.current = problem;
+    for (const item of this.rows) item.firstChild.removeAttribute("aria-current");
+    this.rows[problem.place].firstChild.setAttribute("aria-current", "true");
+    const data = await unpack(`data-${problem.place}`);
+    if (this.current !== problem) return;
+    this.detail.replaceChildren(...this.problem(problem, data));
+    stretched(this.detail);
+    byId("browser").classList.add("opened");
+    const item = this.rows[problem.place];
+    const [top, bottom] = [this.list.scrollTop, this.list.scrollTop + this.list.clientHeight];
+    const place = item.offsetTop; // within the list, which is positioned
+    if (place < top || place + item.offsetHeight > bottom) this.list.scrollTop = place - this.list.clientHeight / 3;
+    const box = this.detail.getBoundingClientRect();
+    if (focus || box.top < 0 || box.top > innerHeight / 2) byId("browser").scrollIntoView({ block: "start" });
+    this.detail.scrollTop = 0;
+    if (focus) this.detail.querySelector("h3").focus({ preventScroll: true });
+  }
+
+  problem(problem, data) {
+    const groups = Object.entries(problem.groups);
+    const tags = groups.map(([key, value]) => element("bdi", { class: "tag" }, `${key}: ${value}`));
+    const back = element("a", { class: "back", href: "#problems" }, "← the list");
+    back.addEventListener("click", () => this.close());
+    const samples = data.samples.map((sample, i) => this.sample(sample, i === 0));
+    const jump = (i) => {
+      samples[i].open = true;
+      samples[i].scrollIntoView({ block: "nearest" });
+      samples[i].firstChild.focus();
+    };
+    const strip = data.samples.map((sample, i) => {
+      const label = `sample ${sample.index}: ${VERDICTS.get(sample.verdict)}`;
+      const dot = element("i", { class: `dot v-${sample.verdict}` });
+      const button = element("button", { type: "button", title: label, "aria-label": label }, dot);
+      button.addEventListener("click", () => jump(i));
+      return button;
+    });
+    const raw = element("input", { type: "checkbox", id: "raw" });
+    raw.checked = this.raw;
+    raw.addEventListener("change", () => this.toggleRaw(raw.checked));
+    const notes = [];
+    if (data.absent) {
+      const said = `${whole(data.absent)} more samples are left out of this page; the samples files have them.`;
+      notes.push(element("p", { class: "note" }, said));
+    }
+    return [
+      back,
+      element("h3", { tabindex: "-1" }, element("bdi", null, problem.id)),
+      element("p", { class: "facts" }, ...tags, element("span", null, `${solved(problem)} right`)),
+      element("h4", null, "Question"),
+      this.text(data.question, "question"),
+      ...this.gold(data),
+      element("div", { class: "strip" }, element("span", { class: "dots" }, ...strip),
+        element("label", null, raw, " text as it was written")),
+      ...samples,
+      ...notes,
+    ];
+  }
+
+  gold(data) {
+    const made = [];
+    if (data.kind === "code") {
+      const program = (label, text) => folded(label, () => [element("pre", { class: "code" }, rawText(text))], false);
+      if (data.gold) made.push(program("Reference program", data.gold));
+      if (data.tests) made.push(program("Tests", data.tests));
+    } else if (data.gold !== null) {
+      const gold = element("b", null, answer(rawText(data.gold)));
+      made.push(element("p", { class: "gold" }, element("span", null, "right answer "), gold));
+    }
+    return made;
+  }
+
+  text(text, kind) {
+    const box = element("div", { class: `text ${kind}`, dir: "auto" });
+    box.fill = () => {
+      const plain = () => element("pre", { class: "raw" }, rawText(text));
+      try {
+        box.replaceChildren(...(this.raw ? [plain()] : typeset(text)));
+      } catch { // a text the page cannot lay out is still shown
+        box.replaceChildren(plain());
+      }
+    };
+    box.fill();
+    return box;
+  }
+
+  sample(sample, open) {
+    const long = sample.extracted !== null && (sample.extracted.length > 120 || sample.extracted.includes("\n"));
+    const found = sample.extracted !== null && sample.stage && `found by ${sample.stage}`;
+    const facts = [`${whole(sample.tokens)} tokens`, found, sample.finish === "length" && "truncated",
+      `seed ${sample.seed}`].filter(Boolean);
+    const dot = element("i", { class: `dot v-${sample.verdict}`, "aria-hidden": "true" });
+    const summary = element("summary", null,
+      element("span", { class: `badge v-${sample.verdict}` }, dot, sample.kind.replaceAll("_", " ")),
+      element("span", { class: "number" }, `#${sample.index}`),
+      element("span", { class: "answer" }, ...(long ? ["program"] : [answer(sample.extracted)])),
+      element("span", { class: "facts" }, ...facts.map((f) => element("span", null, f))));
+    const node = element("details", { class: "sample" }, summary);
+    const fill = () => {
+      if (!node.open || node.childElementCount > 1) return;
+      if (sample.detail) node.append(element("p", { class: "why" }, element("span", null, "verdict: "), sample.detail));
+      if (long) node.append(folded("Extracted", () => [element("pre", { class: "code" }, sample.extracted)], false));
+      const empty = element("p", { class: "none" }, "An empty completion.");
+      node.append(sample.text.length ? this.text(sample.text, "written") : empty);
+      stretched(node);
+    };
+    node.addEventListener("toggle", fill);
+    node.open = open;
+    fill();
+    return node;
+  }
+
+  toggleRaw(raw) {
+    this.raw = raw;
+    if (byId("raw")) byId("raw").checked = raw;
+    for (const box of this.detail.querySelectorAll(".text")) box.fill();
+    stretched(this.detail);
+  }
+
+  close() {
+    byId("browser").classList.remove("opened");
+    const item = this.current && this.rows[this.current.place];
+    if (item?.isConnected) item.firstChild.focus();
+  }
+
+  key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const typing = /^(?:INPUT|SELECT|TEXTAREA)$/.test(event.target.nodeName) && event.target.type !== "checkbox";
+    if (typing && event.key !== "Escape") return;
+    if (event.key === "j" || event.key === "k") {
+      const at = this.shown.indexOf(this.current);
+      const next = this.shown[at < 0 ? 0 : at + (event.key === "j" ? 1 : -1)];
+      if (!next) return;
+      history.replaceState(null, "", next.href);
+      this.open(next, false);
+    } else if (event.key === "/") {
+      event.preventDefault();
+      byId("search").focus();
+    } else if (event.key === "r" && this.current) {
+      this.toggleRaw(!this.raw);
+    } else if (event.key === "o" && this.current) {
+      const samples = [...this.detail.querySelectorAll("details.sample")];
+      const open = !samples.every((s) => s.open);
+      for (const sample of samples) sample.open = open;
+    } else if (event.key === "Escape") {
+      if (typing) event.target.blur();
+      else this.close();
+    }
+  }
+}
+
+(async () => {
+  const status = byId("count");
+  if (!byId("index")) return;
+  try {
+    new Browser(await unpack("index")).start();
+  } catch (error) {
+    byId("problem-filters").hidden = false;
+    status.textContent = `The samples cannot be shown: ${error.message}`;
+  }
+})();

@@ -1,0 +1,297 @@
+"""The runner over a real (tiny) model: what it writes, and that being killed changes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llmdistill.cli import main
+from llmdistill.errors import UserError
+from llmdistill.evals import EvalConfig, Evaluation, evaluate
+from llmdistill.evals.engines.base import Asked, sample_seed
+from llmdistill.evals.engines.local import HFEngine
+from llmdistill.evals.engines.make import open_source
+from llmdistill.evals.records import EvalFolder, Sample
+from llmdistill.evals.runner import begin, draw, launch, prepare, regrade
+from llmdistill.evals.suite import load_suite
+from llmdistill.rollouts.rollout import Sampling
+from tests.evals import made
+
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(made.model(tmp_path_factory.mktemp("model")))
+
+
+def scored(suite: Path, model: str, out: Path, **settings: object) -> Evaluation:
+    found = evaluate(suite, model, engine="hf", output_dir=str(out), console=QUIET, **settings)
+    assert isinstance(found, Evaluation)
+    return found
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "samples" / "rank-0.jsonl").read_text().splitlines()
+
+
+def test_everything_is_written(tmp_path: Path, model: str) -> None:
+    done = scored(made.suite(tmp_path), model, tmp_path / "out")
+    assert done.folder == tmp_path / "out" / "sums"
+    for name in (
+        "config.json",
+        "problems.jsonl",
+        "samples/rank-0.jsonl",
+        "grades.jsonl",
+        "results.json",
+        "report.html",
+    ):
+        assert (done.folder / name).stat().st_size > 0, name
+    assert done.results == json.loads((done.folder / "results.json").read_text())
+    assert (done.results["problems"], done.results["n"], len(lines(done.folder))) == (6, 2, 12)
+    assert done.score == done.results["avg"]["value"] and set(done.results["groups"]["size"]) == {"even", "odd"}
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["template"]["hash"] and config["data"] and config["weights"] and config["versions"]["torch"]
+
+
+def test_half_a_run_goes_on_and_ends_the_same(tmp_path: Path, model: str) -> None:
+    """Samples are drawn again from their own seeds, equal to those that were lost; none that is there is touched."""
+    whole = scored(made.suite(tmp_path), model, tmp_path / "out", batch_size=3)
+    before = lines(whole.folder)
+    file = whole.folder / "samples" / "rank-0.jsonl"
+    file.write_text("\n".join(before[:5]) + "\n" + before[5][:20])  # killed while a line was being written
+    for name in ("grades.jsonl", "results.json"):
+        (whole.folder / name).unlink()
+    again = scored(made.suite(tmp_path), model, tmp_path / "out", batch_size=2)
+    assert lines(again.folder)[:5] == before[:5]
+    assert sorted(lines(again.folder)) == sorted(before)
+    assert again.results == whole.results
+
+
+def test_a_finished_run_draws_nothing(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = scored(made.suite(tmp_path), model, tmp_path / "out")
+
+    def never(*_: object) -> Iterator[Sample]:
+        raise AssertionError("drew again")
+
+    monkeypatch.setattr(HFEngine, "draw", never)
+    assert scored(made.suite(tmp_path), model, tmp_path / "out").results == first.results
+    with pytest.raises(AssertionError, match="drew again"):
+        scored(made.suite(tmp_path), model, tmp_path / "out", n=3)
+
+
+def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, model: str) -> None:
+    suite = made.suite(tmp_path)
+    few = scored(suite, model, tmp_path / "out")
+    kept = lines(few.folder)
+    many = scored(suite, model, tmp_path / "out", n=3)
+    assert lines(many.folder)[:12] == kept and len(lines(many.folder)) == 18
+    assert many.results["n"] == 3
+    assert scored(suite, model, tmp_path / "out", n=2).results["avg"] == few.results["avg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"temperature": 0.5}, "sampling"),
+        ({"seed": 1}, "seed"),
+        ({"template": "boxed"}, "template"),
+        ({"limit": 3}, "data"),
+    ],
+)
+def test_samples_of_another_evaluation_are_not_mixed_in(
+    tmp_path: Path, model: str, change: dict[str, object], named: str
+) -> None:
+    scored(made.suite(tmp_path), model, tmp_path / "out")
+    with pytest.raises(UserError, match=f"samples of another evaluation: {named} is"):
+        scored(made.suite(tmp_path), model, tmp_path / "out", **change)
+
+
+def test_other_weights_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
+    from tests import tiny
+
+    model = made.model(tmp_path)
+    scored(made.suite(tmp_path), str(model), tmp_path / "out")
+    tiny.llama(4).save_pretrained(model)
+    with pytest.raises(UserError, match="another evaluation: weights is"):
+        scored(made.suite(tmp_path), str(model), tmp_path / "out")
+
+
+def test_grading_needs_no_model(tmp_path: Path, model: str) -> None:
+    done = scored(made.suite(tmp_path), model, tmp_path / "out")
+    place = EvalFolder(done.folder)
+    rows = [json.loads(line) for line in lines(done.folder)]
+    answers = {p.id: p.gold for p in place.problems()}
+    for row in rows:
+        row["text"] = f"so it is \\boxed{{{answers[row['problem']]}}}"
+    (done.folder / "samples" / "rank-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert regrade(done.folder, console=QUIET).score == 1.0
+    assert main(["eval", "--grade", str(done.folder)]) == 0
+    (done.folder / "samples" / "rank-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    with pytest.raises(UserError, match="lacks 1 of 12 samples"):
+        regrade(done.folder, console=QUIET)
+    with pytest.raises(UserError, match="is no evaluation"):
+        regrade(tmp_path, console=QUIET)
+
+
+def test_ranks_share_the_work(tmp_path: Path, model: str) -> None:
+    """Two processes draw what one would have drawn; the first waits for the second and grades."""
+    alone = scored(made.suite(tmp_path), model, tmp_path / "alone")
+    options = {"engine": "hf", "output_dir": str(tmp_path / "both"), "console": QUIET, "world": 2}
+    assert evaluate([made.suite(tmp_path)], model, rank=1, **options) == []
+    assert not (tmp_path / "both" / "sums" / "results.json").exists()
+    (both,) = evaluate([made.suite(tmp_path)], model, rank=0, **options)
+    assert both.results == alone.results
+    assert [len((both.folder / "samples" / f"rank-{r}.jsonl").read_text().splitlines()) for r in (0, 1)] == [6, 6]
+
+
+def test_a_launch_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch() == (5, 8)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6" and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+    assert launch() == (0, 1)
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path: Path, model: str) -> None:
+    suite, out = made.suite(tmp_path), tmp_path / "out"
+    with pytest.raises(UserError, match="n is 2 and temperature 0"):
+        scored(suite, model, out, temperature=0.0)
+    long = made.suite(tmp_path, rows=[made.sum_row(0), made.sum_row(1) | {"question": "9" * 400}])
+    with pytest.raises(UserError, match="prompt of 'sum/1' has 4.. tokens, the model's context holds 256"):
+        scored(long, model, out)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    with pytest.raises(UserError, match="no chat template"):
+        scored(made.suite(tmp_path), str(made.model(bare, template=None)), out)
+    with pytest.raises(UserError, match="tokenizer .*nowhere.* cannot be loaded"):
+        scored(suite, str(tmp_path / "nowhere"), out)
+    assert not out.exists()
+
+
+def test_a_prompt_that_leaves_less_room_gets_what_is_left(tmp_path: Path, model: str) -> None:
+    rows = [made.sum_row(0), made.sum_row(1) | {"question": "9" * 240}]
+    config = EvalConfig(model=model, engine="hf", output_dir=str(tmp_path / "out"), max_new_tokens=20)
+    job = prepare(load_suite(made.suite(tmp_path, rows=rows)), config, open_source(config))
+    prompt = next(a for a in job.asked if a.problem == "sum/1")
+    assert len(prompt.ids) + prompt.room == 256 and prompt.room < 20
+    assert job.settings["shorter_room"] == 1
+    told = io.StringIO()
+    begin(job, Console(file=told, width=200))
+    assert "leaves 1 of 2 problems less than max_new_tokens 20" in told.getvalue()
+
+
+class Dying:
+    """An engine whose endpoint goes away after three samples."""
+
+    def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
+        for one in asked[:3]:
+            yield one.sample("\\boxed{1}", 4, "stop")
+        raise UserError("the endpoint is gone")
+
+    def close(self) -> None: ...
+
+
+def test_what_was_drawn_before_an_engine_died_is_kept(tmp_path: Path, model: str) -> None:
+    config = EvalConfig(model=model, engine="hf", output_dir=str(tmp_path / "out"))
+    job = prepare(load_suite(made.suite(tmp_path)), config, open_source(config))
+    begin(job, QUIET)
+    with pytest.raises(UserError, match="gone"):
+        draw(job, job.asked, Dying(), QUIET)
+    assert len(job.folder.samples()) == 3
+    assert scored(made.suite(tmp_path), model, tmp_path / "out").results["samples"] == 12
+
+
+def test_stop_strings_end_a_sample() -> None:
+    asked = Asked("p", 0, 1, ())
+    assert asked.sample("4\nQuestion: next", 9, "length", ("Question:",)) == Sample("p", 0, "4\n", 9, "stop", 1)
+    assert asked.sample("4", 9, "length", ("Question:",)).finish == "length"
+
+
+def test_seeds_differ_and_stay() -> None:
+    seeds = {sample_seed(s, p, i) for s in (0, 1) for p in ("a", "b", "a:0") for i in range(4)}
+    assert len(seeds) == 24 and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert sample_seed(0, "a", 0) == 3627697809258241319  # a changed derivation would make old runs unrepeatable
+
+
+def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    suite, out = str(made.suite(tmp_path)), str(tmp_path / "a")
+    assert main(["eval", suite, "--model", model, "--engine", "hf", "--output_dir", out, "--n", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "avg@3" in printed and "maj@2" in printed and "template plain v1" in printed
+    assert (
+        main(["eval", suite, "--model", model, "--engine", "hf", "--output_dir", str(tmp_path / "b"), "--n", "3"]) == 0
+    )
+    assert main(["eval", "--compare", f"{out}/sums", str(tmp_path / "b" / "sums")]) == 0
+    assert "problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "given no suite"),
+        (["gsm9k", "--model", "x"], "neither a file nor one of"),
+        (["gsm8k"], "model is ''"),
+        (["gsm8k", "--model", "x", "--engine", "openai"], "url is ''"),
+        (["gsm8k", "--model", "x", "--tempratur", "1"], "did you mean --temperature"),
+        (["gsm8k", "--model", "x", "--top_p", "0"], "top_p is 0.0"),
+        (["--grade", "nowhere"], "nowhere is no evaluation"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_killed_in_the_middle(tmp_path: Path, model: str, engine: str) -> None:
+    """kill -9 while samples are being drawn, by a real process over a real engine: the same final results."""
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    rows = [made.sum_row(i) for i in range(60)]
+    suite = made.suite(tmp_path, rows=rows, sampling={"n": 2, "temperature": 1.0, "max_new_tokens": 60})
+    words = ["--model", model, "--engine", engine, "--batch_size", "8", "--kv_cache_gib", "0.1"]
+
+    def command(out: str) -> list[str]:
+        return [sys.executable, "-m", "llmdistill.cli", "eval", str(suite), *words, "--output_dir", str(tmp_path / out)]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    file = tmp_path / "killed" / "sums" / "samples" / "rank-0.jsonl"
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not file.is_file() or file.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = file.read_text().splitlines()[:-1]
+    assert 9 <= len(survived) < 119
+    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert file.read_text().splitlines()[: len(survived)] == survived
+    results = [json.loads((tmp_path / out / "sums" / "results.json").read_text()) for out in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch(tmp_path: Path, model: str) -> None:
+    """Two real processes; vLLM in each, where it is."""
+    suite, out = made.suite(tmp_path), tmp_path / "out"
+    run = Path(__file__).resolve().parents[2] / "eval" / "run.py"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [str(suite), "--model", model, "--output_dir", str(out), "--kv_cache_gib", "0.1", "--dtype", "float32"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launcher, str(run), *words], check=True, env=environment, capture_output=True, timeout=300)
+    assert json.loads((out / "sums" / "results.json").read_text())["samples"] == 12
+    counts = [len((out / "sums" / "samples" / f"rank-{r}.jsonl").read_text().splitlines()) for r in (0, 1)]
+    assert counts == [6, 6]
