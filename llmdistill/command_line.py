@@ -12,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from llmdistill.config import (
     DataConfig,
     DistillationConfig,
+    EvalsConfig,
     RolloutConfig,
     StudentConfig,
     TeacherConfig,
@@ -59,6 +60,7 @@ class Recipe:
     data: DataConfig
     args: DistillationConfig
     flags: Flags
+    evals: EvalsConfig = field(default_factory=EvalsConfig)
     listed: bool = False  # it has teachers:, a list, and not teacher:
 
     @property
@@ -96,6 +98,7 @@ class Recipe:
             ),
             "data": dataclasses.asdict(self.data),
             "rollouts": args["rollouts"],
+            "evals": dataclasses.asdict(self.evals),
             "objective": objective,
             "train": {"output_dir": self.args.output_dir, **train},
         }
@@ -166,7 +169,13 @@ def _sections(config_class: type[DistillationConfig]) -> dict[str, type]:
 
 
 def _plain_sections() -> dict[str, type]:
-    return {"student": StudentConfig, "teacher": TeacherConfig, "data": DataConfig, "rollouts": RolloutConfig}
+    return {
+        "student": StudentConfig,
+        "teacher": TeacherConfig,
+        "data": DataConfig,
+        "rollouts": RolloutConfig,
+        "evals": EvalsConfig,
+    }
 
 
 def _own_fields(config_class: type) -> list[str]:

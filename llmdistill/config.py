@@ -1,8 +1,8 @@
 """The settings the front doors share: one dataclass per section of a recipe.
 
-A recipe has the sections ``student``, ``teacher``, ``data``, ``rollouts``, ``objective`` and ``train``. The first four
-are the dataclasses below; ``objective`` and ``train`` together fill a :class:`DistillationConfig` (or a front door's
-subclass), which is a ``transformers.TrainingArguments`` and can be built in Python like one.
+A recipe has the sections ``student``, ``teacher``, ``data``, ``rollouts``, ``evals``, ``objective`` and ``train``. The
+first five are the dataclasses below; ``objective`` and ``train`` together fill a :class:`DistillationConfig` (or a
+front door's subclass), which is a ``transformers.TrainingArguments`` and can be built in Python like one.
 """
 
 from __future__ import annotations
@@ -145,6 +145,25 @@ class RolloutConfig:
         require(self.top_k >= 0, "rollouts.top_k", self.top_k, ">= 0", "use 0 for the whole vocabulary")
         require(self.max_new_tokens >= 1, "rollouts.max_new_tokens", self.max_new_tokens, ">= 1", "raise it")
         require(self.samples_per_prompt >= 1, "rollouts.samples_per_prompt", self.samples_per_prompt, ">= 1", "use 1")
+
+
+@dataclass
+class EvalsConfig:
+    """Benchmarks the student is scored on during training (llmdistill.evals.callback)."""
+
+    suites: list[str] = option([], "YAML files or names of suites; empty: none")
+    every_steps: int = option(0, "steps between evaluations; 0: before the first and after the last step only")
+    problems: int = option(100, "problems of each suite, drawn at random; 0: all")
+    samples: int = option(1, "samples of every problem; 1: greedy")
+    longest: int = option(512, "new tokens of a sample")
+    batch: int = option(16, "samples generated at one time")
+    data_dir: str = option("", "folder with the benchmarks' files; empty: $LLMDISTILL_DATA, else the hub")
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "problems"):
+            require(getattr(self, name) >= 0, f"evals.{name}", getattr(self, name), ">= 0", "use 0")
+        for name in ("samples", "longest", "batch"):
+            require(getattr(self, name) >= 1, f"evals.{name}", getattr(self, name), ">= 1", "use 1 or more")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from llmdistill.command_line import Recipe
-from llmdistill.config import StudentConfig
+from llmdistill.config import EvalsConfig, StudentConfig
 from llmdistill.distributed import leave_group
 from llmdistill.errors import UserError
 from llmdistill.measure import Measurement
@@ -88,7 +89,7 @@ def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> 
     longest = data.max_prompt_tokens + args.rollouts.max_new_tokens
     teacher = load_teachers(recipe.teachers, args.device, longest, recipe.teacher_sections)
     try:
-        return trainer_class(
+        trainer = trainer_class(
             student,
             args,
             teacher,
@@ -98,9 +99,19 @@ def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> 
             peft_config=lora_config(recipe.student),
             data=data,
         )
+        add_evaluations(trainer, recipe.evals)
+        return trainer
     except BaseException:
         teacher.close()
         raise
+
+
+def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig) -> None:
+    """The benchmarks that are scored during training, if there are any."""
+    if config.suites:
+        from llmdistill.evals.callback import EvalCallback
+
+        trainer.add_callback(EvalCallback(trainer, **dataclasses.asdict(config)))
 
 
 def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

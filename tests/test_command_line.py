@@ -202,8 +202,8 @@ def test_help_is_grouped_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert groups == [f"{s}:" for s in ("student", "teacher", "data", "rollouts", "objective", "train")]
-    assert len(lines) <= 110
+    assert groups == [f"{s}:" for s in ("student", "teacher", "data", "rollouts", "evals", "objective", "train")]
+    assert len(lines) <= 115
     assert max(map(len, lines)) <= 140
     text = help_text(OPDConfig, "llmdistill.opd", SUMMARY)
     for option in ("--resume", "--skip-check", "--debug", "loss_temperature", "gradient_accumulation_steps"):

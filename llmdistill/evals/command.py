@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -123,7 +124,11 @@ def _config(words: Sequence[str]) -> EvalConfig:
             raise UserError(f"llmdistill eval: {message}. Fix: llmdistill eval --help lists the settings.")
 
     parser = Parser(EvalConfig, allow_abbrev=False)  # type: ignore[arg-type]
-    (config,) = parser.parse_args_into_dataclasses(list(words))
+    config, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(EvalConfig)], n=1)
+        hint = f"did you mean --{near[0]}?" if near else "llmdistill eval --help lists the settings."
+        raise UserError(f"llmdistill eval does not know {unknown[0]}; {hint}")
     return config  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,126 @@
+"""Evaluation during training: the student itself, on a subsample of some suites, every so many steps.
+
+    trainer.add_callback(EvalCallback(trainer, ["gsm8k"], every_steps=50, problems=100))
+
+or, in a recipe, ``evals: {suites: [gsm8k], every_steps: 50}``. The numbers go to every place the trainer logs to, as
+``eval/SUITE/avg@N`` with ``_low`` and ``_high``; samples, verdicts and page are in ``evals/step-N/SUITE`` of the run.
+A subsample says how training goes. What is published comes from ``llmdistill eval`` on the whole suite.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback
+
+from llmdistill.compat import generation_ready
+from llmdistill.evals.config import EvalConfig
+from llmdistill.evals.engines.local import HFEngine
+from llmdistill.evals.engines.make import Source
+from llmdistill.evals.records import EvalFolder
+from llmdistill.evals.runner import Job, begin, draw, finish, prepare
+from llmdistill.evals.suite import load_suite
+from llmdistill.tokenization.special import context_length
+
+
+class EvalCallback(TrainerCallback):
+    """Works with any ``transformers.Trainer``. Every process draws its share; the first one grades and logs.
+
+    Args:
+        trainer: whose model is evaluated.
+        suites: YAML files or names of bundled suites.
+        every_steps: optimizer steps between evaluations; 0: only before the first and after the last.
+        problems: of each suite, drawn at random with the trainer's seed; 0: all.
+        samples: of every problem; None: the suite's.
+        longest: new tokens; None: the suite's.
+        batch: sequences generated at one time.
+        data_dir: folder with the benchmarks' files.
+
+    Raises:
+        UserError: a suite or its data is not as it must be. Before training, so nothing is lost.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        suites: Sequence[str],
+        *,
+        every_steps: int = 0,
+        problems: int = 100,
+        samples: int | None = None,
+        longest: int | None = None,
+        batch: int = 16,
+        data_dir: str = "",
+    ) -> None:
+        self.trainer, self.every_steps, self.batch = trainer, every_steps, batch
+        self.config = EvalConfig(
+            model="student",
+            engine="hf",
+            n=samples,
+            temperature=0.0 if samples == 1 else None,
+            max_new_tokens=longest,
+            limit=problems,
+            seed=trainer.args.seed,
+            data_dir=data_dir,
+        )
+        tokenizer = trainer.processing_class
+        context = context_length(trainer.model.config)
+        source = Source("student", None, None, tokenizer, context, lambda longest: HFEngine(trainer.model, tokenizer))
+        self.jobs = [prepare(load_suite(suite), self.config, source) for suite in suites]
+        self.done: set[int] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.evaluate(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every_steps and state.global_step % self.every_steps == 0:
+            self.evaluate(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluate(state)
+
+    def evaluate(self, state: Any) -> None:
+        """All suites with the weights of now."""
+        step, accelerator = state.global_step, self.trainer.accelerator
+        if step in self.done:
+            return
+        self.done.add(step)
+        first, console = accelerator.is_main_process, Console(stderr=True)
+        model = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
+        engine = HFEngine(
+            model,
+            self.trainer.processing_class,
+            batch_size=self.batch,
+            ready=lambda model: generation_ready(model, accelerator),
+        )
+        for job in (self._at(job, step) for job in self.jobs):
+            if first:  # of a run that was killed behind its last checkpoint: those weights are gone
+                shutil.rmtree(job.folder.path, ignore_errors=True)
+                begin(job, console)
+            accelerator.wait_for_everyone()
+            own = job.asked[accelerator.process_index :: accelerator.num_processes]
+            draw(job, own, engine, console, accelerator.process_index)
+            accelerator.wait_for_everyone()
+            if first:
+                self.trainer.log(self._numbers(job, finish(job, self.config, console).results))
+        accelerator.wait_for_everyone()
+
+    def _at(self, job: Job, step: int) -> Job:
+        folder = Path(self.trainer.args.output_dir) / "evals" / f"step-{step:06d}" / job.suite.name
+        return replace(job, folder=EvalFolder(folder))
+
+    def _numbers(self, job: Job, results: dict[str, Any]) -> dict[str, float]:
+        name = f"eval/{job.suite.name}/avg@{job.n}"
+        average = results["avg"]
+        return {
+            name: average["value"],
+            f"{name}_low": average["low"],
+            f"{name}_high": average["high"],
+            f"eval/{job.suite.name}/truncated": results["health"]["truncated"],
+        }
