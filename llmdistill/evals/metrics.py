@@ -1,10 +1,174 @@
-"""Statistics over problems or sequences, with intervals."""
+"""Metrics of repeated samples, and their uncertainty.
+
+Two shapes recur: per-problem counts (n samples, c right) and per-problem scores (the mean of a problem's verdicts).
+Problems are the independent units everywhere: samples of one problem are correlated, so intervals, errors and tests
+resample or flip whole problems. Nothing here draws from numpy's global random state; the same arguments give the same
+numbers. What belongs to single samples (truncation, repetition) is in ``health``, the calibration in ``calibration``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, comb
+from statistics import NormalDist
+from typing import Any, Literal, overload
 
 import numpy as np
+
+from llmdistill.evals.majority import expected_over_subsets, over_subsets, vote
+
+Ties = Literal["expected", "first"]
+
+_CHUNK = 4_000_000  # random numbers held at a time by the resampling loops: 32 MB
+_EXACT_N = 256  # beyond it the binomials of the exact maj@k come near the end of float64
+_EXACT_FLIPS = 16  # 65,536 sign patterns are enumerated; more are sampled
+
+
+@overload
+def pass_at_k(n: int, c: int, k: int) -> float: ...
+@overload
+def pass_at_k(n: Any, c: Any, k: int) -> Any: ...
+def pass_at_k(n: Any, c: Any, k: int) -> Any:
+    """Chance that at least one of k samples, drawn without replacement from n of which c are right, is right.
+
+    The unbiased estimator ``1 - C(n-c, k) / C(n, k)`` of Chen et al. 2021 (arXiv:2107.03374), as a product so that
+    nothing overflows.
+
+    Args:
+        n: samples per problem, a number or an array [P].
+        c: right ones among them, broadcast against n.
+        k: draws.
+
+    Returns:
+        A float for numbers, float64 [P] for arrays. The benchmark's pass@k is the mean over problems.
+
+    Raises:
+        ValueError: k < 1, n < k, or c outside [0, n].
+    """
+    if k < 1:
+        raise ValueError(f"pass@k needs k >= 1; k is {k}")
+    n_P, c_P = np.broadcast_arrays(np.asarray(n, dtype=np.int64), np.asarray(c, dtype=np.int64))
+    if (n_P < k).any():
+        raise ValueError(
+            f"pass@{k} needs at least {k} samples of every problem; {int((n_P < k).sum())} of {n_P.size} have fewer, "
+            f"the least {int(n_P.min())}. Ask for k <= {int(n_P.min())}, or sample more."
+        )
+    if ((c_P < 0) | (c_P > n_P)).any():
+        where = int(np.flatnonzero(((c_P < 0) | (c_P > n_P)).ravel())[0])
+        raise ValueError(f"{c_P.flat[where]} right of n = {n_P.flat[where]} samples; c must be in [0, n]")
+    all_wrong = np.ones(n_P.shape)
+    for drawn in range(k):
+        all_wrong = all_wrong * (np.maximum(n_P - c_P - drawn, 0) / (n_P - drawn))
+    return float(1 - all_wrong) if all_wrong.ndim == 0 else 1 - all_wrong
+
+
+def avg_at_n(scores: Sequence[Sequence[float]]) -> float:
+    """Mean over problems of the mean of each one's verdicts ("pass@1 over n samples").
+
+    Raises:
+        ValueError: no problems, or problems with different numbers of samples.
+    """
+    return float(_rectangle(scores, "avg@n").mean())
+
+
+def maj_at_k(
+    classes: Sequence[int | None],
+    correct: Sequence[bool],
+    k: int | None = None,
+    *,
+    ties: Ties = "expected",
+    draws: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Chance that the most frequent answer among k of ONE problem's n samples is right (self-consistency,
+    Wang et al. 2022, arXiv:2203.11171).
+
+    Answers are compared by equivalence class, not by string. A sample without an answer takes its place among the k
+    but cannot win; k samples without any answer count 0. Where grading and classes disagree (a class with right and
+    wrong members) the class is worth its share of right ones.
+
+    Args:
+        classes: [n] number of the sample's answer class, None for no answer.
+        correct: [n] verdicts, in the same order.
+        k: size of the vote; n when None.
+        ties: "expected": the mean over the tied classes, as if the winner were drawn by lot. "first": the class that
+            was seen first among the k wins, the convention of most harnesses. With k = n "first" depends on the order
+            of the samples; its expectation over orders is "expected".
+        draws: number of subsets where they are sampled, see Returns.
+        seed: of that sampling.
+
+    Returns:
+        k = n: the vote itself. k < n: the expectation over all subsets of k samples. It is exact for ties="expected"
+        up to n = 256, and wherever there are no more than ``draws`` subsets; elsewhere the mean of ``draws`` random
+        subsets, in which samples keep their order.
+
+    Raises:
+        ValueError: lengths differ, no samples, k outside [1, n], or an unknown tie rule.
+    """
+    n = len(classes)
+    k = n if k is None else k
+    if n == 0 or n != len(correct):
+        raise ValueError(f"maj@k needs equally many classes and verdicts, at least one; got {n} and {len(correct)}")
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@{k} needs at least {k} samples and k >= 1; there are {n}. Ask for k <= {n}.")
+    if ties not in ("expected", "first"):
+        raise ValueError(f"ties is {ties!r}; it must be 'expected' or 'first'")
+    labels = np.array([-1 if label is None else label for label in classes], dtype=np.int64)
+    if any(label is not None and label < 0 for label in classes):
+        raise ValueError(f"class {int(labels.min())}: classes are numbered from 0, None stands for no answer")
+    right = np.asarray(correct, dtype=np.float64)
+    if k == n:
+        return vote(labels, right, ties == "first")
+    if ties == "expected" and n <= _EXACT_N:
+        return expected_over_subsets(labels, right, k)
+    return over_subsets(labels, right, k, ties == "first", draws, seed)
+
+
+def g_pass_at_k(n: int, c: int, k: int, tau: float) -> float:
+    """Chance that at least ceil(tau k) of k samples, drawn without replacement from n of which c are right, are right.
+
+    G-Pass@k of Liu et al. 2024 (arXiv:2412.13147). tau = 1: all k; tau -> 0: pass@k, and tau = 0 is taken
+    as that limit.
+
+    Raises:
+        ValueError: n < k, k < 1, c outside [0, n], or tau outside [0, 1].
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau is {tau}; it must be in [0, 1]")
+    pass_at_k(n, c, k)  # for its checks
+    least = max(1, ceil(round(tau * k, 9)))  # 0.7 * 10 is 7.000000000000001
+    return sum(comb(c, j) * comb(n - c, k - j) for j in range(least, min(c, k) + 1)) / comb(n, k)
+
+
+def mean_g_pass_at_k(n: int, c: int, k: int) -> float:
+    """mG-Pass@k: twice the area under G-Pass@k over tau in [0.5, 1], ``2/k sum_{i=ceil(k/2)+1..k} G-Pass@k_{i/k}``
+    (Liu et al. 2024, arXiv:2412.13147). 1 when every sample is right and k is even.
+
+    Raises:
+        ValueError: as :func:`g_pass_at_k`.
+    """
+    pass_at_k(n, c, k)
+    return 2 / k * sum(g_pass_at_k(n, c, k, i / k) for i in range(ceil(k / 2) + 1, k + 1))
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927): right near 0 and 1 and for small n, where p +- 1.96 se is not.
+
+    For one sample per problem. With repeated samples the verdicts are not independent: use :func:`bootstrap_ci`.
+
+    Raises:
+        ValueError: n < 1, successes outside [0, n], or ``confidence`` outside (0, 1).
+    """
+    _check_confidence(confidence)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval needs 0 <= successes <= n and n >= 1; got {successes} of {n}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    # The bounds are exactly 0 and 1 there; rounding must not say otherwise.
+    return middle - half if successes > 0 else 0.0, middle + half if successes < n else 1.0
 
 
 def bootstrap_ci(
@@ -15,7 +179,7 @@ def bootstrap_ci(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the (weighted) mean, resampling whole items.
+    """Percentile bootstrap interval of the (weighted) mean, resampling whole items (Efron 1979).
 
     Items are the independent units: problems, or sequences. For a mean per token give each sequence's mean as value
     and its length as weight: tokens of one sequence are not independent, resampling them would narrow the interval.
@@ -26,15 +190,183 @@ def bootstrap_ci(
     Raises:
         ValueError: no values, lengths differ, or ``confidence`` outside (0, 1).
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; it must be in (0, 1)")
+    _check_confidence(confidence)
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
     if x.size == 0 or x.shape != w.shape:
         raise ValueError(f"bootstrap_ci needs equally many values and weights, at least one; got {x.size} and {w.size}")
-    picks = np.random.default_rng(seed).integers(0, x.size, (num_resamples, x.size))
-    totals = w[picks].sum(1)
-    means = np.divide((w * x)[picks].sum(1), totals, out=np.zeros(num_resamples), where=totals > 0)
+    means = np.concatenate(
+        [
+            np.divide((w * x)[picks].sum(1), total := w[picks].sum(1), out=np.zeros(len(picks)), where=total > 0)
+            for picks in _resamples(x.size, num_resamples, seed)
+        ]
+    )
+    return _percentiles(means, confidence)
+
+
+def clustered_error(scores: Sequence[Sequence[float]]) -> float:
+    """Standard error of avg@n with samples clustered by problem: sd over problems of the per-problem mean / sqrt(P).
+
+    Right for repeated samples, where sd over all verdicts / sqrt(P n) is too small (Miller 2024, arXiv:2411.00640).
+    It holds both parts of the variance: the choice of problems and the luck of the samples.
+
+    Args:
+        scores: [P][n] verdicts.
+
+    Returns:
+        The error; nan for a single problem, which says nothing about others.
+
+    Raises:
+        ValueError: no problems, or different numbers of samples.
+    """
+    means_P = _rectangle(scores, "clustered_error").mean(1)
+    return float(means_P.std(ddof=1) / means_P.size**0.5) if means_P.size > 1 else float("nan")
+
+
+def seed_sd(scores: Sequence[Sequence[float]]) -> float:
+    """Standard deviation of the benchmark's mean over repetitions; column i of scores [P][n] is the i-th repetition.
+
+    What a second evaluation of the same model may differ by, problems held fixed. Nan for n = 1.
+
+    Raises:
+        ValueError: no problems, or different numbers of samples.
+    """
+    runs_n = _rectangle(scores, "seed_sd").mean(0)
+    return float(runs_n.std(ddof=1)) if runs_n.size > 1 else float("nan")
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of a - b over problems, its percentile interval, and the two-sided p-value of "no difference"."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def paired_bootstrap(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Difference of two models on the same problems, resampling problems.
+
+    The interval is the percentile interval of the mean difference. The p-value resamples the differences after moving
+    their mean to 0 (the null hypothesis), widened by sqrt(P / (P - 1)) because resampling P values underestimates
+    their variance by that factor, and counts means at least as far from 0 as the one observed, the observed one
+    included, so that it is never 0. Below about 30 problems use :func:`paired_permutation`, whose level is exact.
+
+    Args:
+        a, b: [P] per-problem scores in the same order of problems.
+
+    Raises:
+        ValueError: no values, lengths differ, or ``confidence`` outside (0, 1).
+    """
+    _check_confidence(confidence)
+    d = _differences(a, b)
+    observed = float(d.mean())
+    null = (d - observed) * (d.size / max(d.size - 1, 1)) ** 0.5
+    means, extreme = [], 0
+    for picks in _resamples(d.size, num_resamples, seed):
+        means.append(d[picks].mean(1))
+        extreme += int((np.abs(null[picks].mean(1)) >= abs(observed) - 1e-12).sum())
+    low, high = _percentiles(np.concatenate(means), confidence)
+    p_value = (1 + extreme) / (1 + num_resamples) if d.size > 1 else 1.0
+    return PairedDifference(observed, low, high, p_value)
+
+
+def paired_permutation(a: Sequence[float], b: Sequence[float], *, num_flips: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value of the sign-flip test: under "no difference" each problem's a - b is as likely as b - a.
+
+    Never rejects more often than its level says, at any number of problems (Fisher 1935; Phipson and Smyth 2010,
+    arXiv:1603.05766, for counting the observed pattern among the sampled ones). Exact by enumeration up to 16 problems
+    that differ; problems on which a and b agree carry no evidence.
+
+    Raises:
+        ValueError: no values, or lengths differ.
+    """
+    d = _differences(a, b)
+    d = d[d != 0]
+    if d.size == 0:
+        return 1.0
+    reach = abs(float(d.sum())) - 1e-9
+    if d.size <= _EXACT_FLIPS:
+        signs = 1.0 - 2.0 * ((np.arange(2**d.size)[:, None] >> np.arange(d.size)) & 1)
+        return float((np.abs(signs @ d) >= reach).mean())
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for size in _chunks(num_flips, d.size):
+        signs = 1.0 - 2.0 * rng.integers(0, 2, (size, d.size), dtype=np.int8)
+        extreme += int((np.abs(signs @ d) >= reach).sum())
+    return (1 + extreme) / (1 + num_flips)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Problems that only one of two models solves, and the two-sided p-value of "both are as likely to be the one"."""
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
+    """McNemar's exact test for one verdict per problem and model: a binomial test on the problems only one solves.
+
+    Raises:
+        ValueError: no verdicts, lengths differ, or values other than 0 and 1.
+    """
+    d = _differences(a, b)
+    values = set(np.unique(np.asarray(a, dtype=np.float64))) | set(np.unique(np.asarray(b, dtype=np.float64)))
+    if not values <= {0.0, 1.0}:
+        raise ValueError(
+            f"mcnemar_exact needs one verdict per problem, 0 or 1; found {sorted(values - {0.0, 1.0})[0]:.3g}. "
+            "For means over several samples use paired_permutation."
+        )
+    only_a, only_b = int((d > 0).sum()), int((d < 0).sum())
+    m = only_a + only_b
+    tail = sum(comb(m, i) for i in range(min(only_a, only_b) + 1))
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**m))
+
+
+def _rectangle(scores: Sequence[Sequence[float]], what: str) -> np.ndarray:
+    counts = sorted({len(row) for row in scores})
+    if len(counts) != 1 or counts[0] == 0:
+        found = "no problems" if not counts else f"problems with {counts[0]} to {counts[-1]} samples"
+        raise ValueError(f"{what} needs the same number of samples, at least one, of every problem; got {found}")
+    return np.asarray(scores, dtype=np.float64)
+
+
+def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.size == 0 or x.shape != y.shape:
+        raise ValueError(f"a paired test needs one value of both for every problem; got {x.size} and {y.size}")
+    return x - y
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it must be in (0, 1)")
+
+
+def _chunks(total: int, width: int) -> Iterator[int]:
+    step = max(1, _CHUNK // width)
+    for start in range(0, total, step):
+        yield min(step, total - start)
+
+
+def _resamples(size: int, count: int, seed: int) -> Iterator[np.ndarray]:
+    """``count`` resamples of ``size`` items, [chunk, size] at a time; what is drawn does not depend on the chunks."""
+    rng = np.random.default_rng(seed)
+    for chunk in _chunks(count, size):
+        yield rng.integers(0, size, (chunk, size))
+
+
+def _percentiles(means: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -237,5 +237,6 @@ def test_a_real_vllm_server(tmp_path: Path, model: str) -> None:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
-    texts = [{k: s.text for k, s in EvalFolder(f.folder).samples().items()} for f in found]
+    # the server holds back the bytes of a character that is not complete yet, and noise ends in such bytes
+    texts = [{k: s.text.rstrip("\ufffd") for k, s in EvalFolder(f.folder).samples().items()} for f in found]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 6

@@ -1,0 +1,189 @@
+"""Two evaluations of one suite, problem by problem: is B better than A, by how much, and on what.
+
+    comparison = compare("runs/eval-student", "runs/eval-distilled")
+    Console().print(comparison.table())
+
+Differences are B - A. Problems are matched by id and must be the same items: same text, same gold answer. Two intervals
+that overlap do not say that two models are alike: both see the same problems, and the paired difference is narrower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmdistill.errors import UserError
+from llmdistill.evals.metrics import McNemar, mcnemar_exact, paired_bootstrap, paired_permutation
+from llmdistill.evals.records import EvalFolder, Problem
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found. Scores are shares of right samples per problem.
+
+    Attributes:
+        a, b: the folders.
+        problems: how many both have.
+        avg_a, avg_b: mean score over those problems.
+        difference, low, high: mean of B - A and its 95% percentile bootstrap interval over problems.
+        p_value: two-sided, of the sign-flip permutation test (valid at any number of problems).
+        p_bootstrap: two-sided, of the bootstrap under the null; close to ``p_value`` for many problems.
+        mcnemar: the exact test where both have one sample a problem, else None. Its ``only_a`` and ``only_b`` count
+            the lists below.
+        only_a, only_b: ids that only one of the two solves at least once.
+        scores: {id: (score of A, score of B)}.
+        notes: what else differs: problems that only one has, settings.
+    """
+
+    a: str
+    b: str
+    problems: int
+    avg_a: float
+    avg_b: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_bootstrap: float
+    mcnemar: McNemar | None
+    only_a: list[str]
+    only_b: list[str]
+    scores: dict[str, tuple[float, float]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For a rich console."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "", title=Text(f"A {self.a}\nB {self.b}"), show_header=False)
+        rows = [
+            ("problems", str(self.problems)),
+            ("A", f"{100 * self.avg_a:.1f}"),
+            ("B", f"{100 * self.avg_b:.1f}"),
+            ("B - A", f"{100 * self.difference:+.1f}  (95% {100 * self.low:+.1f} to {100 * self.high:+.1f})"),
+            ("p", f"{self.p_value:.4f} permutation, {self.p_bootstrap:.4f} bootstrap"),
+        ]
+        if self.mcnemar:
+            rows.append(("McNemar", f"p = {self.mcnemar.p_value:.4f}"))
+        rows += [
+            (f"only A solves ({len(self.only_a)})", _first(self.only_a)),
+            (f"only B solves ({len(self.only_b)})", _first(self.only_b)),
+            *(("note", note) for note in self.notes),
+        ]
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        return table
+
+
+def compare(folder_a: str | Path, folder_b: str | Path, *, num_resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """Compares two graded evaluation folders.
+
+    Args:
+        folder_a, folder_b: run folders of one suite (see ``llmdistill.evals.records``).
+        num_resamples: of the bootstrap and of the permutation test.
+        seed: of both.
+
+    Raises:
+        UserError: a folder without grades, other suites, no problem in common, or a problem that is not the same in
+            both (text or gold answer differ).
+    """
+    a, b = EvalFolder(folder_a), EvalFolder(folder_b)
+    verdicts_a, verdicts_b = _verdicts(a), _verdicts(b)
+    config_a, config_b = a.read_config() or {}, b.read_config() or {}
+    if _suite(config_a) != _suite(config_b):
+        raise UserError(
+            f"{a.path} is suite {_suite(config_a)}, {b.path} is {_suite(config_b)}; both must be of one suite. "
+            "Fix: compare suite by suite."
+        )
+    problems_a, problems_b = {p.id: p for p in a.problems()}, {p.id: p for p in b.problems()}
+    shared = [i for i in problems_a if i in problems_b and i in verdicts_a and i in verdicts_b]
+    if not shared:
+        raise UserError(f"{a.path} and {b.path} have no graded problem in common: are they of the same suite?")
+    changed = [i for i in shared if _digest(problems_a[i]) != _digest(problems_b[i])]
+    if changed:
+        raise UserError(
+            f"{len(changed)} of {len(shared)} problems differ between {a.path} and {b.path} in text, gold or tests "
+            f"({_first(changed)}): the suite's data has changed. Evaluate both on the same data."
+        )
+    notes = [
+        f"{count} problems only in {folder.path}, left out"
+        for folder, count in ((a, len(verdicts_a) - len(shared)), (b, len(verdicts_b) - len(shared)))
+        if count
+    ]
+    notes += _other_settings(config_a, config_b)
+    counts = {len(v[i]) for v in (verdicts_a, verdicts_b) for i in shared}
+    x = [_mean(verdicts_a[i]) for i in shared]
+    y = [_mean(verdicts_b[i]) for i in shared]
+    if len(counts) > 1:
+        notes.append(f"samples per problem differ: {min(counts)} to {max(counts)}")
+    result = paired_bootstrap(y, x, num_resamples=num_resamples, seed=seed)
+    return Comparison(
+        a=str(a.path),
+        b=str(b.path),
+        problems=len(shared),
+        avg_a=sum(x) / len(x),
+        avg_b=sum(y) / len(y),
+        difference=result.difference,
+        low=result.low,
+        high=result.high,
+        p_value=paired_permutation(y, x, num_flips=num_resamples, seed=seed),
+        p_bootstrap=result.p_value,
+        mcnemar=mcnemar_exact([s > 0 for s in x], [s > 0 for s in y]) if counts == {1} else None,
+        only_a=[i for i, s, t in zip(shared, x, y, strict=True) if s > 0 and t == 0],
+        only_b=[i for i, s, t in zip(shared, x, y, strict=True) if t > 0 and s == 0],
+        scores={i: (s, t) for i, s, t in zip(shared, x, y, strict=True)},
+        notes=notes,
+    )
+
+
+def _verdicts(folder: EvalFolder) -> dict[str, list[bool]]:
+    found: dict[str, dict[int, bool]] = defaultdict(dict)
+    for grade in folder.grades():
+        found[grade.problem][grade.index] = grade.passed
+    if not found:
+        raise UserError(f"{folder.path} has no grades.jsonl with verdicts. Fix: a folder of a finished evaluation.")
+    return {problem: list(verdicts.values()) for problem, verdicts in found.items()}
+
+
+def _suite(config: Mapping[str, Any]) -> str:
+    """The suite's name; whether its data is the same is read off the problems themselves."""
+    suite = config.get("suite")
+    return str(suite.get("name") if isinstance(suite, Mapping) else suite)
+
+
+def _digest(problem: Problem) -> str:
+    """Of what is asked and what counts as right; the groups do not matter."""
+    parts = [problem.question, problem.kind, problem.gold, problem.tests]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _other_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What else may explain a difference: every setting on record that is not the model itself."""
+    keys = sorted((a.keys() | b.keys()) - {"model", "weights", "suite"})
+    return [f"{key} differs: {_short(a.get(key))} and {_short(b.get(key))}" for key in keys if a.get(key) != b.get(key)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _mean(verdicts: list[bool]) -> float:
+    return sum(verdicts) / len(verdicts)
+
+
+def _first(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

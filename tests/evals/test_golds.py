@@ -1,0 +1,58 @@
+"""The numbers of the harness itself: right answers score 100 %, somebody else's right answers about nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llmdistill.evals.grading import grade
+from llmdistill.evals.records import Problem, Sample
+from llmdistill.evals.suite import DATA_ENV, load_problems, load_suite, subsample
+from tests.evals import made
+
+DATA = Path(os.environ.get(DATA_ENV) or Path(__file__).resolve().parents[3] / "shared" / "data")
+here = pytest.mark.skipif(not (DATA / "benchmarks").is_dir(), reason="the benchmarks' files are not here")
+
+
+def answered(problems: list[Problem], golds: list[str | None]) -> list[bool]:
+    """Verdicts on completions that give ``golds`` for ``problems``, a boxed answer or a fenced program each."""
+    samples = {}
+    for problem, gold in zip(problems, golds, strict=True):
+        text = f"```python\n{gold}\n```" if problem.kind == "code" else f"Therefore it is $\\boxed{{{gold}}}$."
+        samples[problem.id, 0] = Sample(problem.id, 0, text, 1, "stop", 0)
+    grades = grade(problems, samples)
+    assert [g.problem for g in grades] == [p.id for p in problems]
+    return [g.passed for g in grades]
+
+
+def test_golds_of_a_made_up_suite(tmp_path: Path) -> None:
+    problems = load_problems(load_suite(made.suite(tmp_path)))
+    golds = [p.gold for p in problems]
+    assert all(answered(problems, golds))
+    assert not any(answered(problems, [*golds[1:], golds[0]]))
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "gsm8k", "minerva_math", "olympiadbench"])
+def test_golds_of_the_mathematics_suites(name: str) -> None:
+    problems = load_problems(load_suite(name), DATA)
+    golds = [p.gold for p in problems]
+    assert [p.id for p, right in zip(problems, answered(problems, golds), strict=True) if not right] == []
+    turned = answered(problems, [*golds[7:], *golds[:7]])
+    alike = sum(a == b for a, b in zip(golds, [*golds[7:], *golds[:7]], strict=True))
+    assert sum(turned) <= alike + 0.01 * len(problems)  # others may be equal without being spelt alike
+
+
+@here
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["humaneval", "mbpp", "leetcode"])
+def test_golds_of_code_suites_through_the_harness(name: str) -> None:
+    """A fifth of each: that every reference passes is proven in tests/verify; here the road from a completion is."""
+    problems = load_problems(load_suite(name), DATA)
+    problems = subsample(problems, len(problems) // 5)
+    golds = [p.gold for p in problems]
+    assert [p.id for p, right in zip(problems, answered(problems, golds), strict=True) if not right] == []
+    assert not any(answered(problems, [*golds[1:], golds[0]]))
