@@ -34,6 +34,31 @@ def test_golds_of_a_made_up_suite(tmp_path: Path) -> None:
     assert not any(answered(problems, [*golds[1:], golds[0]]))
 
 
+def test_choices_and_programs_of_ones_own(tmp_path: Path) -> None:
+    """The documented row formats: an option letter, and programs judged by each style of test."""
+    rows = [{"id": "c", "question": "2+2? (A) 3 (B) 4", "answer": "B"}]
+    choice = load_problems(load_suite(made.suite(tmp_path, rows, kind="choice", template="choice")))
+    assert answered(choice, ["B"]) == answered(choice, ["(B)"]) == [True]
+    assert answered(choice, ["A"]) == answered(choice, ["4"]) == [False]
+    double = "def double(x):\n    return 2 * x"
+    rows = [
+        {"id": "a", "question": "double", "tests": {"style": "asserts", "test": "assert double(2) == 4"}},
+        {"id": "s", "question": "double", "tests": {"style": "stdin", "cases": [["2\n", "4\n"]]}},
+        {
+            "id": "f",
+            "question": "double",
+            "tests": {"style": "functional", "entry_point": "Solution().double", "cases": [["x = 2", "4"]]},
+        },
+    ]
+    code = load_problems(load_suite(made.suite(tmp_path, rows, kind="code")))
+    golds: list[str | None] = [double, "print(2 * int(input()))", f"class Solution:\n    {METHOD}"]
+    assert answered(code, golds) == [True, True, True]
+    assert not any(answered(code, [str(program).replace("2 *", "3 *") for program in golds]))
+
+
+METHOD = "def double(self, x: int) -> int:\n        return 2 * x"
+
+
 @here
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "gsm8k", "minerva_math", "olympiadbench"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def test_gsm8k_as_published() -> None:
     assert READERS["gsm8k"](row, "math", {}, ()).gold == "1005"
     with pytest.raises(UserError, match="no '####'"):
         READERS["gsm8k"](Row({"question": "How many?", "answer": "5"}, "x row 0", 0), "math", {}, ())
+
+
+def test_every_suite_is_in_the_wheel() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f"eval/{name}.yaml": f"llmdistill/evals/suites/{name}.yaml" for name in bundled_suites()}
 
 
 def test_every_bundled_suite_is_well_formed() -> None:
