@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status: 0 fine, 2 the user's to mend."""
+    """The console script. Returns the exit status: 0 fine, 2 the user's to mend, 130 interrupted."""
     words, rest = parser().parse_known_args(argv)
     command: Callable[[argparse.Namespace, Sequence[str]], int] = words.run_command
     try:
@@ -130,6 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted" + ("; the same command goes on from here" if words.command == "eval" else ""), file=sys.stderr
+        )
+        return 130
 
 
 if __name__ == "__main__":

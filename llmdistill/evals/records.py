@@ -134,9 +134,9 @@ class SampleWriter:
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file() and not file.read_bytes().endswith(b"\n"):  # cut off in the middle of a line
-            whole = file.read_bytes().rpartition(b"\n")
-            _replace(file, (whole[0] + whole[1]).decode())
+        if file.is_file():
+            with file.open("rb+") as before:  # what was cut off in the middle of a line would swallow the next one
+                before.truncate(sum(len(line) for line in before if line.endswith(b"\n")))
         self.file: TextIO = file.open("a", encoding="utf-8")
 
     def add(self, sample: Sample) -> None:
@@ -148,7 +148,10 @@ class SampleWriter:
 
 
 def _line(record: Any) -> str:
-    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
+    text = json.dumps(asdict(record), ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # half a character, as endpoints may send
+        text = json.dumps(asdict(record))
+    return text + "\n"
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

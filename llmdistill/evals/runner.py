@@ -93,8 +93,9 @@ def evaluate(
     suites = [one if isinstance(one, Suite) else load_suite(one) for one in given]
     source = open_source(config)
     jobs = [prepare(one, config, source) for one in suites]
-    if rank == 0:
-        for job in jobs:
+    for job in jobs:
+        check(job)
+        if rank == 0:
             begin(job, console)
     draw_all(jobs, source, console, rank, world)
     if rank:
@@ -187,11 +188,11 @@ def ask(
     return asked, shorter
 
 
-def begin(job: Job, console: Console) -> None:
-    """Writes what is asked, or makes sure that the samples in the folder belong to it.
+def check(job: Job) -> None:
+    """Makes sure that the samples in the folder, if there are any, belong to this evaluation.
 
     Raises:
-        UserError: they belong to another evaluation; the first difference is named.
+        UserError: they belong to another one; the first difference is named.
     """
     before = job.folder.read_config()
     for key in IDENTITY if before else ():
@@ -200,6 +201,10 @@ def begin(job: Job, console: Console) -> None:
                 f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
                 f"{_short(job.settings[key])} now. Fix: another --output_dir, or remove that folder."
             )
+
+
+def begin(job: Job, console: Console) -> None:
+    """Writes what is asked."""
     job.folder.write_json(job.folder.config_file, job.settings)
     job.folder.write_problems(job.problems)
     if shorter := job.settings["shorter_room"]:

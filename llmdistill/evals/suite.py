@@ -135,7 +135,7 @@ def subsample(problems: list[Problem], limit: int, seed: int = 0) -> list[Proble
 
 
 def data_hash(problems: list[Problem]) -> str:
-    """Of what is asked and what is right, wherever it was read from."""
+    """Of all ids, questions, answers and tests: equal hashes, equal problems."""
     text = json.dumps([asdict(p) for p in problems], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -295,3 +295,25 @@ def test_under_accelerate_launch(tmp_path: Path, model: str) -> None:
     assert json.loads((out / "sums" / "results.json").read_text())["samples"] == 12
     counts = [len((out / "sums" / "samples" / f"rank-{r}.jsonl").read_text().splitlines()) for r in (0, 1)]
     assert counts == [6, 6]
+
+
+def test_half_a_character_is_stored(tmp_path: Path) -> None:
+    writer = EvalFolder(tmp_path).appender(0)
+    samples = [Sample("p", i, text, 1, "stop", 0) for i, text in enumerate(("\ud83d", "\u2028 \x85 é\r\n", "𝔸"))]
+    for sample in samples:
+        writer.add(sample)
+    writer.close()
+    assert list(EvalFolder(tmp_path).samples().values()) == samples
+
+
+def test_a_prompt_with_little_room_takes_nothing_from_its_neighbours(tmp_path: Path, model: str) -> None:
+    """In one batch with others or alone: the same text."""
+    rows = [made.sum_row(0), made.sum_row(1) | {"question": "9" * 240}, made.sum_row(2)]
+    suite = made.suite(tmp_path, rows=rows)
+    texts = []
+    for batch_size in (1, 8):
+        done = scored(suite, model, tmp_path / str(batch_size), max_new_tokens=30, batch_size=batch_size)
+        texts.append({key: s.text for key, s in EvalFolder(done.folder).samples().items()})
+    assert texts[0] == texts[1]
+    lengths = {s.problem: s.tokens for s in EvalFolder(done.folder).samples().values()}
+    assert lengths["sum/1"] < 20 < lengths["sum/0"]

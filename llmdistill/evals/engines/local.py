@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,19 +118,21 @@ class HFEngine:
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
 
     def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
-        ordered = sorted(asked, key=lambda one: -len(one.ids))
+        # one length limit a batch: what a sample may write must not depend on its company
+        ordered = sorted(asked, key=lambda one: (-one.room, -len(one.ids)))
         with self.ready(self.model) as model:
-            for start in range(0, len(ordered), self.batch_size):
-                yield from self._batch(model, ordered[start : start + self.batch_size], sampling, stop)
+            for _, alike in groupby(ordered, key=lambda one: one.room):
+                rest = list(alike)
+                for start in range(0, len(rest), self.batch_size):
+                    yield from self._batch(model, rest[start : start + self.batch_size], sampling, stop)
 
     def _batch(
         self, model: nn.Module, batch: Sequence[Asked], sampling: Sampling, stop: Sequence[str]
     ) -> Iterator[Sample]:
-        room = min(one.room for one in batch)
         drawn = generate(
             model,  # type: ignore[arg-type]
             [Prompt(list(one.ids), one.text) for one in batch],
-            replace(sampling, max_new_tokens=room, samples_per_prompt=1, seed=0),
+            replace(sampling, max_new_tokens=batch[0].room, samples_per_prompt=1, seed=0),
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
             rows=[one.seed for one in batch],
