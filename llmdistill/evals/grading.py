@@ -66,7 +66,14 @@ def _answers(items: Sequence[tuple[Problem, Sample]], workers: int) -> Iterator[
         def row(pairs: list[tuple[Problem, Sample]]) -> list[Grade]:
             kind: Literal["math", "choice"] = "choice" if pairs[0][0].kind == "choice" else "math"
             verdicts = [
-                judge.judge(s.text, p.gold or "", kind, tolerance=(p.tests or {}).get("tolerance")) for p, s in pairs
+                judge.judge(
+                    s.text,
+                    p.gold or "",
+                    kind,
+                    last_number=s.finish != "length",  # of a text that was cut off, the last number is no answer
+                    tolerance=(p.tests or {}).get("tolerance"),
+                )
+                for p, s in pairs
             ]
             classes = judge.classes([v.extracted for v in verdicts], kind)
             return [

@@ -1,0 +1,1 @@
+"""Verdicts on what models answer: maths and multiple choice (math.py), programs (code.py)."""
