@@ -93,7 +93,8 @@ def _programs(items: Sequence[tuple[Problem, Sample]], workers: int, unsafe: boo
         def one(item: tuple[Problem, Sample]) -> Grade:
             problem, sample = item
             tests = problem.tests or {}
-            program = extract_program(sample.text, entry_point=tests.get("entry_point"), prompt=problem.question)
+            prompt = problem.question if tests.get("setup") == problem.question else None  # one that is code itself
+            program = extract_program(sample.text, entry_point=tests.get("entry_point"), prompt=prompt)
             verdict = judge_program(program, tests, allow_unsafe_exec=unsafe, sandbox=sandbox)
             detail = f"{verdict.detail} ({verdict.seconds:.2f} s)".strip()
             return Grade(
