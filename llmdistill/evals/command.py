@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         done = found
     for one in done:
         Console().print(table(one))
-        Console().print(f"[dim]results[/] {one.folder / 'results.json'}   [dim]page[/] {one.folder / 'report.html'}")
+        Console(soft_wrap=True).print(f"results {one.folder / 'results.json'}\npage    {one.folder / 'report.html'}")
     return 0
 
 
