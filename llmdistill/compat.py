@@ -348,11 +348,22 @@ def _teach_chosen_ids(worker: Any) -> None:
 
 @contextmanager
 def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
-    """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing."""
+    """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing.
+
+    Every rank enters and leaves together, and may run as many forward passes in between as it likes: DeepSpeed's check
+    that all ranks are at the same one, which TRL leaves in place, is set aside.
+    """
     from trl.models import unwrap_model_for_generation
 
     with unwrap_model_for_generation(model, accelerator) as unwrapped:
-        yield unwrapped
+        offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+        check = getattr(offload, "fwd_pre_hook", None)
+        hook = unwrapped._forward_pre_hooks.pop(check.id) if check else None
+        try:
+            yield unwrapped
+        finally:
+            if check:  # TRL's own hooks come back behind it, which is their order
+                unwrapped._forward_pre_hooks[check.id] = hook
 
 
 def _prepare_environment(on_gpu: bool) -> None:

@@ -19,11 +19,13 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from llmdistill.compat import generation_ready
+from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.local import HFEngine
 from llmdistill.evals.engines.make import Source
+from llmdistill.evals.jobs import Job, begin, prepare
 from llmdistill.evals.records import EvalFolder
-from llmdistill.evals.runner import Job, begin, draw, finish, prepare
+from llmdistill.evals.runner import draw, finish
 from llmdistill.evals.suite import load_suite
 from llmdistill.tokenization.special import context_length
 
@@ -71,12 +73,25 @@ class EvalCallback(TrainerCallback):
         tokenizer = trainer.processing_class
         context = context_length(trainer.model.config)
         source = Source("student", None, None, tokenizer, context, lambda longest: HFEngine(trainer.model, tokenizer))
-        self.jobs = [prepare(load_suite(suite), self.config, source) for suite in suites]
+        loaded = [load_suite(suite) for suite in suites]
+        names = [suite.name for suite in loaded]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"evals.suites has {sorted(repeated)[0]!r} twice; they would share a folder.")
+        for suite in loaded:
+            if (samples or 1) > 1 and not suite.sampling.get("temperature", 0):
+                raise UserError(
+                    f"evals.samples is {samples} and suite {suite.name!r} is greedy: all would be the same. "
+                    "Fix: evals.samples 1, or a suite with a temperature."
+                )
+        self.jobs = [prepare(suite, self.config, source) for suite in loaded]
         self.done: set[int] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done.clear()
         if state.global_step == 0:
             self.evaluate(state)
+        elif all((self._at(job, state.global_step).folder.results_file).is_file() for job in self.jobs):
+            self.done.add(state.global_step)  # resumed where everything is done already
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every_steps and state.global_step % self.every_steps == 0:
@@ -92,22 +107,22 @@ class EvalCallback(TrainerCallback):
             return
         self.done.add(step)
         first, console = accelerator.is_main_process, Console(stderr=True)
-        model = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
-        engine = HFEngine(
-            model,
-            self.trainer.processing_class,
-            batch_size=self.batch,
-            ready=lambda model: generation_ready(model, accelerator),
-        )
-        for job in (self._at(job, step) for job in self.jobs):
-            if first:  # of a run that was killed behind its last checkpoint: those weights are gone
+        wrapped = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
+        jobs = [self._at(job, step) for job in self.jobs]
+        if first:  # of a run that was killed behind its last checkpoint: those weights are gone
+            for job in jobs:
                 shutil.rmtree(job.folder.path, ignore_errors=True)
                 begin(job, console)
+        accelerator.wait_for_everyone()
+        # entered by every rank, also by one that has nothing to draw: gathering sharded parameters is a collective
+        with generation_ready(wrapped, accelerator) as model:
+            engine = HFEngine(model, self.trainer.processing_class, batch_size=self.batch)
+            for job in jobs:
+                own = job.asked[accelerator.process_index :: accelerator.num_processes]
+                draw(job, own, engine, console, accelerator.process_index)
             accelerator.wait_for_everyone()
-            own = job.asked[accelerator.process_index :: accelerator.num_processes]
-            draw(job, own, engine, console, accelerator.process_index)
-            accelerator.wait_for_everyone()
-            if first:
+        if first:
+            for job in jobs:
                 self.trainer.log(self._numbers(job, finish(job, self.config, console).results))
         accelerator.wait_for_everyone()
 

@@ -13,12 +13,11 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import HfArgumentParser
 
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
@@ -29,21 +28,27 @@ from llmdistill.evals.suite import bundled_suites
 def run(argv: Sequence[str]) -> int:
     """The command. Exit status 0, or what :class:`UserError` makes of it one level up."""
     rank, world = launch()  # before anything starts a group or counts GPUs
-    words, config_words = _parser().parse_known_args(argv)
+    words, unknown = _parser().parse_known_intermixed_args(argv)
+    if unknown:
+        fields = [f.name for f in dataclasses.fields(EvalConfig)]
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], fields, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "llmdistill eval --help lists the settings."
+        raise UserError(f"llmdistill eval does not know {unknown[0]}; {hint}")
+    given = {f.name: getattr(words, f.name) for f in dataclasses.fields(EvalConfig)}
     if words.compare:
         from llmdistill.evals.compare import compare
 
-        _no_more(words.suites + config_words, "--compare")
+        _no_more(words.suites, "--compare")
         Console().print(compare(*words.compare).table())
         return 0
     if words.grade:
         _no_more(words.suites, "--grade")
-        options = _config([*config_words, "--model", "stored"])
+        options = EvalConfig(**{**given, "model": "stored"})
         done = [regrade(f, workers=options.workers, allow_unsafe_exec=options.allow_unsafe_exec) for f in words.grade]
     else:
         if not words.suites:
             raise UserError("llmdistill eval was given no suite. Fix: a YAML file, or a name such as gsm8k.")
-        found = evaluate(words.suites, config=_config(config_words), rank=rank, world=world)
+        found = evaluate(words.suites, config=EvalConfig(**given), rank=rank, world=world)
         assert isinstance(found, list)
         done = found
     for one in done:
@@ -91,45 +96,39 @@ def table(done: Evaluation) -> Table:
     return shown
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"llmdistill eval: {message}. Fix: llmdistill eval --help lists the settings.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="llmdistill eval",
         usage="llmdistill eval SUITE [SUITE ...] --model PATH_OR_NAME [--key value ...]\n"
         "       llmdistill eval --grade FOLDER [FOLDER ...]\n"
         "       llmdistill eval --compare FOLDER_A FOLDER_B",
         description="Scores a model. An evaluation that was interrupted goes on where it stopped.",
         allow_abbrev=False,
-        epilog=_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"bundled suites: {', '.join(bundled_suites())}",
     )
     top.add_argument("suites", nargs="*", metavar="SUITE", help="YAML file, or the name of a bundled suite")
     top.add_argument("--grade", nargs="+", metavar="FOLDER", help="grade stored samples again, without generating")
     top.add_argument("--compare", nargs=2, metavar="FOLDER", help="two evaluations of one suite, problem by problem")
     top.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    settings = top.add_argument_group("settings (default: the suite's)")
+    types = get_type_hints(EvalConfig)
+    for field in dataclasses.fields(EvalConfig):
+        known = field.default not in (None, "", False)
+        help = field.metadata["help"] + (f" [{field.default}]" if known else "")
+        kind, options = types[field.name], {"default": field.default, "help": help}
+        if kind is bool:
+            settings.add_argument(f"--{field.name}", action="store_true", help=help)
+        elif get_origin(kind) is Literal:
+            settings.add_argument(f"--{field.name}", choices=get_args(kind), **options)
+        else:  # a plain type, or one that may be None
+            plain = next(t for t in (*get_args(kind), kind) if t is not type(None))
+            settings.add_argument(f"--{field.name}", type=plain, metavar=plain.__name__.upper(), **options)
     return top
-
-
-def _help() -> str:
-    lines = [
-        f"  --{field.name:<24}{field.metadata['help']}"
-        + (f" [{field.default}]" if field.default not in (None, "", False) else "")
-        for field in dataclasses.fields(EvalConfig)
-    ]
-    return "\n".join([f"bundled suites: {', '.join(bundled_suites())}", "", "settings (default: the suite's):", *lines])
-
-
-def _config(words: Sequence[str]) -> EvalConfig:
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"llmdistill eval: {message}. Fix: llmdistill eval --help lists the settings.")
-
-    parser = Parser(EvalConfig, allow_abbrev=False)  # type: ignore[arg-type]
-    config, unknown = parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in dataclasses.fields(EvalConfig)], n=1)
-        hint = f"did you mean --{near[0]}?" if near else "llmdistill eval --help lists the settings."
-        raise UserError(f"llmdistill eval does not know {unknown[0]}; {hint}")
-    return config  # type: ignore[no-any-return]
 
 
 def _no_more(words: Sequence[str], option: str) -> None:

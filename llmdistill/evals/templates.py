@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +44,10 @@ class Template:
             )
         if self.system and not self.chat:
             raise UserError(f"template {self.name!r}: chat is false and system is set. Fix: put it into user.")
+        if not all(isinstance(word, str) and word for word in self.stop):
+            raise UserError(
+                f"template {self.name!r}: stop is {list(self.stop)!r}; it must be a list of words, none empty."
+            )
 
     @property
     def hash(self) -> str:
@@ -70,12 +74,17 @@ class Template:
             UserError: a chat prompt for a model without chat template.
         """
         if not self.chat:
-            text = self.user.replace("{question}", question)
+            text = self.user.replace("{question}", question) + self.prefill
             return text, list(tokenizer(text)["input_ids"])
         if not tokenizer.chat_template:
             raise UserError(
                 f"template {self.name!r} makes a chat and the model has no chat template. "
                 "Fix: --template question-answer (a base model's), or a template of your own with chat: false."
+            )
+        if thinking is not None and not self._heeds_thinking(question, tokenizer):
+            raise UserError(
+                f"thinking is {'on' if thinking else 'off'} and the model's chat template takes no enable_thinking. "
+                "Fix: leave --thinking out."
             )
         extra: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         text = str(
@@ -83,6 +92,15 @@ class Template:
         )
         text += self.prefill
         return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _heeds_thinking(self, question: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+        on, off = (
+            tokenizer.apply_chat_template(
+                self.messages(question), tokenize=False, add_generation_prompt=True, enable_thinking=value
+            )
+            for value in (True, False)
+        )
+        return on != off
 
 
 _STEPS = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -138,11 +156,23 @@ def find_template(given: str | Mapping[str, Any]) -> Template:
         if given not in TEMPLATES:
             raise UserError(f"template is {given!r}; it must be one of {', '.join(sorted(TEMPLATES))}, or spelt out.")
         return TEMPLATES[given]
+    if not isinstance(given, Mapping):
+        raise UserError(f"template is {given!r}; it must be a name or a mapping with user: '...{{question}}...'.")
     known = set(Template.__dataclass_fields__)
     if unknown := set(given) - known:
         raise UserError(f"template has the unknown key {sorted(unknown)[0]!r}; it takes {', '.join(sorted(known))}.")
     fields = {"name": "custom", "version": 1, **given}
-    stop: Sequence[str] = fields.get("stop", ())
+    stop = fields.get("stop") or ()
+    for key, kind in (
+        ("name", str),
+        ("version", int),
+        ("user", str),
+        ("system", str),
+        ("prefill", str),
+        ("chat", bool),
+    ):
+        if key in fields and not isinstance(fields[key], kind):
+            raise UserError(f"template.{key} is {fields[key]!r}; it must be {kind.__name__}.")
     if "user" not in fields:
         raise UserError("template has no user text. Fix: user: '{question}' with your words around it.")
-    return Template(**{**fields, "stop": tuple(stop)})
+    return Template(**{**fields, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -19,6 +20,7 @@ from transformers import (
 from llmdistill.errors import UserError
 from llmdistill.rollouts.engine import request_seed
 from llmdistill.rollouts.rollout import Finish, Prompt, Rollout, Sampling, collate
+from llmdistill.weights import base_model
 
 
 class HFRollouts:
@@ -89,19 +91,15 @@ def generate(
     draw = _Draw(sampling, range(len(prompts)) if rows is None else rows).to(model.device)
     was_training = model.training
     model.eval()
-    out = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,
-        temperature=None,  # a checkpoint's own sampling settings, which would only be warned about
-        top_p=None,
-        top_k=None,
-        eos_token_id=list(eos_ids),
-        pad_token_id=pad_id,
-        use_cache=True,
-        logits_processor=LogitsProcessorList([_finite, *_warpers(sampling), draw]),
-    )
+    holders = [model, base_model(model)]  # adapters hand their wrapper's settings down to the model below
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        out = _generated(model, ids, mask, sampling, draw, eos_ids, pad_id)
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
     model.train(was_training)
     completions: list[list[int]] = []
     logprobs: list[list[float]] = []
@@ -119,6 +117,30 @@ def generate(
         finish=finish,
         domain=[p.domain for p in prompts for _ in range(n)],
         policy_version=policy_version,
+    )
+
+
+def _generated(
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    sampling: Sampling,
+    draw: _Draw,
+    eos_ids: Sequence[int],
+    pad_id: int,
+) -> Tensor:
+    """Prompts and completions, [B, T + new]. Nothing of the checkpoint's own generation settings is in force: vLLM does
+    not apply them either, and a repetition penalty would make what is drawn another distribution than the policy's."""
+    return model.generate(  # type: ignore[operator,no-any-return]
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(eos_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+        logits_processor=LogitsProcessorList([_finite, *_warpers(sampling), draw]),
+        synced_gpus=False,  # parameters are gathered: ranks need not take equally many steps
     )
 
 

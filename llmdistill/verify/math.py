@@ -26,6 +26,7 @@ VerdictKind = Literal["right", "wrong", "no_answer", "timeout"]
 TIME_LIMIT_S = 5.0
 # What a child may parse without a time limit of our own making is still bounded: longer answers are no answers.
 LONGEST_ANSWER = 10_000
+MOST_COMPARISONS = 400  # of one problem's answers with each other: some ten seconds
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,20 @@ class AnswerJudge:
     def classes(self, answers: Iterable[str | None], kind: Kind = "math") -> list[int | None]:
         """The number of each answer's equivalence class, by first appearance; None where there is no answer.
 
-        Answers are compared with the first of each class, so what is not transitive (0.333333 = 1/3) goes by it.
+        Answers are compared with the first of each class, so what is not transitive (0.333333 = 1/3) goes by it. After
+        ``MOST_COMPARISONS`` that need the library, which grow with the square of what is distinct, what is not plainly
+        equal is taken to be different.
         """
+        left = MOST_COMPARISONS
+
+        def same(a: str, b: str) -> bool:
+            nonlocal left
+            plainly = equal.quickly(a, b, kind=kind)
+            if plainly is not None or left == 0:
+                return plainly is not None and plainly.equal
+            left -= 1
+            return self.equivalent(a, b, kind)
+
         known: dict[str, int] = {}
         first: list[str] = []
         numbers: list[int | None] = []
@@ -152,8 +165,7 @@ class AnswerJudge:
                 continue
             answer = answer.strip()
             if answer not in known:
-                same = (n for n, other in enumerate(first) if self.equivalent(other, answer, kind))
-                known[answer] = next(same, len(first))
+                known[answer] = next((n for n, other in enumerate(first) if same(other, answer)), len(first))
                 if known[answer] == len(first):
                     first.append(answer)
             numbers.append(known[answer])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from llmdistill.errors import UserError
 from llmdistill.evals.callback import EvalCallback
 from llmdistill.opd import main
+from tests import tiny
 from tests.evals import made
 
 
@@ -61,3 +65,70 @@ def test_a_suite_that_cannot_be_stops_before_training(make_trainer, tmp_path: Pa
         EvalCallback(trainer, ["gsm9k"])
     with pytest.raises(UserError, match="is not in"):
         EvalCallback(trainer, [str(made.suite(tmp_path, data={"file": "gone.jsonl"}))])
+
+
+def test_what_would_share_a_folder_or_draw_one_sample_twice_is_refused(make_trainer, tmp_path: Path) -> None:
+    trainer, suite = make_trainer(save_strategy="no"), str(made.suite(tmp_path))
+    with pytest.raises(UserError, match="evals.suites has 'sums' twice"):
+        EvalCallback(trainer, [suite, suite])
+    greedy = str(made.suite(tmp_path, sampling={"n": 1, "max_new_tokens": 4}))
+    with pytest.raises(UserError, match="Fix: evals.samples 1"):
+        EvalCallback(trainer, [greedy], samples=2)
+
+
+def test_the_saved_student_keeps_its_generation_settings(make_trainer, tmp_path: Path) -> None:
+    """Sampling sets them aside; with adapters the wrapper hands its own down to the model below."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny.llama(1, tied=False), LoraConfig(r=2, target_modules="all-linear"))
+    trainer = make_trainer(student=adapted, save_strategy="no")
+    before = adapted.get_base_model().generation_config.to_dict()
+    trainer.add_callback(EvalCallback(trainer, [str(made.suite(tmp_path))], problems=2, samples=1, longest=3))
+    trainer.train()
+    assert adapted.get_base_model().generation_config.to_dict() == before
+
+
+@pytest.mark.slow
+def test_sharded_over_ranks_with_unequal_shares(tmp_path: Path) -> None:
+    """ZeRO-3 on two processes with three problems, then with one: a rank with less to draw holds nobody up."""
+    pytest.importorskip("deepspeed", reason="the deepspeed extra is not installed")
+    root = Path(__file__).resolve().parents[2]
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED)
+    config = root / "recipes" / "accelerate" / "zero3.yaml"
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    made.suite(tmp_path)
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        "2",
+    ]
+    for problems in ("3", "1"):
+        words = [str(script), str(tmp_path), problems]
+        subprocess.run([*launcher, *words], check=True, env=environment, timeout=240, capture_output=True)
+        results = json.loads((tmp_path / problems / "evals" / "step-000001" / "sums" / "results.json").read_text())
+        assert results["problems"] == int(problems)
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
+from llmdistill.distributed import leave_group
+from llmdistill.evals.callback import EvalCallback
+from tests import tiny
+
+folder, problems = Path(sys.argv[1]), sys.argv[2]
+args = OPDConfig(output_dir=str(folder / problems), max_steps=1, save_strategy="no", per_device_train_batch_size=2,
+                 rollouts=RolloutConfig(max_new_tokens=6))
+trainer = OPDTrainer(tiny.llama(1), args, tiny.llama(2), train_dataset=tiny.rows(8, completion=False),
+                     processing_class=tiny.tokenizer())
+suites = [str(folder / "sums.yaml")]
+trainer.add_callback(EvalCallback(trainer, suites, problems=int(problems), samples=1, longest=9, batch=1))
+trainer.train()
+leave_group()
+"""

@@ -154,6 +154,7 @@ def test_what_a_chat_endpoint_is_sent() -> None:
         **{"model": "m", "max_tokens": 32, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "seed": 5, "n": 1},
         **{"stop": ["END"], "messages": [{"role": "user", "content": "1+1?"}]},
         "chat_template_kwargs": {"enable_thinking": False},
+        **{"min_p": 0.0, "repetition_penalty": 1.0},  # a vLLM server would take the checkpoint's
     }
 
 
@@ -162,6 +163,14 @@ def test_a_prefilled_turn_is_continued() -> None:
     chat.draw(Asked("p", 0, 5, ASKED.messages, prefill="```python\n", room=32), Sampling(32))
     assert chat.asked[0]["messages"][-1] == {"role": "assistant", "content": "```python\n"}
     assert chat.asked[0]["continue_final_message"] is True and chat.asked[0]["add_generation_prompt"] is False
+
+
+def test_an_endpoint_that_knows_its_context_says_how_much_is_left(tmp_path: Path) -> None:
+    """32,768 tokens asked of an endpoint that holds 64: it is not told a number that it would refuse."""
+    chat = Chat({"content": "\\boxed{0}"})
+    done = scored(tmp_path, "out", engine="openai", url=chat.url, max_new_tokens=32768, n=1)
+    assert len(chat.asked) == 6 and all("max_tokens" not in body for body in chat.asked)
+    assert json.loads((done.folder / "config.json").read_text())["shorter_room"] == 6
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ from llmdistill.evals import EvalConfig, Evaluation, evaluate
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.local import HFEngine
 from llmdistill.evals.engines.make import open_source
+from llmdistill.evals.jobs import begin, prepare
 from llmdistill.evals.records import EvalFolder, Sample
-from llmdistill.evals.runner import begin, draw, launch, prepare, regrade
+from llmdistill.evals.runner import draw, launch, regrade
 from llmdistill.evals.suite import load_suite
 from llmdistill.rollouts.rollout import Sampling
+from tests import tiny
 from tests.evals import made
 
 QUIET = Console(file=io.StringIO())
@@ -118,8 +121,6 @@ def test_samples_of_another_evaluation_are_not_mixed_in(
 
 
 def test_other_weights_in_the_same_folder_are_noticed(tmp_path: Path) -> None:
-    from tests import tiny
-
     model = made.model(tmp_path)
     scored(made.suite(tmp_path), str(model), tmp_path / "out")
     tiny.llama(4).save_pretrained(model)
@@ -147,10 +148,11 @@ def test_grading_needs_no_model(tmp_path: Path, model: str) -> None:
 def test_ranks_share_the_work(tmp_path: Path, model: str) -> None:
     """Two processes draw what one would have drawn; the first waits for the second and grades."""
     alone = scored(made.suite(tmp_path), model, tmp_path / "alone")
-    options = {"engine": "hf", "output_dir": str(tmp_path / "both"), "console": QUIET, "world": 2}
-    assert evaluate([made.suite(tmp_path)], model, rank=1, **options) == []
-    assert not (tmp_path / "both" / "sums" / "results.json").exists()
-    (both,) = evaluate([made.suite(tmp_path)], model, rank=0, **options)
+    options = {"engine": "hf", "output_dir": str(tmp_path / "both"), "console": QUIET, "world": 2, "timeout_s": 60.0}
+    with ThreadPoolExecutor(1) as other:
+        second = other.submit(evaluate, [made.suite(tmp_path)], model, rank=1, **options)
+        (both,) = evaluate([made.suite(tmp_path)], model, rank=0, **options)
+        assert second.result() == []
     assert both.results == alone.results
     assert [len((both.folder / "samples" / f"rank-{r}.jsonl").read_text().splitlines()) for r in (0, 1)] == [6, 6]
 
@@ -234,6 +236,11 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
     )
     assert main(["eval", "--compare", f"{out}/sums", str(tmp_path / "b" / "sums")]) == 0
     assert "problems" in capsys.readouterr().out
+    # options and suites in any order, and grading takes options too
+    words = ["eval", "--allow_unsafe_exec", "--model", model, suite, "--engine", "hf", "--output_dir", out, "--n", "3"]
+    assert main(words) == 0
+    assert main(["eval", "--workers", "1", "--grade", f"{out}/sums"]) == 0
+    assert main(["eval", "--grade", f"{out}/sums", "--workers", "1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,9 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
         (["gsm8k", "--model", "x", "--engine", "openai"], "url is ''"),
         (["gsm8k", "--model", "x", "--tempratur", "1"], "did you mean --temperature"),
         (["gsm8k", "--model", "x", "--top_p", "0"], "top_p is 0.0"),
+        (["gsm8k", "--mod", "x"], "did you mean --model?"),
+        (["gsm8k", "--model", "x", "--workers", "-3"], "workers is -3"),
+        (["gsm8k", "--model", "x", "--n", "four"], "argument --n: invalid int value: 'four'"),
         (["--grade", "nowhere"], "nowhere is no evaluation"),
     ],
 )
@@ -317,3 +327,85 @@ def test_a_prompt_with_little_room_takes_nothing_from_its_neighbours(tmp_path: P
     assert texts[0] == texts[1]
     lengths = {s.problem: s.tokens for s in EvalFolder(done.folder).samples().values()}
     assert lengths["sum/1"] < 20 < lengths["sum/0"]
+
+
+def test_another_tokenizer_makes_another_evaluation(tmp_path: Path, model: str) -> None:
+    """Same weights, same template, another chat template: other prompts."""
+    scored(made.suite(tmp_path), model, tmp_path / "out")
+    other = tmp_path / "tokenizer"
+    tiny.tokenizer(tiny.TEMPLATE.replace("<assistant>", "!")).save_pretrained(other)
+    with pytest.raises(UserError, match="another evaluation: prompts is"):
+        scored(made.suite(tmp_path), model, tmp_path / "out", tokenizer=str(other))
+
+
+def test_samples_of_nobody_are_not_adopted(tmp_path: Path, model: str) -> None:
+    done = scored(made.suite(tmp_path), model, tmp_path / "out")
+    (done.folder / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json says whose"):
+        scored(made.suite(tmp_path), model, tmp_path / "out")
+
+
+def test_one_suite_once(tmp_path: Path, model: str) -> None:
+    suite = made.suite(tmp_path)
+    with pytest.raises(UserError, match="suite 'sums' is there twice"):
+        evaluate([suite, suite], model, engine="hf", output_dir=str(tmp_path / "out"), console=QUIET)
+
+
+def test_two_processes_cannot_write_one_file(tmp_path: Path) -> None:
+    writer = EvalFolder(tmp_path).appender(0)
+    with pytest.raises(UserError, match="is being written by another process"):
+        EvalFolder(tmp_path).appender(0)
+    writer.close()
+    EvalFolder(tmp_path).appender(0).close()
+
+
+def test_a_line_that_was_damaged_is_left_out(tmp_path: Path) -> None:
+    folder = EvalFolder(tmp_path)
+    writer = folder.appender(0)
+    for i in range(3):
+        writer.add(Sample("p", i, "x", 1, "stop", 0))
+    writer.close()
+    file = tmp_path / "samples" / "rank-0.jsonl"
+    good = file.read_text().splitlines()
+    file.write_text("\n".join([good[0], good[1][:9], good[2]]) + "\n")
+    with pytest.warns(UserWarning, match="rank-0.jsonl line 2 cannot be read"):
+        assert sorted(folder.samples()) == [("p", 0), ("p", 2)]
+
+
+def test_numbers_of_another_n_do_not_stay_behind(tmp_path: Path, model: str) -> None:
+    done = scored(made.suite(tmp_path), model, tmp_path / "out")
+    config = EvalConfig(model=model, engine="hf", output_dir=str(tmp_path / "out"), n=4)
+    begin(prepare(load_suite(made.suite(tmp_path)), config, open_source(config)), QUIET)
+    assert not (done.folder / "results.json").exists() and len(lines(done.folder)) == 12
+
+
+def test_thoughts_that_the_template_opened_are_thoughts(tmp_path: Path) -> None:
+    """R1's template writes "<think>" itself. What never got beyond it is no answer, whatever it boxes on the way."""
+    model = made.model(tmp_path, tiny.TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    config = EvalConfig(model=str(model), engine="hf", output_dir=str(tmp_path / "out"))
+    job = prepare(load_suite(made.suite(tmp_path)), config, open_source(config))
+    assert {a.opened for a in job.asked} == {"<think>\n"}
+    begin(job, QUIET)
+    writer = job.folder.appender(0)
+    for one in job.asked:
+        gold = next(p.gold for p in job.problems if p.id == one.problem)
+        done = one.index == 0
+        writer.add(one.sample(f"try \\boxed{{{gold}}}" + (f"</think>It is {gold}." if done else ""), 9, "stop"))
+    writer.close()
+    results = regrade(job.folder.path, console=QUIET).results
+    assert results["verdicts"] == {"right": 6, "no_answer": 6}
+
+
+def test_the_checkpoints_own_sampling_settings_are_not_used(tmp_path: Path) -> None:
+    """vLLM is told to leave them out, so transformers is too: else a score would depend on the engine."""
+    texts = []
+    model = made.model(tmp_path)
+    for penalty in (None, 5.0):
+        if penalty is not None:
+            settings = json.loads((model / "generation_config.json").read_text())
+            (model / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": penalty}))
+        done = scored(
+            made.suite(tmp_path), str(model), tmp_path / str(penalty), n=1, temperature=0.0, max_new_tokens=30
+        )
+        texts.append([s.text for _, s in sorted(EvalFolder(done.folder).samples().items())])
+    assert texts[0] == texts[1]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from llmdistill.errors import UserError
-from llmdistill.evals.readers import READERS, Row
-from llmdistill.evals.suite import DATA_ENV, bundled_suites, data_hash, load_problems, load_suite, subsample
+from llmdistill.evals.readers import READERS, Row, called
+from llmdistill.evals.suite import DATA_ENV, bundled_suites, data_hash, load_problems, load_suite, rows_of, subsample
 from llmdistill.evals.templates import TEMPLATES, Template, find_template
 from tests import tiny
 from tests.evals import made
@@ -40,6 +40,18 @@ def test_a_suite_of_ones_own(tmp_path: Path) -> None:
         ({"pass_at": [0]}, "pass_at is [0]; it must be a list of whole numbers from 1"),
         ({"reader": "csv"}, "reader is 'csv'; it must be one of rows"),
         ({"data": {}}, "data is missing"),
+        ({"suite": "../up"}, "suite is '../up'; it must be one word"),
+        ({"suite": "/etc/x"}, "suite is '/etc/x'"),
+        ({"sampling": {"n": 0}}, "sampling.n is 0; it must be a whole number from 1"),
+        ({"sampling": {"n": "four"}}, "sampling.n is 'four'"),
+        ({"sampling": {"temperature": -1}}, "sampling.temperature is -1"),
+        ({"sampling": {"top_p": 0}}, "sampling.top_p is 0; it must be in (0, 1]"),
+        ({"template": 5}, "template is 5; it must be a name or a mapping"),
+        ({"template": {"user": "{question}", "stop": [""]}}, "stop is ['']"),
+        ({"template": {"user": "{question}", "prefill": 3}}, "template.prefill is 3; it must be str"),
+        ({"groups": "size"}, "groups is 'size'; it must be a list"),
+        ({"columns": ["a"]}, "columns is ['a']; it must be a mapping"),
+        ({"data": {"hub": {"split": "test"}}}, "data.hub.path is None"),
         ({"data": {"file": "gone.jsonl"}}, "gone.jsonl' is not in"),
     ],
 )
@@ -104,6 +116,40 @@ def test_a_subsample_is_a_draw_in_order(tmp_path: Path) -> None:
     assert [problems.index(p) for p in some] == sorted(problems.index(p) for p in some)
     assert some == subsample(problems, 50, seed=1) != subsample(problems, 50, seed=2)
     assert subsample(problems, 0) == subsample(problems, 500) == problems
+
+
+def test_numbers_are_answers_as_they_stand(tmp_path: Path) -> None:
+    given = [1234567.0, 123456789.5, 3.14159265, 7, -0.5]
+    rows = [{"id": str(i), "question": "?", "answer": value} for i, value in enumerate(given)]
+    golds = [p.gold for p in load_problems(load_suite(made.suite(tmp_path, rows=rows)))]
+    assert golds == ["1234567", "123456789.5", "3.14159265", "7", "-0.5"]
+    (tmp_path / "sums.jsonl").write_text('\ufeff{"question": "?", "answer": NaN}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: field 'answer' is nan"):
+        load_problems(load_suite(tmp_path / "sums.yaml"))
+    (tmp_path / "sums.jsonl").write_bytes('{"question": "é"}'.encode("latin-1"))
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        load_problems(load_suite(tmp_path / "sums.yaml"))
+
+
+def test_mbpp_of_the_hub_knows_its_function() -> None:
+    """There the rows name no entry point: it is what the tests call and the solution defines."""
+    code = "def helper(x):\n    return x\ndef double(x):\n    return helper(2 * x)"
+    row = {"task_id": 11, "text": "Double it.", "code": code, "test_list": ["assert double(2) == 4"]}
+    problem = READERS["mbpp"](Row(row, "x row 0", 0), "code", {}, ())
+    assert problem.id == "11" and problem.tests is not None and problem.tests["entry_point"] == "double"
+    assert called("def f(:", "f(1)") is None and called("def f(): pass", "g(1)") is None
+
+
+@pytest.mark.skipif(not (DATA / "benchmarks").is_dir(), reason="the benchmarks' files are not here")
+@pytest.mark.parametrize("name", ["mbpp", "mbppplus"])
+def test_derived_functions_are_those_of_the_files(name: str) -> None:
+    rows = list(rows_of(DATA / "benchmarks" / ("mbpp_sanitized.jsonl" if name == "mbpp" else "mbppplus.jsonl.gz")))
+    derived = [
+        called(row.values["canonical_solution"], "\n".join(row.values.get("test_list") or row.values["base_test_list"]))
+        for row in rows
+    ]
+    differ = [r.values["id"] for r, d in zip(rows, derived, strict=True) if d != r.values["entry_point"]]
+    assert len(differ) <= 0.02 * len(rows), differ
 
 
 def test_gsm8k_as_published() -> None:
@@ -175,6 +221,20 @@ def test_the_hash_of_a_template_covers_every_word() -> None:
         Template("t", 1, "{question}", stop=("x",)),
     ]
     assert len({t.hash for t in (plain, *others, *TEMPLATES.values())}) == 4 + len(TEMPLATES)
+
+
+def test_a_plain_prompt_ends_with_its_prefill() -> None:
+    template = Template("t", 1, "Q: {question}\nA:", chat=False, prefill=" So")
+    assert template.render("1+1?", tiny.tokenizer())[0] == "Q: 1+1?\nA: So"
+
+
+def test_one_stop_word_is_a_word() -> None:
+    assert find_template({"user": "{question}", "stop": "END"}).stop == ("END",)
+
+
+def test_thinking_that_a_template_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match="takes no enable_thinking"):
+        find_template("plain").render("q", tiny.tokenizer(), thinking=True)
 
 
 def test_thinking_reaches_the_chat_template() -> None:

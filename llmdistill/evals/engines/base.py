@@ -21,7 +21,9 @@ class Asked:
         messages: the chat, for endpoints that apply their own template.
         prefill: words the assistant has begun with.
         text, ids: the rendered prompt; empty for such endpoints.
-        room: the most new tokens; less than asked for where the prompt takes too much of the context.
+        room: the most new tokens; less than asked for where the prompt takes too much of the context; 0: as many as
+            there is room for, where an endpoint knows that and we do not.
+        opened: the thinking tag that the chat template wrote as the assistant's first word, "" if it did not.
     """
 
     problem: str
@@ -32,12 +34,18 @@ class Asked:
     ids: tuple[int, ...] = ()
     prefill: str = ""
     room: int = 0
+    opened: str = ""
 
     def sample(self, text: str, tokens: int, finish: str, stop: Sequence[str] = ()) -> Sample:
-        """The record of what was drawn. Text from the first stop string on is cut off, which ends it properly."""
+        """The record of what was drawn. Text from the first stop string on is cut off, which ends it properly.
+
+        A thinking tag that the template opened is part of it: without the tag, thoughts that never ended would be
+        judged as an answer.
+        """
         ends = [at for word in stop if (at := text.find(word)) >= 0]
         if ends:
             text, finish = text[: min(ends)], "stop"
+        text = self.opened + text
         return Sample(
             self.problem, self.index, text, tokens, "length" if finish == "length" else "stop", seed=self.seed
         )

