@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,10 @@ from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.teachers.listing import columns, listed, support_of
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
+
+# from_pretrained swaps PreTrainedModel.tie_weights out while it loads. Two threads that load at a time can put each
+# other's stand-in back, and no weights are tied in this process ever after.
+_one_load_at_a_time = threading.Lock()
 
 
 class LocalTeacher:
@@ -137,12 +142,13 @@ def load_model(
         raise UserError(f"{section}.model is empty; it must be a folder or a hub name. Fix: --{section}.model PATH.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch_dtype(dtype),  # type: ignore[arg-type]
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
+        with _one_load_at_a_time:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch_dtype(dtype),  # type: ignore[arg-type]
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+            )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{section}.model {path!r} cannot be loaded: {reason}") from error
