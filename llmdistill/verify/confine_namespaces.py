@@ -27,6 +27,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _
 )  # fmt: skip
 _MNT_DETACH = 2
 _MOUNT_SETATTR, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, 0x8000, 1
+_OPEN_TREE, _MOVE_MOUNT, _AT_FDCWD, _CLONE_TREE, _FROM_HANDLE = 428, 429, -100, 0x80001, 4
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -71,12 +72,20 @@ def enter(paths: Iterable[str]) -> tuple[list[str], int | None, int | None]:
     return names, uid, 64 if counted_apart else None
 
 
-def private_folder(path: str, size: int, uid: int | None) -> None:
+def private_folder(path: str, size: int, uid: int | None, readable: Iterable[str] = ()) -> None:
     """Cover ``path`` by an empty file system in memory of ``size`` bytes and at most 1,024 files, seen by the calling
-    process only and gone with it."""
+    process only and gone with it. Those of ``readable`` that lie beneath it (a Python under /tmp) still do afterwards."""
     _unshare(_NEWNS)
+    beneath = [p for p in _layout(list(readable))[0] if _beneath(p, path) and os.path.isdir(p)]
+    # Detached copies of these mounts: there is no /proc here any more through which an open directory could be bound.
+    held = {p: syscall(_OPEN_TREE, _AT_FDCWD, p.encode(), _CLONE_TREE | _AT_RECURSIVE) for p in beneath}
     owner = "" if uid is None else f",uid={uid},gid={uid}"
     _mount("tmpfs", path, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes=1024,mode=0700{owner}")
+    for target, handle in held.items():
+        os.makedirs(target)
+        syscall(_MOVE_MOUNT, handle, b"", _AT_FDCWD, target.encode(), _FROM_HANDLE)
+        _read_only(target)
+        os.close(handle)
 
 
 def _user_namespace() -> int | None:

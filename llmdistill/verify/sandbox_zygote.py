@@ -194,7 +194,7 @@ class Zygote:
         if self.mode == "none":
             return report
         if self.namespaces:
-            confine_namespaces.private_folder("/tmp", job["disk"], self.uid)
+            confine_namespaces.private_folder("/tmp", job["disk"], self.uid, self.paths)
         os.chdir("/tmp" if self.namespaces else "/")
         confine.drop_privileges(self.uid)
         if self.landlock:

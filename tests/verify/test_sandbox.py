@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -220,3 +221,19 @@ def test_importing_is_light():
     """Verdicts need no torch; grading processes start in a moment."""
     code = "import sys, llmdistill.verify.code, llmdistill.verify.programs\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_packages_of_a_python_under_tmp_are_there(tmp_path: Path) -> None:
+    """The program's own /tmp covers an environment that was made there; its packages are shown, and nothing beside."""
+    packages = tmp_path / "env" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "onlyhere.py").write_text("value = 7\n")
+    (tmp_path / "env" / "secret.txt").write_text("secret")
+    program = f"import os, sys\nsys.path.insert(0, {str(packages)!r})\nimport onlyhere\nfound = os.path.exists({str(tmp_path / 'env' / 'secret.txt')!r})\n"
+    asked = f"""
+from llmdistill.verify.code import run_tests
+verdict = run_tests({program!r}, "assert onlyhere.value == 7 and not found", time_limit_s=20, memory_limit_mb=512)
+assert verdict.passed, verdict
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{packages}:{Path(__file__).resolve().parents[2]}"}
+    subprocess.run([sys.executable, "-c", asked], check=True, env=environment, timeout=120)
