@@ -229,10 +229,16 @@ def test_packages_of_a_python_under_tmp_are_there(tmp_path: Path) -> None:
     packages.mkdir(parents=True)
     (packages / "onlyhere.py").write_text("value = 7\n")
     (tmp_path / "env" / "secret.txt").write_text("secret")
-    program = f"import os, sys\nsys.path.insert(0, {str(packages)!r})\nimport onlyhere\nfound = os.path.exists({str(tmp_path / 'env' / 'secret.txt')!r})\n"
+    secret = str(tmp_path / "env" / "secret.txt")
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(packages)!r})
+from onlyhere import value
+found = os.path.exists({secret!r})
+"""
     asked = f"""
 from llmdistill.verify.code import run_tests
-verdict = run_tests({program!r}, "assert onlyhere.value == 7 and not found", time_limit_s=20, memory_limit_mb=512)
+verdict = run_tests({program!r}, "assert value == 7 and not found", time_limit_s=20, memory_limit_mb=512)
 assert verdict.passed, verdict
 """
     environment = {**os.environ, "PYTHONPATH": f"{packages}:{Path(__file__).resolve().parents[2]}"}
