@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import tracemalloc
 from typing import Any
 
@@ -68,7 +69,14 @@ def test_requests_of_different_callers_are_merged_within_the_token_budget() -> N
     async def test(client: Client, service: Service) -> None:
         engine: Any = service.engine
         calls, run = list[int](), engine._score
-        engine._score = lambda jobs: calls.append(len(jobs)) or run(jobs)
+
+        def score(jobs: list[ScoreJob]) -> Any:
+            if not calls:  # long enough for the others to be waiting, however busy the machine
+                time.sleep(1.0)
+            calls.append(len(jobs))
+            return run(jobs)
+
+        engine._score = score
         one = [{"sequences": [ids], "positions": [[2, len(ids)]], "top_k": 8, "dtype": "float32"} for ids in SEQUENCES]
         answers = await asyncio.gather(*[client.post(wire.SCORE, json=body) for body in one])
         assert_same([blocks_of(a)[1][0] for a in answers], expected(8))
