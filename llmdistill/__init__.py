@@ -13,9 +13,11 @@ _PUBLIC = {
     "DataConfig": "llmdistill.config",
     "RolloutConfig": "llmdistill.config",
     "DistillationTrainer": "llmdistill.trainer",
-    "Objective": "llmdistill.trainer",
+    "Objective": "llmdistill.method",
     "OPDConfig": "llmdistill.opd",
     "OPDTrainer": "llmdistill.opd",
+    "TAIDConfig": "llmdistill.taid",
+    "TAIDTrainer": "llmdistill.taid",
     "UserError": "llmdistill.errors",
 }
 __all__ = sorted(_PUBLIC)
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from llmdistill.config import DistillationConfig as DistillationConfig
     from llmdistill.config import RolloutConfig as RolloutConfig
     from llmdistill.errors import UserError as UserError
+    from llmdistill.method import Objective as Objective
     from llmdistill.opd import OPDConfig as OPDConfig
     from llmdistill.opd import OPDTrainer as OPDTrainer
+    from llmdistill.taid import TAIDConfig as TAIDConfig
+    from llmdistill.taid import TAIDTrainer as TAIDTrainer
     from llmdistill.trainer import DistillationTrainer as DistillationTrainer
-    from llmdistill.trainer import Objective as Objective
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from llmdistill.errors import UserError
 
-METHODS = {"opd": ("OPDConfig", "OPDTrainer")}  # module of the package -> its config and trainer
+# module of the package -> its config and trainer
+METHODS = {"opd": ("OPDConfig", "OPDTrainer"), "taid": ("TAIDConfig", "TAIDTrainer")}
 
 
 def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -42,8 +43,7 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         findings = examine(trainer, recipe, recipe.flags.skip_checks)
     finally:
-        trainer.rollout_engine.close()
-        trainer.teacher.close()
+        trainer.close()
         if not was_there and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()  # transformers makes it; a look leaves nothing behind
     title = f"{words.method}: {' + '.join(t.label for t in recipe.teachers)} into {recipe.student.model}"

@@ -105,6 +105,7 @@ class DataConfig:
     prompt_column: str = option("prompt", "column with the prompt: a string or a list of chat messages")
     completion_column: str = option("completion", "column with the completion, for methods that train on a dataset")
     domain_column: str = option("domain", "column that names a row's domain, if there is one")
+    answer_column: str = option("answer", "column with the right answer, for a task reward")
     max_prompt_tokens: int = option(1024, "longest prompt allowed, chat template included")
     overlong: Literal["error", "drop"] = option("error", "what to do with longer prompts")
     limit: int = option(0, "use only the first so many rows; 0: all")

@@ -12,122 +12,176 @@ Thinking Machines 2025). Three estimators of its gradient:
 
 The gradient is not taken through the sampling, and no future divergence is credited to a token (discount 0).
 
-``on_policy: false`` takes the dataset's completions instead of the student's samples: the teacher may then be one that
-was stored (``teacher.stored``), and none has to run.
+``sequences`` says whose text is trained on (:mod:`llmdistill.sequences`): with ``mixed`` this is GKD, with ``adaptive``
+DistiLLM's schedule, and with ``dataset`` the teacher may be one that was stored (``teacher.stored``).
+
+``reward_scale`` lambda != 1 is G-OPD (arXiv 2602.12125): the reward log T/R of a reference R is scaled against
+KL(S || R); lambda > 1 (ExOPD) goes past the teacher. Several teachers, each for its ``domains``, are expert merging.
+
+``reward`` adds a verified task reward, normalised over the samples of a prompt as in GRPO, to every token's advantage.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from llmdistill.command_line import help_text, parse, run_front_door
-from llmdistill.config import DistillationConfig, require
+from llmdistill.config import TeacherConfig, require
 from llmdistill.errors import UserError
-from llmdistill.objectives import divergences, policy, sparse
+from llmdistill.heads import head_of
+from llmdistill.method import Objective
+from llmdistill.objectives.composed import extrapolated, extrapolated_sampled
+from llmdistill.rewards import Reward, load_reward
 from llmdistill.run import run
-from llmdistill.support import Support
-from llmdistill.teachers.evidence import Kind
-from llmdistill.trainer import DistillationTrainer, Objective
+from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.load import load_teachers
+from llmdistill.teachers.local import UnadaptedTeacher
+from llmdistill.token_config import TokenConfig, setting
+from llmdistill.trainer import DistillationTrainer
 
-Divergence = Literal[
-    "reverse_kl",
-    "forward_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "adaptive_kl",
-    "f_divergence",
-]
-# The one parameter a divergence may have, and the setting that gives it.
-PARAMETER = {
-    "jsd": "beta",
-    "skew_forward_kl": "alpha",
-    "skew_reverse_kl": "alpha",
-    "adaptive_kl": "head_mass",
-    "f_divergence": "name",
-}
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help, "section": "objective"})
+INITIAL = "initial"
 
 
 @dataclass
-class OPDConfig(DistillationConfig):
-    """Settings of on-policy distillation, over :class:`~llmdistill.config.DistillationConfig`."""
+class OPDConfig(TokenConfig):
+    """Settings of on-policy distillation, over :class:`~llmdistill.token_config.TokenConfig`."""
 
-    divergence: Divergence = _setting("reverse_kl", "what is minimised, per token")
-    beta: float | None = _setting(None, "jsd: weight of the teacher in the mixture (0: forward KL, 1: reverse KL)")
-    alpha: float | None = _setting(None, "skew_forward_kl, skew_reverse_kl: weight of the other side, default 0.1")
-    head_mass: float | None = _setting(None, "adaptive_kl: teacher mass of the head, default 0.5")
-    name: str | None = _setting(None, "f_divergence: which f")
-    estimator: Kind = _setting("full", "full, top_k (with a tail bucket) or sampled")
-    top_k: int = _setting(64, "tokens listed by the top_k estimator")
-    support: Support = _setting("teacher", "whose likeliest tokens those are: teacher, student, or union (both lists)")
-    loss_temperature: float = _setting(1.0, "divides both logits in the loss; apart from rollouts.temperature")
-    on_policy: bool = _setting(True, "false: train on the dataset's completions, not on samples of the student")
+    reward_scale: float = setting(1.0, "G-OPD's lambda: scale of the reward log T/R; 1: plain OPD, > 1: ExOPD")
+    reference: str = setting(INITIAL, "R for reward_scale != 1: initial (the student's start), a model, or a URL")
+    reward: str = setting("", "task reward: math (verifies data.answer_column), or package.module:function")
+    reward_weight: float = setting(0.0, "weight of the group-normalised task reward beside the distillation advantage")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.loss_temperature > 0, "objective.loss_temperature", self.loss_temperature, "> 0", "use 1")
-        require(self.top_k >= 1, "objective.top_k", self.top_k, ">= 1", "use 64")
-        takes = PARAMETER.get(self.divergence)
-        for name in sorted(set(PARAMETER.values())):
-            if getattr(self, name) is not None and name != takes:
+        require(self.reward_scale >= 0, "objective.reward_scale", self.reward_scale, ">= 0", "1 is plain OPD")
+        require(self.reward_weight >= 0, "objective.reward_weight", self.reward_weight, ">= 0", "0 is plain OPD")
+        if self.reward_scale != 1:
+            if self.divergence != "reverse_kl" or self.estimator == "top_k":
                 raise UserError(
-                    f"objective.{name} is set, and objective.divergence {self.divergence} does not read it. "
-                    f"Fix: leave {name} out, or choose a divergence that has it."
+                    f"objective.reward_scale is {self.reward_scale:g}; it is defined for the reverse KL with estimator "
+                    f"sampled or full, not {self.divergence} with {self.estimator}. Fix: --reward_scale 1, or "
+                    "--divergence reverse_kl --estimator sampled."
                 )
-        if takes in ("beta", "name") and getattr(self, takes) is None:
-            raise UserError(f"objective.divergence {self.divergence} needs objective.{takes}")
-        if self.estimator == "sampled" and self.divergence != "reverse_kl":
+            if self.loss_temperature != 1:
+                raise UserError(
+                    f"objective.reward_scale is {self.reward_scale:g} and objective.loss_temperature "
+                    f"{self.loss_temperature:g}; the extrapolated target is that of temperature 1. Fix: use 1."
+                )
+        if self.reward_weight and self.sequences != "student":
             raise UserError(
-                f"objective.estimator sampled estimates the reverse KL, objective.divergence is {self.divergence}. "
-                "Fix: --estimator full or top_k."
+                f"objective.reward_weight is {self.reward_weight:g} and objective.sequences {self.sequences}; a reward "
+                "teaches through tokens the student drew. Fix: --sequences student."
             )
-        if self.estimator == "sampled" and not self.on_policy:
+        if self.reward and self.rollouts.samples_per_prompt < 2:
             raise UserError(
-                "objective.on_policy is false, and objective.estimator sampled needs tokens that the student drew. "
-                "Fix: --estimator full or top_k."
-            )
-        if self.support != "teacher" and self.estimator != "top_k":
-            raise UserError(
-                f"objective.support is {self.support}, and objective.estimator {self.estimator} lists no tokens. "
-                "Fix: --estimator top_k, or leave support out."
-            )
-        if self.estimator == "top_k" and self.loss_temperature != 1:
-            raise UserError(
-                f"objective.loss_temperature is {self.loss_temperature}; top-k evidence of a full softmax cannot be "
-                "tempered exactly. Fix: use 1, or --estimator full."
+                "objective.reward is normalised over the samples of a prompt, and rollouts.samples_per_prompt is "
+                f"{self.rollouts.samples_per_prompt}. Fix: --samples_per_prompt 4, say."
             )
 
     def objective(self) -> Objective:
         """The composition these settings name."""
-        if self.estimator == "sampled":
-            return Objective(partial(policy.sampled_token, temperature=self.loss_temperature), "sampled")
-        family = divergences if self.estimator == "full" else sparse
-        takes = PARAMETER.get(self.divergence)
-        given = {takes: getattr(self, takes)} if takes and getattr(self, takes) is not None else {}
-        loss = partial(getattr(family, self.divergence), temperature=self.loss_temperature, **given)
-        return Objective(loss, self.estimator, self.top_k if self.estimator == "top_k" else 0, self.support)
+        scale = self.reward_scale
+        loss = self.divergence_loss()
+        if scale != 1:
+            loss = extrapolated_sampled(scale) if self.estimator == "sampled" else extrapolated(loss, scale)
+        return Objective(
+            loss,
+            self.estimator,
+            self.listed,
+            self.support,
+            reference=scale != 1,
+            importance_cap=self.cap,
+            temperature=self.loss_temperature,
+        )
 
 
 class OPDTrainer(DistillationTrainer):
-    """Distils ``teacher`` into ``model`` on the student's own samples (``on_policy``), or on the dataset's completions.
+    """Distils ``teacher`` into ``model`` on the student's own samples, or on what ``args.sequences`` says.
+
+    ``reference`` (a Teacher, a model, or its folder) goes before ``args.reference``; ``reward`` (a function of prompts
+    and completions) before ``args.reward``.
 
     Example::
 
         trainer = OPDTrainer("student", OPDConfig(output_dir="run"), teacher="teacher", train_dataset=prompts)
         trainer.train()
+
+    Raises:
+        UserError: ``reward_scale`` != 1 without a reference, or ``reward_weight`` without a reward.
     """
 
-    def __init__(self, model: Any, args: OPDConfig, teacher: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, teacher, objective=args.objective(), **{"on_policy": args.on_policy, **kwargs})
+    args: OPDConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: OPDConfig,
+        teacher: Any,
+        *,
+        reference: Teacher | PreTrainedModel | str | None = None,
+        reward: Reward | None = None,
+        **kwargs: Any,
+    ) -> None:
+        scaled = args.reward_scale != 1
+        if scaled and reference is None and not args.reference:
+            raise UserError(
+                f"objective.reward_scale is {args.reward_scale:g} and there is no reference; lambda != 1 weighs log T "
+                "- log R. Fix: objective.reference initial, a folder or a URL, or --reward_scale 1."
+            )
+        if reward is not None and args.reward_weight and args.rollouts.samples_per_prompt < 2:
+            raise UserError(
+                "a reward is normalised over the samples of a prompt, and rollouts.samples_per_prompt is "
+                f"{args.rollouts.samples_per_prompt}. Fix: 4, say."
+            )
+        if reward is None and args.reward:
+            reward = load_reward(args.reward)
+        if args.reward_weight and reward is None:
+            raise UserError(
+                f"objective.reward_weight is {args.reward_weight:g} and there is no reward. Fix: --reward math."
+            )
+        adapted = kwargs.get("peft_config") is not None
+        named = args.reference if reference is None else reference
+        if scaled and isinstance(named, str):
+            alive = named == INITIAL and adapted
+            reference = None if alive else _initial(model, args) if named == INITIAL else _named(named, args)
+        super().__init__(
+            model,
+            args,
+            teacher,
+            objective=args.objective(),
+            reference=reference if scaled else None,
+            reward=reward,
+            reward_weight=args.reward_weight,
+            **{"sequences": args.data_policy(), **kwargs},
+        )
+        if scaled and self.reference is None:  # the student's weights are frozen below its adapter
+            self.reference = UnadaptedTeacher(self.model, self.encode.tokenizer)
+
+
+def _initial(model: Any, args: OPDConfig) -> Teacher | PreTrainedModel:
+    """The student as it starts: a frozen copy."""
+    path = model if isinstance(model, str) else model.config.name_or_path
+    sharded = not isinstance(model, str) and hasattr(head_of(model).linear.weight, "ds_id")
+    if isinstance(model, str) or (sharded and path):
+        return _named(path, args)
+    if sharded:
+        raise UserError(
+            "objective.reference is initial, and the student came in shards from nowhere. Fix: give reference a folder."
+        )
+    return copy.deepcopy(model)  # type: ignore[no-any-return]
+
+
+def _named(reference: str, args: OPDConfig) -> Teacher:
+    longest = args.rollouts.max_new_tokens + 1024
+    remote = reference.startswith(("http://", "https://"))
+    config = TeacherConfig(url=reference) if remote else TeacherConfig(model=reference, dtype="float32")
+    return load_teachers([config], args.device, longest, ["objective.reference"])
 
 
 SUMMARY = "On-policy distillation: the student samples, the teacher scores every token, the student learns from it."

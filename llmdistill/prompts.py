@@ -46,6 +46,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
+        self.dropped = 0  # rows left out by data.overlong drop so far
 
     def __call__(self, row: Mapping[str, Any], index: int = 0) -> Prompt:
         """Raises :class:`UserError` for an empty prompt, a missing template, or a prompt over the limit."""
@@ -57,8 +58,14 @@ class PromptEncoder:
                 f"row {index}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                 f"{self.config.max_prompt_tokens}. Fix: raise it, or --data.overlong drop."
             )
-        domain = row.get(self.config.domain_column)
-        return Prompt(list(ids), text, None if domain is None else str(domain), index)
+        domain, answer = row.get(self.config.domain_column), row.get(self.config.answer_column)
+        return Prompt(
+            list(ids),
+            text,
+            None if domain is None else str(domain),
+            index,
+            answer="" if answer is None else str(answer),
+        )
 
     def text(self, row: Mapping[str, Any], index: int = 0) -> str:
         """The prompt as the model sees it."""
@@ -101,6 +108,7 @@ class PromptEncoder:
             except UserError as error:
                 if self.config.overlong != "drop" or "max_prompt_tokens" not in str(error):
                     raise
+                self.dropped += 1
         if not prompts:
             raise UserError("no prompt is left: all are longer than data.max_prompt_tokens. Fix: raise it.")
         return prompts

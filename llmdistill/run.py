@@ -58,8 +58,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         after = _snapshot(trainer)
         _save(trainer, folder)
     finally:
-        trainer.rollout_engine.close()
-        trainer.teacher.close()
+        trainer.close()
     if main_process:
         folder.write_json("after.json", after)
         folder.write_json("summary.json", {"steps": trainer.state.global_step, "peak_gib": peak_memory_gib()})

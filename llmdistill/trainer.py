@@ -8,23 +8,34 @@ batch was split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, TeacherConfig
 from llmdistill.errors import UserError
 from llmdistill.heads import forward_to_head, head_of
 from llmdistill.measure import HeldOut, Measurement
 from llmdistill.meters import Meters, peak_memory_gib
+from llmdistill.method import ARGUMENTS, MicroBatch, Objective
+from llmdistill.method_state import MethodState
 from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
+from llmdistill.objectives.rows import PairedRows
 from llmdistill.objectives.streaming import streamed
 from llmdistill.prompts import PromptEncoder, completed
+from llmdistill.rewards import Reward, group_advantages
 from llmdistill.rollouts import (
     Prompt,
     Rollout,
@@ -35,34 +46,12 @@ from llmdistill.rollouts import (
 )
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.run_folder import RunFolder, RunFolderCallback
-from llmdistill.support import Support, likeliest_ids
+from llmdistill.sequences import Drawn, Only, Round, Sequences
+from llmdistill.support import likeliest_ids
 from llmdistill.teachers.base import Teacher, bytes_received
-from llmdistill.teachers.evidence import Evidence, Kind, gather
+from llmdistill.teachers.evidence import Evidence, gather
 from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.tokenization.special import eos_ids, pad_id
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A per-token loss and the evidence it reads.
-
-    ``loss(student_logits [n, V], *evidence) -> [n]``; what follows the student's logits depends on ``evidence``:
-    ``full``: teacher logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids, their log-probs [n].
-    """
-
-    loss: Callable[..., Tensor]
-    evidence: Kind = "full"
-    top_k: int = 0
-    support: Support = "teacher"  # whose likeliest tokens ``top_k`` lists
-
-
-@dataclass
-class MicroBatch:
-    """What one backward pass needs."""
-
-    rollout: Rollout
-    evidence: Evidence
-    prompts: list[Prompt] = field(default_factory=list)  # one per sequence
 
 
 class DistillationTrainer(Trainer):
@@ -73,11 +62,14 @@ class DistillationTrainer(Trainer):
         args: a :class:`~llmdistill.config.DistillationConfig`.
         teacher: a Teacher, a model (scored in this process), or a folder or hub name.
         objective: per-token loss and the evidence it needs.
-        train_dataset, eval_dataset: rows with a prompt; with a completion too when ``on_policy`` is false (held-out
-            rows need it only where the teacher does not answer: see :class:`~llmdistill.measure.HeldOut`).
+        train_dataset, eval_dataset: rows with a prompt; with a completion too where the dataset is trained
+            on (held-out rows need it only where the teacher does not answer: see :class:`~llmdistill.measure.HeldOut`).
         processing_class: the student's tokenizer; loaded from the model's folder when absent.
         peft_config: trains an adapter instead of the weights.
-        on_policy: sample the sequences from the student; else take the dataset's completions.
+        sequences: where the text comes from: ``student``, ``dataset``, ``teacher``, or a policy of
+            :mod:`llmdistill.sequences`.
+        reference: another model the objective reads, as ``teacher`` may be given.
+        reward, reward_weight: the task reward of a completion, added to the advantage of every token it has.
         rollout_engine: samples from the student; by default transformers' generate.
         data: names of the columns and the limits.
     """
@@ -102,7 +94,10 @@ class DistillationTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[Any] | None = None,
         peft_config: Any = None,
-        on_policy: bool = True,
+        sequences: Sequences | str = "student",
+        reference: Teacher | PreTrainedModel | str | None = None,
+        reward: Reward | None = None,
+        reward_weight: float = 0.0,
         rollout_engine: RolloutEngine | None = None,
         data: DataConfig | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -112,7 +107,9 @@ class DistillationTrainer(Trainer):
             processing_class = processing_class or tokenizer
         if processing_class is None:
             raise UserError("processing_class is None; with a model object give its tokenizer too")
-        self.objective, self.on_policy, self.data_config = objective, on_policy, data or DataConfig()
+        self.objective, self.data_config = objective, data or DataConfig()
+        self.data_policy = Only(sequences) if isinstance(sequences, str) else sequences
+        self.reward, self.reward_weight = reward, reward_weight if reward else 0.0
         self.encode = PromptEncoder(processing_class, self.data_config)
         if args.freeze_embeddings:
             for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -138,10 +135,14 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
         )
         self.teacher = self._as_teacher(teacher, processing_class)
-        self.vocab_size = min(head_of(self.model).vocab_size, self.teacher.info().vocab_size)
+        self.reference = None if reference is None else self._as_teacher(reference, processing_class)
+        judges = [t for t in (self.teacher, self.reference) if t is not None]
+        self.vocab_size = min(head_of(self.model).vocab_size, *(judge.info().vocab_size for judge in judges))
         self.heldout = HeldOut(self)
         self.rollout_engine = rollout_engine or make_rollout_engine(
-            args.rollouts if on_policy else RolloutConfig(),  # the dataset's completions need no engine of their own
+            args.rollouts
+            if self.on_policy
+            else RolloutConfig(),  # the dataset's completions need no engine of their own
             self.model,
             self.accelerator,
             eos_ids=self.eos_ids,
@@ -149,23 +150,64 @@ class DistillationTrainer(Trainer):
             longest=self.data_config.max_prompt_tokens + args.rollouts.max_new_tokens,
             seed=args.seed,
         )
-        self._pushed = False
+        self._pushed = -1  # the stretch of push_every steps in which weights were last pushed
+        self._step_loss = 0.0  # of the micro-batches of this optimizer step, on this rank
+        self._step_tokens = 0  # and the tokens they count, of all ranks
         self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
         self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
         self.add_callback(self._run_folder_callback)
+        self.add_callback(_StepEnd(self))
 
     # ---------------------------------------------------------------- sequences and evidence
 
-    def sequences(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        """Where the sequences of a round come from."""
-        if not self.on_policy:
-            return completed(prompts, self.pad_id)
+    @property
+    def on_policy(self) -> bool:
+        """The student may be sampled."""
+        return "student" in self.data_policy.uses
+
+    def draw(self, prompts: Sequence[Prompt]) -> Drawn:
+        """The sequences of a round, and the prompt of each."""
+        r = self.args.rollouts
+        sampling = self._sampling(self.state.global_step)
+
+        def each(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
+            n = len(rollout) // len(of)
+            return rollout, [p for p in of for _ in range(n)]
+
+        round_ = Round(
+            prompts,
+            self.state.global_step,
+            self.state.max_steps,
+            self.args.seed,
+            self.accelerator.process_index,
+            r.samples_per_prompt,
+            self.pad_id,
+            {
+                "student": lambda of: each(self._student_samples(of, sampling), of),
+                "dataset": lambda of: each(completed(of, self.pad_id), of),
+                "teacher": lambda of: each(self.teacher.generate(of, sampling), of),
+            },
+        )
+        return self.data_policy.draw(round_)
+
+    def _student_samples(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.
-        if not self._pushed or self.state.global_step % self.args.rollouts.push_every == 0:
+        # In stretches and not at the multiples alone: the student need not be the one who writes there.
+        stretch = self.state.global_step // self.args.rollouts.push_every
+        if self._pushed != stretch:
             self.rollout_engine.sync(self.forward_model(), self.state.global_step)
-            self._pushed = True
-        rollout = self.rollout_engine.generate(prompts, sampling)
-        return rollout.without_truncated() if self.args.rollouts.mask_truncated else rollout
+            self._pushed = stretch
+        return self.rollout_engine.generate(prompts, sampling)
+
+    def _rewards(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[float] | None:
+        if self.reward is None:
+            return None
+        with self.meters.timed("time/reward"):
+            rewards = [float(r) for r in self.reward(prompts, self._completions(rollout, skip_special_tokens=True))]
+        if len(rewards) != len(rollout):
+            raise UserError(f"the reward returned {len(rewards)} numbers for {len(rollout)} completions")
+        self.meters.add("rollout/reward", sum(rewards), len(rewards))
+        return rewards
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
@@ -176,12 +218,18 @@ class DistillationTrainer(Trainer):
             return [], None
         prompts = [p for group in groups for p in group]
         with self.meters.timed("time/rollout"):
-            rollout = self.sequences(prompts, self._sampling(self.state.global_step))
-        n = len(rollout) // len(prompts)
-        per_sequence = [p for p in prompts for _ in range(n)]
+            rollout, per_sequence = self.draw(prompts)
+        rewards = self._rewards(rollout, per_sequence)  # of what was written, whatever the loss then leaves out
+        if self.args.rollouts.mask_truncated and rollout.finish:
+            rollout = rollout.without_truncated()
         # Neighbours in length share a micro-batch: less padding. Ties keep their order, so a round is reproducible.
         lengths = rollout.attention_mask.sum(1).tolist()
         order = sorted(range(len(rollout)), key=lambda i: lengths[i])
+        scored = None
+        if rewards is not None:
+            group = self.args.rollouts.samples_per_prompt
+            advantages = group_advantages(rewards, group) if self.reward_weight else [0.0] * len(rewards)
+            scored = [(advantages[i], rewards[i]) for i in order]
         rollout, per_sequence = rollout.sequences(order), [per_sequence[i] for i in order]
         with self.meters.timed("time/student", 0):  # a part of it
             chosen = self.chosen_ids(rollout)
@@ -193,13 +241,17 @@ class DistillationTrainer(Trainer):
         self._note_round(rollout)
         count = torch.tensor(rollout.num_rows, device=device)
         total = self.accelerator.gather(count).sum()
-        return self._split(rollout, evidence, per_sequence, len(groups)), total
+        return self._split(rollout, evidence, per_sequence, scored, len(groups)), total
 
     def evidence(self, rollout: Rollout, chosen: Tensor | None = None, teacher: Teacher | None = None) -> Evidence:
-        """What the teacher (or another one) says about ``rollout``, as the objective reads it."""
-        wanted = self.objective
+        """What the teacher (or another one, then in the reference's place too) says about ``rollout``."""
+        wanted, device = self.objective, self.args.device
         listed = 0 if wanted.support == "student" else wanted.top_k
-        return gather(teacher or self.teacher, rollout, wanted.evidence, listed, self.args.device, chosen)
+        said = gather(teacher or self.teacher, rollout, wanted.evidence, listed, device, chosen)
+        if not wanted.reference:
+            return said
+        assert self.reference is not None
+        return PairedRows((said, gather(teacher or self.reference, rollout, wanted.evidence, listed, device)))
 
     def chosen_ids(self, rollout: Rollout) -> Tensor | None:
         """The student's likeliest tokens, where the teacher is asked about those."""
@@ -217,7 +269,14 @@ class DistillationTrainer(Trainer):
                 batch_sequences=size,
             )
 
-    def _split(self, rollout: Rollout, evidence: Evidence, prompts: list[Prompt], parts: int) -> list[dict[str, Any]]:
+    def _split(
+        self,
+        rollout: Rollout,
+        evidence: Evidence,
+        prompts: list[Prompt],
+        scored: list[tuple[float, float]] | None,
+        parts: int,
+    ) -> list[dict[str, Any]]:
         """Micro-batches of (nearly) equally many sequences, with the rows of evidence that belong to them."""
         edges = [len(rollout) * k // parts for k in range(parts + 1)]
         rows = [0]
@@ -227,6 +286,8 @@ class DistillationTrainer(Trainer):
         for a, b in zip(edges, edges[1:], strict=False):
             part = rollout.sequences(range(a, b)).to(self.args.device)
             micro = MicroBatch(part, evidence[rows[a] : rows[b]], prompts[a:b])
+            if scored is not None:
+                micro.advantages, micro.rewards = [x for x, _ in scored[a:b]], [r for _, r in scored[a:b]]
             # input_ids beside the micro-batch: transformers counts tokens and FLOPs by that key.
             batches.append({"micro_batch": micro, "input_ids": part.input_ids})
         return batches
@@ -248,26 +309,31 @@ class DistillationTrainer(Trainer):
         """Sum of the per-token losses over the global count of tokens, times the ranks gradients are averaged over."""
         micro: MicroBatch = inputs["micro_batch"]
         rollout = micro.rollout
-        head, logging = head_of(self.model), self._logs_this_step()
+        head, logging, watch = head_of(self.model), self._logs_this_step(), self.objective.watch
+        objective, rows = micro.rows(self.objective, self.reward_weight)
         per_token: list[Tensor] = []
+        watched: set[str] = set()
         found: dict[str, Any] = {}
 
         def observe(student_nV: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
-            values = self._metrics(student_nV, *evidence)
-            per_token.append(values["reverse_kl"].cpu())
+            values = watch(student_nV, *evidence[: self.objective.arguments]) if watch else {}
+            watched.update(values)
+            if logging:
+                values |= self._metrics(student_nV, *evidence[: ARGUMENTS[self.objective.evidence]])
+                per_token.append(values["reverse_kl"].cpu())
             return values
 
         def at_the_head(hidden_BTH: Tensor) -> Tensor:
             found["loss"], found["sums"] = streamed(
-                self.objective.loss,
+                objective,
                 predicting_rows(hidden_BTH, rollout.completion_mask),
                 head.linear,
-                micro.evidence,
+                rows,
                 chunk_tokens=self.args.chunk_tokens,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 vocab_size=self.vocab_size,
-                metrics=observe if logging else None,
+                metrics=observe if logging or watch else None,
             )
             return found["loss"]
 
@@ -276,14 +342,25 @@ class DistillationTrainer(Trainer):
         # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
         loss = (found["loss"] + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
         if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; training cannot go on from it. Fix: "
-                "lower train.learning_rate or use train.bf16 instead of fp16, then --resume from the last checkpoint."
-            )
+            raise UserError(self._not_finite(loss.item(), micro.prompts))
+        if self.objective.schedule is not None and self.model.training:
+            sums = [found["loss"].detach(), *(found["sums"][name] for name in watched)]
+            self._step_loss += sum(map(float, sums)) / total
+            self._step_tokens = total if num_items_in_batch is None else int(num_items_in_batch)
         if logging:
             self.meters.add_all(found["sums"], rollout.num_rows, "distill/")
             self._log_completions(micro, torch.cat(per_token) if per_token else torch.zeros(0))
         return (loss, None) if return_outputs else loss
+
+    def _not_finite(self, loss: float, prompts: Sequence[Prompt]) -> str:
+        numbers = list(dict.fromkeys(str(p.row) for p in prompts))  # a prompt may have several samples
+        rows = ", ".join(numbers[:16]) + (" …" if len(numbers) > 16 else "")
+        last = self.run_folder.newest_checkpoint()
+        return (
+            f"the loss is {loss} at step {self.state.global_step + 1}, on the prompts of rows {rows}; training cannot "
+            f"go on from it. The last complete checkpoint is {last or 'none: none was saved yet'}. Fix: lower "
+            "train.learning_rate or use train.bf16 instead of fp16, then --resume."
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
@@ -315,6 +392,8 @@ class DistillationTrainer(Trainer):
             results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in measured.flat().items()})
         if results:
             self.log(dict(results))
+            texts = [f"{metric_key_prefix}_{name}/forward_kl" for name in ("dataset", "teacher", "student")]
+            self.data_policy.evaluated(next(results[text] for text in texts if text in results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
@@ -324,11 +403,24 @@ class DistillationTrainer(Trainer):
 
     # ---------------------------------------------------------------- small things
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:  # transformers says so where there is none
+            checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        if checkpoint:
+            self._method_state().load(str(checkpoint))
+        self._step_loss, self._step_tokens, self._pushed = 0.0, 0, -1  # nothing of a run that broke off
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._run_folder_callback.stop()
+
+    def close(self) -> None:
+        """Frees what engine, teacher and reference hold. The trainer is not used afterwards."""
+        self.rollout_engine.close()
+        self.teacher.close()
+        if self.reference is not None:
+            self.reference.close()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was measured since the last line."""
@@ -336,6 +428,15 @@ class DistillationTrainer(Trainer):
             logs.update(self.meters.flush(self.accelerator))
             logs["memory/peak_gib"] = peak_memory_gib()
         super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Where transformers writes the random states: in every rank, and before trainer_state.json, which says that a
+        # checkpoint is complete.
+        super()._save_rng_state(output_dir)
+        self._method_state().save(output_dir)
+
+    def _method_state(self) -> MethodState:
+        return MethodState(self.objective, self.data_policy, self.args.process_index)
 
     def _note_round(self, rollout: Rollout) -> None:
         tokens = rollout.num_rows
@@ -354,19 +455,25 @@ class DistillationTrainer(Trainer):
         if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up
             return
         rollout, rows = micro.rollout, reverse_kl_N.split(micro.rollout.row_counts)
-        decoded = self.processing_class.batch_decode(  # type: ignore[union-attr]
-            [ids[mask].tolist() for ids, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]
-        )
         finish = rollout.finish or ("stop",) * len(rollout)
-        for prompt, completion, reason, values in zip(micro.prompts, decoded, finish, rows, strict=True):
+        rewards: Sequence[float | None] = micro.rewards or [None] * len(rollout)
+        every = zip(micro.prompts, self._completions(rollout), finish, rewards, rows, strict=True)
+        for prompt, completion, reason, reward, values in every:
             self.run_folder.add_completion(
                 step=self.state.global_step + 1,
                 prompt=prompt.text,
                 completion=completion,
                 domain=prompt.domain,
                 finish=reason,
+                **({} if reward is None else {"reward": reward}),
                 reverse_kl=values.tolist(),
             )
+
+    def _completions(self, rollout: Rollout, skip_special_tokens: bool = False) -> list[str]:
+        kept = zip(rollout.input_ids, rollout.completion_mask, strict=True)
+        return self.encode.tokenizer.batch_decode(
+            [ids[mask].tolist() for ids, mask in kept], skip_special_tokens=skip_special_tokens
+        )
 
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)
@@ -376,7 +483,7 @@ class DistillationTrainer(Trainer):
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
         optional = heldout and not all(row.get(self.data_config.completion_column) for row in rows)
-        return self.encode.encode_all(rows, completions=not (self.on_policy or optional))
+        return self.encode.encode_all(rows, completions="dataset" in self.data_policy.uses and not optional)
 
     def _as_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase) -> Teacher:
         if isinstance(teacher, str):
@@ -388,3 +495,20 @@ class DistillationTrainer(Trainer):
     def forward_model(self) -> nn.Module:
         """The student to run: DeepSpeed's engine puts sharded parameters together, everything else is the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
+
+
+class _StepEnd(TrainerCallback):
+    """Moves the objective's schedule: once per optimizer step, by the loss of the global batch, alike on every rank."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        t, schedule = self.trainer, self.trainer.objective.schedule
+        if schedule is None:
+            return
+        loss = t.accelerator.reduce(torch.tensor(t._step_loss, dtype=torch.float64, device=t.args.device))
+        counted, t._step_loss, t._step_tokens = t._step_tokens, 0.0, 0
+        if not counted:  # of no rank, for all have the same count: there is no loss to move by
+            return
+        t.meters.add("distill/schedule", schedule.update(float(loss), state.global_step))

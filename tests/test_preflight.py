@@ -523,7 +523,7 @@ def replayed(
 
 def test_a_stored_teacher_passes_without_being_asked_anything_new(tmp_path: Any) -> None:
     rows = tiny.rows(12)
-    trainer = replayed(tmp_path, 8, rows[:8], rows[8:], on_policy=False)
+    trainer = replayed(tmp_path, 8, rows[:8], rows[8:], sequences="dataset")
     findings = preflight(trainer)
     assert {f.check for f in findings if f.level == "ok"} == set(NAMES) - {"self"}
     assert "is read from disk" in message(trainer, "self", "notice")
@@ -531,7 +531,7 @@ def test_a_stored_teacher_passes_without_being_asked_anything_new(tmp_path: Any)
 
 
 def test_a_store_that_lacks_training_rows(tmp_path: Any) -> None:
-    trainer = replayed(tmp_path, 5, tiny.rows(8), on_policy=False)
+    trainer = replayed(tmp_path, 5, tiny.rows(8), sequences="dataset")
     said = message(trainer, "stored")
     assert "3 of the first 8 training sequences are not stored" in said and "first: row 5" in said
     assert "teacher.model or teacher.url" in said
@@ -541,19 +541,19 @@ def test_a_store_that_lacks_training_rows(tmp_path: Any) -> None:
 def test_a_stored_teacher_cannot_follow_a_student_that_samples(tmp_path: Any) -> None:
     trainer = replayed(tmp_path, 8, tiny.rows(8))
     assert "only replays what is stored" in message(trainer, "stored")
-    assert "objective.on_policy false" in message(trainer, "stored")
+    assert "objective.sequences dataset" in message(trainer, "stored")
 
 
 def test_held_out_rows_a_store_cannot_judge_are_not_measured(tmp_path: Any) -> None:
     bare = tiny.rows(12, completion=False)[8:]
-    trainer = replayed(tmp_path, 8, tiny.rows(8), bare, on_policy=False)
+    trainer = replayed(tmp_path, 8, tiny.rows(8), bare, sequences="dataset")
     assert "nothing will be measured on held-out rows: they have no completions" in message(trainer, "stored", "notice")
     assert trainer.measure_heldout(trainer.eval_dataset) == {}  # type: ignore[arg-type]
-    trainer = replayed(tmp_path, 8, tiny.rows(8), tiny.rows(12)[8:], on_policy=False)
+    trainer = replayed(tmp_path, 8, tiny.rows(8), tiny.rows(12)[8:], sequences="dataset")
     trainer.teacher.known = {k for k in trainer.teacher.known if len(k) < 30}  # type: ignore[attr-defined]
     assert trainer.measure_heldout(trainer.eval_dataset) == {}  # type: ignore[arg-type]
     assert "a sequence is not in the store" in trainer.heldout.lacking(trainer.eval_dataset)  # type: ignore[arg-type]
-    known = replayed(tmp_path, 8, tiny.rows(8), tiny.rows(12)[8:], on_policy=False)
+    known = replayed(tmp_path, 8, tiny.rows(8), tiny.rows(12)[8:], sequences="dataset")
     assert set(known.measure_heldout(known.eval_dataset)) == {"dataset"}  # type: ignore[arg-type]
 
 
@@ -566,6 +566,6 @@ def test_it_works_off_policy(tmp_path: Any) -> None:
         objective=args.objective(),
         train_dataset=tiny.rows(4),
         processing_class=tiny.tokenizer(),
-        on_policy=False,
+        sequences="dataset",
     )
     assert not [f for f in preflight(trainer) if f.level == "fail"]

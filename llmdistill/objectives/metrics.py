@@ -10,6 +10,7 @@ from torch import Tensor
 from llmdistill.objectives.buckets import check_evidence, student_buckets, teacher_buckets
 from llmdistill.objectives.cores import kl_terms
 from llmdistill.objectives.fused import compute_dtype
+from llmdistill.objectives.taid import towards
 
 
 @torch.no_grad()
@@ -63,6 +64,24 @@ def sampled_metrics(student_logits: Tensor, token_ids: Tensor, teacher_lp: Tenso
     log_s = student_logits.log_softmax(-1, dtype=compute_dtype(student_logits))
     log_s_y = log_s.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     return {"reverse_kl": log_s_y - teacher_lp, "entropy": _entropy(log_s, log_s.exp())}
+
+
+@torch.no_grad()
+def target_entropy(student_logits: Tensor, *evidence: Tensor, t: float, temperature: float = 1.0) -> dict[str, Tensor]:
+    """{"target_entropy": H(p_t) [...]} of TAID: by so much the cross-entropy of its released code exceeds the KL.
+
+    evidence: teacher logits [..., V], or top-k ids and log-probs [..., K], whose buckets then make up p_t.
+    """
+    dtype = compute_dtype(student_logits)
+    if len(evidence) == 1:
+        log_s = (student_logits.to(dtype) / temperature).log_softmax(-1)
+        log_t = (evidence[0].to(dtype) / temperature).log_softmax(-1)
+    else:
+        ids, logprobs = evidence
+        log_s, _ = student_buckets(student_logits.to(dtype), ids, temperature=temperature)
+        log_t = teacher_buckets(ids, logprobs.to(dtype), student_logits.shape[-1], temperature=temperature)
+    log_p = towards(log_s, log_t, t)
+    return {"target_entropy": _entropy(log_p, log_p.exp())}
 
 
 def _divergences(log_s: Tensor, log_t: Tensor, s: Tensor, t: Tensor) -> dict[str, Tensor]:

@@ -242,6 +242,32 @@ class MixtureRows:
         return (mixed,)
 
 
+@dataclass(frozen=True, eq=False)
+class PairedRows:
+    """Several kinds of evidence about the same tokens; the objective takes all their arguments, one after another."""
+
+    parts: tuple[TeacherRows, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(part) for part in self.parts}) != 1:
+            raise ValueError(f"the parts have {[len(p) for p in self.parts]} rows; all must speak of the same tokens")
+
+    @property
+    def width(self) -> int | None:
+        widths = [part.width for part in self.parts if part.width is not None]
+        return min(widths) if widths else None
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, index: Index) -> "PairedRows":
+        return PairedRows(tuple(part[index] for part in self.parts))
+
+    def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
+        columns = vocab_size or self.width  # two heads of different width are cut to the narrower one
+        return tuple(tensor for part in self.parts for tensor in part.chunk(rows, columns))
+
+
 def _narrowest(parts: tuple[TeacherRows, ...]) -> int | None:
     widths = [part.width for part in parts]
     return None if None in widths else min(w for w in widths if w is not None)
@@ -254,7 +280,7 @@ def as_rows(teacher: Teacher) -> TeacherRows:
     """Logits and (hidden, lm_head) pairs become rows; a head that autocast would cast is cast here, once."""
     if isinstance(teacher, Tensor):
         return LogitRows(teacher)
-    if isinstance(teacher, RoutedRows | MixtureRows):
+    if isinstance(teacher, RoutedRows | MixtureRows | PairedRows):
         return replace(teacher, parts=tuple(map(as_rows, teacher.parts)))
     rows = HiddenRows(*teacher) if isinstance(teacher, tuple) else teacher
     if isinstance(rows, HiddenRows):

@@ -38,13 +38,18 @@ def sparse_taid(
 
 
 def towards_teacher(log_s: Tensor, log_t: Tensor, s: Tensor, *, t: float) -> tuple[Tensor, Tensor]:
-    """A core (see `cores`): log-probs interpolate like logits, up to the constant that normalising takes away."""
+    """A core (see `cores`) on log-probs of tokens or buckets."""
+    return cores.forward_kl(log_s, towards(log_s, log_t, t), s)
+
+
+def towards(log_s: Tensor, log_t: Tensor, t: float) -> Tensor:
+    """log p_t: log-probs interpolate like logits, up to the constant that normalising takes away. Overwrites log_t."""
     if not 0.0 <= t <= 1.0:
         raise ValueError(f"t is {t}; it is the share of the teacher in the target and must lie in [0, 1]")
     if t == 0.0:  # 0 * -inf is NaN
-        return cores.forward_kl(log_s, log_s.clone(), s)
+        return log_s.clone()
     target = log_t if t == 1.0 else log_t.mul_(t).add_(log_s, alpha=1.0 - t)
-    return cores.forward_kl(log_s, target.sub_(target.logsumexp(-1, keepdim=True)), s)
+    return target.sub_(target.logsumexp(-1, keepdim=True))
 
 
 @dataclass
@@ -73,7 +78,8 @@ class TAIDSchedule:
         if not math.isnan(previous):
             change = (previous - self.previous_loss) / (previous + 1e-15)
             self.momentum = self.beta * self.momentum + (1.0 - self.beta) * change
-            moved = self.t + self.alpha * (1.0 - self.t) / (1.0 + math.exp(-self.momentum))
+            # sigmoid by way of tanh: after a loss of almost 0 the change is beyond what exp can take.
+            moved = self.t + self.alpha * (1.0 - self.t) * 0.5 * (1.0 + math.tanh(0.5 * self.momentum))
             line = self.t_start + (self.t_end - self.t_start) * step / self.num_steps
             self.t = min(self.t_end, max(line, moved))
         return self.t

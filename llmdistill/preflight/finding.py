@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.command_line import Recipe
 from llmdistill.config import DistillationConfig
 from llmdistill.heads import head_of
+from llmdistill.method import Objective
 from llmdistill.rollouts import Prompt
 from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
 from llmdistill.tokenization.compare import tokens_by_id
-from llmdistill.trainer import DistillationTrainer, Objective
+from llmdistill.trainer import DistillationTrainer
 
 Level = Literal["ok", "notice", "fail"]
 STYLE = {"ok": "green", "notice": "yellow", "fail": "bold red"}

@@ -123,8 +123,14 @@ def objective(s: Subject) -> Iterator[Finding]:
             f"the full estimator asks a teacher outside this process for {width} log-probs a token",
             "--estimator top_k, or teacher.engine hf",
         )
+    if s.trainer.reference is not None and s.trainer.reference.info().tokenizer != s.info.tokenizer:
+        yield fail(
+            f"reference {s.trainer.reference.info().name!r} has another vocabulary than teacher {s.info.name!r}: its "
+            "log-probs would be of other tokens",
+            "--reference initial, or a model of the teacher's family",
+        )
     if not s.trainer.on_policy:
-        yield ok(f"{wanted.evidence} estimator on the dataset's completions")
+        yield ok(f"{wanted.evidence} estimator on the {' or '.join(sorted(s.trainer.data_policy.uses))}'s completions")
         return
     if r.push_every > 1 and s.args.save_strategy == "steps" and s.args.save_steps % r.push_every:
         yield notice(

@@ -53,10 +53,10 @@ def stored(s: Subject) -> Iterator[Finding]:
     if s.live:
         yield ok("the teacher answers itself, and need not have stored anything")
         return
-    if s.trainer.on_policy:
+    if s.trainer.data_policy.uses != {"dataset"}:
         yield fail(
-            "the teacher only replays what is stored, and what the student will write is not known yet",
-            "objective.on_policy false, or teacher.model or teacher.url beside teacher.stored",
+            "the teacher only replays what is stored, and what will be written is not known yet",
+            "objective.sequences dataset, or teacher.model or teacher.url beside teacher.stored",
         )
         return
     first, reasons = s.prompts[:STORED_ROWS], {}

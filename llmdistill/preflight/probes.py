@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from llmdistill.heads import head_of, hidden_states
 from llmdistill.meters import Meters
+from llmdistill.method import MicroBatch
 from llmdistill.objectives.projection import Projection
 from llmdistill.preflight.finding import Subject
 from llmdistill.prompts import completed
 from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.evidence import Evidence
-from llmdistill.trainer import DistillationTrainer, MicroBatch
+from llmdistill.trainer import DistillationTrainer
 
 PROMPTS = 2
 NEW_TOKENS = 8
@@ -48,7 +49,7 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> Rollout:
         seen[route] += 1
         if seen[route] <= PROMPTS:
             chosen.append(prompt)
-    if not trainer.on_policy:
+    if trainer.data_policy.uses == {"dataset"}:
         if s.live:
             chosen = [replace(p, completion=p.completion[:NEW_TOKENS]) for p in chosen]
         return completed(chosen, trainer.pad_id)

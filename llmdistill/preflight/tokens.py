@@ -86,7 +86,7 @@ def eos_pad(s: Subject) -> Iterator[Finding]:
             )
     if s.tokenizer.eos_token_id not in student | {None}:
         message = f"the tokenizer's eos {s.tokenizer.eos_token_id} is none of the student's eos ids {sorted(student)}"
-        if s.trainer.on_policy:
+        if "dataset" not in s.trainer.data_policy.uses:
             yield notice(message)
         else:
             yield fail(f"{message}: the dataset's completions would end with a token that stops nothing", fix)
@@ -149,7 +149,7 @@ def context(s: Subject) -> Iterator[Finding]:
 
 def _lengths(s: Subject, train: list[Prompt], heldout: list[Prompt]) -> tuple[int, int]:
     """Of the longest prompt, and of the longest completion it may get."""
-    sampled = s.args.rollouts.max_new_tokens if (s.trainer.on_policy and train) or heldout else 0
+    sampled = s.args.rollouts.max_new_tokens if (s.trainer.data_policy.uses != {"dataset"} and train) or heldout else 0
     new = max([sampled, *(len(p.completion) for p in train + heldout)])
     return max((len(p.ids) for p in train + heldout), default=0), new
 
@@ -178,7 +178,7 @@ def prompts(s: Subject) -> Iterator[Finding]:
     empty = [p.row for p in s.prompts + s.heldout if not p.ids]
     if empty:
         yield fail(f"{len(empty)} prompts have no token (first: row {empty[0]})", "remove them")
-    if not s.trainer.on_policy and (bare := [p.row for p in s.prompts if not p.completion]):
+    if "dataset" in s.trainer.data_policy.uses and (bare := [p.row for p in s.prompts if not p.completion]):
         yield fail(f"{len(bare)} rows have no completion (first: row {bare[0]})", "--data.completion_column NAME")
     limit = s.trainer.data_config.max_prompt_tokens
     if over := [p.row for p in s.prompts + s.heldout if len(p.ids) > limit]:
@@ -195,6 +195,8 @@ def prompts(s: Subject) -> Iterator[Finding]:
         )
     if len(seen) < len(s.prompts):
         yield notice(f"{len(s.prompts) - len(seen)} training prompts are repetitions of others")
+    if dropped := s.trainer.encode.dropped:
+        yield notice(f"{dropped} rows left out: their prompts are longer than data.max_prompt_tokens {limit}")
     if not s.heldout:
         yield notice("no held-out prompts: nothing is measured before and after", "--data.heldout FILE")
     yield ok(f"{len(s.prompts)} to train on, {len(s.heldout)} held out")

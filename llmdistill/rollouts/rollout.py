@@ -26,6 +26,7 @@ class Prompt:
     domain: str | None = None
     row: int = 0  # index in the dataset it was read from, for messages and logs
     completion: tuple[int, ...] = ()  # the dataset's own, for methods that train on it
+    answer: str = ""  # the right one, for rewards that verify
 
 
 @dataclass(frozen=True)

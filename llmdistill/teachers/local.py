@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,6 +129,29 @@ class LocalTeacher:
 
     def close(self) -> None:
         """Nothing to free: the model goes with its last reference."""
+
+
+class UnadaptedTeacher(LocalTeacher):
+    """A PEFT model as it is without its adapter: the student's start, while the student is trained.
+
+    Unlike a teacher's, its weights stay trainable and in training mode; they are only read here.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        super().__init__(model, tokenizer, **options)
+        wanted = {id(p) for p in frozen}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) not in wanted)
+
+    @torch.no_grad()
+    def dense(self, rollout: Rollout) -> HiddenRows:
+        was_training = self.model.training
+        self.model.eval()
+        with self.model.disable_adapter():  # type: ignore[operator]
+            rows = super().dense(rollout)
+        self.model.train(was_training)
+        return rows
 
 
 def load_model(

@@ -74,7 +74,7 @@ def enter(paths: Iterable[str]) -> tuple[list[str], int | None, int | None]:
 
 def private_folder(path: str, size: int, uid: int | None, readable: Iterable[str] = ()) -> None:
     """Cover ``path`` by an empty file system in memory of ``size`` bytes and at most 1,024 files, seen by the calling
-    process only and gone with it. Those of ``readable`` that lie beneath it (a Python under /tmp) still do afterwards."""
+    process only and gone with it. Those of ``readable`` beneath it (a Python under /tmp) can be seen through it."""
     _unshare(_NEWNS)
     beneath = [p for p in _layout(list(readable))[0] if _beneath(p, path) and os.path.isdir(p)]
     # Detached copies of these mounts: there is no /proc here any more through which an open directory could be bound.

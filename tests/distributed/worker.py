@@ -114,7 +114,7 @@ def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrain
         train_dataset=make_rows(PROMPTS, 5),
         eval_dataset=make_rows(5, 6),
         processing_class=tokenizer,
-        on_policy=on_policy,
+        sequences="student" if on_policy else "dataset",
     )
     # evaluate() samples at temperature 1 from a stream per process; greedy, it does not depend on their number.
     for sampler in (trainer.rollout_engine, teacher):

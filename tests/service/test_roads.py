@@ -21,12 +21,12 @@ import torch
 
 from llmdistill import DistillationTrainer, OPDConfig
 from llmdistill.config import TeacherConfig
+from llmdistill.method import MicroBatch
 from llmdistill.rollouts import Prompt, Rollout, Sampling
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.teachers.remote import connect
 from llmdistill.teachers.stored import StoredTeacher
-from llmdistill.trainer import MicroBatch
 from tests.service.process import ServiceProcess
 
 pytestmark = pytest.mark.slow
@@ -185,7 +185,7 @@ def opd_loss(student: Any, tokenizer: Any, teacher: Teacher, rollout: Rollout, a
         objective=args.objective(),
         train_dataset=[{"prompt": "x", "completion": "y"}],
         processing_class=tokenizer,
-        on_policy=False,
+        sequences="dataset",
     )
     trainer.model.train()
     evidence = trainer.evidence(rollout, trainer.chosen_ids(rollout))

@@ -36,7 +36,7 @@ def loss_of(folder: Path, estimator: Any, student_seed: int, source: Any) -> tup
         objective=args.objective(),
         train_dataset=tiny.rows(4),
         processing_class=tiny.tokenizer(),
-        on_policy=False,
+        sequences="dataset",
     )
     return loss_and_gradients(trainer, batch(SEQUENCES))
 

@@ -44,7 +44,7 @@ def run(folder: Path, output: Path, teachers: Any, estimator: str = "top_k", **s
         **several,
         "data": {"train": str(folder / "train.jsonl")},
         "rollouts": {"max_new_tokens": 5},
-        "objective": {"on_policy": False, "estimator": estimator, "top_k": 16},
+        "objective": {"sequences": "dataset", "estimator": estimator, "top_k": 16},
         "train": {
             "output_dir": str(output),
             "max_steps": STEPS,
@@ -113,7 +113,7 @@ def test_every_epoch_reads_the_same(tmp_path: Path) -> None:
         output_dir=str(tmp_path / "run"),
         estimator="top_k",
         top_k=16,
-        on_policy=False,
+        sequences="dataset",
         num_train_epochs=3,
         per_device_train_batch_size=6,
         learning_rate=0.0,
@@ -159,7 +159,7 @@ def test_held_out_rows_are_measured_on_their_own_text_if_it_is_stored(folder: Pa
 def test_on_policy_from_disk_is_refused_before_the_first_step(folder: Path, tmp_path: Path) -> None:
     store = {"stored": str(tmp_path / "store")}
     StoredTeacher(tmp_path / "store", LocalTeacher(tiny.llama(2), tiny.tokenizer())).close()
-    with pytest.raises(UserError, match="only replays what is stored.*objective.on_policy false"):
+    with pytest.raises(UserError, match="only replays what is stored.*objective.sequences dataset"):
         run(folder, tmp_path / "run", store, objective={"estimator": "top_k", "top_k": 16})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     with pytest.raises(UserError, match="16 of the first 16 training sequences are not stored"):

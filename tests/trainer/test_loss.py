@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig
+from llmdistill.method import MicroBatch
 from llmdistill.objectives import divergences
 from llmdistill.rollouts import Rollout, Sampling, collate
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.trainer import MicroBatch
 from tests import tiny
 
 FULL = Objective(divergences.reverse_kl, "full")
@@ -31,7 +31,7 @@ def trainer(tmp_path: Path, student: Any = None, teacher: Any = None, **settings
         objective=objective,
         train_dataset=tiny.rows(16),
         processing_class=tiny.tokenizer(),
-        on_policy=False,
+        sequences="dataset",
     )
 
 

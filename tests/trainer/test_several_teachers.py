@@ -17,7 +17,6 @@ from llmdistill.command_line import parse
 from llmdistill.config import TeacherConfig
 from llmdistill.opd import main
 from llmdistill.report.page import write_report
-from llmdistill.rollouts import Sampling
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.rollouts.hf import HFRollouts
 from llmdistill.teachers.load import load_teachers
@@ -39,7 +38,7 @@ def domain_rows(n: int, *, completion: bool = True) -> list[dict[str, Any]]:
 
 
 def trainer(tmp_path: Path, teacher: Any, student: Any = None, **settings: Any) -> DistillationTrainer:
-    objective, on_policy = settings.pop("objective", FULL), settings.pop("on_policy", False)
+    objective, sequences = settings.pop("objective", FULL), settings.pop("sequences", "dataset")
     engine = settings.pop("rollout_engine", None)
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **settings}
     settings.setdefault("rollouts", RolloutConfig(max_new_tokens=6))
@@ -51,7 +50,7 @@ def trainer(tmp_path: Path, teacher: Any, student: Any = None, **settings: Any) 
         train_dataset=domain_rows(16),
         eval_dataset=domain_rows(4),
         processing_class=tiny.tokenizer(),
-        on_policy=on_policy,
+        sequences=sequences,
         rollout_engine=engine,
     )
 
@@ -182,10 +181,10 @@ def test_a_run_that_starts_between_two_pushes_pushes_first(tmp_path: Path) -> No
     """As a resumed one does; then it is back in the rhythm of the undisturbed one."""
     engine = Pushed(eos_ids=[1], pad_id=0)
     rollouts = RolloutConfig(engine="vllm", max_new_tokens=2, push_every=4)
-    t = trainer(tmp_path, local(2), on_policy=True, rollouts=rollouts, rollout_engine=engine)
+    t = trainer(tmp_path, local(2), sequences="student", rollouts=rollouts, rollout_engine=engine)
     for step in (2, 3, 4, 5):
         t.state.global_step = step
-        t.sequences(t.train_dataset[:2], Sampling(2))  # type: ignore[index]
+        t.draw(t.train_dataset[:2])  # type: ignore[index]
     assert engine.pushes == [2, 4]
 
 

@@ -11,9 +11,9 @@ import torch
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.errors import UserError
 from llmdistill.heads import head_of
+from llmdistill.method import MicroBatch
 from llmdistill.rollouts import position_ids, predicting_rows
 from llmdistill.support import likeliest_ids
-from llmdistill.trainer import MicroBatch
 from tests import tiny
 from tests.trainer.test_loss import SEQUENCES, batch
 
