@@ -16,6 +16,8 @@ _PUBLIC = {
     "Objective": "llmdistill.method",
     "OPDConfig": "llmdistill.opd",
     "OPDTrainer": "llmdistill.opd",
+    "REDIConfig": "llmdistill.redi",
+    "REDITrainer": "llmdistill.redi",
     "TAIDConfig": "llmdistill.taid",
     "TAIDTrainer": "llmdistill.taid",
     "UserError": "llmdistill.errors",
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from llmdistill.method import Objective as Objective
     from llmdistill.opd import OPDConfig as OPDConfig
     from llmdistill.opd import OPDTrainer as OPDTrainer
+    from llmdistill.redi import REDIConfig as REDIConfig
+    from llmdistill.redi import REDITrainer as REDITrainer
     from llmdistill.taid import TAIDConfig as TAIDConfig
     from llmdistill.taid import TAIDTrainer as TAIDTrainer
     from llmdistill.trainer import DistillationTrainer as DistillationTrainer

@@ -40,7 +40,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     Raises:
         UserError: whatever the user can mend; everything written before it stays.
     """
-    _quiet()
+    quiet()
     console = Console(stderr=True)
     folder = RunFolder(recipe.args.output_dir or "runs/default")
     trainer = build(recipe, trainer_class)
@@ -49,14 +49,15 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
             if main_process:
                 finding.show(console)
-        checkpoint = _checkpoint(recipe, folder, console)  # after the checks: a refused command touches no earlier run
+        # After the checks: a refused command touches no earlier run.
+        checkpoint = checkpoint_to_resume(recipe, folder, console)
         if main_process:
             folder.write_config(recipe.resolved())
         before = _Before(trainer, folder)
         trainer.callback_handler.callbacks.insert(0, before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = _snapshot(trainer)
-        _save(trainer, folder)
+        save_student(trainer, folder)
     finally:
         trainer.close()
     if main_process:
@@ -68,7 +69,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """One progress bar is ours; those of the libraries (loading, writing, tokenising) would bury it."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -179,7 +180,7 @@ def _texts(trainer: DistillationTrainer, rollout: Rollout) -> list[str]:
     return [t.strip() for t in trainer.encode.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _checkpoint(recipe: Recipe, folder: RunFolder, console: Console) -> Path | None:
+def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) -> Path | None:
     """Where to go on from; an earlier run in the way is moved aside, never overwritten."""
     if recipe.flags.resume:
         checkpoint = folder.newest_checkpoint()
@@ -194,7 +195,7 @@ def _checkpoint(recipe: Recipe, folder: RunFolder, console: Console) -> Path | N
     return None
 
 
-def _save(trainer: DistillationTrainer, folder: RunFolder) -> None:
+def save_student(trainer: DistillationTrainer, folder: RunFolder) -> None:
     """``student/``: a checkpoint transformers and vLLM load. A LoRA student is saved merged, its adapter beside it."""
     model, target = trainer.model, folder.path / "student"
     if hasattr(model, "merge_and_unload"):

@@ -9,6 +9,7 @@ batch was split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -174,6 +175,9 @@ class DistillationTrainer(Trainer):
             n = len(rollout) // len(of)
             return rollout, [p for p in of for _ in range(n)]
 
+        def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # text that no student wrote is never stale
+            return each(replace(rollout, policy_version=self.state.global_step), of)
+
         round_ = Round(
             prompts,
             self.state.global_step,
@@ -184,8 +188,8 @@ class DistillationTrainer(Trainer):
             self.pad_id,
             {
                 "student": lambda of: each(self._student_samples(of, sampling), of),
-                "dataset": lambda of: each(completed(of, self.pad_id), of),
-                "teacher": lambda of: each(self.teacher.generate(of, sampling), of),
+                "dataset": lambda of: others(completed(of, self.pad_id), of),
+                "teacher": lambda of: others(self.teacher.generate(of, sampling), of),
             },
         )
         return self.data_policy.draw(round_)
@@ -203,7 +207,9 @@ class DistillationTrainer(Trainer):
         if self.reward is None:
             return None
         with self.meters.timed("time/reward"):
-            rewards = [float(r) for r in self.reward(prompts, self._completions(rollout, skip_special_tokens=True))]
+            rewards = [
+                float(r) for r in self.reward(prompts, self._completions(rollout, prompts, skip_special_tokens=True))
+            ]
         if len(rewards) != len(rollout):
             raise UserError(f"the reward returned {len(rewards)} numbers for {len(rollout)} completions")
         self.meters.add("rollout/reward", sum(rewards), len(rewards))
@@ -213,6 +219,8 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """One round: all micro-batches of the next optimizer step, and the global number of counted tokens."""
+        if self.state.global_step >= self.state.max_steps:  # resumed where all steps are done: transformers goes on
+            return [], None
         groups = list(islice(epoch_iterator, num_batches))
         if not groups:
             return [], None
@@ -457,7 +465,7 @@ class DistillationTrainer(Trainer):
         rollout, rows = micro.rollout, reverse_kl_N.split(micro.rollout.row_counts)
         finish = rollout.finish or ("stop",) * len(rollout)
         rewards: Sequence[float | None] = micro.rewards or [None] * len(rollout)
-        every = zip(micro.prompts, self._completions(rollout), finish, rewards, rows, strict=True)
+        every = zip(micro.prompts, self._completions(rollout, micro.prompts), finish, rewards, rows, strict=True)
         for prompt, completion, reason, reward, values in every:
             self.run_folder.add_completion(
                 step=self.state.global_step + 1,
@@ -469,11 +477,11 @@ class DistillationTrainer(Trainer):
                 reverse_kl=values.tolist(),
             )
 
-    def _completions(self, rollout: Rollout, skip_special_tokens: bool = False) -> list[str]:
-        kept = zip(rollout.input_ids, rollout.completion_mask, strict=True)
-        return self.encode.tokenizer.batch_decode(
-            [ids[mask].tolist() for ids, mask in kept], skip_special_tokens=skip_special_tokens
-        )
+    def _completions(self, rollout: Rollout, prompts: Sequence[Prompt], skip_special_tokens: bool = False) -> list[str]:
+        """All that was written, also what the loss leaves out."""
+        ends = rollout.attention_mask.sum(1).tolist()
+        written = [ids[len(p.ids) : end].tolist() for ids, p, end in zip(rollout.input_ids, prompts, ends, strict=True)]
+        return self.encode.tokenizer.batch_decode(written, skip_special_tokens=skip_special_tokens)
 
     def _logs_this_step(self) -> bool:
         step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.rewards import math_reward
 from llmdistill.rollouts import Prompt
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.mixture import UNKNOWN_FIX
@@ -180,6 +181,9 @@ def prompts(s: Subject) -> Iterator[Finding]:
         yield fail(f"{len(empty)} prompts have no token (first: row {empty[0]})", "remove them")
     if "dataset" in s.trainer.data_policy.uses and (bare := [p.row for p in s.prompts if not p.completion]):
         yield fail(f"{len(bare)} rows have no completion (first: row {bare[0]})", "--data.completion_column NAME")
+    bare = [p.row for p in s.prompts if not p.answer] if s.trainer.reward is math_reward else []
+    if bare:
+        yield fail(f"{len(bare)} rows have no answer to verify (first: row {bare[0]})", "--data.answer_column NAME")
     limit = s.trainer.data_config.max_prompt_tokens
     if over := [p.row for p in s.prompts + s.heldout if len(p.ids) > limit]:
         yield fail(

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.rollouts import Prompt, Sampling
 from llmdistill.run_folder import RunFolder
 from llmdistill.teachers.local import LocalTeacher, load_model
@@ -151,3 +153,28 @@ def test_an_earlier_run_is_moved_aside_and_kept(tmp_path: Path) -> None:
         folder.write_json("before.json", {})
         assert folder.move_aside() == tmp_path / expected
         assert (tmp_path / expected / "before.json").exists()
+
+
+def test_resuming_what_is_done_changes_nothing(tmp_path: Path) -> None:
+    """In the middle of an epoch, where transformers would take one more step."""
+
+    def run(resume: bool) -> Any:
+        args = OPDConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            save_steps=3,
+            logging_steps=1,
+            learning_rate=1e-2,
+            rollouts=RolloutConfig(max_new_tokens=4),
+        )
+        trainer = OPDTrainer(
+            tiny.llama(1), args, tiny.llama(2), train_dataset=tiny.rows(16), processing_class=tiny.tokenizer()
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    first, again = run(False), run(True)
+    assert again.state.global_step == 3
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
