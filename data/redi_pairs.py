@@ -64,7 +64,6 @@ def make_rows(size: int) -> tuple[list[dict], list[dict]]:
             "id": key,
             "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{expression} ="}],
             "domain": "reasoning_gym/chain_sum",
-            "answer": "74",
             "answer": problem["answer"],
             "chosen": chosen,
             "rejected": rejected,
