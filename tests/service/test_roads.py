@@ -177,7 +177,9 @@ ROADS: dict[str, Road] = {
 def opd_loss(student: Any, tokenizer: Any, teacher: Teacher, rollout: Rollout, asked: str, folder: Path) -> float:
     """The loss of one step of the trainer on fixed completions; ``asked``: an estimator, or whose tokens it lists."""
     settings: dict[str, Any] = {"estimator": asked} if asked in ("top_k", "sampled") else {"support": asked}
-    args = OPDConfig(output_dir=str(folder / "run"), **{"estimator": "top_k", "top_k": TOP_K, **settings})
+    # The text is the same for all: who drew it is not in question here.
+    settings = {"estimator": "top_k", "top_k": TOP_K, "importance_cap": 0.0, **settings}
+    args = OPDConfig(output_dir=str(folder / "run"), **settings)
     trainer = DistillationTrainer(
         student,
         args,
