@@ -161,7 +161,7 @@ class PairTrainer(Trainer):
         self, epoch_iterator: Iterator[list[Pair]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The micro-batches of the next optimizer step, and the global number of its pairs."""
-        if self.state.global_step >= self.state.max_steps:  # resumed where all steps are done: transformers goes on
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where all steps are done: transformers goes on
             return [], None
         groups = list(islice(epoch_iterator, num_batches))
         if not groups or self.control.should_training_stop:  # resumed where the guard had stopped: nothing is trained

@@ -219,7 +219,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """One round: all micro-batches of the next optimizer step, and the global number of counted tokens."""
-        if self.state.global_step >= self.state.max_steps:  # resumed where all steps are done: transformers goes on
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where all steps are done: transformers goes on
             return [], None
         groups = list(islice(epoch_iterator, num_batches))
         if not groups:

@@ -296,14 +296,15 @@ def test_the_loss_with_a_reward_is_the_one_by_hand(tmp_path: Path) -> None:
     by_prompt: dict[int, list[float]] = {p.row: [] for p in prompts}
     student, teacher, expected, loss = tiny.llama(1), tiny.llama(2), 0.0, 0.0
     for inputs in batches:
-        for text, prompt in zip(t._completions(inputs["micro_batch"].rollout, True), inputs["micro_batch"].prompts, strict=True):  # fmt: skip  # noqa: E501
+        micro = inputs["micro_batch"]
+        for text, prompt in zip(t._completions(micro.rollout, micro.prompts, True), micro.prompts, strict=True):
             by_prompt[prompt.row].append(float(len(text)))
     assert [len(found) for found in by_prompt.values()] == [4, 4, 4] and any(
         len(set(r)) > 1 for r in by_prompt.values()
     )
     for inputs in batches:
         micro = inputs["micro_batch"]
-        texts = t._completions(micro.rollout, skip_special_tokens=True)
+        texts = t._completions(micro.rollout, micro.prompts, skip_special_tokens=True)
         rows = zip(micro.rollout.input_ids, micro.rollout.attention_mask, micro.prompts, texts, micro.advantages,
                    strict=True)  # fmt: skip
         for ids, attention, prompt, text, advantage in rows:

@@ -243,7 +243,7 @@ def test_gopd_with_a_verified_reward_from_the_command_line(command: list[str], t
     assert opd([*found, "--reward_weight", "0.5", "--samples_per_prompt", "2", "--estimator", "sampled"]) == 0
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [0 <= x["rollout/reward"] <= 1 for x in lines if "loss" in x] == [True, True]
-    with pytest.raises(UserError, match=r"row \d has no answer to verify against. Fix: --data.answer_column NAME"):
+    with pytest.raises(UserError, match=r"8 rows have no answer to verify \(first: row 0\)\. Fix: --data"):
         opd([*found, "--reward_weight", "0.5", "--samples_per_prompt", "2", "--data.answer_column", "solution"])
 
 
