@@ -1,0 +1,57 @@
+"""Every recipe that comes with the repository parses, and runs with tiny models in the places of its own."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmdistill.command_line import parse
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+DOORS = {"taid": ("taid", "TAIDConfig"), "redi": ("redi", "REDIConfig")}  # every other one is opd's
+RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
+
+
+def door(recipe: str) -> tuple[Any, Any]:
+    module, config = DOORS.get(recipe, ("opd", "OPDConfig"))
+    found = import_module(f"llmdistill.{module}")
+    return found, getattr(found, config)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_it_parses_and_says_how_it_is_launched(recipe: str) -> None:
+    file = ROOT / "recipes" / f"{recipe}.yaml"
+    module, config = door(recipe)
+    parse(config, ["--config", str(file)])
+    head, _, foot = file.read_text().partition("\ntrain:")
+    assert f"accelerate launch -m {module.__name__} --config recipes/{recipe}.yaml" in head
+    assert "# Measured" in foot or "# Not measured" in foot
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("redi", "remote_teacher")])  # have their own tests
+def test_it_runs(recipe: str, tmp_path: Path) -> None:
+    models = {}
+    for name, seed in (("student", 1), ("teacher", 2)):
+        models[name] = str(tmp_path / name)
+        tiny.llama(seed).save_pretrained(models[name])
+        tiny.tokenizer().save_pretrained(models[name])
+    rows = [{**row, "answer": "8", "domain": "everyday" if i % 2 else "gcd"} for i, row in enumerate(tiny.rows(24))]
+    for name, part in (("train", rows[:16]), ("heldout", rows[16:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    teachers = ["--teacher.model", models["teacher"]]
+    if recipe == "experts":
+        teachers = [w for t in ("everyday", "reasoning") for w in (f"--teachers.{t}.model", models["teacher"])]
+    module, _ = door(recipe)
+    small = ["--max_steps", "2", "--max_new_tokens", "6", "--logging_steps", "1", "--save_strategy", "no"]
+    files = ["--data.train", str(tmp_path / "train.jsonl"), "--data.heldout", str(tmp_path / "heldout.jsonl")]
+    words = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), "--student.model", models["student"], *teachers]
+    folder = tmp_path / "run"
+    module.main([*words, *files, *small, "--rollouts.engine", "hf", "--bf16", "false", "--output_dir", str(folder)])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert (folder / "student" / "config.json").is_file() and (folder / "report.html").is_file()
