@@ -34,6 +34,7 @@ from llmdistill.meters import Meters, peak_memory_gib
 from llmdistill.pair_trainer import PairTrainer
 from llmdistill.pairs import Pair, PairEncoder, collate_pairs, measure_pairs, pair_encoder
 from llmdistill.prompts import load_rows
+from llmdistill.report.page import write_report
 from llmdistill.rollouts import Prompt
 from llmdistill.run import add_evaluations, checkpoint_to_resume, load_student, lora_config, quiet, save_student
 from llmdistill.run_folder import RunFolder, RunFolderCallback
@@ -290,6 +291,7 @@ def _train(stage: Stage, trainer: Any, checkpoint: Path | None, name: str, skipp
             "guard": None if guard is None else {"fired_at": guard.fired_at, "fall": guard.fall, **guard.numbers()},
         },
     )
+    write_report(folder.path)
 
 
 def _snapshot(trainer: Any, stage: Stage) -> dict[str, Any]:

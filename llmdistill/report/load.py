@@ -137,13 +137,13 @@ def _read_completions(data: RunData) -> None:
         # A round is stored shortest sequence first: evenly spaced rows show all lengths.
         picks = sorted({round(i * (len(rows) - 1) / max(places - 1, 1)) for i in range(places)}) if rows else []
         data.completions += [rows[i] for i in picks]
-    if not data.completions:
+    if not data.completions and not data.option("objective", "chosen_column"):  # pairs were there before
         data.missing.append("No logged completions (completions/step-*.parquet), so none are shown.")
 
 
 def _explain(data: RunData) -> None:
     """Why there is no before or after."""
-    texts = ("student", "teacher", "dataset")
+    texts = ("student", "teacher", "dataset", "pairs")
     measured = [any(as_dict(s.get(text)) for text in texts) for s in (data.before, data.after)]
     if not any(measured) and data.config and not data.option("data", "heldout"):
         data.missing.append(

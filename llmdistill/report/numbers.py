@@ -15,7 +15,9 @@ TEXTS = (
     ("student", "the student’s own samples"),
     ("teacher", "the teacher’s text"),
     ("dataset", "the dataset’s text"),  # of a run whose teacher was only stored, in place of the two above
+    ("pairs", "held-out pairs"),  # of a run on pairs, which has no teacher
 )
+OF_PAIRS = ("margin", "accuracy", "chosen_logp", "rejected_logp")
 SMOOTHED_FROM = 40  # log lines: a noisy curve of at least as many gets a running mean
 NOT_NOISY = ("learning_rate", "memory/peak_gib")
 LINE_COLOURS = ("c1", "c2", "c3", "c4")
@@ -36,13 +38,22 @@ METRICS = (
     Metric("top1_agreement", "Top-1 agreement", SHARE, 1, "student and teacher have the same likeliest token"),
     Metric("acceptance", "Acceptance", SHARE, 1, "1 − total variation: drafts a speculative decoder would keep"),
     Metric("entropy", "Student entropy", NATS, 0, "how spread the student's distribution is"),
+    Metric("margin", "Margin", "nats/token", 1, "chosen minus rejected, each the mean log-prob of its tokens"),
+    Metric("accuracy", "Ranked right", "share of pairs", 1, "the chosen side is the likelier one per token"),
+    Metric("chosen_logp", "Chosen", "nats/token", 1, "mean log-prob of the correct side"),
+    Metric("rejected_logp", "Rejected", "nats/token", -1, "mean log-prob of the wrong side"),
     Metric("tail_mass", "Tail mass", "probability", 0, "the teacher's probability outside its listed top-k"),
 )
 
 # metric -> title, unit, lines of (key, label) drawn together
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Loss", "per token", (("loss", "training"),)),
-    *((m.label, m.unit, ((f"distill/{m.name}", "training"),)) for m in METRICS),
+    *((m.label, m.unit, ((f"distill/{m.name}", "training"),)) for m in METRICS if m.name not in OF_PAIRS),
+    ("Log-prob of a token", "nats", (("redi/chosen_logp", "chosen"), ("redi/rejected_logp", "rejected"))),
+    ("Margin", NATS, (("redi/margin", "training"),)),
+    ("Ranked right", "share of pairs", (("redi/accuracy", "training"),)),
+    ("Schedule", "share of the teacher in TAID’s target", (("distill/schedule", "t"),)),
+    ("Reward", "mean of a completion", (("rollout/reward", "training"),)),
     ("Learning rate", "per step", (("learning_rate", "learning rate"),)),
     ("Gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
     (
@@ -105,21 +116,26 @@ def apart(before: Estimate, after: Estimate) -> bool | None:
 def headline(data: RunData) -> str:
     """Reverse KL on the student's own samples, before and after, and in plain words what that shows."""
     text, title = _headline_text(data)
-    before, after = (Estimate.of(as_dict(s.get(text)), "reverse_kl") for s in (data.before, data.after))
+    metric = "margin" if text == "pairs" else "reverse_kl"
+    before, after = (Estimate.of(as_dict(s.get(text)), metric) for s in (data.before, data.after))
     if before is None and after is None:
         return '<p class="verdict">Nothing was measured on held-out prompts, so there is no before and after.</p>'
-    count = len(as_list(_sequences(data.after or data.before, text).get("reverse_kl")))
-    on = f"{count} held-out sequences" if count else "held-out sequences"
-    words = _verdict(before, after, on)
+    of_pairs = text == "pairs"
+    count = len(as_list(_sequences(data.after or data.before, text).get("chosen_logp" if of_pairs else metric)))
+    on = f"{count or ''} held-out {'pairs' if of_pairs else 'sequences'}".strip()
+    words = _verdict(before, after, on, of_pairs)
     shown = [_big("before", before), '<span class="arrow" aria-hidden="true">→</span>', _big("after", after)]
     return (
-        f'<p class="kicker">Reverse KL to the teacher on {title}, nats per token, '
-        f'with 95&nbsp;% intervals</p><div class="big">{"".join(shown)}</div><p class="verdict">{words}</p>'
+        f'<p class="kicker">{"Margin of the chosen side" if of_pairs else "Reverse KL to the teacher"} on {title}, '
+        f'nats per token, with 95&nbsp;% intervals</p><div class="big">{"".join(shown)}</div>'
+        f'<p class="verdict">{words}</p>'
     )
 
 
 def _headline_text(data: RunData) -> tuple[str, str]:
     """The student's own samples, where they were measured."""
+    if any(as_dict(s.get("pairs")) for s in (data.before, data.after)):
+        return TEXTS[3]
     only_dataset = not any(as_dict(s.get("student")) for s in (data.before, data.after))
     return TEXTS[2] if only_dataset and any(as_dict(s.get("dataset")) for s in (data.before, data.after)) else TEXTS[0]
 
@@ -132,7 +148,7 @@ def _big(when: str, estimate: Estimate | None) -> str:
     return f'<div class="figure"><b>{exact(estimate.value)}</b><span>{when} {ends}</span></div>'
 
 
-def _verdict(before: Estimate | None, after: Estimate | None, on: str) -> str:
+def _verdict(before: Estimate | None, after: Estimate | None, on: str, of_pairs: bool = False) -> str:
     if after is None or before is None:
         here, gone = ("before", "after") if after is None else ("after", "before")
         return f"Measured on {on} {here} training. It is missing {gone} training, so no change can be stated."
@@ -146,11 +162,11 @@ def _verdict(before: Estimate | None, after: Estimate | None, on: str) -> str:
             f"<strong>The intervals overlap</strong>: the change of {change} may be sampling noise. Measured on {on}; "
             "more of them (objective.heldout_sequences) narrow the intervals."
         )
-    direction = "closer to" if after.value < before.value else "further from"
-    return (
-        f"<strong>The intervals are apart</strong>: the student is {direction} the teacher by more than the sampling "
-        f"noise of {on}{percent}."
-    )
+    if of_pairs:
+        what = f"the margin {'grew' if after.value > before.value else 'shrank'}"
+    else:
+        what = f"the student is {'closer to' if after.value < before.value else 'further from'} the teacher"
+    return f"<strong>The intervals are apart</strong>: {what} by more than the sampling noise of {on}{percent}."
 
 
 def tables(data: RunData) -> str:
@@ -158,6 +174,9 @@ def tables(data: RunData) -> str:
     parts = [t for text, title in TEXTS if (t := _table(data, text, title))]
     if not parts:
         return '<p class="none">No held-out measurement in this run folder.</p>'
+    if any(as_dict(s.get("pairs")) for s in (data.before, data.after)):
+        note = "Means over pairs with 95&nbsp;% bootstrap intervals; the pairs are the same before and after."
+        return f'<div class="tables">{"".join(parts)}</div><p class="note">{note}</p>'
     sparse = any("tail_mass" in as_dict(s.get(text)) for s in (data.before, data.after) for text, _ in TEXTS)
     note = (
         "Means per token; 95&nbsp;% bootstrap intervals over whole sequences. The student’s samples are fresh each "

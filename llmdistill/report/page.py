@@ -98,7 +98,7 @@ def _missing(data: RunData) -> str:
 def _facts(data: RunData) -> str:
     runtime = next((v for line in reversed(data.metrics) if (v := finite(line.get("train_runtime")))), None)
     peak = finite(data.summary.get("peak_gib")) or max(data.curve("memory/peak_gib")[1], default=None)
-    objective = [data.option("objective", k) for k in ("divergence", "estimator")]
+    objective = [data.option("objective", k) for k in ("method", "divergence", "estimator")]
     rollouts = [data.option("rollouts", k) for k in ("engine", "max_new_tokens", "samples_per_prompt")]
     facts = {
         "steps": f"{data.last_step:,}",

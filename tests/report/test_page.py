@@ -315,3 +315,26 @@ def test_thinning_keeps_spikes_and_ends() -> None:
     kept = thinned(range(5000), ys)
     assert len(kept) <= 302 and kept[0] == (0, 1.0) and kept[-1] == (4999, 1.0)
     assert (1234, 99.0) in kept and (3210, -99.0) in kept
+
+
+def test_a_run_on_pairs_shows_margins_and_no_teacher(tmp_path: Path) -> None:
+    side = lambda margin, low, high: {  # noqa: E731
+        "step": 0 if margin < 0.1 else 8,
+        "pairs": {
+            "margin": margin, "margin_low": low, "margin_high": high,
+            "accuracy": 0.75, "accuracy_low": 0.6, "accuracy_high": 0.9,
+            "chosen_logp": -0.25, "chosen_logp_low": -0.3, "chosen_logp_high": -0.2,
+        },
+        "sequences": {"pairs": {"chosen_logp": [-0.1, -0.4], "rejected_logp": [-0.2, -0.5]}},
+    }  # fmt: skip
+    (tmp_path / "before.json").write_text(json.dumps(side(0.05, 0.01, 0.09)))
+    (tmp_path / "after.json").write_text(json.dumps(side(0.31, 0.22, 0.4)))
+    lines = [{"step": s, "loss": 1 / s, "redi/chosen_logp": -1 / s, "redi/rejected_logp": -2 / s} for s in (1, 2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text("objective: {method: redi, chosen_column: chosen}\n")
+    page = Page(write_report(tmp_path).read_text())
+    assert "Margin of the chosen side on held-out pairs" in page.text and "Reverse KL to the teacher" not in page.text
+    assert "the margin grew by more than the sampling noise of 2 held-out pairs" in page.text
+    for shown in ("Ranked right", "Log-prob of a token", "0.31", "redi"):
+        assert shown in page.text
+    assert "No logged completions" not in page.text
