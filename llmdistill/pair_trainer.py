@@ -1,34 +1,20 @@
-"""PairTrainer: training on pairs of completions, without a teacher. transformers.Trainer underneath.
-
-The two sides of a pair share a micro-batch, and a loss is divided by the number of pairs of the *global* batch, which
-is known before the first backward pass: gradients do not depend on how a batch is split over micro-batches and
-processes.
-"""
+"""PairTrainer: training on pairs of completions, without a teacher. The two sides of a pair share a micro-batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from llmdistill.config import DataConfig, DistillationConfig, require
 from llmdistill.errors import UserError
 from llmdistill.guard import Guard
 from llmdistill.heads import forward_to_head, head_of
-from llmdistill.meters import Meters, peak_memory_gib
 from llmdistill.pairs import (
     BadPairs,
     Pair,
@@ -40,8 +26,7 @@ from llmdistill.pairs import (
     pair_loss_at_the_head,
 )
 from llmdistill.rollouts import Rollout
-from llmdistill.run_folder import RunFolder, RunFolderCallback
-from llmdistill.teachers.local import load_model
+from llmdistill.student_trainer import StudentTrainer, gathered_count, ready_student, split_evenly
 from llmdistill.tokenization.special import context_length, pad_id
 
 GUARD_STATE = "Guard"  # its place in a checkpoint's trainer_state.json
@@ -81,7 +66,7 @@ class PairBatch:
     rollout: Rollout  # [2P, T]: the chosen sequences, then the rejected ones
 
 
-class PairTrainer(Trainer):
+class PairTrainer(StudentTrainer):
     """Trains ``model`` with a loss over pairs.
 
     Args:
@@ -94,9 +79,7 @@ class PairTrainer(Trainer):
         data: names of the columns and the limits.
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the global count itself
     args: PairConfig
-    model: PreTrainedModel
     eval_dataset: list[Pair] | None
 
     def __init__(
@@ -113,14 +96,10 @@ class PairTrainer(Trainer):
         data: DataConfig | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if isinstance(model, str):
-            model, tokenizer = load_model(model, "float32", "student")
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise UserError("processing_class is None; with a model object give its tokenizer too")
-        self.pair_loss, self.pad_id = loss, pad_id(processing_class)
+        model, tokenizer = ready_student(model, processing_class, args, peft_config)
+        self.pair_loss, self.pad_id = loss, pad_id(tokenizer)
         self.encoder = pair_encoder(
-            processing_class,
+            tokenizer,
             data or DataConfig(),
             chosen_column=args.chosen_column,
             rejected_column=args.rejected_column,
@@ -128,49 +107,31 @@ class PairTrainer(Trainer):
             context=context_length(model.config),
             bad_pairs=args.bad_pairs,
         )
-        self.encode = self.encoder.prompts
-        if args.freeze_embeddings:
-            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-                module.requires_grad_(False)  # type: ignore[union-attr]
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # the adapter's start is random
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
-        if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        self.run_folder, self.meters = RunFolder(args.output_dir or "runs/default"), Meters()
         self.guard = Guard(args.guard_drop or math.inf, args.guard_window)
         self.step_sums = [0.0, 0.0, 0.0]  # chosen, rejected, pairs of this process since the last optimizer step
         super().__init__(
-            model=model,  # type: ignore[arg-type]
-            args=args,
-            data_collator=list,  # type: ignore[arg-type]  # pairs stay pairs until a whole round of them is there
+            model,
+            args,
+            encode=self.encoder.prompts,
             train_dataset=None if train_dataset is None else self._encoded(train_dataset, "data.train"),
             eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset, "data.heldout"),
-            processing_class=processing_class,
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
-        self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
-        self.add_callback(self._run_folder_callback)
         self.add_callback(_GuardCallback(self))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Pair]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The micro-batches of the next optimizer step, and the global number of its pairs."""
-        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where all steps are done: transformers goes on
-            return [], None
-        groups = list(islice(epoch_iterator, num_batches))
+        groups = self._groups(epoch_iterator, num_batches)
         if not groups or self.control.should_training_stop:  # resumed where the guard had stopped: nothing is trained
             return [], None
         # Neighbours in length share a micro-batch: less padding. Ties keep their order, so a step is reproducible.
         pairs = sorted((pair for group in groups for pair in group), key=lambda pair: pair.num_tokens)
-        total = self.accelerator.gather(torch.tensor(len(pairs), device=device)).sum()
-        edges = [len(pairs) * k // len(groups) for k in range(len(groups) + 1)]
-        return [self._micro_batch(pairs[a:b]) for a, b in zip(edges, edges[1:], strict=False)], total
+        total = gathered_count(self, len(pairs), device)
+        return [self._micro_batch(pairs[a:b]) for a, b in split_evenly(len(pairs), len(groups))], total
 
     def compute_loss(
         self,
@@ -192,18 +153,15 @@ class PairTrainer(Trainer):
 
         output = forward_to_head(model, head.linear, batch.rollout, at_the_head)
         total = int(num_items_in_batch if num_items_in_batch is not None else len(batch.pairs))
-        # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
-        loss = (found["loss"] + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
+        loss = self._of_global_batch(found["loss"], output, total)
         chosen, rejected = found["means"].chunk(2)
         if not torch.isfinite(loss):
-            raise self._not_finite(loss, batch.pairs, chosen, rejected)
+            known = (chosen - rejected).isfinite().tolist()
+            bad = [p.row for p, ok in zip(batch.pairs, known, strict=True) if not ok]
+            raise self._not_finite(loss.item(), bad or [p.row for p in batch.pairs])
         if model.training:
             self._note(batch.pairs, chosen.tolist(), rejected.tolist())
         return (loss, None) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
-            return super().training_step(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -225,19 +183,6 @@ class PairTrainer(Trainer):
         """See :func:`~llmdistill.pairs.measure_pairs`."""
         return measure_pairs(self, pairs, pad_id=self.pad_id, chunk_tokens=self.args.chunk_tokens)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._run_folder_callback.stop()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was measured since the last line."""
-        if "loss" in logs:
-            logs.update(self.meters.flush(self.accelerator))
-            logs["memory/peak_gib"] = peak_memory_gib()
-        super().log(logs, start_time)
-
     def _micro_batch(self, pairs: list[Pair]) -> dict[str, Any]:
         rollout = collate_pairs(pairs, self.pad_id).to(self.args.device)
         # input_ids beside the micro-batch: transformers counts tokens and FLOPs by that key.
@@ -256,16 +201,6 @@ class PairTrainer(Trainer):
             self.meters.add(f"redi/{name}", total, len(pairs))
         for i, value in enumerate((sum(chosen), sum(rejected), len(pairs))):
             self.step_sums[i] += value
-
-    def _not_finite(self, loss: Tensor, pairs: list[Pair], chosen: Tensor, rejected: Tensor) -> UserError:
-        bad = [p.row for p, ok in zip(pairs, (chosen - rejected).isfinite().tolist(), strict=True) if not ok]
-        rows = ", ".join(map(str, bad or [p.row for p in pairs]))
-        newest = self.run_folder.newest_checkpoint()
-        go_on = f"--resume, which goes on from {newest}" if newest else "start again (there is no checkpoint yet)"
-        return UserError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1}, on row(s) {rows} of the training pairs. "
-            f"Fix: look at those rows, lower train.learning_rate or use train.bf16 instead of fp16, then {go_on}."
-        )
 
     def _encoded(self, rows: Any, source: str) -> list[Pair]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Pair):

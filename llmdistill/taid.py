@@ -30,20 +30,10 @@ from llmdistill.method import Objective
 from llmdistill.objectives.metrics import target_entropy
 from llmdistill.objectives.taid import TAIDSchedule, sparse_taid, taid
 from llmdistill.run import run
-from llmdistill.token_config import TokenConfig, setting
+from llmdistill.token_config import Divergence, TokenConfig, setting
 from llmdistill.trainer import DistillationTrainer
 
-TAIDDivergence = Literal[
-    "taid",
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "adaptive_kl",
-    "f_divergence",
-]
+TAIDDivergence = Literal["taid", Divergence]
 
 
 @dataclass

@@ -1,35 +1,24 @@
-"""DistillationTrainer: the one training loop. transformers.Trainer underneath, sequences × evidence × objective on top.
+"""DistillationTrainer: the one training loop of a student and its teachers: sequences × evidence × objective.
 
 An optimizer step is one round: its prompts are gathered, the sequences made (sampled from the student, or read from
-the dataset), the teacher heard on all of them, and only then are they split into micro-batches. So the number of
-counted tokens of the *global* batch is known before the first backward pass, and the loss does not depend on how the
-batch was split.
+the dataset), the teacher heard on all of them, and only then are they split into micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, TeacherConfig
 from llmdistill.errors import UserError
 from llmdistill.heads import forward_to_head, head_of
 from llmdistill.measure import HeldOut, Measurement
-from llmdistill.meters import Meters, peak_memory_gib
 from llmdistill.method import ARGUMENTS, MicroBatch, Objective
 from llmdistill.method_state import MethodState
 from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
@@ -46,16 +35,16 @@ from llmdistill.rollouts import (
     request_seed,
 )
 from llmdistill.rollouts.choose import make_rollout_engine
-from llmdistill.run_folder import RunFolder, RunFolderCallback
 from llmdistill.sequences import Drawn, Only, Round, Sequences
+from llmdistill.student_trainer import StudentTrainer, gathered_count, ready_student, split_evenly
 from llmdistill.support import likeliest_ids
 from llmdistill.teachers.base import Teacher, bytes_received
 from llmdistill.teachers.evidence import Evidence, gather
-from llmdistill.teachers.local import LocalTeacher, load_model
+from llmdistill.teachers.local import LocalTeacher
 from llmdistill.tokenization.special import eos_ids, pad_id
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(StudentTrainer):
     """Trains ``model`` on what ``teacher`` says about its sequences.
 
     Args:
@@ -75,11 +64,6 @@ class DistillationTrainer(Trainer):
         data: names of the columns and the limits.
     """
 
-    # What compute_loss returns is already divided by the global count.
-    loss_is_scaled_for_ga = True
-    # Narrower than transformers declares them.
-    args: DistillationConfig
-    model: PreTrainedModel
     eval_dataset: list[Prompt] | None
     objective: Objective
 
@@ -103,40 +87,24 @@ class DistillationTrainer(Trainer):
         data: DataConfig | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if isinstance(model, str):
-            model, tokenizer = load_model(model, "float32", "student")
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise UserError("processing_class is None; with a model object give its tokenizer too")
+        model, tokenizer = ready_student(model, processing_class, args, peft_config)
         self.objective, self.data_config = objective, data or DataConfig()
         self.data_policy = Only(sequences) if isinstance(sequences, str) else sequences
         self.reward, self.reward_weight = reward, reward_weight if reward else 0.0
-        self.encode = PromptEncoder(processing_class, self.data_config)
-        if args.freeze_embeddings:
-            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-                module.requires_grad_(False)  # type: ignore[union-attr]
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)  # the adapter's start is random
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
-        if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        self.eos_ids, self.pad_id = eos_ids(model, processing_class), pad_id(processing_class)
-        self.run_folder = RunFolder(args.output_dir or "runs/default")
-        self.meters = Meters()
+        self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
+        encode = PromptEncoder(tokenizer, self.data_config)
         super().__init__(
-            model=model,  # type: ignore[arg-type]
-            args=args,
-            data_collator=list,  # type: ignore[arg-type]  # rows stay rows until a whole round of them is there
-            train_dataset=None if train_dataset is None else self._encoded(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset, heldout=True),
-            processing_class=processing_class,
+            model,
+            args,
+            encode=encode,
+            train_dataset=None if train_dataset is None else self._encoded(train_dataset, encode),
+            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset, encode, heldout=True),
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teacher = self._as_teacher(teacher, processing_class)
-        self.reference = None if reference is None else self._as_teacher(reference, processing_class)
+        self.teacher = self._as_teacher(teacher, tokenizer)
+        self.reference = None if reference is None else self._as_teacher(reference, tokenizer)
         judges = [t for t in (self.teacher, self.reference) if t is not None]
         self.vocab_size = min(head_of(self.model).vocab_size, *(judge.info().vocab_size for judge in judges))
         self.heldout = HeldOut(self)
@@ -154,9 +122,6 @@ class DistillationTrainer(Trainer):
         self._pushed = -1  # the stretch of push_every steps in which weights were last pushed
         self._step_loss = 0.0  # of the micro-batches of this optimizer step, on this rank
         self._step_tokens = 0  # and the tokens they count, of all ranks
-        self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
-        self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
-        self.add_callback(self._run_folder_callback)
         self.add_callback(_StepEnd(self))
 
     # ---------------------------------------------------------------- sequences and evidence
@@ -219,9 +184,7 @@ class DistillationTrainer(Trainer):
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """One round: all micro-batches of the next optimizer step, and the global number of counted tokens."""
-        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where all steps are done: transformers goes on
-            return [], None
-        groups = list(islice(epoch_iterator, num_batches))
+        groups = self._groups(epoch_iterator, num_batches)
         if not groups:
             return [], None
         prompts = [p for group in groups for p in group]
@@ -247,8 +210,7 @@ class DistillationTrainer(Trainer):
         if received is not None:
             self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rollout.num_rows)
         self._note_round(rollout)
-        count = torch.tensor(rollout.num_rows, device=device)
-        total = self.accelerator.gather(count).sum()
+        total = gathered_count(self, rollout.num_rows, device)
         return self._split(rollout, evidence, per_sequence, scored, len(groups)), total
 
     def evidence(self, rollout: Rollout, chosen: Tensor | None = None, teacher: Teacher | None = None) -> Evidence:
@@ -286,12 +248,11 @@ class DistillationTrainer(Trainer):
         parts: int,
     ) -> list[dict[str, Any]]:
         """Micro-batches of (nearly) equally many sequences, with the rows of evidence that belong to them."""
-        edges = [len(rollout) * k // parts for k in range(parts + 1)]
         rows = [0]
         for count in rollout.row_counts:
             rows.append(rows[-1] + count)
         batches = []
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in split_evenly(len(rollout), parts):
             part = rollout.sequences(range(a, b)).to(self.args.device)
             micro = MicroBatch(part, evidence[rows[a] : rows[b]], prompts[a:b])
             if scored is not None:
@@ -347,10 +308,9 @@ class DistillationTrainer(Trainer):
 
         output = forward_to_head(model, head.linear, rollout, at_the_head)
         total = max(int(num_items_in_batch if num_items_in_batch is not None else rollout.num_rows), 1)
-        # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
-        loss = (found["loss"] + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
+        loss = self._of_global_batch(found["loss"], output, total)
         if not torch.isfinite(loss):
-            raise UserError(self._not_finite(loss.item(), micro.prompts))
+            raise self._not_finite(loss.item(), (p.row for p in micro.prompts))
         if self.objective.schedule is not None and self.model.training:
             sums = [found["loss"].detach(), *(found["sums"][name] for name in watched)]
             self._step_loss += sum(map(float, sums)) / total
@@ -359,20 +319,6 @@ class DistillationTrainer(Trainer):
             self.meters.add_all(found["sums"], rollout.num_rows, "distill/")
             self._log_completions(micro, torch.cat(per_token) if per_token else torch.zeros(0))
         return (loss, None) if return_outputs else loss
-
-    def _not_finite(self, loss: float, prompts: Sequence[Prompt]) -> str:
-        numbers = list(dict.fromkeys(str(p.row) for p in prompts))  # a prompt may have several samples
-        rows = ", ".join(numbers[:16]) + (" …" if len(numbers) > 16 else "")
-        last = self.run_folder.newest_checkpoint()
-        return (
-            f"the loss is {loss} at step {self.state.global_step + 1}, on the prompts of rows {rows}; training cannot "
-            f"go on from it. The last complete checkpoint is {last or 'none: none was saved yet'}. Fix: lower "
-            "train.learning_rate or use train.bf16 instead of fp16, then --resume."
-        )
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
-            return super().training_step(*args, **kwargs)
 
     def _metrics(self, student_nV: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
         kind = self.objective.evidence
@@ -392,7 +338,7 @@ class DistillationTrainer(Trainer):
         Keys: ``{prefix}_student/reverse_kl`` … and ``{prefix}_teacher/…``, with the bounds of the 95 % interval as
         ``…_low`` and ``…_high``. ``{prefix}_dataset/…`` instead, or nothing, where the teacher is only stored.
         """
-        prompts = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset, heldout=True)
+        prompts = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset, self.encode, heldout=True)
         if not prompts:
             raise UserError("evaluate() needs held-out prompts. Fix: --data.heldout FILE, or pass eval_dataset.")
         results: dict[str, float] = {}
@@ -418,10 +364,7 @@ class DistillationTrainer(Trainer):
         if checkpoint:
             self._method_state().load(str(checkpoint))
         self._step_loss, self._step_tokens, self._pushed = 0.0, 0, -1  # nothing of a run that broke off
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self._run_folder_callback.stop()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def close(self) -> None:
         """Frees what engine, teacher and reference hold. The trainer is not used afterwards."""
@@ -429,13 +372,6 @@ class DistillationTrainer(Trainer):
         self.teacher.close()
         if self.reference is not None:
             self.reference.close()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was measured since the last line."""
-        if "loss" in logs:
-            logs.update(self.meters.flush(self.accelerator))
-            logs["memory/peak_gib"] = peak_memory_gib()
-        super().log(logs, start_time)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Where transformers writes the random states: in every rank, and before trainer_state.json, which says that a
@@ -487,11 +423,11 @@ class DistillationTrainer(Trainer):
         step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)
         return self.model.training and (step % every == 0 or (step == 1 and self.args.logging_first_step))
 
-    def _encoded(self, rows: Any, heldout: bool = False) -> list[Prompt]:
+    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Prompt]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
         optional = heldout and not all(row.get(self.data_config.completion_column) for row in rows)
-        return self.encode.encode_all(rows, completions="dataset" in self.data_policy.uses and not optional)
+        return encode.encode_all(rows, completions="dataset" in self.data_policy.uses and not optional)
 
     def _as_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase) -> Teacher:
         if isinstance(teacher, str):
@@ -499,10 +435,6 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher.to(self.args.device), tokenizer)  # type: ignore[arg-type]
         return teacher  # type: ignore[no-any-return]
-
-    def forward_model(self) -> nn.Module:
-        """The student to run: DeepSpeed's engine puts sharded parameters together, everything else is the model."""
-        return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
 
 class _StepEnd(TrainerCallback):

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from llmdistill.objectives.clipping import truncated_importance_weights
 from llmdistill.objectives.fused import compute_dtype
-from llmdistill.objectives.policy import sampled_token, token_logprobs, truncated_importance_weights
+from llmdistill.objectives.policy import sampled_token, token_logprobs
 
 Loss = Callable[..., Tensor]
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from objective_cases import golden, logits, value_and_grad
 
-from llmdistill.objectives import divergences, policy
+from llmdistill.objectives import clipping, divergences, policy
 from llmdistill.objectives.composed import extrapolated, extrapolated_logits, extrapolated_sampled, on_samples
 from llmdistill.objectives.metrics import target_entropy
 from llmdistill.objectives.rows import HiddenRows, LogitRows, PairedRows, RoutedRows, TokenRows
 from llmdistill.objectives.streaming import streamed
 from llmdistill.objectives.taid import TAIDSchedule, sparse_taid, taid
+from llmdistill.objectives.topk_policy import topk_policy
 
 SCALES = [0.0, 0.5, 1.0, 1.25, 1.5]
 INF = float("inf")
@@ -135,9 +136,9 @@ class TestReferencesInFloat32:
             # PPO's value is -A at ratio 1 and ours -A log S; the aggregations are of theirs.
             logp = policy.token_logprobs(student, tokens)
             advantage = policy.gopd_advantage(logp, teacher, reference, case["lam"])
-            per_token = policy.clipped_policy_loss(logp, logp.detach(), advantage)
+            per_token = clipping.clipped_policy_loss(logp, logp.detach(), advantage)
             if cap:
-                per_token = per_token * policy.truncated_importance_weights(logp, rollout, cap)
+                per_token = per_token * clipping.truncated_importance_weights(logp, rollout, cap)
             sums = (per_token * mask).sum(1)
             for name, mean in (
                 ("token-mean", sums.sum() / mask.sum()),
@@ -170,7 +171,7 @@ class TestReferencesInFloat32:
         near(advantage, case["advantage"])
 
         def mean(z):
-            return policy.clipped_policy_loss(policy.token_logprobs(z, i["tokens"]), old, advantage)[i["mask"]].mean()
+            return clipping.clipped_policy_loss(policy.token_logprobs(z, i["tokens"]), old, advantage)[i["mask"]].mean()
 
         value, grad = value_and_grad(mean, i["student_logits"].float())
         assert value.item() == pytest.approx(case["pg_loss"], rel=1e-5)
@@ -195,7 +196,7 @@ class TestReferencesInFloat32:
         i = golden("opd_estimators")["inputs"]
         support = {"only_stu": "student", "only_tch": "teacher"}.get(case["strategy"], case["strategy"])
         weighting = {"student_p": "student", "teacher_p": "teacher"}.get(case["weight_mode"], case["weight_mode"])
-        loss = partial(policy.topk_policy, k=case["top_k"], support=support, weighting=weighting)
+        loss = partial(topk_policy, k=case["top_k"], support=support, weighting=weighting)
         value, grad = value_and_grad(
             lambda z: loss(z, i["teacher_logits"].float())[i["mask"]].mean(), i["student_logits"].float()
         )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from objective_cases import golden, logits, value_and_grad
 
-from llmdistill.objectives import divergences, policy
+from llmdistill.objectives import clipping, divergences, policy
+from llmdistill.objectives.topk_policy import topk_policy
 
 SUPPORTS = {"only_stu": "student", "only_tch": "teacher", "union": "union", "intersection": "intersection"}
 WEIGHTINGS = {"student_p": "student", "teacher_p": "teacher", "none": "none"}
@@ -56,7 +57,7 @@ class TestOPDReferences:
     def test_topk_policy(self, case):
         """Four supports, three weightings, k = 3 and k = V."""
         value, grad = value_and_grad(
-            lambda z: policy.topk_policy(
+            lambda z: topk_policy(
                 z,
                 self.teacher,
                 k=case["top_k"],
@@ -88,13 +89,13 @@ class TestGOPDReferences:
         i, mask = self.inputs, self.mask
         weights = {
             "noIS": torch.ones_like(advantage),
-            "tis5": policy.truncated_importance_weights(i["student_logp"], i["rollout_logp"], 5.0),
+            "tis5": clipping.truncated_importance_weights(i["student_logp"], i["rollout_logp"], 5.0),
         }
         torch.testing.assert_close(weights["tis5"] * mask, i["tis_weights"], rtol=1e-5, atol=1e-9)
 
         def per_token(z, kind):
             logp = policy.token_logprobs(z, i["tokens"])
-            return policy.clipped_policy_loss(logp, i["student_logp"], advantage) * weights[kind]
+            return clipping.clipped_policy_loss(logp, i["student_logp"], advantage) * weights[kind]
 
         def sequence_sums(losses):
             return (losses * mask).sum(1)
@@ -137,7 +138,7 @@ class TestGOPDReferences:
 
         def token_mean(z):
             logp = policy.token_logprobs(z, i["tokens"])
-            return policy.clipped_policy_loss(logp, old_logp, advantage)[self.mask].mean()
+            return clipping.clipped_policy_loss(logp, old_logp, advantage)[self.mask].mean()
 
         value, grad = value_and_grad(token_mean, i["student_logits"])
         assert value.item() == pytest.approx(case["pg_loss"], rel=1e-5)
@@ -171,7 +172,7 @@ class TestProperties:
         expected = value_and_grad(lambda z: divergences.reverse_kl(z, teacher), student)
         for support in ("student", "teacher", "union", "intersection"):
             torch.testing.assert_close(
-                value_and_grad(lambda z, s=support: policy.topk_policy(z, teacher, k=11, support=s), student),
+                value_and_grad(lambda z, s=support: topk_policy(z, teacher, k=11, support=s), student),
                 expected,
             )
 
@@ -179,7 +180,7 @@ class TestProperties:
         student, teacher = torch.tensor([[9.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 9.0]])
         for weighting in ("student", "teacher", "none"):
             value, grad = value_and_grad(
-                lambda z, w=weighting: policy.topk_policy(z, teacher, k=1, support="intersection", weighting=w),
+                lambda z, w=weighting: topk_policy(z, teacher, k=1, support="intersection", weighting=w),
                 student,
             )
             assert value.item() == 0 and (grad == 0).all()
@@ -208,7 +209,7 @@ class TestProperties:
         torch.testing.assert_close(with_reference, advantage)
 
     def test_importance_weights_are_capped_and_detached(self):
-        weights = policy.truncated_importance_weights(tensor([0.0, 0.0]).requires_grad_(), tensor([-50.0, 1.0]), 2.0)
+        weights = clipping.truncated_importance_weights(tensor([0.0, 0.0]).requires_grad_(), tensor([-50.0, 1.0]), 2.0)
         assert not weights.requires_grad
         torch.testing.assert_close(weights, tensor([2.0, math.exp(-1.0)]))
 
@@ -216,7 +217,7 @@ class TestProperties:
         """Good tokens already more likely, bad ones already less likely, and ratios past any range."""
         old, advantage = tensor([0.0] * 5), tensor([1.0, -1.0, -1.0, 1.0, 1.0])
         logp = tensor([0.5, -0.5, 2.0, 0.1, 500.0])
-        loss, grad = value_and_grad(lambda x: policy.clipped_policy_loss(x, old, advantage), logp)
+        loss, grad = value_and_grad(lambda x: clipping.clipped_policy_loss(x, old, advantage), logp)
         torch.testing.assert_close(loss, tensor([-1.2, 0.8, 3.0, -math.exp(0.1), -1.2]))
         torch.testing.assert_close(grad, tensor([0.0, 0.0, 0.0, -math.exp(0.1), 0.0]))
 
@@ -236,19 +237,19 @@ class TestErrors:
     @pytest.mark.parametrize("k", [0, 6])
     def test_k(self, k):
         with pytest.raises(ValueError, match=f"k is {k}; it must lie between 1 and the vocabulary size 5"):
-            policy.topk_policy(logits(0, 1, 5), logits(1, 1, 5), k=k)
+            topk_policy(logits(0, 1, 5), logits(1, 1, 5), k=k)
 
     def test_support_and_weighting(self):
         with pytest.raises(ValueError, match="support is 'only_stu'; it must be 'student', 'teacher'"):
-            policy.topk_policy(logits(0, 1, 5), logits(1, 1, 5), k=2, support="only_stu")
+            topk_policy(logits(0, 1, 5), logits(1, 1, 5), k=2, support="only_stu")
         with pytest.raises(ValueError, match="weighting is 'student_p'; it must be 'student', 'teacher'"):
-            policy.topk_policy(logits(0, 1, 5), logits(1, 1, 5), k=2, weighting="student_p")
+            topk_policy(logits(0, 1, 5), logits(1, 1, 5), k=2, weighting="student_p")
 
     def test_cap_and_clips(self):
         lp = tensor([-1.0])
         with pytest.raises(ValueError, match="cap is 0.0.*must be > 0"):
-            policy.truncated_importance_weights(lp, lp, 0.0)
+            clipping.truncated_importance_weights(lp, lp, 0.0)
         with pytest.raises(ValueError, match="clip is 1.5.*must lie in"):
-            policy.clipped_policy_loss(lp, lp, lp, clip=1.5)
+            clipping.clipped_policy_loss(lp, lp, lp, clip=1.5)
         with pytest.raises(ValueError, match="dual_clip is 1.0.*must be > 1"):
-            policy.clipped_policy_loss(lp, lp, lp, dual_clip=1.0)
+            clipping.clipped_policy_loss(lp, lp, lp, dual_clip=1.0)

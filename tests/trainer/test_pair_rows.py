@@ -146,7 +146,7 @@ def test_an_infinite_loss_names_step_rows_and_the_checkpoint_to_go_on_from(tmp_p
         t.train()
     step = t.state.global_step
     assert step in (2, 3, 4, 5)  # row 9 comes up once an epoch of three steps
-    assert f"at step {step + 1}, on row(s) 9 of" in str(error.value)
+    assert f"at step {step + 1}, on the prompts of rows 9;" in str(error.value)
     assert str(tmp_path / "run" / f"checkpoint-{step}") in str(error.value)
 
 
