@@ -167,9 +167,9 @@ class HeldOut:
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
         t.rollout_engine.sync(t.forward_model(), t.state.global_step)
-        own = t.rollout_engine.generate(prompts, sampling)
+        own = t.readable(t.rollout_engine.generate(prompts, sampling), prompts)
         if self._teacher_text is None or len(self._teacher_text) != len(prompts):
-            self._teacher_text = t.teacher.generate(prompts, sampling)
+            self._teacher_text = t.readable(t.teacher.generate(prompts, sampling), prompts)
         return {"student": own, "teacher": self._teacher_text}
 
     def lacking(self, prompts: Sequence[Prompt]) -> str:

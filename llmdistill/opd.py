@@ -31,6 +31,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmdistill import sequences as data_policy
 from llmdistill.command_line import help_text, parse, run_front_door
 from llmdistill.config import TeacherConfig, require
 from llmdistill.errors import UserError
@@ -104,8 +105,9 @@ class OPDConfig(TokenConfig):
 class OPDTrainer(DistillationTrainer):
     """Distils ``teacher`` into ``model`` on the student's own samples, or on what ``args.sequences`` says.
 
-    ``reference`` (a Teacher, a model, or its folder) goes before ``args.reference``; ``reward`` (a function of prompts
-    and completions) before ``args.reward``.
+    ``reference`` (a Teacher, a model, or its folder) goes before ``args.reference``, ``reward`` (a function of prompts
+    and completions) before ``args.reward``, ``sequences`` (a policy of :mod:`llmdistill.sequences`, or your own) before
+    ``args.sequences``.
 
     Example::
 
@@ -126,6 +128,7 @@ class OPDTrainer(DistillationTrainer):
         *,
         reference: Teacher | PreTrainedModel | str | None = None,
         reward: Reward | None = None,
+        sequences: data_policy.Sequences | None = None,
         **kwargs: Any,
     ) -> None:
         scaled = args.reward_scale != 1
@@ -158,7 +161,8 @@ class OPDTrainer(DistillationTrainer):
             reference=reference if scaled else None,
             reward=reward,
             reward_weight=args.reward_weight,
-            **{"sequences": args.data_policy(), **kwargs},
+            sequences=args.data_policy(sequences),
+            **kwargs,
         )
         if scaled and self.reference is None:  # the student's weights are frozen below its adapter
             self.reference = UnadaptedTeacher(self.model, self.encode.tokenizer)

@@ -95,9 +95,17 @@ class TAIDTrainer(DistillationTrainer):
 
     args: TAIDConfig
 
-    def __init__(self, model: Any, args: TAIDConfig, teacher: Any, **kwargs: Any) -> None:
-        policy = {"sequences": args.data_policy(), **kwargs}
-        super().__init__(model, args, teacher, objective=args.objective(), **policy)
+    def __init__(
+        self,
+        model: Any,
+        args: TAIDConfig,
+        teacher: Any,
+        *,
+        sequences: data_policy.Sequences | None = None,
+        **kwargs: Any,
+    ) -> None:
+        policy = args.data_policy(sequences)
+        super().__init__(model, args, teacher, objective=args.objective(), sequences=policy, **kwargs)
         if isinstance(self.objective.schedule, TAIDSchedule):
             self.add_callback(_Length(self.objective.schedule))
 

@@ -135,8 +135,24 @@ class TokenConfig(DistillationConfig):
         given = {takes: getattr(self, takes)} if takes and getattr(self, takes) is not None else {}
         return partial(getattr(family, self.divergence), temperature=self.loss_temperature, **given)
 
-    def data_policy(self) -> data_policy.Sequences:
-        """Where the sequences come from."""
+    def data_policy(self, own: data_policy.Sequences | None = None) -> data_policy.Sequences:
+        """Where the sequences come from: what the settings name, or a policy of one's ``own`` instead.
+
+        Raises:
+            UserError: a name where a policy is wanted, or a policy that the estimator has no use for.
+        """
+        if isinstance(own, str):
+            raise UserError(
+                f"sequences={own!r} is a name, and names are settings: they are checked against the others. "
+                f"Fix: {type(self).__name__}(sequences={own!r}); the argument takes a policy of your own."
+            )
+        if own is not None:
+            if self.estimator == "sampled" and own.uses != {"student"}:
+                raise UserError(
+                    f"objective.estimator sampled needs tokens that the student drew, and {type(own).__name__} uses "
+                    f"{', '.join(sorted(own.uses))}. Fix: --estimator full or top_k."
+                )
+            return own
         return data_policy.make_sequences(
             self.sequences,
             student_fraction=self.student_fraction,

@@ -157,7 +157,28 @@ class DistillationTrainer(StudentTrainer):
                 "teacher": lambda of: others(self.teacher.generate(of, sampling), of),
             },
         )
-        return self.data_policy.draw(round_)
+        rollout, per_sequence = self.data_policy.draw(round_)
+        return self.readable(rollout, prompts), per_sequence
+
+    def readable(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Rollout:
+        """The rollout with completions ended before an id that one of the models has no column for.
+
+        Heads are padded past the tokenizer by different amounts; what one model samples out there (rarely, after
+        training), another cannot read.
+
+        Raises:
+            UserError: for a prompt with such an id, which is the wrong tokenizer.
+        """
+        for prompt in prompts:
+            if max(prompt.ids, default=0) >= self.vocab_size:
+                raise UserError(
+                    f"the prompt of row {prompt.row} has the id {max(prompt.ids)}, and student and teacher have "
+                    f"{self.vocab_size} columns in common. Fix: a teacher with the student's vocabulary."
+                )
+        rollout, cut = rollout.within(self.vocab_size, self.pad_id)
+        if cut:
+            self.meters.add("rollout/cut_at_unreadable_id", cut)
+        return rollout
 
     def _student_samples(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.

@@ -103,6 +103,26 @@ class Rollout:
         keep = torch.tensor([f != "length" for f in self.finish], dtype=torch.bool, device=self.completion_mask.device)
         return replace(self, completion_mask=self.completion_mask & keep[:, None])
 
+    def within(self, width: int, pad_id: int) -> tuple[Rollout, int]:
+        """The same with every sequence ended before its first id >= ``width``; and how many were."""
+        outside = (self.input_ids >= width) & self.attention_mask
+        cut = outside.any(1)
+        if not bool(cut.any()):
+            return self, 0
+        gone = outside.cumsum(1) > 0
+        lp = self.behavior_logprobs
+        shorter = replace(
+            self,
+            input_ids=self.input_ids.masked_fill(gone, pad_id),
+            attention_mask=self.attention_mask & ~gone,
+            completion_mask=self.completion_mask & ~gone,
+            behavior_logprobs=None if lp is None else lp.masked_fill(gone, 0.0),
+            finish=tuple("length" if c else f for f, c in zip(self.finish, cut.tolist(), strict=True))
+            if self.finish
+            else (),
+        )
+        return shorter, int(cut.sum())
+
     def to(self, device: torch.device | str) -> Rollout:
         move = {n: getattr(self, n).to(device) for n in ("input_ids", "attention_mask", "completion_mask")}
         lp = self.behavior_logprobs

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, UserError
 from llmdistill.rollouts import Prompt, collate
@@ -289,3 +291,74 @@ def test_weights_are_pushed_once_a_stretch_also_where_the_student_writes_at_no_m
     assert 3 < len(student) < 13
     assert engine.pushes == [next(s for s in student if s // 3 == k) for k in sorted({s // 3 for s in student})]
     assert all(0 <= s - rounds[s][1].policy_version < 3 for s in student)
+
+
+def test_a_policy_goes_in_as_an_object_and_a_name_by_the_settings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sequences='dataset' is a name.*OPDConfig\(sequences='dataset'\)"):
+        make(tmp_path, "dataset")
+    with pytest.raises(UserError, match="sampled needs tokens that the student drew, and Mixed uses dataset, student"):
+        make(tmp_path, Mixed(0.5), estimator="sampled")
+    assert make(tmp_path, Only("student"), estimator="sampled").on_policy
+
+
+# ---------------------------------------------------------------- ids that one of the models has no column for
+
+WIDTHS = {"student wider": (264, 262), "teacher wider": (262, 264)}
+
+
+@pytest.mark.parametrize(
+    ("widths", "estimator"),
+    [("student wider", "full"), ("student wider", "top_k"), ("student wider", "sampled"), ("teacher wider", "full")],
+)
+def test_a_completion_ends_before_an_id_that_one_model_cannot_read(tmp_path: Path, widths: str, estimator: Any) -> None:
+    """Text that the model with the wider head wrote."""
+    wide = widths == "student wider"
+    models = [tiny.llama(seed, vocab=vocab, tied=False) for seed, vocab in zip((1, 2), WIDTHS[widths], strict=True)]
+    writer = models[0 if wide else 1]
+    with torch.no_grad():  # it likes one of its two columns past the other's head
+        writer.get_output_embeddings().weight[262:] *= 3
+    rows, readable = tiny.rows(16), []
+    settings = {"sequences": "student" if wide else "teacher", "estimator": estimator, "max_steps": 3}
+    t = OPDTrainer(
+        models[0],
+        OPDConfig(output_dir=str(tmp_path / "run"), logging_steps=1, per_device_train_batch_size=8, save_strategy="no",
+                  rollouts=RolloutConfig(max_new_tokens=8, samples_per_prompt=2), **settings),
+        models[1],
+        train_dataset=rows,
+        eval_dataset=tiny.rows(4),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    rounds, draw = watch(t), t.draw
+
+    def drawn(prompts: Any) -> Any:
+        readable.append(draw(prompts))
+        return readable[-1]
+
+    t.draw = drawn  # type: ignore[method-assign]
+    t.train()
+    cuts = 0
+    for (_, before, _), (after, _) in zip(rounds, readable, strict=True):
+        for had, kept, mask in zip(before.input_ids, after.input_ids, after.attention_mask, strict=True):
+            ids = had.tolist()
+            first = next((i for i, token in enumerate(ids) if token >= 262), None)
+            cuts += first is not None
+            if first is not None:
+                assert kept[mask].tolist() == ids[:first]
+        assert not bool((after.completion_mask & ~after.attention_mask).any())
+    logged = sum(line.get("rollout/cut_at_unreadable_id", 0) for line in t.state.log_history)
+    assert cuts > 3 and logged == cuts
+    assert all(math.isfinite(line["loss"]) for line in t.state.log_history if "loss" in line)
+    assert all(math.isfinite(v) for v in t.evaluate().values())
+
+
+def test_a_prompt_that_the_teacher_cannot_read_is_named(tmp_path: Path) -> None:
+    rows = [Prompt([5, 6, 7], "a", row=0), Prompt([5, 261, 7], "b", row=1)]
+    t = OPDTrainer(
+        tiny.llama(1),
+        OPDConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none"),
+        tiny.llama(2, vocab=260),
+        train_dataset=rows,
+        processing_class=tiny.tokenizer(),
+    )
+    with pytest.raises(UserError, match="prompt of row 1 has the id 261, and .* 260 columns in common"):
+        t.train()
