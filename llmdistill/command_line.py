@@ -11,7 +11,7 @@ import difflib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -136,8 +136,10 @@ def run_front_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[s
         sys.exit(130 if interrupted else 2)
 
 
-def help_text(config_class: type[DistillationConfig], command: str, summary: str) -> str:
-    """One screen: every section's keys with defaults, and where the rest is."""
+def help_text(
+    config_class: type[DistillationConfig], command: str, summary: str, *, without: Collection[str] = ()
+) -> str:
+    """One screen: every section's keys with defaults, and where the rest is; not of sections that are not read."""
     lines = [
         f"usage: accelerate launch -m {command} --config recipes/NAME.yaml [--key value ...]",
         "",
@@ -145,12 +147,18 @@ def help_text(config_class: type[DistillationConfig], command: str, summary: str
         "",
         "  --config FILE          the recipe",
         "  --resume               continue from the newest complete checkpoint of train.output_dir",
-        "  --skip-check NAME      go on although this preflight check fails (repeatable)",
         "  --debug                show tracebacks",
         "  --KEY VALUE            override a key below; --section.KEY where two sections share a name",
-        "  --teachers.N.KEY VALUE where the recipe lists teachers: a key of the Nth (from 0), or of the one named N",
     ]
+    if "teacher" not in without:
+        several = "where the recipe lists teachers: a key of the Nth (from 0), or of the one named N"
+        lines += [
+            f"  --teachers.N.KEY VALUE {several}",
+            "  --skip-check NAME      go on although this preflight check fails (repeatable)",
+        ]
     for name, cls in _sections(config_class).items():
+        if name in without:
+            continue
         keys = {f.name: f for f in dataclasses.fields(cls)}
         if name == "objective":
             keys = {k: keys[k] for k in _own_fields(config_class)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ def setting(default: Any, help: str) -> Any:
 @dataclass
 class PairConfig(DistillationConfig):
     """Settings of training on pairs. ``per_device_train_batch_size`` counts pairs: twice as many sequences."""
+
+    unread: ClassVar = ("teacher", "teachers", "rollouts")  # sections of a recipe that mean nothing to pairs
 
     chosen_column: str = setting("chosen", "column with the correct completion: a string or a list of chat messages")
     rejected_column: str = setting("rejected", "column with the wrong completion, likewise")

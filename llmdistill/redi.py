@@ -147,7 +147,7 @@ SUMMARY = "REDI: fine-tuning on a teacher's correct answers, then on pairs of a 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit status."""
     if "--help" in argv or "-h" in argv:
-        print(help_text(REDIConfig, "llmdistill.redi", SUMMARY))
+        print(help_text(REDIConfig, "llmdistill.redi", SUMMARY, without=REDIConfig.unread))
         return 0
     from llmdistill.redi_stages import run_stages  # TRL is imported there, which --help need not wait for
 

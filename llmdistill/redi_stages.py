@@ -92,8 +92,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     if main_process:
         if skip and args.has_stage1:
             console.print(f"stage 1 is finished, in {first.path}; this is stage 2")
-        unread = ("teacher", "teachers", "rollouts")
-        folder.write_config({k: v for k, v in recipe.resolved().items() if k not in unread})
+        folder.write_config({k: v for k, v in recipe.resolved().items() if k not in args.unread})
     if not skip:
         stage = Stage(recipe, first, model, tokenizer, heldout)
         trainer: Any = _fine_tuning(stage, positives)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llmdistill import UserError, cli
+from llmdistill import UserError, cli, redi
 from llmdistill.command_line import help_text, parse, run_front_door
 from llmdistill.opd import SUMMARY, OPDConfig, main
 
@@ -199,6 +199,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
 
 def test_help_is_grouped_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert redi.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    unread = ("teacher:", "--teachers", "rollouts:", "--skip-check")
+    assert "guard_drop" in text and not any(word in text for word in unread)
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
