@@ -48,16 +48,20 @@ class PairConfig(DistillationConfig):
     max_completion_tokens: int = setting(0, "cut completions after so many tokens; 0: never")
     bad_pairs: BadPairs = setting("error", "skip leaves out rows with an empty side or two sides alike")
     guard_drop: float = setting(0.5, "nats per token log p(chosen) may fall before a warning; 0: not watched")
+    guard_rejected_drop: float = setting(2.0, "the same for log p(rejected), which is meant to fall somewhat")
     guard_stop: bool = setting(False, "stop training there")
-    guard_window: int = setting(10, "steps that the levels compared by the guard are means over")
+    guard_window: int = setting(10, "last steps whose mean the guard compares with the first step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_completion_tokens", "guard_drop"):
+        for name in ("max_completion_tokens", "guard_drop", "guard_rejected_drop"):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), ">= 0", "use 0")
         require(self.guard_window >= 1, "objective.guard_window", self.guard_window, ">= 1", "use 10")
-        if self.guard_stop and not self.guard_drop:
-            raise UserError("objective.guard_stop is true, and objective.guard_drop 0 watches nothing. Fix: use 0.5.")
+        if self.guard_stop and not self.guard_drop and not self.guard_rejected_drop:
+            raise UserError(
+                "objective.guard_stop is true, and objective.guard_drop and guard_rejected_drop 0 watch nothing. "
+                "Fix: use 0.5 and 2."
+            )
 
 
 @dataclass
@@ -109,7 +113,7 @@ class PairTrainer(StudentTrainer):
             context=context_length(model.config),
             bad_pairs=args.bad_pairs,
         )
-        self.guard = Guard(args.guard_drop or math.inf, args.guard_window)
+        self.guard = Guard(args.guard_drop or math.inf, args.guard_window, args.guard_rejected_drop or math.inf)
         self.step_sums = [0.0, 0.0, 0.0]  # chosen, rejected, pairs of this process since the last optimizer step
         super().__init__(
             model,
@@ -228,11 +232,12 @@ class _GuardCallback(TrainerCallback):
         sums = torch.tensor(t.step_sums, dtype=torch.float32, device=args.device)
         chosen, rejected, pairs = t.accelerator.reduce(sums, "sum").tolist()
         t.step_sums = [0.0, 0.0, 0.0]
-        if guard.observe(chosen / pairs, rejected / pairs, state.global_step):
-            if state.is_world_process_zero:
-                guard.warn(args.guard_stop)
+        if fallen := guard.observe(chosen / pairs, rejected / pairs, state.global_step):
+            for side in fallen if state.is_world_process_zero else ():
+                guard.warn(side, args.guard_stop)
             if args.guard_stop:
                 control.should_training_stop = control.should_log = True
                 control.should_save = args.save_strategy != "no"
         state.stateful_callbacks[GUARD_STATE] = guard.state_dict()
         t.meters.add("redi/chosen_fall", guard.fall)
+        t.meters.add("redi/rejected_fall", guard.rejected_fall)

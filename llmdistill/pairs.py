@@ -246,11 +246,18 @@ class PairMeasurement:
     chosen_length: list[int]
     rejected_length: list[int]
 
+    @property
+    def has_rejected(self) -> bool:
+        """Whether every pair has its rejected side."""
+        return all(self.rejected_length)
+
     def flat(self) -> dict[str, float]:
         """Means over pairs; of the first four with ``_low`` and ``_high``, the 95 % bootstrap interval over pairs."""
         margins = [a - b for a, b in zip(self.chosen, self.rejected, strict=True)]
         series = {"chosen_logp": self.chosen}
-        if not any(b != b for b in self.rejected):
+        lengths = {"chosen_length": self.chosen_length}
+        if self.has_rejected:
+            lengths["rejected_length"] = self.rejected_length
             series |= {
                 "rejected_logp": self.rejected,
                 "margin": margins,
@@ -260,9 +267,7 @@ class PairMeasurement:
         for name, of_pairs in series.items():
             low, high = bootstrap_ci(of_pairs)
             values |= {name: sum(of_pairs) / len(of_pairs), f"{name}_low": low, f"{name}_high": high}
-        for name, lengths in (("chosen_length", self.chosen_length), ("rejected_length", self.rejected_length)):
-            values[name] = sum(lengths) / len(lengths)
-        return values
+        return values | {name: sum(of_pairs) / len(of_pairs) for name, of_pairs in lengths.items()}
 
 
 @torch.no_grad()

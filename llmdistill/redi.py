@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -37,6 +37,15 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.001},
     "sft": {},
 }
+# Settings of stage 2, and those that say the same of stage 1.
+OF_STAGE_1 = {
+    "learning_rate": "stage1_learning_rate",
+    "max_steps": "stage1_steps",
+    "num_train_epochs": "stage1_epochs",
+    "per_device_train_batch_size": "stage1_batch_size",
+    "gradient_accumulation_steps": "stage1_accumulation",
+}
+GUARD = ("guard_drop", "guard_rejected_drop", "guard_stop", "guard_window")
 
 
 @dataclass
@@ -66,12 +75,7 @@ class REDIConfig(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         reads = PARAMETERS[self.method]
-        for name in sorted({name for known in PARAMETERS.values() for name in known} - set(reads)):
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"objective.{name} is set, and objective.method {self.method} does not read it. "
-                    f"Fix: leave {name} out, or choose a method that has it."
-                )
+        self._refuse_unread()
         for name, default in reads.items():
             setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
         if self.alpha is not None:
@@ -84,11 +88,6 @@ class REDIConfig(PairConfig):
             require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), ">= 0", "use 0")
         for name in ("stage1_batch_size", "stage1_accumulation"):
             require(getattr(self, name) >= 1, f"objective.{name}", getattr(self, name), ">= 1", "use 1")
-        if self.guard_stop and not self.on_pairs:
-            raise UserError(
-                f"objective.guard_stop is true, and objective.method {self.method} has no guard: its loss is bounded. "
-                "Fix: leave guard_stop out."
-            )
         if not self.has_stage1 and self.method == "sft":
             raise UserError(
                 "objective.method sft is stage 1 alone, and objective.stage1_epochs 0 skips it. Fix: use 3."
@@ -98,6 +97,33 @@ class REDIConfig(PairConfig):
                 f"objective.positives is {self.positives!r}, and objective.stage1_epochs 0 skips the stage that reads "
                 "it. Fix: leave one of them out."
             )
+
+    def _refuse_unread(self) -> None:
+        """Settings that the method does not read, and that are not what some method has anyway: a recipe for one
+        method runs with another, unless it asks for something that the other has not."""
+        reads = PARAMETERS[self.method]
+        for name in sorted({name for known in PARAMETERS.values() for name in known} - set(reads)):
+            if getattr(self, name) not in (None, *(known[name] for known in PARAMETERS.values() if name in known)):
+                raise UserError(
+                    f"objective.{name} is set, and objective.method {self.method} does not read it. "
+                    f"Fix: leave {name} out, or choose a method that has it."
+                )
+            setattr(self, name, None)
+        if self.guard_stop and not self.on_pairs:  # who counts on it would train past where it should have stopped
+            raise UserError(
+                f"objective.guard_stop is true, and objective.method {self.method} has no guard: its loss is bounded. "
+                "Fix: leave guard_stop out."
+            )
+
+    def not_read(self) -> list[str]:
+        """What is set and means nothing to the method. No error: a recipe for all methods has some of it."""
+        defaults = {f.name: f.default for f in fields(self)}
+        unguarded = () if self.on_pairs else GUARD
+        found = [f"objective.{n} (it has no guard)" for n in unguarded if getattr(self, n) != defaults[n]]
+        for name, own in OF_STAGE_1.items() if self.method == "sft" else ():
+            if getattr(self, name) != defaults[name]:
+                found.append(f"train.{name} (stage 2's; objective.{own} is read)")
+        return found
 
     @property
     def has_stage1(self) -> bool:

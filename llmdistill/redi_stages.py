@@ -7,37 +7,35 @@ A stage's ``summary.json`` is the last file it writes, so ``--resume`` knows whi
 starts from ``stage1/student`` as it is on disk: a run that was interrupted between them continues bit for bit.
 
 Simplified away: preflight, which examines a trainer with a teacher. What it would find in pairs (limits, empty sides, a
-missing template or eos) is checked while they are encoded, before anything is trained.
+missing template or eos) is checked while they are encoded, before anything is trained. The stages that TRL trains are
+in ``redi_trl``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from datasets import Dataset
 from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from llmdistill.command_line import Recipe
 from llmdistill.distributed import leave_group
 from llmdistill.errors import UserError
-from llmdistill.meters import Meters, peak_memory_gib
+from llmdistill.meters import peak_memory_gib
 from llmdistill.pair_trainer import PairTrainer
-from llmdistill.pairs import Pair, PairEncoder, collate_pairs, measure_pairs, pair_encoder
+from llmdistill.pairs import Pair, PairEncoder, measure_pairs, pair_encoder
 from llmdistill.prompts import load_rows
+from llmdistill.redi_trl import TRLCallback, direct_preference, fine_tuning
 from llmdistill.report.page import write_report
-from llmdistill.rollouts import Prompt
 from llmdistill.run import add_evaluations, checkpoint_to_resume, load_student, lora_config, quiet, save_student
-from llmdistill.run_folder import RunFolder, RunFolderCallback
+from llmdistill.run_folder import RunFolder
 from llmdistill.tokenization.special import context_length, pad_id
 
 if TYPE_CHECKING:  # it runs as __main__: its classes are not those that an import here would see
@@ -87,16 +85,21 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     )
     # All of it before anything is trained or an earlier run is moved: a bad row costs no stage 1.
     pairs, positives, heldout = _data(recipe, encoder)
+    _check_evaluations(recipe, model, tokenizer)
     checkpoint = checkpoint_to_resume(recipe, folder if skip else first if recipe.flags.resume else folder, console)
     main_process = args.process_index == 0
     if main_process:
+        for said in args.not_read():
+            console.print(f"method {args.method} does not read {said}", markup=False)
         if skip and args.has_stage1:
             console.print(f"stage 1 is finished, in {first.path}; this is stage 2")
         folder.write_config({k: v for k, v in recipe.resolved().items() if k not in args.unread})
     if not skip:
         stage = Stage(recipe, first, model, tokenizer, heldout)
-        trainer: Any = _fine_tuning(stage, positives)
+        trainer: Any = fine_tuning(stage, positives)
         trainer.encode = encoder.prompts  # where saving finds the tokenizer
+        if args.method == "sft":
+            add_evaluations(trainer, recipe.evals)
         _train(stage, trainer, checkpoint, "stage 1", encoder.skipped)
         checkpoint = None
         if args.method != "sft":
@@ -107,7 +110,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
             model, tokenizer = load_student(tuned)
     if args.method != "sft":
         stage = Stage(recipe, folder, model, tokenizer, heldout)
-        trainer = _direct_preference(stage, pairs) if args.method == "dpo" else _on_pairs(stage, pairs, trainer_class)
+        trainer = direct_preference(stage, pairs) if args.method == "dpo" else _on_pairs(stage, pairs, trainer_class)
         trainer.encode = encoder.prompts
         add_evaluations(trainer, recipe.evals)
         _train(stage, trainer, checkpoint, "stage 2", encoder.skipped)
@@ -128,6 +131,17 @@ def _refuse(recipe: Recipe) -> None:
         )
     if not recipe.data.train:
         raise UserError("data.train is empty; it must name a file or hub dataset of pairs. Fix: --data.train FILE.")
+    if (when := IntervalStrategy(recipe.args.eval_strategy).value) != "no" and not recipe.data.heldout:
+        raise UserError(
+            f"train.eval_strategy is {when!r}, and data.heldout is empty: there is nothing to evaluate on. "
+            "Fix: --data.heldout FILE, or leave eval_strategy out."
+        )
+
+
+def _check_evaluations(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Loads the suites for a trainer that does not exist yet: a wrong one costs no stage 1 either."""
+    trainer = SimpleNamespace(args=recipe.args, model=model, processing_class=tokenizer, add_callback=lambda _: None)
+    add_evaluations(cast(Any, trainer), recipe.evals)
 
 
 def _finished(folder: RunFolder) -> bool:
@@ -147,7 +161,9 @@ def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair],
         positives = encoder.encode_all(rows, "data.train", positive=True)
     heldout: list[Pair] = []
     if data.heldout:
-        heldout = encoder.encode_all(load_rows(data.heldout, data, "data.heldout"), "data.heldout")
+        rows = load_rows(data.heldout, data, "data.heldout")
+        alone = args.method == "sft" and args.rejected_column not in rows.column_names  # measured where there is one
+        heldout = encoder.encode_all(rows, "data.heldout", positive=alone)
     return pairs, positives, heldout[: args.heldout_sequences]
 
 
@@ -166,96 +182,6 @@ def _on_pairs(stage: Stage, pairs: list[Pair], trainer_class: Callable[..., Pair
     )
 
 
-def _fine_tuning(stage: Stage, positives: Sequence[Pair]) -> SFTTrainer:
-    """Stage 1, on the very tokens that stage 2 would see."""
-    args = stage.args
-    rows = [
-        {"input_ids": [*p.prompt.ids, *p.chosen], "completion_mask": [0] * len(p.prompt.ids) + [1] * len(p.chosen)}
-        for p in positives
-    ]
-    config = SFTConfig(
-        **_shared(
-            args,
-            stage.folder,
-            learning_rate=args.stage1_learning_rate,
-            num_train_epochs=args.stage1_epochs,
-            max_steps=args.stage1_steps or -1,
-            per_device_train_batch_size=args.stage1_batch_size,
-            gradient_accumulation_steps=args.stage1_accumulation,
-            eval_strategy="no",  # of stage 2
-            load_best_model_at_end=False,
-        ),
-        completion_only_loss=True,
-        max_length=None,
-    )
-    return SFTTrainer(_prepared(stage), config, train_dataset=Dataset.from_list(rows), **_trl_extras(stage))
-
-
-def _direct_preference(stage: Stage, pairs: Sequence[Pair]) -> DPOTrainer:
-    """DPO against the student as it is now. TRL tokenises what it is given; the collator hands it our own tokens."""
-    args = stage.args
-    assert args.beta is not None
-    config = DPOConfig(
-        **_shared(args, stage.folder),
-        beta=args.beta,
-        max_length=None,
-        trust_remote_code=stage.recipe.student.trust_remote_code,
-    )
-    padding = pad_id(stage.tokenizer)
-
-    def collator(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate_pairs([_pair(row) for row in rows], padding)
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask.long(),
-            "completion_mask": batch.completion_mask.long(),
-        }
-
-    return DPOTrainer(
-        _prepared(stage),
-        args=config,
-        data_collator=collator,
-        train_dataset=_as_dataset(pairs),
-        eval_dataset=_as_dataset(stage.heldout) if stage.heldout else None,
-        **_trl_extras(stage),
-    )
-
-
-def _as_dataset(pairs: Sequence[Pair]) -> Dataset:
-    """A placeholder for TRL's own tokenisation, and beside it the tokens that are trained on."""
-    return Dataset.from_list(
-        [
-            {
-                **{"prompt": "=", "chosen": "+", "rejected": "-"},
-                **{"ids": p.prompt.ids, "chosen_tokens": list(p.chosen), "rejected_tokens": list(p.rejected)},
-            }
-            for p in pairs
-        ]
-    )
-
-
-def _pair(row: dict[str, Any]) -> Pair:
-    return Pair(Prompt(row["ids"], ""), tuple(row["chosen_tokens"]), tuple(row["rejected_tokens"]))
-
-
-def _prepared(stage: Stage) -> Any:
-    if stage.args.freeze_embeddings:
-        for module in (stage.model.get_input_embeddings(), stage.model.get_output_embeddings()):
-            module.requires_grad_(False)
-    return stage.model
-
-
-def _shared(args: REDIConfig, folder: RunFolder, **own: Any) -> dict[str, Any]:
-    """The settings of ``train`` for a config of TRL's, which is a TrainingArguments too."""
-    names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    values = {k: v for k, v in args.to_dict().items() if k in names}
-    return {**values, "hub_token": args.hub_token, "output_dir": str(folder.path), **own}
-
-
-def _trl_extras(stage: Stage) -> dict[str, Any]:
-    return {"processing_class": stage.tokenizer, "peft_config": lora_config(stage.recipe.student)}
-
-
 # ---------------------------------------------------------------- running one
 
 
@@ -264,7 +190,7 @@ def _train(stage: Stage, trainer: Any, checkpoint: Path | None, name: str, skipp
     folder, callback = stage.folder, None
     if not isinstance(trainer, PairTrainer):
         trainer.remove_callback(PrinterCallback)
-        callback = _TRLCallback(folder)
+        callback = TRLCallback(folder)
         trainer.add_callback(callback)
     trainer.callback_handler.callbacks.insert(0, _Before(trainer, stage))
     try:
@@ -287,7 +213,7 @@ def _train(stage: Stage, trainer: Any, checkpoint: Path | None, name: str, skipp
             "steps": trainer.state.global_step,
             "peak_gib": peak_memory_gib(),
             "skipped_rows": skipped,
-            "guard": None if guard is None else {"fired_at": guard.fired_at, "fall": guard.fall, **guard.numbers()},
+            "guard": None if guard is None else guard.summary(),
         },
     )
     write_report(folder.path)
@@ -300,7 +226,9 @@ def _snapshot(trainer: Any, stage: Stage) -> dict[str, Any]:
     measured = measure_pairs(
         trainer, stage.heldout, pad_id=pad_id(stage.tokenizer), chunk_tokens=stage.args.chunk_tokens
     )
-    each = {"chosen_logp": measured.chosen, "rejected_logp": measured.rejected}
+    each = {"chosen_logp": measured.chosen}
+    if measured.has_rejected:
+        each["rejected_logp"] = measured.rejected
     return {"step": trainer.state.global_step, "pairs": measured.flat(), "sequences": {"pairs": each}}
 
 
@@ -317,33 +245,6 @@ class _Before(TrainerCallback):
                 self.stage.folder.write_json("before.json", snapshot)
 
 
-class _TRLCallback(RunFolderCallback):
-    """The run folder of a trainer of TRL's, with the times and the memory that ours measure themselves."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        super().__init__(folder, Meters())
-        self.step_began = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step_began = time.perf_counter()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.meters.add("time/student", time.perf_counter() - self.step_began)
-        super().on_pre_optimizer_step(args, state, control, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            if not math.isfinite(float(logs["loss"])):
-                newest = self.folder.newest_checkpoint()
-                go_on = f"--resume, which goes on from {newest}" if newest else "start again"
-                raise UserError(
-                    f"the loss is {logs['loss']} at step {state.global_step}. Fix: lower the stage's learning rate or "
-                    f"use train.bf16 instead of fp16, then {go_on}."
-                )
-            logs = {**logs, **self.meters.flush(), "memory/peak_gib": peak_memory_gib()}
-        super().on_log(args, state, control, logs=logs, **kwargs)
-
-
 def _print(first: RunFolder, folder: RunFolder, console: Console) -> None:
     columns = {
         "before stage 1": first.read_json("before.json"),
@@ -358,7 +259,7 @@ def _print(first: RunFolder, folder: RunFolder, console: Console) -> None:
         table.add_column("")
         for title in measured:
             table.add_column(title, justify="right")
-        for metric in SHOWN:
+        for metric in (m for m in SHOWN if all(m in values for values in measured.values())):
             table.add_row(metric, *(_cell(values, metric) for values in measured.values()))
         console.print(table)
     console.print(f"student: {folder.path / 'student'}", markup=False)

@@ -7,7 +7,7 @@ batch was split over micro-batches and processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from llmdistill.config import DistillationConfig
 from llmdistill.errors import UserError
+from llmdistill.finite import FiniteTrainer
 from llmdistill.meters import Meters, peak_memory_gib
 from llmdistill.prompts import PromptEncoder
 from llmdistill.run_folder import RunFolder, RunFolderCallback
@@ -54,7 +55,7 @@ def ready_student(
     return student, processing_class
 
 
-class StudentTrainer(Trainer):
+class StudentTrainer(FiniteTrainer):
     """Trains ``model``, records the run, and says where a loss stopped being a number.
 
     Args:
@@ -119,7 +120,7 @@ class StudentTrainer(Trainer):
 
     def _groups(self, epoch_iterator: Iterator[list[Any]], num_batches: int) -> list[list[Any]]:
         """The examples of the next optimizer step, a list for each micro-batch. None: there is no such step."""
-        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where all steps are done: transformers goes on
+        if self._all_steps_done():
             return []
         return list(islice(epoch_iterator, num_batches))
 
@@ -127,17 +128,6 @@ class StudentTrainer(Trainer):
         """``loss_sum`` over the global count, times the processes that gradients are averaged over."""
         # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
         return (loss_sum + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
-
-    def _not_finite(self, loss: float, rows: Iterable[Any]) -> UserError:
-        numbers = list(dict.fromkeys(map(str, rows)))  # a prompt may have several samples
-        named = ", ".join(numbers[:16]) + (" …" if len(numbers) > 16 else "")
-        last = self.run_folder.newest_checkpoint()
-        then = f"--resume, which goes on from {last}" if last else "start again"
-        return UserError(
-            f"the loss is {loss} at step {self.state.global_step + 1}, on the prompts of rows {named}; training cannot "
-            f"go on from it. The last complete checkpoint is {last or 'none: none was saved yet'}. Fix: look at those "
-            f"rows, lower train.learning_rate or use train.bf16 instead of fp16, then {then}."
-        )
 
 
 def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:

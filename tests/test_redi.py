@@ -18,55 +18,17 @@ import yaml
 from safetensors.torch import load_file
 
 from llmdistill import redi
+from llmdistill.command_line import parse
 from llmdistill.errors import UserError
 from llmdistill.objectives.redi import dpo_loss
 from llmdistill.redi import REDIConfig
-from tests import tiny
+from tests.redi_runs import lines, make_place, read, student, student_logps, words
 from tests.trainer.pair_cases import by_hand, encoded, pair_rows
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``student``, pairs.jsonl and heldout.jsonl."""
-    folder = tmp_path_factory.mktemp("redi")
-    tiny.llama(1).save_pretrained(folder / "student")
-    tiny.tokenizer().save_pretrained(folder / "student")
-    rows = pair_rows(22)
-    for name, part in (("pairs", rows[:16]), ("heldout", rows[16:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
-    return folder
-
-
-def words(place: Path, output: Path, **changed: Any) -> list[str]:
-    settings = {
-        **{"student.model": place / "student", "data.train": place / "pairs.jsonl"},
-        **{"data.heldout": place / "heldout.jsonl", "output_dir": output, "logging_steps": 1, "save_steps": 2},
-        **{"stage1_steps": 4, "stage1_batch_size": 4, "stage1_learning_rate": 1e-3},
-        **{"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
-        **changed,
-    }
-    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if "loss" in line]
-
-
-def read(run: Path, name: str) -> Any:
-    return json.loads((run / name).read_text())
-
-
-def student(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def student_logps(folder: Path, pairs: list[Any]) -> list[float]:
-    """Mean chosen and rejected log-prob of the student in a folder."""
-    with torch.no_grad():
-        return [side.mean().item() for side in by_hand(student(folder), pairs)]
+    return make_place(tmp_path_factory.mktemp("redi"))
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +230,24 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(
     assert not list(tmp_path.glob("torn.*"))  # --resume moves nothing aside
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "redi"])
+def test_a_finished_stage_that_is_resumed_trains_nothing_more(place: Path, tmp_path: Path, method: str) -> None:
+    """Killed between its last checkpoint and summary.json, in the middle of an epoch (step 3 of 4), at a learning rate
+    that a further step would show."""
+    run, settings = tmp_path / "run", {"save_steps": 1, "lr_scheduler_type": "constant", "stage1_steps": 3}
+    command = words(place, run, method=method, **settings, **({} if method == "sft" else {"max_steps": 3}))
+    redi.main(command)
+    for stage in ("stage1", ".") if method == "redi" else (".",):
+        weights = load_file(run / stage / "student" / "model.safetensors")
+        before, logged = read(run / stage, "summary.json"), lines(run / stage)
+        (run / stage / "summary.json").unlink()
+        redi.main([*command, "--resume"])
+        assert read(run / stage, "summary.json")["steps"] == before["steps"] == 3
+        assert lines(run / stage) == logged
+        again = load_file(run / stage / "student" / "model.safetensors")
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "."])
 def test_killed_in_either_stage_and_resumed_equals_undisturbed(place: Path, tmp_path: Path, stage: str) -> None:
@@ -345,8 +325,10 @@ def test_help_is_a_screen_of_settings(capsys: pytest.CaptureFixture[str]) -> Non
         ({"alpha": 1.5}, r"objective.alpha is 1.5; it must be in \[0, 1\]"),
         ({"gamma": -1}, "objective.gamma is -1"),
         ({"method": "dpo", "objective.beta": 0}, "objective.beta is 0.0; it must be > 0"),
-        ({"method": "dpo", "guard_stop": True}, "objective.guard_stop is true, and objective.method dpo"),
-        ({"guard_stop": True, "guard_drop": 0}, "guard_drop 0 watches nothing"),
+        ({"method": "dpo", "guard_stop": True}, "objective.guard_stop is true, and objective.method dpo has no guard"),
+        ({"guard_stop": True, "guard_drop": 0, "guard_rejected_drop": 0}, "guard_rejected_drop 0 watch nothing"),
+        ({"guard_rejected_drop": -1}, "objective.guard_rejected_drop is -1"),
+        ({"eval_strategy": "steps", "eval_steps": 1, "data.heldout": ""}, "train.eval_strategy is 'steps', and data.h"),
         ({"guard_window": 0}, "objective.guard_window is 0"),
         ({"method": "sft", "stage1_steps": 0, "stage1_epochs": 0}, "sft is stage 1 alone"),
         ({"positives": "x.jsonl", "stage1_steps": 0, "stage1_epochs": 0}, "objective.positives is 'x.jsonl'"),
@@ -377,6 +359,25 @@ def test_methods_have_the_papers_defaults_and_trl_ones_have_no_trainer_here(tmp_
             config(method).loss()
 
 
-def test_a_diverged_stage_1_says_so(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the loss is nan at step .*stage's learning rate.*goes on from .*checkpoint-1"):
-        redi.main(words(place, tmp_path / "run", stage1_learning_rate=1e38, stage1_steps=4, save_steps=1))
+@pytest.mark.parametrize("method", ["symmetric", "simpo", "dpo"])
+def test_a_recipe_for_one_method_runs_with_another(tmp_path: Path, method: Any) -> None:
+    """A value that is some method's default asks for nothing."""
+    config = REDIConfig(output_dir=str(tmp_path), method=method, alpha=0.8, margin=1.0)
+    assert config.alpha is None and config.margin == (1.0 if method == "simpo" else None)
+
+
+def test_what_a_method_does_not_read_is_said(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "redi.yaml"
+
+    def said(method: str) -> list[str]:
+        args = parse(REDIConfig, ["--config", str(recipe), "--method", method]).args
+        assert isinstance(args, REDIConfig)
+        return args.not_read()
+
+    assert said("redi") == said("symmetric") == said("simpo") == said("dpo") == []
+    assert said("sft") == [
+        "train.learning_rate (stage 2's; objective.stage1_learning_rate is read)",
+        "train.max_steps (stage 2's; objective.stage1_steps is read)",
+    ]
+    dpo = REDIConfig(output_dir=str(tmp_path), method="dpo", guard_window=3)
+    assert dpo.not_read() == ["objective.guard_window (it has no guard)"]

@@ -23,7 +23,8 @@ def run(folder: Path, config: str, processes: int, method: str) -> dict[str, Any
         **{"data.heldout": folder / "heldout.jsonl", "per_device_eval_batch_size": 2, "method": method},
         **{"stage1_steps": STEPS, "stage1_learning_rate": 1e-3, "stage1_batch_size": share, "stage1_accumulation": 2},
         **{"max_steps": STEPS, "learning_rate": 1e-3, "per_device_train_batch_size": share},
-        **{"gradient_accumulation_steps": 2, "logging_steps": 1, "save_steps": STEPS, "guard_window": 1},
+        **{"gradient_accumulation_steps": 2, "logging_steps": 1, "save_steps": STEPS},
+        **({} if method == "dpo" else {"guard_window": 1}),
     }
     words = [str(x) for key, value in settings.items() for x in (f"--{key}", value)]
     launch(config, "-m", "llmdistill.redi", *words)
@@ -60,6 +61,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, config: str, method
                 "redi/accuracy",
                 "redi/chosen_length",
                 "redi/chosen_fall",
+                "redi/rejected_fall",
             ]
         for name in names:
             expected = [line[name] for line in alone[stage]["lines"]]
@@ -71,5 +73,6 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, config: str, method
         assert found[stage]["summary"]["steps"] == STEPS
     if method != "dpo":
         guards = [stages["."]["summary"]["guard"] for stages in (alone, found)]
-        assert guards[1].pop("fired_at") == guards[0].pop("fired_at")
+        for name in ("fired_at", "fired_on"):
+            assert guards[1].pop(name) == guards[0].pop(name)
         assert guards[1] == pytest.approx(guards[0], rel=1e-4, abs=1e-5)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from llmdistill.config import DataConfig
 from llmdistill.errors import UserError
+from llmdistill.finite import usable
 from llmdistill.pairs import collate_pairs, pair_encoder
 from llmdistill.redi import REDIConfig, REDITrainer
 from tests import tiny
@@ -123,31 +124,79 @@ def test_a_tokenizer_without_an_eos_is_refused() -> None:
 
 
 def test_an_infinite_loss_names_step_rows_and_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """The weights are sound: what is wrong is one row, at the step it comes up."""
+    bang = tiny.tokenizer()("!")["input_ids"][0]
+
     class Break(TrainerCallback):
-        """The head's row of "!" overflows after step 2; only row 9's rejected side has one."""
+        """ "!" overflows after step 2; only row 9's rejected side has one."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            def overflow(module: Any, given: Any, out: Any) -> Any:
+                return out.masked_fill((given[0] == bang)[..., None], math.inf)
+
             if state.global_step == 2:
-                with torch.no_grad():
-                    model.get_input_embeddings().weight[tiny.tokenizer()("!")["input_ids"][0]] = math.inf
+                model.get_input_embeddings().register_forward_hook(overflow)
 
     rows = pair_rows(12)
     rows[9]["rejected"] = "x!x"
-    t = trainer(
-        tmp_path,
-        tiny.llama(1, tied=False),
-        rows=rows,
-        max_steps=9,
-        save_strategy="steps",
-        save_steps=1,
-        callbacks=[Break()],
-    )
+    settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 1}
+    t = trainer(tmp_path, tiny.llama(1), rows=rows, callbacks=[Break()], **settings)
     with pytest.raises(UserError) as error:
         t.train()
     step = t.state.global_step
     assert step in (2, 3, 4, 5)  # row 9 comes up once an epoch of three steps
-    assert f"at step {step + 1}, on the prompts of rows 9;" in str(error.value)
+    assert f"at step {step + 1}, on the prompts of rows 9; training cannot go on" in str(error.value)
     assert str(tmp_path / "run" / f"checkpoint-{step}") in str(error.value)
+
+
+class Destroy(TrainerCallback):
+    """What a too large update does: after step 3 one trained weight is no number, or far beyond what a model bears."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            with torch.no_grad():
+                model.model.layers[0].mlp.down_proj.weight[0, 0] = self.value
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e38])
+def test_weights_that_an_update_destroyed_are_never_saved(tmp_path: Path, value: float) -> None:
+    """They would be the newest checkpoint, and save_total_limit would remove the good one for them."""
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    t = trainer(tmp_path, tiny.llama(1), callbacks=[Destroy(value)], **settings)
+    with pytest.raises(UserError) as error:
+        t.train()
+    good = tmp_path / "run" / "checkpoint-2"
+    said = str(error.value)
+    assert "the weights are NaN, inf or too large to be squared since the update of step 3; they were not saved" in said
+    assert f"The last complete checkpoint is {good}." in said and f"--resume, which goes on from {good}." in said
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    again = trainer(tmp_path, tiny.llama(1), **settings)
+    again.train(resume_from_checkpoint=str(good))
+    assert again.state.global_step == 6 and usable(again.model)
+
+
+def test_a_loss_that_destroyed_weights_cause_names_the_update_and_not_only_the_rows(tmp_path: Path) -> None:
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    t = trainer(tmp_path, tiny.llama(1), callbacks=[Destroy(math.nan)], **settings)
+    with pytest.raises(
+        UserError, match=r"nan at step 4, on the prompts of rows [\d, ]+; the weights .* of step 3"
+    ) as e:
+        t.train()
+    assert f"goes on from {tmp_path / 'run' / 'checkpoint-2'}" in str(e.value)
+    assert "look at those rows" not in str(e.value)  # it was not they
+
+
+def test_the_last_update_is_looked_at_too_and_so_are_weights_that_came_broken(tmp_path: Path) -> None:
+    t = trainer(tmp_path, tiny.llama(1), callbacks=[Destroy(math.nan)], max_steps=3)  # nothing is saved in it
+    with pytest.raises(UserError, match="since the update of step 3.*none was saved yet.*start again"):
+        t.train()
+    broken = tiny.llama(1)
+    Destroy(math.nan).on_step_end(None, t.state, None, broken)
+    with pytest.raises(UserError, match="nan at step 1, .*as they were loaded.*start from other weights"):
+        trainer(tmp_path / "broken", broken).train()
 
 
 def test_a_teacher_is_not_needed_and_not_asked(tmp_path: Path) -> None:
