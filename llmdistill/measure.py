@@ -128,12 +128,14 @@ class HeldOut:
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
+        self._prompts: list[list[int]] = []  # of all ranks; what is remembered is about these
         self._teacher_text: Rollout | None = None
-        self._lacking: tuple[int, str] | None = None  # of how many prompts; what keeps them from being measured
+        self._lacking: str | None = None  # what keeps them from being measured
 
     def measure(self, prompts: Sequence[Prompt]) -> dict[str, Measurement]:
         """Name of the text -> the sequences of all ranks."""
         t = self.trainer
+        self._about(prompts)
         world, rank = t.accelerator.num_processes, t.accelerator.process_index
         # Every rank makes the same number of forward passes (ZeRO-3 gathers parameters in them): the last ones repeat.
         share = -(-len(prompts) // world)
@@ -162,20 +164,29 @@ class HeldOut:
     def _texts(self, prompts: Sequence[Prompt]) -> dict[str, Rollout]:
         t = self.trainer
         if not is_live(t.teacher):
-            return {} if self.lacking(prompts) else {"dataset": completed(prompts, t.pad_id)}
+            return {} if self._reason(prompts) else {"dataset": completed(prompts, t.pad_id)}
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
         t.rollout_engine.sync(t.forward_model(), t.state.global_step)
         own = t.readable(t.rollout_engine.generate(prompts, sampling), prompts)
-        if self._teacher_text is None or len(self._teacher_text) != len(prompts):
+        if self._teacher_text is None:
             self._teacher_text = t.readable(t.teacher.generate(prompts, sampling), prompts)
         return {"student": own, "teacher": self._teacher_text}
 
     def lacking(self, prompts: Sequence[Prompt]) -> str:
         """Why a teacher that is not live cannot judge these rows, or nothing. Every rank has the same answer."""
+        self._about(prompts)
+        return self._reason(prompts)
+
+    def _about(self, prompts: Sequence[Prompt]) -> None:
+        """Forgets what is known of other prompts. Of all ranks': they must agree on what there is to do together."""
+        if (ids := [p.ids for p in prompts]) != self._prompts:
+            self._prompts, self._teacher_text, self._lacking = ids, None, None
+
+    def _reason(self, prompts: Sequence[Prompt]) -> str:
         t = self.trainer
-        if self._lacking is None or self._lacking[0] != len(prompts):
+        if self._lacking is None:
             reason = "" if all(p.completion for p in prompts) else "they have no completions of their own"
             if not reason:
                 try:
@@ -184,5 +195,5 @@ class HeldOut:
                 except UserError as error:
                     reason = str(error)
             reasons = gather_object([reason]) if t.accelerator.num_processes > 1 else [reason]
-            self._lacking = len(prompts), next(filter(None, reasons), "")
-        return self._lacking[1]
+            self._lacking = next(filter(None, reasons), "")
+        return self._lacking

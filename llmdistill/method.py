@@ -46,7 +46,7 @@ class Objective:
     support: Support = "teacher"  # whose likeliest tokens ``top_k`` lists
     reference: bool = False  # the evidence is also asked of a reference model
     importance_cap: float = 0.0  # truncated importance weights of sampled tokens; 0: none
-    temperature: float = 1.0  # of the student in those weights and in the reward's log-probs
+    temperature: float = 1.0  # that tokens were sampled at, for those weights and the reward's log-probs
     schedule: Schedule | None = None
     watch: Callable[..., dict[str, Tensor]] | None = None
 

@@ -28,6 +28,12 @@ class MethodState:
     def save(self, checkpoint: str | Path) -> None:
         self._file(checkpoint, self.rank).write_text(json.dumps(self.values()))
 
+    def restore(self, values: dict[str, Any]) -> None:
+        """Takes what :meth:`values` gave."""
+        self.sequences.load_state_dict(values["sequences"])
+        if self.objective.schedule is not None:
+            self.objective.schedule.load_state_dict(values["schedule"])
+
     def load(self, checkpoint: str | Path) -> None:
         """Restores what this rank saved; where there were fewer ranks, what the first one did.
 
@@ -45,9 +51,9 @@ class MethodState:
             return
         try:
             state = json.loads(file.read_text())
-            self.sequences.load_state_dict(state["sequences"])
-            if self.objective.schedule is not None:
-                self.objective.schedule.load_state_dict(state["schedule"])
+            if bool(state["schedule"]) != bool(self.values()["schedule"]):
+                raise ValueError("a schedule on one side only")
+            self.restore(state)
         except (KeyError, TypeError, ValueError) as error:  # every run writes the file, a run of another method too
             raise UserError(
                 f"{file} is not the state of this method ({type(error).__name__}: {error}). "

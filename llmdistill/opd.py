@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from llmdistill import sequences as data_policy
 from llmdistill.command_line import help_text, parse, run_front_door
-from llmdistill.config import TeacherConfig, require
+from llmdistill.config import DType, TeacherConfig, require
 from llmdistill.errors import UserError
 from llmdistill.heads import head_of
 from llmdistill.method import Objective
@@ -79,6 +79,11 @@ class OPDConfig(TokenConfig):
                 f"objective.reward_weight is {self.reward_weight:g} and objective.sequences {self.sequences}; a reward "
                 "teaches through tokens the student drew. Fix: --sequences student."
             )
+        if self.reward_weight and self.rollouts.temperature == 0:
+            raise UserError(
+                "objective.reward compares samples of a prompt, and at rollouts.temperature 0 they are all the same. "
+                "Fix: --rollouts.temperature 1."
+            )
         if self.reward and self.rollouts.samples_per_prompt < 2:
             raise UserError(
                 "objective.reward is normalised over the samples of a prompt, and rollouts.samples_per_prompt is "
@@ -98,7 +103,7 @@ class OPDConfig(TokenConfig):
             self.support,
             reference=scale != 1,
             importance_cap=self.cap,
-            temperature=self.loss_temperature,
+            temperature=self.sampled_at,
         )
 
 
@@ -173,7 +178,7 @@ def _initial(model: Any, args: OPDConfig) -> Teacher | PreTrainedModel:
     path = model if isinstance(model, str) else model.config.name_or_path
     sharded = not isinstance(model, str) and hasattr(head_of(model).linear.weight, "ds_id")
     if isinstance(model, str) or (sharded and path):
-        return _named(path, args)
+        return _named(path, args, "float32")  # as the student is
     if sharded:
         raise UserError(
             "objective.reference is initial, and the student came in shards from nowhere. Fix: give reference a folder."
@@ -181,10 +186,10 @@ def _initial(model: Any, args: OPDConfig) -> Teacher | PreTrainedModel:
     return copy.deepcopy(model)  # type: ignore[no-any-return]
 
 
-def _named(reference: str, args: OPDConfig) -> Teacher:
+def _named(reference: str, args: OPDConfig, dtype: DType = "bfloat16") -> Teacher:
     longest = args.rollouts.max_new_tokens + 1024
     remote = reference.startswith(("http://", "https://"))
-    config = TeacherConfig(url=reference) if remote else TeacherConfig(model=reference, dtype="float32")
+    config = TeacherConfig(url=reference) if remote else TeacherConfig(model=reference, dtype=dtype)
     return load_teachers([config], args.device, longest, ["objective.reference"])
 
 

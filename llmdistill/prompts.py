@@ -69,7 +69,12 @@ class PromptEncoder:
 
     def text(self, row: Mapping[str, Any], index: int = 0) -> str:
         """The prompt as the model sees it."""
-        prompt = row[self.config.prompt_column]
+        prompt = row.get(self.config.prompt_column)
+        if prompt is None and self.config.prompt_column not in row:
+            raise UserError(
+                f"row {index} has no column {self.config.prompt_column!r}, it has {', '.join(map(repr, row))}. "
+                "Fix: --data.prompt_column NAME."
+            )
         if isinstance(prompt, str):
             if not prompt:
                 raise UserError(f"row {index}: {self.config.prompt_column} is empty. Fix: remove the row.")
@@ -88,11 +93,11 @@ class PromptEncoder:
     def completion(self, row: Mapping[str, Any], index: int = 0) -> list[int]:
         """Ids of the row's completion, closed by the eos."""
         completion = row.get(self.config.completion_column)
-        if not completion:
+        content = completion if isinstance(completion, str | None) else completion and completion[-1].get("content")
+        if not (content or "").strip():
             raise UserError(
                 f"row {index}: {self.config.completion_column} is empty. Fix: --data.completion_column NAME."
             )
-        content = completion if isinstance(completion, str) else completion[-1]["content"]
         ids = self.tokenizer(content, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else list(ids)
 
@@ -109,6 +114,8 @@ class PromptEncoder:
                 if self.config.overlong != "drop" or "max_prompt_tokens" not in str(error):
                     raise
                 self.dropped += 1
+        if not len(rows):
+            raise UserError("there are no rows. Fix: give at least one.")
         if not prompts:
             raise UserError("no prompt is left: all are longer than data.max_prompt_tokens. Fix: raise it.")
         return prompts

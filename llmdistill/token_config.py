@@ -36,6 +36,14 @@ PARAMETER = {
 }
 
 
+# Settings that only some kinds of objective.sequences read.
+READ_BY = {
+    ("mixed",): ("student_fraction",),
+    ("mixed", "adaptive"): ("off_policy",),
+    ("adaptive",): ("replay_size", "adaptive_eps"),
+}
+
+
 def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help, "section": "objective"})
 
@@ -81,6 +89,7 @@ class TokenConfig(DistillationConfig):
             raise UserError(f"objective.divergence {self.divergence} needs objective.{takes}")
         if self.estimator == "sampled":
             self._check_sampled()
+        self._refuse_unread()
         if self.support != "teacher" and self.estimator != "top_k":
             raise UserError(
                 f"objective.support is {self.support}, and objective.estimator {self.estimator} lists no tokens. "
@@ -95,6 +104,20 @@ class TokenConfig(DistillationConfig):
             raise UserError(
                 "objective.sequences adaptive moves with the validation loss, and train.eval_strategy is no. "
                 "Fix: --eval_strategy steps --eval_steps N, with data.heldout."
+            )
+
+    def _refuse_unread(self) -> None:
+        for reader, names in READ_BY.items():
+            for name in names if self.sequences not in reader else ():
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise UserError(
+                        f"objective.{name} is {getattr(self, name)}, and objective.sequences {self.sequences} does not "
+                        f"read it. Fix: leave it out, or --sequences {reader[0]}."
+                    )
+        if self.rollouts.temperature == 0 and (self.estimator == "sampled" or self.cap):
+            raise UserError(
+                "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with. "
+                "Fix: --rollouts.temperature 1, or estimator full without importance_cap."
             )
 
     def _check_sampled(self) -> None:
@@ -120,6 +143,15 @@ class TokenConfig(DistillationConfig):
         if self.importance_cap is None:
             return 5.0 if self.estimator == "sampled" else 0.0
         return self.importance_cap
+
+    @property
+    def sampled_at(self) -> float:
+        """The temperature of the policy that sampled tokens count as drawn from.
+
+        The sampler's own, except where importance weights carry them over to temperature 1, as the sampled estimator
+        needs. A reward's policy gradient is taken there too: at another temperature a constant would have a gradient.
+        """
+        return 1.0 if self.estimator == "sampled" and self.cap else self.rollouts.temperature or 1.0
 
     @property
     def listed(self) -> int:

@@ -6,6 +6,8 @@ the dataset), the teacher heard on all of them, and only then are they split int
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.config import DataConfig, DistillationConfig, RolloutConfig, TeacherConfig
+from llmdistill.consistency import check_parts, check_ready
 from llmdistill.errors import UserError
 from llmdistill.heads import forward_to_head, head_of
 from llmdistill.measure import HeldOut, Measurement
@@ -122,7 +125,9 @@ class DistillationTrainer(StudentTrainer):
         self._pushed = -1  # the stretch of push_every steps in which weights were last pushed
         self._step_loss = 0.0  # of the micro-batches of this optimizer step, on this rank
         self._step_tokens = 0  # and the tokens they count, of all ranks
-        self.add_callback(_StepEnd(self))
+        self.add_callback(_Schedule(self))
+        self._method_start = copy.deepcopy(self._method_state().values())
+        check_parts(self)
 
     # ---------------------------------------------------------------- sequences and evidence
 
@@ -140,8 +145,8 @@ class DistillationTrainer(StudentTrainer):
             n = len(rollout) // len(of)
             return rollout, [p for p in of for _ in range(n)]
 
-        def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # text that no student wrote is never stale
-            return each(replace(rollout, policy_version=self.state.global_step), of)
+        def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # what no student wrote is neither stale nor off
+            return each(replace(rollout, policy_version=self.state.global_step, behavior_logprobs=None), of)
 
         round_ = Round(
             prompts,
@@ -198,6 +203,8 @@ class DistillationTrainer(StudentTrainer):
             ]
         if len(rewards) != len(rollout):
             raise UserError(f"the reward returned {len(rewards)} numbers for {len(rollout)} completions")
+        if bad := [(p.row, r) for p, r in zip(prompts, rewards, strict=True) if not math.isfinite(r)]:
+            raise UserError(f"the reward is {bad[0][1]} on row {bad[0][0]}; it must be a finite number. Fix: return 0.")
         self.meters.add("rollout/reward", sum(rewards), len(rewards))
         return rewards
 
@@ -366,9 +373,12 @@ class DistillationTrainer(StudentTrainer):
         for name, measured in self.measure_heldout(prompts[: self.args.heldout_sequences]).items():
             results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in measured.flat().items()})
         if results:
-            self.log(dict(results))
             texts = [f"{metric_key_prefix}_{name}/forward_kl" for name in ("dataset", "teacher", "student")]
-            self.data_policy.evaluated(next(results[text] for text in texts if text in results))
+            loss = next(results[text] for text in texts if text in results)
+            results[f"{metric_key_prefix}_loss"] = loss  # metric_for_best_model's default
+            if eval_dataset is None and self.is_in_train:  # looking does not move a schedule
+                self.data_policy.evaluated(loss)
+            self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
@@ -384,6 +394,9 @@ class DistillationTrainer(StudentTrainer):
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if checkpoint:
             self._method_state().load(str(checkpoint))
+        else:  # again, or after a run that broke off: from where the method starts
+            self._method_state().restore(copy.deepcopy(self._method_start))
+        check_ready(self)
         self._step_loss, self._step_tokens, self._pushed = 0.0, 0, -1  # nothing of a run that broke off
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -458,7 +471,7 @@ class DistillationTrainer(StudentTrainer):
         return teacher  # type: ignore[no-any-return]
 
 
-class _StepEnd(TrainerCallback):
+class _Schedule(TrainerCallback):
     """Moves the objective's schedule: once per optimizer step, by the loss of the global batch, alike on every rank."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:

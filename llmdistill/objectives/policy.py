@@ -32,15 +32,16 @@ def gopd_advantage(
     scale = 1 is plain OPD and needs no reference R; 0 < scale < 1 interpolates towards R; scale > 1
     extrapolates past the teacher (ExOPD). Raises ValueError if scale != 1 and there is no reference.
     """
-    advantage = teacher_lp.detach() - student_lp.detach()
     if scale == 1.0:
-        return advantage
+        return teacher_lp.detach() - student_lp.detach()
     if reference_lp is None:
         raise ValueError(
             f"scale is {scale} but reference_lp is None: scale != 1 weighs log T - log R. Pass those of a "
             "reference model (the student's initial weights or the teacher's base), or set scale to 1"
         )
-    return advantage + (scale - 1.0) * (teacher_lp - reference_lp).detach()
+    if scale == 0.0:  # 0 * -inf is NaN where the teacher excludes the token
+        return (reference_lp - student_lp).detach()
+    return (scale * teacher_lp + (1.0 - scale) * reference_lp - student_lp).detach()
 
 
 def sampled_token(

@@ -286,10 +286,12 @@ def test_a_reward_of_no_weight_changes_no_bit(tmp_path: Path) -> None:
     assert all(line["rollout/reward"] >= 0 for line in t.state.log_history if "loss" in line)  # it is still watched
 
 
-def test_the_loss_with_a_reward_is_the_one_by_hand(tmp_path: Path) -> None:
-    """KL - c A log S(y) over the counted tokens; A from the groups, in the order the sequences came before sorting."""
-    t = make(tmp_path, rollouts=RolloutConfig(max_new_tokens=6, samples_per_prompt=4), reward=length_reward,
-             reward_weight=0.3)  # fmt: skip
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_loss_with_a_reward_is_the_one_by_hand(tmp_path: Path, temperature: float) -> None:
+    """KL - c A log S(y) over the counted tokens, S as it was sampled; A from the groups, in the order the sequences
+    came before sorting."""
+    rollouts = RolloutConfig(max_new_tokens=6, samples_per_prompt=4, temperature=temperature)
+    t = make(tmp_path, rollouts=rollouts, reward=length_reward, reward_weight=0.3)
     prompts = t.train_dataset[2::-1]  # type: ignore[index]  # the longest first: sorting by length turns it round
     batches, count = t.get_batch_samples(iter([prompts[:1], prompts[1:2], prompts[2:]]), 3, torch.device("cpu"))
     assert len(batches) == 3 and count is not None
@@ -313,8 +315,8 @@ def test_the_loss_with_a_reward_is_the_one_by_hand(tmp_path: Path) -> None:
             place = group.index(float(len(text)))
             assert advantage == pytest.approx(group_advantages(group, 4)[place], abs=1e-9)
             n, start = int(attention.sum()), len(prompt.ids) - 1
-            s, z = (m(ids[None, :n]).logits[0, start:-1].detach().log_softmax(-1) for m in (student, teacher))
-            drawn = s.gather(1, ids[start + 1 : n, None]).squeeze(1)
+            s, z = (m(ids[None, :n]).logits[0, start:-1].detach() for m in (student, teacher))
+            drawn = (s / temperature).log_softmax(-1).gather(1, ids[start + 1 : n, None]).squeeze(1)
             expected += float((divergences.reverse_kl(s, z) - 0.3 * advantage * drawn).sum())
         t.model.train()
         loss += t.compute_loss(t.model, inputs, num_items_in_batch=count).item()
@@ -346,17 +348,28 @@ def test_a_round_without_a_counted_token_is_no_step_at_all(tmp_path: Path, estim
 
 
 def test_weights_of_sampled_tokens_are_ratios_to_what_drew_them(tmp_path: Path) -> None:
-    """Drawn at temperature 2: w = min(S(y)/S_2(y), cap), by hand, on the full divergence."""
+    """Drawn at temperature 2, trained one update later: w = min(new S_2(y) / S_2(y), cap), by hand, on the full
+    divergence. Before the update every weight is 1, whatever the temperatures."""
+    settings = {"rollouts": RolloutConfig(max_new_tokens=6, temperature=2.0), "loss_temperature": 0.5}
+    plain, capped = make(tmp_path, **settings), make(tmp_path, importance_cap=1.5, **settings)
+    for each in (plain, capped):
+        each.model.train()
+    (inputs,), _ = plain.get_batch_samples(iter([plain.train_dataset[:4]]), 1, torch.device("cpu"))  # type: ignore[index]
+    fresh = [each.compute_loss(each.model, inputs).item() for each in (plain, capped)]
+    assert fresh[0] == pytest.approx(fresh[1], rel=1e-5)
     t = make(tmp_path, importance_cap=1.5, rollouts=RolloutConfig(max_new_tokens=6, temperature=2.0))
     prompts = t.train_dataset[:4]  # type: ignore[index]
     (inputs,), count = t.get_batch_samples(iter([prompts]), 1, torch.device("cpu"))
     rollout = inputs["micro_batch"].rollout
-    model, teacher, expected = tiny.llama(1), tiny.llama(2), 0.0
+    old, model, teacher, expected = tiny.llama(1), tiny.llama(1), tiny.llama(2), 0.0
+    for m in (model, t.model):
+        m.model.norm.weight.data *= 1.5
     for ids, attention, mask in zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True):
         n, start = int(attention.sum()), int(mask.nonzero()[0]) - 1
         z = model(ids[None, :n]).logits[0, start:-1].detach()
         y = ids[start + 1 : n, None]
-        ratio = (z.log_softmax(-1).gather(1, y) - (z / 2).log_softmax(-1).gather(1, y)).exp().squeeze(1)
+        was = old(ids[None, :n]).logits[0, start:-1].detach()
+        ratio = ((z / 2).log_softmax(-1).gather(1, y) - (was / 2).log_softmax(-1).gather(1, y)).exp().squeeze(1)
         kl = divergences.reverse_kl(z, teacher(ids[None, :n]).logits[0, start:-1].detach())
         expected += float((ratio.clamp(max=1.5) * kl).sum())
     assert t.compute_loss(t.model.train(), inputs).item() == pytest.approx(expected / int(count), rel=1e-4)  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ QUICK = {"t_start": 0.2, "t_rate": 0.3, "t_momentum": 0.5}  # t moves far from t
 
 
 def make(folder: Path, policy: Any = None, **settings: Any) -> TAIDTrainer:
-    settings = {"max_steps": STEPS, "per_device_train_batch_size": 4, "save_strategy": "no", **QUICK, **settings}
+    quick = QUICK if settings.get("divergence", "taid") == "taid" else {}
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": 4, "save_strategy": "no", **quick, **settings}
     settings.setdefault("rollouts", RolloutConfig(max_new_tokens=5))
     settings.setdefault("learning_rate", 3e-3)
     args = TAIDConfig(output_dir=str(folder), logging_steps=1, **settings)
@@ -142,7 +143,8 @@ def test_what_drives_t_is_the_value_by_hand(tmp_path: Path, driver: Any, estimat
 
 
 def test_a_round_without_a_counted_token_moves_nothing(tmp_path: Path) -> None:
-    t = make(tmp_path, "student", rollouts=RolloutConfig(max_new_tokens=1, mask_truncated=True), max_steps=3)
+    cut = RolloutConfig(max_new_tokens=1, mask_truncated=True)
+    t = make(tmp_path, sequences="student", rollouts=cut, max_steps=3)
     t.model.lm_head.weight.data[1] = 0.0
     t.rollout_engine.eos_ids = [-5]  # nothing ends: everything is cut off
     t.train()
