@@ -113,20 +113,35 @@ def apart(before: Estimate, after: Estimate) -> bool | None:
     return None if a is None or b is None else a[1] < b[0] or b[1] < a[0]
 
 
+KICKERS = {
+    "margin": "Margin of the chosen side",
+    "chosen_logp": "Log-prob of the chosen side",
+    "reverse_kl": "Reverse KL to the teacher",
+}
+# What a change is of, when it is up, when it is down.
+SUBJECTS = {
+    "margin": ("the margin", "grew", "shrank"),
+    "chosen_logp": ("the chosen side", "became likelier", "became less likely"),
+    "reverse_kl": ("the student", "is further from the teacher", "is closer to the teacher"),
+}
+
+
 def headline(data: RunData) -> str:
     """Reverse KL on the student's own samples, before and after, and in plain words what that shows."""
     text, title = _headline_text(data)
-    metric = "margin" if text == "pairs" else "reverse_kl"
-    before, after = (Estimate.of(as_dict(s.get(text)), metric) for s in (data.before, data.after))
+    sides = [as_dict(s.get(text)) for s in (data.before, data.after)]
+    positives = text == "pairs" and not any("margin" in side for side in sides)  # held-out rows without a wrong side
+    metric = "chosen_logp" if positives else "margin" if text == "pairs" else "reverse_kl"
+    before, after = (Estimate.of(side, metric) for side in sides)
     if before is None and after is None:
         return '<p class="verdict">Nothing was measured on held-out prompts, so there is no before and after.</p>'
     of_pairs = text == "pairs"
     count = len(as_list(_sequences(data.after or data.before, text).get("chosen_logp" if of_pairs else metric)))
     on = f"{count or ''} held-out {'pairs' if of_pairs else 'sequences'}".strip()
-    words = _verdict(before, after, on, of_pairs)
+    words = _verdict(before, after, on, SUBJECTS[metric])
     shown = [_big("before", before), '<span class="arrow" aria-hidden="true">→</span>', _big("after", after)]
     return (
-        f'<p class="kicker">{"Margin of the chosen side" if of_pairs else "Reverse KL to the teacher"} on {title}, '
+        f'<p class="kicker">{KICKERS[metric]} on {title}, '
         f'nats per token, with 95&nbsp;% intervals</p><div class="big">{"".join(shown)}</div>'
         f'<p class="verdict">{words}</p>'
     )
@@ -148,7 +163,7 @@ def _big(when: str, estimate: Estimate | None) -> str:
     return f'<div class="figure"><b>{exact(estimate.value)}</b><span>{when} {ends}</span></div>'
 
 
-def _verdict(before: Estimate | None, after: Estimate | None, on: str, of_pairs: bool = False) -> str:
+def _verdict(before: Estimate | None, after: Estimate | None, on: str, subject: tuple[str, str, str]) -> str:
     if after is None or before is None:
         here, gone = ("before", "after") if after is None else ("after", "before")
         return f"Measured on {on} {here} training. It is missing {gone} training, so no change can be stated."
@@ -162,10 +177,7 @@ def _verdict(before: Estimate | None, after: Estimate | None, on: str, of_pairs:
             f"<strong>The intervals overlap</strong>: the change of {change} may be sampling noise. Measured on {on}; "
             "more of them (objective.heldout_sequences) narrow the intervals."
         )
-    if of_pairs:
-        what = f"the margin {'grew' if after.value > before.value else 'shrank'}"
-    else:
-        what = f"the student is {'closer to' if after.value < before.value else 'further from'} the teacher"
+    what = f"{subject[0]} {subject[1 if after.value > before.value else 2]}"
     return f"<strong>The intervals are apart</strong>: {what} by more than the sampling noise of {on}{percent}."
 
 

@@ -338,3 +338,14 @@ def test_a_run_on_pairs_shows_margins_and_no_teacher(tmp_path: Path) -> None:
     for shown in ("Ranked right", "Log-prob of a token", "0.31", "redi"):
         assert shown in page.text
     assert "No logged completions" not in page.text
+
+
+def test_pairs_without_a_wrong_side_are_shown_by_their_right_one(tmp_path: Path) -> None:
+    for name, value in (("before", -1.0), ("after", -0.2)):
+        side = {"chosen_logp": value, "chosen_logp_low": value - 0.1, "chosen_logp_high": value + 0.1}
+        measured = {"step": 0, "pairs": side, "sequences": {"pairs": {"chosen_logp": [value, value]}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured))
+    (tmp_path / "config.yaml").write_text("objective: {method: sft, chosen_column: chosen}\n")
+    page = Page(write_report(tmp_path).read_text())
+    assert "Log-prob of the chosen side on held-out pairs" in page.text
+    assert "the chosen side became likelier by more than the sampling noise of 2 held-out pairs" in page.text
