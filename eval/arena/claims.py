@@ -1,0 +1,72 @@
+"""What the papers say of one method against another, and what the arena measured: differences within a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``better`` is said to end above ``worse`` on the track."""
+
+    track: str
+    better: str
+    worse: str
+    said: str
+    equal: bool = False  # said to end level instead
+
+
+CLAIMS = (
+    Claim("main", "fkl_teacher", "fkl_labels", "new prompts without labels are worth more than epochs over the labels"),
+    Claim("main", "opd", "opd_labelled", "the same, on-policy"),
+    Claim("main", "opd", "sft_labels", "on-policy distillation beats SFT on scarce labels"),
+    Claim("main", "opd", "fkl_teacher", "on-policy beats distillation on the teacher's text (GKD, 2306.13649)"),
+    Claim("main", "opd", "rkl_teacher", "the same, one objective: reverse KL on the student's text, on the teacher's"),
+    Claim("main", "opd_fkl", "fkl_teacher", "the same, one objective: forward KL"),
+    Claim("main", "fkl_teacher", "sft_teacher", "the teacher's distribution says more than its text"),
+    Claim("main", "opd", "opd_sampled", "the whole vocabulary beats the sampled token"),
+    Claim("main", "gkd", "opd", "JSD beats reverse KL on-policy (GKD: depends on the task)"),
+    Claim("main", "skew_teacher", "fkl_teacher", "skew KL beats forward KL (DistiLLM, 2402.03898)"),
+    Claim("main", "taid", "fkl_teacher", "TAID beats forward KL (2501.16937)"),
+    Claim("capacity", "taid", "fkl_teacher", "the same where the student is small, which is TAID's claim"),
+    Claim("main", "exopd_1.25", "opd", "ExOPD: λ = 1.25 beats 1 (2602.12125)"),
+    Claim("main", "exopd_1.5", "opd", "ExOPD: λ = 1.5 beats 1"),
+    Claim("main", "opd", "exopd_0.5", "λ = 1 beats 0.5"),
+    Claim("experts", "opd", "opd_one", "two experts by domain beat one for all"),
+    Claim("experts", "exopd_1.25", "opd", "ExOPD merges experts better than λ = 1 (2602.12125)"),
+    Claim("negatives", "redi", "sft_right", "wrong samples add to right ones (REDI, 2505.24850)"),
+    Claim("negatives", "redi", "symmetric", "α = 0.8 beats 1 (REDI)"),
+    Claim("negatives", "redi", "simpo", "REDI beats SimPO"),
+    Claim("negatives", "redi", "dpo", "REDI beats DPO"),
+    Claim("main", "opd", "trl", "our OPD and the peer's end at the same score", equal=True),
+)
+
+
+def claims_table(
+    difference: Callable[[Claim, str], Any], title: Callable[[str], str], track: Callable[[str], str]
+) -> list[list[str]]:
+    """A row per claim that both methods have seeds for: who, tokens, time, what came out (read at equal tokens).
+
+    ``difference(claim, axis)`` is a mean over seeds with its interval, or None.
+    """
+    rows = []
+    for claim in CLAIMS:
+        tokens, seconds = difference(claim, "tokens"), difference(claim, "cpu_seconds")
+        if tokens is None or seconds is None:
+            continue
+        who = f"{title(claim.better)} − {title(claim.worse)}"
+        rows.append([claim.said, f"{track(claim.track)}: {who}", *(d.percent(sign=True) for d in (tokens, seconds))])
+        rows[-1].append(verdict(tokens.value, tokens.half, claim.equal))
+    return rows
+
+
+def verdict(value: float, half: float, equal: bool = False) -> str:
+    """Whether the interval leaves zero out, and on which side."""
+    if math.isnan(half) or abs(value) <= half:
+        return "not told apart"
+    if equal:
+        return "**no**"
+    return "yes" if value > 0 else "**the other way round**"

@@ -1,0 +1,208 @@
+"""From the cells' curves to RESULTS.md: means over seeds with 95 % intervals, and differences within a seed.
+
+The intervals are Student t intervals over seeds: mean ± t(n-1) s/√n. With three seeds t is 4.3: they are wide, and say
+so. Differences are taken seed by seed (same start, same prompts) and then averaged, which takes the seed's share out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claims import Claim, claims_table
+from clock import at
+from methods import METHODS, Method
+from plot import write_plot
+from tracks import TRACKS, Cell, Track
+
+# 97.5 % quantile of Student's t by degrees of freedom, 1 to 9.
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+REFERENCE = {"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"}
+
+Point = dict[str, float]
+Curves = dict[str, dict[int, list[Point]]]  # method -> seed -> points
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over ``n`` seeds and half the width of its 95 % interval (nan for one seed)."""
+
+    value: float
+    half: float
+    n: int
+
+    def percent(self, sign: bool = False) -> str:
+        plus = "+" if sign else ""
+        return f"{100 * self.value:{plus}.1f}" + ("" if math.isnan(self.half) else f" ± {100 * self.half:.1f}")
+
+    def plain(self) -> str:
+        return f"{self.value:.3g}" + ("" if math.isnan(self.half) else f" ± {self.half:.2g}")
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """Raises ValueError for no value, or more than ten (the table of quantiles ends there)."""
+    n = len(values)
+    if not 1 <= n <= len(T_QUANTILE) + 1:
+        raise ValueError(f"{n} seeds; 1 to {len(T_QUANTILE) + 1} can be averaged")
+    half = T_QUANTILE[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Mean(statistics.fmean(values), half, n)
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> Mean | None:
+    """Mean of a - b over the seeds both have; None where there is none."""
+    shared = sorted(a.keys() & b.keys())
+    return mean([a[s] - b[s] for s in shared]) if shared else None
+
+
+def track_of(name: str, share: float = 1.0) -> Track:
+    return TRACKS[name].smaller(share) if share < 1 else TRACKS[name]
+
+
+def load(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    file = folder / f"{cell.name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def current(folder: Path, cell: Cell, share: float = 1.0) -> bool:
+    """Whether the cell has a result under the settings of today."""
+    result = load(folder, cell)
+    return result is not None and result["key"] == track_of(cell.track, share).key()
+
+
+def curves(folder: Path, name: str, share: float = 1.0) -> Curves:
+    track, found = track_of(name, share), Curves()
+    for method in track.methods:
+        for seed in range(len(T_QUANTILE) + 1):
+            result = load(folder, Cell(name, method, seed))
+            if result and result["key"] == track.key():
+                found.setdefault(method, {})[seed] = result["points"]
+    return found
+
+
+def read(found: Curves, method: str, axis: str, budget: float, metric: str) -> dict[int, float]:
+    """Seed -> score at the first point that has used the budget."""
+    return {seed: at(points, axis, budget)[metric] for seed, points in found.get(method, {}).items()}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def described(method: Method) -> tuple[str, str, str, str]:
+    """Prompts, text, needs more labels?, on-policy?"""
+    prompts = {"labelled": "labelled", "fresh": "fresh", "fixed": "few", "pairs": "few"}[method.prompts]
+    text = {"labels": "truth", "teacher": "teacher", "student": "student", "verified": "teacher, verified"}[method.text]
+    labels = "yes" if method.text == "labels" else "answers only" if method.text == "verified" else "no"
+    return prompts, text, labels, "yes" if method.on_policy else "no"
+
+
+def table_of(name: str, folder: Path, share: float = 1.0) -> str:
+    """The table of a track whose metric is exact match."""
+    track, found = track_of(name, share), curves(folder, name, share)
+    tokens, seconds = track.budget.tokens, track.budget.cpu_seconds
+    reference = REFERENCE[name]
+    extra = [f"exact{o}" for o in track.operations] if len(track.operations) > 1 else []
+    extra += ["exact_t0.6", "exact_t1"] if name == "negatives" else []
+    kl = ["forward_kl", "reverse_kl"] if name in ("main", "capacity") else []
+    header = ["method", "prompts", "text", "labels?", "on-policy?", f"at {tokens // 1000}k tokens, %"]
+    header += [f"at {seconds:g} CPU-s, %", f"minus {METHODS[reference].title}, tokens", "tokens/CPU-s"]
+    header += [f"{e.removeprefix('exact').replace('_t', 'sampled at ')} at tokens, %" for e in extra]
+    header += [f"{k.replace('_kl', ' KL')} at tokens" for k in kl]
+    rows, base = [], read(found, reference, "tokens", tokens, "exact")
+    starts = {seed: points[0]["exact"] for by_seed in found.values() for seed, points in by_seed.items()}
+    if starts:
+        rows.append(["(start)", "", "", "", "", mean(list(starts.values())).percent(), "", "", ""])
+        rows[0] += [""] * (len(header) - len(rows[0]))
+    for method in found:
+        by_tokens = read(found, method, "tokens", tokens, "exact")
+        by_time = read(found, method, "cpu_seconds", seconds, "exact")
+        less = None if method == reference else paired(by_tokens, base)
+        speed = mean(
+            [at(p, "tokens", tokens)["tokens"] / at(p, "tokens", tokens)["cpu_seconds"] for p in found[method].values()]
+        )
+        row = [METHODS[method].title, *described(METHODS[method])]
+        row += [mean(list(by_tokens.values())).percent(), mean(list(by_time.values())).percent()]
+        row += [less.percent(sign=True) if less else "", f"{speed.value:,.0f}"]
+        row += [mean(list(read(found, method, "tokens", tokens, e).values())).percent() for e in extra]
+        row += [mean(list(read(found, method, "tokens", tokens, k).values())).plain() for k in kl]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def claims(folder: Path) -> str:
+    """The papers' claims against the differences measured, in points of exact match."""
+    found = {name: curves(folder, name) for name in REFERENCE}
+
+    def difference(claim: Claim, axis: str) -> Mean | None:
+        budget = TRACKS[claim.track].budget
+        used = budget.tokens if axis == "tokens" else budget.cpu_seconds
+        sides = (read(found[claim.track], m, axis, used, "exact") for m in (claim.better, claim.worse))
+        return paired(*sides)
+
+    rows = claims_table(difference, lambda m: METHODS[m].title, lambda t: TRACKS[t].title)
+    header = ["said", "difference", "at equal tokens, points", "at equal CPU time, points", "so here, by tokens"]
+    return markdown(header, rows) if rows else ""
+
+
+def golden(point: Point) -> float:
+    return point["golden"]
+
+
+def hacking_table(folder: Path) -> str:
+    """Distances to teacher and oracle: at the start, the smallest golden one and where, and at the end."""
+    found = curves(folder, "hacking")
+    header = ["text", "tokens", "proxy, trained-on prompts", "proxy, held-out", "golden", "exact, %"]
+    rows = []
+    for method, by_seed in found.items():
+        moments = {
+            "start": [points[0] for points in by_seed.values()],
+            "golden smallest": [min(points, key=golden) for points in by_seed.values()],
+            "end": [points[-1] for points in by_seed.values()],
+        }
+        for moment, picked in moments.items():
+            row = [f"{METHODS[method].title}, {moment}", f"{statistics.fmean(p['tokens'] for p in picked) / 1000:.0f}k"]
+            row += [mean([p[k] for p in picked]).plain() for k in ("proxy_train", "proxy", "golden")]
+            rows.append([*row, mean([p["exact"] for p in picked]).percent()])
+    return markdown(header, rows)
+
+
+def report(folder: Path, here: Path) -> None:
+    """Writes RESULTS.md (the figures, and around them the hand-written notes.md) and accuracy.svg."""
+    notes = (here / "notes.md").read_text() if (here / "notes.md").exists() else ""
+    results = [json.loads(f.read_text()) for f in sorted(folder.glob("*/*.json"))]
+    if not results:
+        return
+    machines = ", ".join(sorted({r["machine"] for r in results}))
+    commits = ", ".join(sorted({r["commit"] for r in results}))
+    parts = [
+        "# Arena: results",
+        "Generated by `python eval/arena/run.py`; what is written by hand is in notes.md, and put in below.",
+        f"Machine: {machines}; two workers, one thread each. Commit: {commits}. {len(results)} cells.",
+        "Means over seeds with 95 % t intervals. CPU seconds are those of the cell's process from its first step, with "
+        "the teacher and all sampling in them and scoring left out; text sampled beforehand is charged when first "
+        "used. `labels?` is what a method needs beyond the common start.",
+        "![exact match against tokens](accuracy.svg)",
+        "## Claims\n\nDifferences are taken within a seed (same start, same prompts) and averaged over seeds, with "
+        "95 % t intervals. An interval that holds zero says nothing either way; of so many, one leaves it out by "
+        "chance.",
+        claims(folder),
+        notes.strip(),
+    ]
+    for name, track in TRACKS.items():
+        if not curves(folder, name):
+            continue
+        seeds = max(len(by_seed) for by_seed in curves(folder, name).values())
+        said = f"{track.labels} labels, " if track.labels else ""
+        parts.append(
+            f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; learning rate {track.lr:g}, batch "
+            f"{track.batch}, {seeds} seeds."
+        )
+        parts.append(hacking_table(folder) if name == "hacking" else table_of(name, folder))
+    (here / "RESULTS.md").write_text("\n\n".join(p for p in parts if p) + "\n")
+    write_plot(here / "accuracy.svg", {name: curves(folder, name) for name in TRACKS})

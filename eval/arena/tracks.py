@@ -1,0 +1,241 @@
+"""The tracks: which students, teachers, labels and budgets, and which methods meet there.
+
+The numbers are the regime, and the regime decides what a table can say; how they were chosen is in RESULTS.md.
+A cell is a track, a method and a seed. The seed decides the start's weights, the labelled problems, the order of the
+data and the sampling; the teachers and the fresh problems are the same for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from clock import Budget, Charge, Curve, Score
+from methods import METHODS, Data, Setting
+from models import CACHE, TOKENIZER, Size, as_prompt
+from scores import Exact, Hacking, Sampled, ToTeacher
+from task import heldout, longest, problems
+from teachers import RECIPE, sample, start, teacher
+
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.mixture import RoutedTeacher
+
+STUDENT = Size(48, 2, 4, 128)  # 56 thousand weights
+SMALL = Size(24, 2, 2, 64)  # 14 thousand
+TOKENS_A_SEQUENCE = 31  # about
+SCORED = 500  # held-out problems
+
+
+@dataclass(frozen=True)
+class Track:
+    """A regime. ``needs`` are the teachers by name; ``starts_on`` is what the common start is trained on."""
+
+    title: str
+    methods: tuple[str, ...]
+    budget: Budget
+    student: Size = STUDENT
+    needs: tuple[str, ...] = ("addition",)
+    operations: tuple[str, ...] = ("+",)
+    labels: int = 200
+    start_steps: int = 600
+    start_lr: float = 6e-3
+    start_band: tuple[float, float] = (0.2, 0.3)  # of exact match: a start outside is drawn again
+    lr: float = 1e-3
+    batch: int = 64
+    fresh: int = 20_000  # prompts without labels
+    fixed: int = 200  # prompts of the offline set
+    seeds: tuple[int, ...] = (0, 1, 2)
+    metric: str = "exact"
+
+    def key(self) -> str:
+        """Changes with anything that a result depends on; a result of another key is measured again."""
+        settings = {**asdict(self), "recipe": RECIPE, "methods": None, "seeds": None, "title": None}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def start_key(self, seed: int) -> str:
+        """The same for tracks with the same start."""
+        parts = [asdict(self.student), self.labels, self.operations, self.start_steps, self.start_lr, self.start_band]
+        parts += [] if self.labels else [self.needs, self.fresh]  # trained on the teacher's right samples
+        return f"start-{hashlib.sha256(json.dumps([*parts, RECIPE]).encode()).hexdigest()[:12]}-{seed}"
+
+    def smaller(self, share: float) -> Track:
+        """The main track at a share of its budget and with a teacher sooner trained, for a first look."""
+        budget = replace(
+            self.budget, tokens=int(self.budget.tokens * share), cpu_seconds=self.budget.cpu_seconds * share
+        )
+        return replace(self, budget=budget, needs=("quick",), fresh=4000)
+
+
+TRACKS = {
+    "main": Track(
+        "Scarce labels",
+        (
+            "sft_labels",
+            "fkl_labels",
+            "opd_labelled",
+            "sft_teacher",
+            "fkl_teacher",
+            "jsd_teacher",
+            "skew_teacher",
+            "rkl_teacher",
+            "taid",
+            "opd",
+            "opd_sampled",
+            "opd_fkl",
+            "gkd",
+            "exopd_0.5",
+            "exopd_1.25",
+            "exopd_1.5",
+            "trl",
+        ),
+        Budget(200_000, 20.0),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "capacity": Track(
+        "Capacity gap",
+        ("sft_teacher", "fkl_teacher", "skew_teacher", "taid", "opd"),
+        Budget(350_000, 25.0),
+        student=SMALL,
+        labels=400,
+        start_steps=1500,
+        start_band=(0.45, 0.75),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "negatives": Track(
+        "Negatives",
+        ("sft_right", "redi", "symmetric", "simpo", "dpo"),
+        Budget(150_000, 8.0),
+        needs=("weak",),
+        labels=0,
+        start_steps=800,
+        start_band=(0.7, 0.85),
+        fresh=800,
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "experts": Track(
+        "Two experts",
+        ("sft_teacher", "fkl_teacher", "opd", "exopd_1.25", "opd_one"),
+        Budget(250_000, 20.0),
+        needs=("addition", "subtraction"),
+        operations=("+", "-"),
+        labels=300,
+        start_steps=900,
+        start_band=(0.1, 0.4),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "hacking": Track(
+        "Teacher hacking",
+        ("offline", "online_teacher", "online_student"),
+        Budget(600_000, 25.0, marks=8),
+        needs=("imitator", "addition"),
+        metric="golden",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    track: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.track}/{self.method}-{self.seed}"
+
+
+def cells(names: tuple[str, ...] = tuple(TRACKS), seeds: Sequence[int] | None = None) -> list[Cell]:
+    """In the order they are run: a whole round of methods before the next seed, so that an early stop is a table."""
+    found = [Cell(t, m, s) for t in names for m in TRACKS[t].methods for s in seeds or TRACKS[t].seeds]
+    return sorted(found, key=lambda cell: cell.seed)
+
+
+@dataclass
+class Prepared:
+    """What the cells of a track and seed share."""
+
+    start: dict[str, Any]  # about the starting point
+    setting: Setting
+    charges: dict[str, Charge] = field(default_factory=dict)
+
+
+def prepare(
+    track: Track,
+    cell: Cell,
+    note: Callable[[str], None] = lambda text: None,
+    report: Callable[[float], None] = lambda share: None,
+) -> Prepared:
+    """Teachers, text, start and curve of a cell; what is not cached yet is made."""
+    models = {name: teacher(name, note)[0] for name in track.needs}
+    locals_ = {name: LocalTeacher(model, TOKENIZER) for name, model in models.items()}
+    first = locals_[track.needs[0]]
+    test = heldout(SCORED, track.operations)
+    data, charges = Data(), {}
+    score: Score = Exact(test)
+    judge: Any = first
+    note("preparing")
+    if track.labels:
+        data.labelled = [p.row() for p in problems(track.labels, 10_000 + cell.seed, track.operations)]
+    if cell.track == "negatives":
+        text = sample("weak", models["weak"], track.fresh, 4, 500 + cell.seed)
+        score = _together(score, Sampled(test))
+        data.right, data.pairs = text.right(), text.pairs()
+        charges["pairs"] = text.charge()
+        by_prompt = {p.prompt: p for p in text.problems}
+        begin = [as_prompt(by_prompt[row["prompt"]], row["completion"]) for row in data.right]
+    elif cell.track == "experts":
+        judge = RoutedTeacher({"addition": (first, ["+"]), "subtraction": (locals_["subtraction"], ["-"])})
+        parts = [
+            sample(name, models[name], track.fresh // 2, 1, 77, (operation,))
+            for name, operation in zip(track.needs, track.operations, strict=True)
+        ]
+        data.fresh = [row for part in parts for row in part.rows()]
+        charges["fresh"] = Charge(sum(p.cpu_seconds for p in parts) / track.fresh, track.fresh)
+        begin = [as_prompt(p) for p in problems(track.labels, 10_000 + cell.seed, track.operations)]
+    else:
+        text = sample(track.needs[0], models[track.needs[0]], track.fresh, 1, 77, track.operations)
+        data.fresh, charges["fresh"] = text.rows(), text.charge()
+        data.fixed = data.fresh[: track.fixed]
+        charges["fixed"] = replace(charges["fresh"], sequences=track.fixed)
+        begin = [as_prompt(p) for p in problems(track.labels, 10_000 + cell.seed, track.operations)]
+        trained_on = [as_prompt(p) for p in text.problems[: track.fixed]]
+        if cell.track == "hacking":
+            score = _together(score, Hacking(first, locals_["addition"], trained_on))
+    if cell.track in ("main", "capacity"):
+        score = _together(score, ToTeacher(first, test[:96]))
+    method = METHODS[cell.method]
+    charge = charges.get(method.prompts, Charge()) if method.text in ("teacher", "verified") else Charge()
+    curve = Curve(track.budget, score, charge, report)
+    model, about = start(
+        track.start_key(cell.seed),
+        track.student,
+        begin,
+        track.start_steps,
+        track.start_lr,
+        cell.seed,
+        band=track.start_band,
+        operations=track.operations,
+        note=note,
+    )
+    setting = Setting(
+        model=model,
+        teacher=judge,
+        data=data,
+        curve=curve,
+        folder=CACHE / "runs" / cell.name,
+        seed=cell.seed,
+        lr=track.lr,
+        batch=track.batch,
+        steps=track.budget.tokens // (track.batch * TOKENS_A_SEQUENCE),
+    )
+    return Prepared(about, setting, charges)
+
+
+def _together(*scores: Score) -> Score:
+    return lambda model: {name: value for score in scores for name, value in score(model).items()}
+
+
+assert longest() < 128  # the models' longest sequence

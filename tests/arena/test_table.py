@@ -1,0 +1,113 @@
+"""What the tables say: the point a budget is read at, the intervals, the charge for text sampled beforehand."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import table
+from claims import CLAIMS, verdict
+from clock import Charge, at
+from tracks import TRACKS, Cell
+
+OTHERS = ["exact+", "exact-", "exact_t0.6", "exact_t1", "forward_kl", "reverse_kl", "golden", "proxy", "proxy_train"]
+POINTS = [
+    {"step": 0, "tokens": 0, "cpu_seconds": 0.0, "exact": 0.1},
+    {"step": 5, "tokens": 1000, "cpu_seconds": 2.0, "exact": 0.2},
+    {"step": 9, "tokens": 2100, "cpu_seconds": 4.5, "exact": 0.4},
+]
+
+
+def test_a_budget_is_read_where_it_is_first_used_up() -> None:
+    assert at(POINTS, "tokens", 1000)["exact"] == 0.2
+    assert at(POINTS, "tokens", 1001)["exact"] == 0.4
+    assert at(POINTS, "cpu_seconds", 4.0)["exact"] == 0.4
+    with pytest.raises(ValueError, match="before its budget"):
+        at(POINTS, "tokens", 3000)
+
+
+def test_interval_is_student_s_t() -> None:
+    found = table.mean([0.1, 0.2, 0.3])
+    # s = 0.1, t(0.975, 2) = 4.303: 4.303 * 0.1 / sqrt(3)
+    assert found.value == pytest.approx(0.2)
+    assert found.half == pytest.approx(0.24844, abs=1e-5)
+    assert math.isnan(table.mean([0.5]).half)
+    with pytest.raises(ValueError):
+        table.mean([])
+
+
+def test_differences_are_taken_within_a_seed() -> None:
+    # The seeds lie far apart, the difference is 0.1 in each: its interval has no width.
+    found = table.paired({0: 0.2, 1: 0.9, 2: 0.5}, {0: 0.1, 1: 0.8})
+    assert found is not None
+    assert (found.value, found.half, found.n) == (pytest.approx(0.1), pytest.approx(0.0), 2)
+    assert table.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_sampled_text_is_paid_once() -> None:
+    charge = Charge(0.01, 200)
+    assert charge.due(150) == pytest.approx(1.5)
+    assert charge.due(5000) == pytest.approx(2.0)
+
+
+def written(folder: Path, track: str, method: str, seed: int, key: str | None = None) -> None:
+    budget = TRACKS[track].budget
+    points = [
+        {
+            "step": i,
+            "tokens": budget.tokens * i // 4,
+            "cpu_seconds": budget.cpu_seconds * i / 4,
+            "exact": 0.2 * i + 0.01 * seed,
+            **dict.fromkeys(OTHERS, 0.5),
+        }
+        for i in range(5)
+    ]
+    file = folder / f"{track}/{method}-{seed}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = {"key": key or TRACKS[track].key(), "machine": "m", "commit": "c", "points": points}
+    file.write_text(json.dumps(found))
+
+
+def test_report_has_every_track_and_only_results_of_these_settings(tmp_path: Path) -> None:
+    for name, track in TRACKS.items():
+        for seed in range(3):
+            for method in track.methods:
+                written(tmp_path / "results", name, method, seed)
+    written(tmp_path / "results", "main", "opd", 0, key="of other settings")
+    assert not table.current(tmp_path / "results", Cell("main", "opd", 0))
+    (tmp_path / "notes.md").write_text("## What came out\n\nby hand")
+    table.report(tmp_path / "results", tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    for track in TRACKS.values():
+        assert f"## {track.title}" in text
+    assert "by hand" in text
+    # seeds 1 and 2: 12.7 * .00707 / 1.41
+    assert "| OPD (reverse KL) | fresh | student | no | yes | 81.5 ± 6.4 |" in text
+    rows = [row for row in text.split("## Claims")[1].split("by hand")[0].splitlines() if row.startswith("| ")]
+    assert len(rows) == 1 + len(CLAIMS)
+    assert all("+0.0 ± 0.0 | +0.0 ± 0.0 | not told apart" in row for row in rows[1:])  # all methods have one curve
+    assert len({row.count("|") for row in text.splitlines() if row.startswith("| OPD")}) <= 3
+    ET.parse(tmp_path / "accuracy.svg")
+
+
+def test_a_claim_is_judged_by_its_interval() -> None:
+    assert verdict(0.1, 0.05) == "yes" and verdict(-0.1, 0.05) == "**the other way round**"
+    assert verdict(0.04, 0.05) == verdict(0.3, math.nan) == verdict(-0.04, 0.05, equal=True) == "not told apart"
+    assert verdict(0.1, 0.05, equal=True) == "**no**"
+
+
+def test_every_claim_is_about_methods_of_its_track() -> None:
+    for claim in CLAIMS:
+        assert {claim.better, claim.worse} <= set(TRACKS[claim.track].methods)
+
+
+def test_keys_change_with_the_settings_and_not_with_the_list_of_methods() -> None:
+    from dataclasses import replace
+
+    track = TRACKS["main"]
+    assert replace(track, lr=track.lr * 2).key() != track.key()
+    assert replace(track, methods=("opd",), seeds=(0,)).key() == track.key()
+    assert track.smaller(0.5).key() != track.key()
