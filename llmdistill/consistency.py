@@ -20,14 +20,8 @@ def check_parts(trainer: DistillationTrainer) -> None:
     """Called by the trainer's constructor.
 
     Raises:
-        UserError: the student is its own teacher, or a task reward teaches through text that the student did not write.
+        UserError: a task reward teaches through text that the student did not write.
     """
-    for role, judge in (("teacher", trainer.teacher), ("reference", trainer.reference)):
-        own = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
-        if own and judge.model is trainer.model:  # type: ignore[union-attr]
-            raise UserError(
-                f"{role} is the student itself, which would be frozen by it. Fix: {role}=copy.deepcopy(model)."
-            )
     if trainer.reward_weight and trainer.data_policy.uses != {"student"}:
         text = ", ".join(sorted(trainer.data_policy.uses))
         raise UserError(
@@ -40,8 +34,15 @@ def check_ready(trainer: DistillationTrainer) -> None:
     """Called before training.
 
     Raises:
-        UserError: the objective reads a reference and there is none, or a row has no teacher.
+        UserError: the student is its own teacher, the objective reads a reference and there is none, or a row has no
+            teacher.
     """
+    for role, judge in (("teacher", trainer.teacher), ("reference", trainer.reference)):
+        own = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
+        if own and judge.model is trainer.model:  # type: ignore[union-attr]
+            raise UserError(
+                f"{role} is the student itself, which would be frozen by it. Fix: {role}=copy.deepcopy(model)."
+            )
     if trainer.objective.reference and trainer.reference is None:
         raise UserError("the objective reads a reference model, and there is none. Fix: reference=MODEL.")
     prompts: Sequence[Prompt] = trainer.train_dataset or []  # type: ignore[assignment]
