@@ -139,13 +139,13 @@ def one(job: tuple[Any, ...], note: Any, out: Path, share: float) -> str:
 # -------------------------------------------------------------------------------------------------------- the parent
 
 
-def rounds(cells: list[Any]) -> list[list[tuple[Any, ...]]]:
+def rounds(cells: list[Any], share: float) -> list[list[tuple[Any, ...]]]:
     """Jobs in rounds, each of which needs what the earlier ones made: teachers, their text and starts, cells."""
     from models import CACHE
+    from table import track_of
     from teachers import RECIPE
-    from tracks import TRACKS
 
-    needed = {name for cell in cells for name in TRACKS[cell.track].needs}
+    needed = {name for cell in cells for name in track_of(cell.track, share).needs}
     missing = {name for name in needed if not (CACHE / "models" / f"{name}-{RECIPE}" / "about.json").exists()}
     teachers = [("teacher", name) for name in sorted(missing - {"imitator"})]
     later = [("teacher", name) for name in sorted(missing & {"imitator"})]
@@ -184,7 +184,7 @@ def run(cells: list[Any], workers: int, out: Path, share: float) -> int:
     crew = [context.Process(target=work, args=(jobs, events, i, str(out), share)) for i in range(workers)]
     for process in crew:
         process.start()
-    todo = rounds(cells)
+    todo = rounds(cells, share)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"))
     clocks = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     cells_done, cells_all, began = 0, len(cells), time.perf_counter()
