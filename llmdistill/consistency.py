@@ -52,10 +52,11 @@ def check_ready(trainer: DistillationTrainer) -> None:
                 raise UserError(f"row {p.row} {trainer.teacher.unknown(p.domain)}. Fix: {UNKNOWN_FIX}.")
     sampled = trainer.args.rollouts.max_new_tokens if trainer.data_policy.uses != {"dataset"} else 0
     limit = min(context_length(trainer.model.config), trainer.teacher.info().context_length)
-    longest = max(prompts, key=lambda p: len(p.ids) + max(sampled, len(p.completion)), default=None)
-    if longest is not None and (needed := len(longest.ids) + max(sampled, len(longest.completion))) > limit:
+    lengths = ((len(p.ids) + max(sampled, len(p.completion)), p.row) for p in prompts)
+    needed, row = max(lengths, key=lambda pair: pair[0], default=(0, 0))
+    if needed > limit:
         warnings.warn(
-            f"row {longest.row} and its completion may need {needed} positions, and the models have {limit}; past "
+            f"row {row} and its completion may need {needed} positions, and the models have {limit}; past "
             "those they say nothing of worth. Fix: lower rollouts.max_new_tokens or data.max_prompt_tokens.",
             stacklevel=3,
         )

@@ -23,6 +23,7 @@ from llmdistill.pairs import Pair, collate_pairs
 from llmdistill.rollouts import Prompt
 from llmdistill.run import lora_config
 from llmdistill.run_folder import RunFolder, RunFolderCallback
+from llmdistill.student_trainer import freeze_embeddings
 from llmdistill.tokenization.special import pad_id
 
 if TYPE_CHECKING:
@@ -165,8 +166,7 @@ def _pair(row: dict[str, Any]) -> Pair:
 
 def _prepared(stage: Stage) -> Any:
     if stage.args.freeze_embeddings:
-        for module in (stage.model.get_input_embeddings(), stage.model.get_output_embeddings()):
-            module.requires_grad_(False)
+        freeze_embeddings(stage.model)
     return stage.model
 
 

@@ -43,8 +43,7 @@ def ready_student(
     if processing_class is None:
         raise UserError("processing_class is None; with a model object give its tokenizer too")
     if args.freeze_embeddings:
-        for module in (student.get_input_embeddings(), student.get_output_embeddings()):
-            module.requires_grad_(False)  # type: ignore[union-attr]
+        freeze_embeddings(student)
     if peft_config is not None:
         from peft import get_peft_model
 
@@ -53,6 +52,12 @@ def ready_student(
     if args.gradient_checkpointing and hasattr(student, "enable_input_require_grads"):
         student.enable_input_require_grads()
     return student, processing_class
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Trains neither the input embeddings nor the output head."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)  # type: ignore[union-attr]
 
 
 class StudentTrainer(FiniteTrainer):

@@ -52,13 +52,9 @@ class TAIDConfig(TokenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("t_start", "t_end", "t_rate", "t_momentum", "t_driver") if self.divergence != "taid" else ():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(
-                    f"objective.{name} is {getattr(self, name)}, and objective.divergence {self.divergence} does not "
-                    "read it. Fix: leave it out."
-                )
-        if self.divergence == "taid":
+        if self.divergence != "taid":
+            self.refuse_set(("t_start", "t_end", "t_rate", "t_momentum", "t_driver"), f"divergence {self.divergence}")
+        else:
             needed = "> 0: at 0 the target is the student itself, and there is nothing to learn"
             require(self.t_start > 0, "objective.t_start", self.t_start, needed, "use 0.2")
             try:

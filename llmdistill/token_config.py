@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -108,17 +108,22 @@ class TokenConfig(DistillationConfig):
 
     def _refuse_unread(self) -> None:
         for reader, names in READ_BY.items():
-            for name in names if self.sequences not in reader else ():
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise UserError(
-                        f"objective.{name} is {getattr(self, name)}, and objective.sequences {self.sequences} does not "
-                        f"read it. Fix: leave it out, or --sequences {reader[0]}."
-                    )
+            if self.sequences not in reader:
+                self.refuse_set(names, f"sequences {self.sequences}", f", or --sequences {reader[0]}")
         if self.rollouts.temperature == 0 and (self.estimator == "sampled" or self.cap):
             raise UserError(
                 "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with. "
                 "Fix: --rollouts.temperature 1, or estimator full without importance_cap."
             )
+
+    def refuse_set(self, names: Sequence[str], chosen: str, otherwise: str = "") -> None:
+        """Refuses settings that stand at other than their defaults, where ``objective.{chosen}`` reads none of them."""
+        for name in names:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"objective.{name} is {value}, and objective.{chosen} does not read it. "
+                    f"Fix: leave it out{otherwise}."
+                )
 
     def _check_sampled(self) -> None:
         if self.divergence != "reverse_kl":
