@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "DistillationConfig": "llmdistill.config",
-    "DataConfig": "llmdistill.config",
-    "RolloutConfig": "llmdistill.config",
-    "DistillationTrainer": "llmdistill.trainer",
-    "Objective": "llmdistill.method",
+    "DistillationConfig": "llmdistill.recipe.config",
+    "DataConfig": "llmdistill.recipe.config",
+    "RolloutConfig": "llmdistill.recipe.config",
+    "DistillationTrainer": "llmdistill.training.trainer",
+    "Objective": "llmdistill.training.method",
     "OPDConfig": "llmdistill.opd",
     "OPDTrainer": "llmdistill.opd",
     "REDIConfig": "llmdistill.redi",
@@ -25,18 +25,18 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from llmdistill.config import DataConfig as DataConfig
-    from llmdistill.config import DistillationConfig as DistillationConfig
-    from llmdistill.config import RolloutConfig as RolloutConfig
     from llmdistill.errors import UserError as UserError
-    from llmdistill.method import Objective as Objective
     from llmdistill.opd import OPDConfig as OPDConfig
     from llmdistill.opd import OPDTrainer as OPDTrainer
+    from llmdistill.recipe.config import DataConfig as DataConfig
+    from llmdistill.recipe.config import DistillationConfig as DistillationConfig
+    from llmdistill.recipe.config import RolloutConfig as RolloutConfig
     from llmdistill.redi import REDIConfig as REDIConfig
     from llmdistill.redi import REDITrainer as REDITrainer
     from llmdistill.taid import TAIDConfig as TAIDConfig
     from llmdistill.taid import TAIDTrainer as TAIDTrainer
-    from llmdistill.trainer import DistillationTrainer as DistillationTrainer
+    from llmdistill.training.method import Objective as Objective
+    from llmdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -30,9 +30,9 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from llmdistill.command_line import parse
+    from llmdistill.pipeline.run import build
     from llmdistill.preflight import STYLE, examine
-    from llmdistill.run import build
+    from llmdistill.recipe.command_line import parse
 
     module = importlib.import_module(f"llmdistill.{words.method}")
     config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
@@ -62,7 +62,7 @@ def report(words: argparse.Namespace, rest: Sequence[str]) -> int:
     run = Path(words.run)
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} is no run folder: it has no metrics.jsonl. Fix: the train.output_dir of a run.")
-    from llmdistill.report.page import write_report
+    from llmdistill.record.page.page import write_report
 
     print(write_report(run))
     return 0

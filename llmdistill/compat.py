@@ -1,7 +1,7 @@
 """The only place that touches unstable API of others: vLLM's engine internals and a helper of TRL.
 
 Importing this module imports neither. Every use has a contract test in ``tests/test_compat.py`` that fails loudly when
-an upgrade changes what is relied on here. The student's side of a weight push is in :mod:`llmdistill.weights`.
+an upgrade changes what is relied on here. The student's side of a weight push is in :mod:`llmdistill.models.weights`.
 
 **An engine in the training process.** Loading vLLM would reseed torch, numpy and python, start a one-process
 ``torch.distributed`` group, replace ``torch.set_num_threads`` by a no-op, bind the process to a NUMA node and export

@@ -12,8 +12,8 @@ Thinking Machines 2025). Three estimators of its gradient:
 
 The gradient is not taken through the sampling, and no future divergence is credited to a token (discount 0).
 
-``sequences`` says whose text is trained on (:mod:`llmdistill.sequences`): with ``mixed`` this is GKD, with ``adaptive``
-DistiLLM's schedule, and with ``dataset`` the teacher may be one that was stored (``teacher.stored``).
+``sequences`` says whose text is trained on (:mod:`llmdistill.training.sequences`): with ``mixed`` this is GKD, with
+``adaptive`` DistiLLM's schedule, and with ``dataset`` the teacher may be one that was stored (``teacher.stored``).
 
 ``reward_scale`` lambda != 1 is G-OPD (arXiv 2602.12125): the reward log T/R of a reference R is scaled against
 KL(S || R); lambda > 1 (ExOPD) goes past the teacher. Several teachers, each for its ``domains``, are expert merging.
@@ -31,27 +31,27 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmdistill import sequences as data_policy
-from llmdistill.command_line import help_text, parse, run_front_door
-from llmdistill.config import DType, TeacherConfig, require
 from llmdistill.errors import UserError
-from llmdistill.heads import head_of
-from llmdistill.method import Objective
+from llmdistill.methods.token_config import TokenConfig, setting
+from llmdistill.models.heads import head_of
 from llmdistill.objectives.composed import extrapolated, extrapolated_sampled
-from llmdistill.rewards import Reward, load_reward
-from llmdistill.run import run
+from llmdistill.pipeline.run import run
+from llmdistill.recipe.command_line import help_text, parse, run_front_door
+from llmdistill.recipe.config import DType, TeacherConfig, require
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import UnadaptedTeacher
-from llmdistill.token_config import TokenConfig, setting
-from llmdistill.trainer import DistillationTrainer
+from llmdistill.training import sequences as data_policy
+from llmdistill.training.method import Objective
+from llmdistill.training.rewards import Reward, load_reward
+from llmdistill.training.trainer import DistillationTrainer
 
 INITIAL = "initial"
 
 
 @dataclass
 class OPDConfig(TokenConfig):
-    """Settings of on-policy distillation, over :class:`~llmdistill.token_config.TokenConfig`."""
+    """Settings of on-policy distillation, over :class:`~llmdistill.methods.token_config.TokenConfig`."""
 
     reward_scale: float = setting(1.0, "G-OPD's lambda: scale of the reward log T/R; 1: plain OPD, > 1: ExOPD")
     reference: str = setting(INITIAL, "R for reward_scale != 1: initial (the student's start), a model, or a URL")
@@ -111,8 +111,8 @@ class OPDTrainer(DistillationTrainer):
     """Distils ``teacher`` into ``model`` on the student's own samples, or on what ``args.sequences`` says.
 
     ``reference`` (a Teacher, a model, or its folder) goes before ``args.reference``, ``reward`` (a function of prompts
-    and completions) before ``args.reward``, ``sequences`` (a policy of :mod:`llmdistill.sequences`, or your own) before
-    ``args.sequences``.
+    and completions) before ``args.reward``, ``sequences`` (a policy of
+    :mod:`llmdistill.training.sequences`, or your own) before ``args.sequences``.
 
     Example::
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal
 
-from llmdistill.command_line import help_text, parse, run_front_door
-from llmdistill.config import require
 from llmdistill.errors import UserError
 from llmdistill.objectives.redi import redi_loss, simpo_loss
-from llmdistill.pair_trainer import PairConfig, PairTrainer, setting
-from llmdistill.pairs import PairLoss
+from llmdistill.recipe.command_line import help_text, parse, run_front_door
+from llmdistill.recipe.config import require
+from llmdistill.training.pair_losses import PairLoss
+from llmdistill.training.pair_trainer import PairConfig, PairTrainer, setting
 
 Method = Literal["redi", "sft", "symmetric", "dpo", "simpo"]
 # What a method reads, and its value where none is given: those of the paper.
@@ -175,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text(REDIConfig, "llmdistill.redi", SUMMARY, without=REDIConfig.unread))
         return 0
-    from llmdistill.redi_stages import run_stages  # TRL is imported there, which --help need not wait for
+    from llmdistill.pipeline.redi_stages import run_stages  # TRL is imported there, which --help need not wait for
 
     return run_stages(parse(REDIConfig, argv), REDITrainer)
 

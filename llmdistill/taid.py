@@ -22,23 +22,23 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llmdistill import sequences as data_policy
-from llmdistill.command_line import help_text, parse, run_front_door
-from llmdistill.config import require
 from llmdistill.errors import UserError
-from llmdistill.method import Objective
+from llmdistill.methods.token_config import Divergence, TokenConfig, setting
 from llmdistill.objectives.metrics import target_entropy
 from llmdistill.objectives.taid import TAIDSchedule, sparse_taid, taid
-from llmdistill.run import run
-from llmdistill.token_config import Divergence, TokenConfig, setting
-from llmdistill.trainer import DistillationTrainer
+from llmdistill.pipeline.run import run
+from llmdistill.recipe.command_line import help_text, parse, run_front_door
+from llmdistill.recipe.config import require
+from llmdistill.training import sequences as data_policy
+from llmdistill.training.method import Objective
+from llmdistill.training.trainer import DistillationTrainer
 
 TAIDDivergence = Literal["taid", Divergence]
 
 
 @dataclass
 class TAIDConfig(TokenConfig):
-    """Settings of off-policy distillation, over :class:`~llmdistill.token_config.TokenConfig`."""
+    """Settings of off-policy distillation, over :class:`~llmdistill.methods.token_config.TokenConfig`."""
 
     divergence: TAIDDivergence = setting("taid", "what is minimised, per token")  # type: ignore[assignment]
     sequences: data_policy.Kind = setting("dataset", "text trained on: dataset, teacher, student, mixed or adaptive")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llmdistill.command_line import run_front_door
 from llmdistill.opd import main
+from llmdistill.recipe.command_line import run_front_door
 from tests import tiny
 
 

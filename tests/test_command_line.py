@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from llmdistill import UserError, cli, redi
-from llmdistill.command_line import help_text, parse, run_front_door
 from llmdistill.opd import SUMMARY, OPDConfig, main
+from llmdistill.recipe.command_line import help_text, parse, run_front_door
 
 
 def recipe_file(folder: Path, **sections: Any) -> str:
@@ -267,7 +267,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    monkeypatch.setattr("llmdistill.report.page.write_report", lambda path: path / "report.html")
+    monkeypatch.setattr("llmdistill.record.page.page.write_report", lambda path: path / "report.html")
     assert cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert cli.main(["report", str(tmp_path), "--fast"]) == 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.weights import named_weights
+from llmdistill.models.weights import named_weights
 from tests.tiny import llama
 
 SETTINGS = dict(dtype="float32", seed=0, max_model_len=64, kv_cache_bytes=1 << 25)
@@ -30,7 +30,7 @@ def python(code, *launcher, **environment):
 
 
 def test_importing_compat_imports_nothing_heavy():
-    code = "import sys, llmdistill.compat, llmdistill.weights; print({m.split('.')[0] for m in sys.modules})"
+    code = "import sys, llmdistill.compat, llmdistill.models.weights; print({m.split('.')[0] for m in sys.modules})"
     loaded = eval(python(code))
     assert not loaded & {"vllm", "trl", "peft", "deepspeed", "transformers", "accelerate"}
 
@@ -199,7 +199,7 @@ def test_generation_ready_restores_gradient_checkpointing():
 TWO_RANKS = """
 import torch
 from accelerate import Accelerator
-from llmdistill.rollouts import Prompt, Sampling
+from llmdistill.texts import Prompt, Sampling
 from llmdistill.rollouts.vllm import VLLMRollouts
 from tests.test_compat import assert_engine_is
 from tests.tiny import llama

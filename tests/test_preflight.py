@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig, UserError
 from llmdistill.objectives import divergences
 from llmdistill.preflight import CHECKS, Finding, examine, machine, name_of, preflight
-from llmdistill.prompts import completed
-from llmdistill.rollouts import Prompt
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher
+from llmdistill.texts import Prompt
+from llmdistill.texts.prompts import completed
 from llmdistill.tokenization.compare import compare_tokenizers
 from tests import tiny
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmdistill.command_line import parse
+from llmdistill.recipe.command_line import parse
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

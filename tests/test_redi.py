@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from llmdistill import redi
-from llmdistill.command_line import parse
 from llmdistill.errors import UserError
 from llmdistill.objectives.redi import dpo_loss
+from llmdistill.recipe.command_line import parse
 from llmdistill.redi import REDIConfig
 from tests.redi_runs import lines, make_place, read, student, student_logps, words
 from tests.trainer.pair_cases import by_hand, encoded, pair_rows
@@ -186,7 +186,7 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(
 ) -> None:
     """The same losses and the same weights as the undisturbed run."""
     from llmdistill import redi_stages
-    from llmdistill.run_folder import RunFolder, RunFolderCallback
+    from llmdistill.record.run_folder import RunFolder, RunFolderCallback
 
     whole, torn = undisturbed(method), tmp_path / "torn"
     in_stage1, stage_folder = where.startswith("stage1"), torn / "stage1" if where.startswith("stage1") else torn

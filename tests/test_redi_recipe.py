@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llmdistill.command_line import parse
+from llmdistill.recipe.command_line import parse
 from llmdistill.redi import REDIConfig
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmdistill.errors import UserError
-from llmdistill.rewards import group_advantages, load_reward, math_reward
-from llmdistill.rollouts import Prompt
+from llmdistill.texts import Prompt
+from llmdistill.training.rewards import group_advantages, load_reward, math_reward
 
 
 def asked(*answers: str) -> list[Prompt]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from llmdistill.errors import UserError
-from llmdistill.weights import named_weights
+from llmdistill.models.weights import named_weights
 from tests.tiny import llama
 
 
@@ -101,7 +101,7 @@ ZERO3 = """
 import torch, deepspeed
 from tests.tiny import llama
 from tests.test_weights import lora
-from llmdistill.weights import named_weights
+from llmdistill.models.weights import named_weights
 deepspeed.init_distributed(dist_backend="gloo")
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3,
           "stage3_param_persistence_threshold": 0}, "optimizer": {"type": "Adam", "params": {"torch_adam": True}},

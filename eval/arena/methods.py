@@ -21,10 +21,10 @@ from trl import DistillationConfig as TRLDistillationConfig
 from trl import DistillationTrainer as TRLDistillationTrainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from llmdistill.config import RolloutConfig
 from llmdistill.opd import OPDConfig, OPDTrainer
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.record.run_folder import RunFolderCallback
 from llmdistill.redi import REDIConfig, REDITrainer
-from llmdistill.run_folder import RunFolderCallback
 from llmdistill.taid import TAIDConfig, TAIDTrainer
 from llmdistill.teachers.base import Teacher
 

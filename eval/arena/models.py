@@ -22,9 +22,9 @@ from task import VOCABULARY, Problem, longest, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmdistill.prompts import completed
-from llmdistill.rollouts import Prompt, Rollout, Sampling, predicting_rows
-from llmdistill.rollouts.hf import generate
+from llmdistill.models.generation import generate
+from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
+from llmdistill.texts.prompts import completed
 
 PAD_ID, EOS_ID = 0, 1
 TOKENIZER = tokenizer()

@@ -13,8 +13,8 @@ from pathlib import Path
 from methods import METHODS
 from tracks import TRACKS
 
-from llmdistill.report.svg import Axis, label_at, tick_label
-from llmdistill.report.text import safe
+from llmdistill.record.page.svg import Axis, label_at, tick_label
+from llmdistill.record.page.text import safe
 
 WIDTH, HEIGHT, COLUMNS = 510, 280, 3
 LEFT, RIGHT, TOP, BOTTOM = 48, 172, 30, 40  # the legend stands on the right, where no curve is

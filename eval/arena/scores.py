@@ -9,11 +9,11 @@ from models import EOS_ID, PAD_ID, accuracy, answers, as_prompt
 from task import VOCABULARY, Problem, heldout, longest
 from transformers import PreTrainedModel
 
-from llmdistill.heads import head_of
-from llmdistill.measure import Measurement, measure
-from llmdistill.rollouts import Prompt, Rollout, Sampling
-from llmdistill.rollouts.hf import generate
+from llmdistill.models.generation import generate
+from llmdistill.models.heads import head_of
 from llmdistill.teachers.base import Teacher
+from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.training.measure import Measurement, measure
 
 
 @dataclass

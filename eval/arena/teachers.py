@@ -23,7 +23,7 @@ from models import CACHE, Size, accuracy, answers, as_prompt, cached, shuffled, 
 from task import Problem, draw, heldout, problems
 from transformers import PreTrainedModel
 
-from llmdistill.rollouts import Prompt
+from llmdistill.texts import Prompt
 
 TEACHER = Size(128, 2, 4, 344)
 RECIPE = 1  # raised by hand with every change to a teacher: what was made by an earlier one is not used

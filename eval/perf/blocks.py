@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmdistill.service.blocks import BlockHeader, ScoreBlock, decode, encode
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode, encode
 
 Codec = tuple[Callable[[ScoreBlock], Any], Callable[[Any], Any]]
 

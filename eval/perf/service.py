@@ -50,7 +50,7 @@ async def bare(options: argparse.Namespace) -> None:
     import numpy as np
 
     from llmdistill import compat
-    from llmdistill.vllm_requests import scoring_params
+    from llmdistill.models.vllm_requests import scoring_params
 
     engine = compat.load_async_vllm(
         options.model,
@@ -86,8 +86,8 @@ async def bare(options: argparse.Namespace) -> None:
 
 async def clients(options: argparse.Namespace) -> None:
     """As :func:`bare`, over HTTP."""
-    from llmdistill.service import wire
-    from llmdistill.service.blocks import decode
+    from llmdistill.wire import protocol
+    from llmdistill.wire.blocks import decode
 
     asked, numbers = sequences(options, 1), itertools.count()
     limits = httpx.Limits(max_connections=options.clients)
@@ -100,14 +100,14 @@ async def clients(options: argparse.Namespace) -> None:
                 body = {"sequences": [ids], "positions": [[options.prompt, len(ids)]], "top_k": options.top_k}
                 while True:
                     started = time.monotonic()
-                    answer = await http.post(wire.SCORE, json=body, headers={"X-Request-Id": f"{os.getpid()}-{i}"})
+                    answer = await http.post(protocol.SCORE, json=body, headers={"X-Request-Id": f"{os.getpid()}-{i}"})
                     seen["status"][answer.status_code] += 1
                     if answer.status_code != 429:
                         break
                     await asyncio.sleep(float(answer.headers["retry-after-ms"]) / 1000 * random.uniform(0.5, 1))
                 if answer.status_code != 200:
                     continue
-                head, block = wire.unpack_frames(answer.content)
+                head, block = protocol.unpack_frames(answer.content)
                 seen["positions"] += len(decode(block).token_logprobs)
                 seen["bytes"] += len(answer.content)
                 seen["latency"].append(time.monotonic() - started)

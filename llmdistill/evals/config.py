@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmdistill.config import TOKEN_ENV, DType, option, require
 from llmdistill.evals.engines.base import EngineName
 from llmdistill.evals.engines.http import Api
+from llmdistill.recipe.config import TOKEN_ENV, DType, option, require
 
 
 @dataclass

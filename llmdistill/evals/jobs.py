@@ -20,7 +20,7 @@ from llmdistill.evals.engines.make import Source
 from llmdistill.evals.records import EvalFolder, Problem
 from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, subsample
 from llmdistill.evals.templates import Template, find_template
-from llmdistill.rollouts.rollout import Sampling
+from llmdistill.texts.rollout import Sampling
 
 # What two halves of one evaluation have to have in common; n may grow. "prompts" covers tokenizer and context.
 IDENTITY = (

@@ -4,6 +4,7 @@ Each takes a per-token loss ``fn(student_logits [n, V], *evidence) -> [n]`` and 
 evidence (see `rows.PairedRows`). Nothing here carries gradient but the student's logits.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,16 +13,27 @@ from torch import Tensor
 
 from llmdistill.objectives.clipping import truncated_importance_weights
 from llmdistill.objectives.fused import compute_dtype
-from llmdistill.objectives.policy import sampled_token, token_logprobs
+from llmdistill.objectives.policy import policy_gradient, sampled_token
+from llmdistill.objectives.sampler import check_truncation, token_logprobs
 
 Loss = Callable[..., Tensor]
 
 
-def extrapolated_logits(teacher_logits: Tensor, reference_logits: Tensor, scale: float) -> Tensor:
+def extrapolated_logits(
+    teacher_logits: Tensor, reference_logits: Tensor, scale: float, *, plausibility: float = 0.0
+) -> Tensor:
     """scale log T + (1 - scale) log R -> [..., V]: the optimum of G-OPD up to a constant (arXiv 2602.12125).
 
     What the teacher excludes stays excluded, and so does what the reference excludes where scale < 1.
+
+    Past the teacher (scale > 1) the factor (T / R)^(scale - 1) is noise in the tail, where both are tiny and R may be
+    far smaller than T. With plausibility alpha > 0 only tokens of the teacher's head, T >= alpha max T, are
+    extrapolated; the others keep log T (the adaptive plausibility constraint of contrastive decoding, arXiv
+    2210.15097 eq. 2, with T in place of -inf). Renormalised, the tail then keeps at most 1 / (h^scale + 1 - h) of its
+    mass under T, h the head's mass: never more than 1.09 times at scale 1.25, 1.18 at 1.5. The likeliest token is one
+    of the head wherever (max T)^(scale - 1) >= alpha. Raises ValueError for alpha outside [0, 1].
     """
+    _check_plausibility(plausibility)
     dtype = compute_dtype(teacher_logits)
     log_t = teacher_logits.log_softmax(-1, dtype=dtype)
     log_r = reference_logits.log_softmax(-1, dtype=dtype)
@@ -30,25 +42,31 @@ def extrapolated_logits(teacher_logits: Tensor, reference_logits: Tensor, scale:
     # Where R is 0 its logarithm pushes by (1 - scale) * -inf; a floor keeps an extrapolation finite.
     log_r = log_r.clamp_min(-100.0) if scale > 1.0 else log_r
     mixed = scale * log_t + (1.0 - scale) * log_r if scale != 0.0 else log_r
+    if scale > 1.0 and plausibility > 0.0:
+        implausible = log_t < log_t.amax(-1, keepdim=True) + math.log(plausibility)
+        mixed = torch.where(implausible, log_t, mixed)
     return mixed.masked_fill(log_t.isneginf(), -torch.inf) if scale > 0.0 else mixed
 
 
-def extrapolated(loss: Loss, scale: float) -> Loss:
+def extrapolated(loss: Loss, scale: float, *, plausibility: float = 0.0) -> Loss:
     """``loss`` towards the extrapolated target; reads (student_logits, teacher_logits, reference_logits).
 
-    With the reverse KL its gradient is the expectation, over y ~ student, of that of `sampled_token` with the same
-    scale: A is the log-ratio to the unnormalised target, and a constant in A has no expected gradient.
+    With the reverse KL and plausibility 0 its gradient is the expectation, over y ~ student, of that of
+    `sampled_token` with the same scale: A is the log-ratio to the unnormalised target, and a constant in A has no
+    expected gradient. plausibility is that of `extrapolated_logits`; .1 is what training with full rows wants.
     """
+    _check_plausibility(plausibility)
 
     def towards(student_logits: Tensor, teacher_logits: Tensor, reference_logits: Tensor) -> Tensor:
-        return loss(student_logits, extrapolated_logits(teacher_logits, reference_logits, scale))
+        target = extrapolated_logits(teacher_logits, reference_logits, scale, plausibility=plausibility)
+        return loss(student_logits, target)
 
     return towards
 
 
-def extrapolated_sampled(scale: float, temperature: float = 1.0) -> Loss:
+def extrapolated_sampled(scale: float, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0) -> Loss:
     """`sampled_token` for evidence that names the tokens twice, once with the teacher's and once with R's log-probs."""
-    policy = partial(sampled_token, scale=scale, temperature=temperature)
+    policy = partial(sampled_token, scale=scale, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def towards(
         student_logits: Tensor, token_ids: Tensor, teacher_lp: Tensor, _ids: Tensor, reference_lp: Tensor
@@ -58,25 +76,42 @@ def extrapolated_sampled(scale: float, temperature: float = 1.0) -> Loss:
     return towards
 
 
-def on_samples(loss: Loss, *, cap: float = 0.0, reward_weight: float = 0.0, temperature: float = 1.0) -> Loss:
+def on_samples(
+    loss: Loss,
+    *,
+    cap: float = 0.0,
+    reward_weight: float = 0.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Loss:
     """``loss`` with what is known of the sampled tokens; three more arguments follow its evidence.
 
     token_ids [n]; behavior_lp [n], log-probs under the policy that drew them; advantage [n], of the task reward. The
-    loss becomes w (loss - reward_weight advantage log S(y)), w = min(S(y) / behavior(y), cap); w = 1 at cap 0. NaN in
-    behavior_lp marks tokens nobody drew: their weight is 1.
+    loss becomes w (loss - reward_weight advantage log S_{tau,K}(y)), with the sampler's temperature (tau), top_k and
+    top_p, see `sampler_logprobs`. w = min(S_tau(y) / behavior(y), cap) corrects what the engine computed differently;
+    both sides are before top_k and top_p, as engines report them, and w = 1 at cap 0. NaN in behavior_lp marks tokens
+    nobody drew: their weight is 1.
     """
+    check_truncation(top_k, top_p)
+    gradient = partial(policy_gradient, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def weighted(student_logits: Tensor, *evidence: Tensor) -> Tensor:
         *teacher, token_ids, behavior_lp, advantage = evidence
         value = loss(student_logits, *teacher)
-        if not (cap or reward_weight):
-            return value
-        logp = token_logprobs(student_logits, token_ids, temperature)
         if reward_weight:
-            value = value - reward_weight * advantage.to(value.dtype) * logp
+            value = value + gradient(student_logits, token_ids, reward_weight * advantage.to(value.dtype))
         if cap:
-            weights = truncated_importance_weights(logp, behavior_lp, cap)
+            train_lp = token_logprobs(student_logits.detach(), token_ids, temperature)
+            weights = truncated_importance_weights(train_lp, behavior_lp, cap)
             value = value * weights.masked_fill(behavior_lp.isnan(), 1.0)
         return value
 
     return weighted
+
+
+def _check_plausibility(plausibility: float) -> None:
+    if not 0.0 <= plausibility <= 1.0:
+        raise ValueError(
+            f"plausibility is {plausibility}; it is a share of the teacher's largest probability and must lie in [0, 1]"
+        )

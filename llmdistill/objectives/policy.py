@@ -1,26 +1,14 @@
 """On-policy distillation as policy gradient: estimators that need log-probs of a few tokens, not full rows.
 
-The exact per-token reverse KL is `divergences.reverse_kl`; `sampled_token` has the same expected gradient for
-y ~ student at temperature 1 and top_p 1 (METHODS 2.1). Advantages never carry gradient. Log-probs are natural logs at
-the temperature of the policy they describe.
+The exact per-token reverse KL is `divergences.reverse_kl`; `sampled_token` has the same expected gradient for tokens
+drawn from the student at temperature 1, top_k 0 and top_p 1 (METHODS 2.1), and that of the reverse KL between the
+sampler and the tempered teacher at any other setting. Advantages never carry gradient. Teacher and reference give
+natural logs at temperature 1, as scoring services do.
 """
 
 from torch import Tensor
 
-from llmdistill.objectives.fused import check_temperature, compute_dtype
-
-
-def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature)[token] -> [...] in float32, for logits [..., V] and token_ids [...]
-    int64.
-
-    Gathers before it normalises, so no [..., V] log-softmax is kept. Raises ValueError for temperature <= 0.
-    """
-    check_temperature(temperature)
-    scaled = logits.to(compute_dtype(logits))
-    if temperature != 1.0:
-        scaled = scaled / temperature
-    return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+from llmdistill.objectives.sampler import sampler_logprobs, token_logprobs
 
 
 def gopd_advantage(
@@ -44,6 +32,20 @@ def gopd_advantage(
     return (scale * teacher_lp + (1.0 - scale) * reference_lp - student_lp).detach()
 
 
+def policy_gradient(
+    student_logits: Tensor,
+    token_ids: Tensor,
+    advantage: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """-sg[A] log S_{tau,K}(y) -> [n], for tokens y = token_ids [n] that a sampler with these settings drew."""
+    drawn_lp = sampler_logprobs(student_logits, token_ids, temperature=temperature, top_k=top_k, top_p=top_p)
+    return -advantage.detach() * drawn_lp
+
+
 def sampled_token(
     student_logits: Tensor,
     token_ids: Tensor,
@@ -52,24 +54,24 @@ def sampled_token(
     *,
     scale: float = 1.0,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Tensor:
-    """-sg[A] log S(y) -> [...], A = `gopd_advantage`: policy gradient on the sampled tokens y = token_ids
-    [...].
+    """-sg[A / tau] log S_{tau,K}(y) -> [...], A = `gopd_advantage`: policy gradient on the sampled tokens y =
+    token_ids [...].
 
-    Its gradient is an unbiased estimate of the reverse KL's; its value is no KL (monitor `kl_k1` or `kl_k3`).
-    `temperature` is that of sampling: it divides the student's logits, and the given log-probs must be at
-    it too. Raises ValueError for temperature <= 0, or scale != 1 without reference_lp.
+    temperature (tau), top_k and top_p are the sampler's; all log-probs in A are those of temperature 1. The gradient
+    is an unbiased estimate of that of KL(S_{tau,K} || T_tau), with T_tau the softmax of the target's log-probs divided
+    by tau: A / tau differs from log T_tau(y) - log S_{tau,K}(y) by a constant of the position, which has no expected
+    gradient. The optimum is the target on the nucleus; logits outside it get no gradient. That A / tau and no other
+    of these is taken because it vanishes for a student that equals its teacher. The value is no KL (monitor
+    `metrics.kl_k1` or `kl_k3`). Raises ValueError for temperature <= 0, top_k < 0, top_p outside (0, 1], or
+    scale != 1 without reference_lp.
     """
-    student_lp = token_logprobs(student_logits, token_ids, temperature)
-    return -gopd_advantage(student_lp, teacher_lp, reference_lp, scale) * student_lp
-
-
-def kl_k1(student_lp: Tensor, teacher_lp: Tensor) -> Tensor:
-    """log S - log T per token sampled from the student: unbiased for KL(S || T), noisy. No gradient."""
-    return (student_lp - teacher_lp).detach()
-
-
-def kl_k3(student_lp: Tensor, teacher_lp: Tensor) -> Tensor:
-    """r - 1 - log r, r = T / S, per token sampled from the student: unbiased, >= 0. No gradient."""
-    log_ratio = (teacher_lp - student_lp).detach()
-    return log_ratio.expm1() - log_ratio
+    student_lp = token_logprobs(student_logits.detach(), token_ids)
+    advantage = gopd_advantage(student_lp, teacher_lp, reference_lp, scale)
+    if temperature != 1.0:
+        advantage = advantage / temperature
+    return policy_gradient(
+        student_logits, token_ids, advantage, temperature=temperature, top_k=top_k, top_p=top_p
+    )

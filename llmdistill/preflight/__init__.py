@@ -10,12 +10,12 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from llmdistill.command_line import Recipe
 from llmdistill.compat import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.preflight import machine, models, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Subject, fail, notice
-from llmdistill.trainer import DistillationTrainer
+from llmdistill.recipe.command_line import Recipe
+from llmdistill.training.trainer import DistillationTrainer
 
 __all__ = ["CHECKS", "STYLE", "Finding", "examine", "preflight"]
 

@@ -11,16 +11,16 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llmdistill.command_line import Recipe
-from llmdistill.config import DistillationConfig
-from llmdistill.heads import head_of
-from llmdistill.method import Objective
-from llmdistill.rollouts import Prompt
+from llmdistill.models.heads import head_of
+from llmdistill.recipe.command_line import Recipe
+from llmdistill.recipe.config import DistillationConfig
 from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
+from llmdistill.texts import Prompt
 from llmdistill.tokenization.compare import tokens_by_id
-from llmdistill.trainer import DistillationTrainer
+from llmdistill.training.method import Objective
+from llmdistill.training.trainer import DistillationTrainer
 
 Level = Literal["ok", "notice", "fail"]
 STYLE = {"ok": "green", "notice": "yellow", "fail": "bold red"}

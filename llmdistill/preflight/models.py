@@ -11,11 +11,11 @@ from torch import nn
 from llmdistill.errors import UserError
 from llmdistill.preflight import probes
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
-from llmdistill.prompts import completed
-from llmdistill.rollouts import Rollout
-from llmdistill.service.blocks import ScoreBlock
 from llmdistill.teachers.base import is_live
+from llmdistill.texts import Rollout
+from llmdistill.texts.prompts import completed
 from llmdistill.tokenization.compare import encode
+from llmdistill.wire.blocks import ScoreBlock
 
 LISTED = 8  # candidates asked of the teacher
 STORED_ROWS = 64  # training rows looked up in a store
@@ -42,7 +42,7 @@ def head(s: Subject) -> Iterator[Finding]:
             yield fail(
                 f"{logits} are {found.relative:.2g} (relative) away from head(hidden) with the scale and cap of the "
                 f"config, {found.tolerance:g} is rounding: the forward does more to logits than we know",
-                f"another {setting}, or teach llmdistill.heads.head_of the transform",
+                f"another {setting}, or teach llmdistill.models.heads.head_of the transform",
             )
         else:
             yield ok(f"{logits} are head(hidden) within {found.relative:.1g}")

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill.heads import head_of, hidden_states
-from llmdistill.meters import Meters
-from llmdistill.method import MicroBatch
+from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.objectives.projection import Projection
 from llmdistill.preflight.finding import Subject
-from llmdistill.prompts import completed
-from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
+from llmdistill.record.meters import Meters
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.evidence import Evidence
-from llmdistill.trainer import DistillationTrainer
+from llmdistill.texts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
+from llmdistill.texts.prompts import completed
+from llmdistill.training.method import MicroBatch
+from llmdistill.training.trainer import DistillationTrainer
 
 PROMPTS = 2
 NEW_TOKENS = 8
@@ -99,7 +99,7 @@ class HeadError:
 
 @torch.no_grad()
 def head_error(model: nn.Module, rollout: Rollout) -> HeadError:
-    """Compares the model's logits with the head, scale and cap that :func:`~llmdistill.heads.head_of` found."""
+    """Compares the model's logits with the head, scale and cap that :func:`~llmdistill.models.heads.head_of` found."""
     head, device = head_of(model), next(model.parameters()).device
     rollout = rollout.to(device)
     inputs: dict[str, Tensor] = dict(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
-from llmdistill.rewards import math_reward
-from llmdistill.rollouts import Prompt
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.mixture import UNKNOWN_FIX
+from llmdistill.texts import Prompt
 from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.special import context_length
+from llmdistill.training.rewards import math_reward
 
 SHOWN = 3  # examples in a message
 

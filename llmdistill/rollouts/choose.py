@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from llmdistill.compat import generation_ready
-from llmdistill.config import RolloutConfig, bearer_token
+from llmdistill.models.generation import HFRollouts
+from llmdistill.recipe.config import RolloutConfig, bearer_token
 from llmdistill.rollouts.engine import RolloutEngine
-from llmdistill.rollouts.hf import HFRollouts
 
 
 def make_rollout_engine(

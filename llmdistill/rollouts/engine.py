@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
 
-from llmdistill.rollouts.rollout import Prompt, Rollout, Sampling
+from llmdistill.texts.rollout import Prompt, Rollout, Sampling
 
 
 class RolloutEngine(Protocol):
@@ -25,9 +24,3 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds. The engine is not used afterwards."""
         ...
-
-
-def request_seed(seed: int, row: int, sample: int) -> int:
-    """A 63-bit seed for one request, independent of which others it is batched with."""
-    digest = hashlib.blake2b(f"{seed}:{row}:{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

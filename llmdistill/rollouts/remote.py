@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts.rollout import Prompt, Rollout, Sampling, collate
-from llmdistill.service.wire import GENERATE, INFO, PROTOCOL_VERSION, READY, TENSORS_TYPE, WEIGHTS
-from llmdistill.teachers.transport import Get, Refused, Request, Transport, json_object
-from llmdistill.weights import base_model, named_weights
+from llmdistill.models.weights import base_model, named_weights
+from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate
+from llmdistill.wire.protocol import GENERATE, INFO, PROTOCOL_VERSION, READY, TENSORS_TYPE, WEIGHTS
+from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 CHUNK_BYTES = 1 << 24  # of a weight, as it is handed to the socket
 PUSHES_PER_CALL = 3  # a service that forgets its weights more often shares them with another run
@@ -47,7 +47,7 @@ class RemoteRollouts:
         eos_ids, pad_id: every id that ends a completion, and the padding id.
         push_every: optimizer steps between two pushes; what is sampled meanwhile says how old it is.
         folder: on a disk that the service can read: weights are written there, and only the path is sent.
-        options: of :class:`~llmdistill.teachers.transport.Transport`.
+        options: of :class:`~llmdistill.wire.transport.Transport`.
 
     Raises:
         UserError: no service there within ``max_outage_s``, or one that takes no weights.

@@ -10,10 +10,10 @@ from torch import nn
 
 from llmdistill import compat
 from llmdistill.errors import UserError
-from llmdistill.rollouts.engine import request_seed
-from llmdistill.rollouts.rollout import Finish, Prompt, Rollout, Sampling, collate
-from llmdistill.vllm_requests import generation_params
-from llmdistill.weights import base_model, named_weights
+from llmdistill.models.vllm_requests import generation_params
+from llmdistill.models.weights import base_model, named_weights
+from llmdistill.texts import request_seed
+from llmdistill.texts.rollout import Finish, Prompt, Rollout, Sampling, collate
 
 
 class VLLMRollouts:

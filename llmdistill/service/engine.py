@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmdistill.rollouts import Sampling
-from llmdistill.rollouts.rollout import Finish
-from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
-from llmdistill.teachers.listing import columns, support_of
+from llmdistill.texts import Sampling
+from llmdistill.texts.rollout import Finish
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock
+from llmdistill.wire.listing import columns, support_of
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmdistill.rollouts import Prompt, Rollout, Sampling, collate
-from llmdistill.rollouts.hf import generate
+from llmdistill.models.generation import generate
 from llmdistill.service.adapters import check_adapter
-from llmdistill.service.blocks import ScoreBlock
 from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Prompt, Rollout, Sampling, collate
 from llmdistill.tokenization.special import pad_id
+from llmdistill.wire.blocks import ScoreBlock
 
 
 @dataclass

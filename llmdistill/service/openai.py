@@ -7,18 +7,16 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from llmdistill.service import requests as bodies
+from llmdistill.service.app import Service
 from llmdistill.service.engine import GenerateJob, Sample
 from llmdistill.service.problems import Problem, invalid
-
-if TYPE_CHECKING:
-    from llmdistill.service.app import Service
 
 
 class CompletionBody(BaseModel):

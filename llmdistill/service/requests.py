@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import Request
 
-from llmdistill.rollouts import Sampling
 from llmdistill.service.engine import Engine, GenerateJob, ScoreJob
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid
+from llmdistill.texts import Sampling
 
 
 class _Fast(FailFast):

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
-from llmdistill.config import DType, TeacherConfig, option
 from llmdistill.errors import UserError
-from llmdistill.service.app import Service, create_app, forget_uploads
+from llmdistill.recipe.config import DType, TeacherConfig, option
+from llmdistill.service.app import Service, forget_uploads
 from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.limits import Limits
+from llmdistill.service.routes import create_app
 
 # Limits that are settings of the command; the others are the same for everybody.
 WATCH_S = 2.0

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from llmdistill import compat
-from llmdistill.rollouts import request_seed
+from llmdistill.models.vllm_requests import generation_params, scored_rows, scoring_params
 from llmdistill.service.adapters import check_adapter
-from llmdistill.service.blocks import ScoreBlock
 from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import is_tied, stored_shapes, weights_fingerprint
 from llmdistill.teachers.vllm import describe
-from llmdistill.vllm_requests import generation_params, scored_rows, scoring_params
+from llmdistill.texts import request_seed
+from llmdistill.wire.blocks import ScoreBlock
 
 
 class VLLMEngine:

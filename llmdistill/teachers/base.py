@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from llmdistill.objectives.rows import TeacherRows
-from llmdistill.rollouts import Prompt, Rollout, Sampling
-from llmdistill.service.blocks import ScoreBlock
+from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.wire.blocks import ScoreBlock
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmdistill.errors import UserError
-from llmdistill.service.blocks import BlockError, ScoreBlock, decode
 from llmdistill.teachers.base import TeacherInfo
+from llmdistill.wire.blocks import BlockError, ScoreBlock, decode
 
 KEY_BYTES = 16
 _HEAD = struct.Struct("<4s16sQI")  # magic, key, bytes of the block, CRC-32 of the three

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from llmdistill.objectives.rows import LogitRows, SparseRows, TeacherRows, TokenRows
-from llmdistill.rollouts import Rollout
 from llmdistill.teachers.base import DenseTeacher, Teacher
+from llmdistill.texts import Rollout
 
 Kind = Literal["full", "top_k", "sampled"]
 Evidence = TeacherRows

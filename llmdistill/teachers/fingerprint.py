@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from llmdistill.weights import base_model, named_weights
+from llmdistill.models.weights import base_model, named_weights
 
 SAMPLES = 64  # values hashed of every tensor, evenly spread
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdistill.config import TeacherConfig, torch_dtype
-from llmdistill.distributed import whole_models
 from llmdistill.errors import UserError
-from llmdistill.heads import head_of, hidden_states
+from llmdistill.models.generation import generate
+from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.objectives.rows import HiddenRows
-from llmdistill.rollouts import Prompt, Rollout, Sampling, predicting_rows, span
-from llmdistill.rollouts.hf import generate
-from llmdistill.service.blocks import BlockHeader, ScoreBlock
+from llmdistill.recipe.config import TeacherConfig, torch_dtype
+from llmdistill.recipe.launches import whole_models
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
-from llmdistill.teachers.listing import columns, listed, support_of
+from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows, span
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock
+from llmdistill.wire.listing import columns, listed, support_of
 
 # from_pretrained swaps PreTrainedModel.tie_weights out while it loads. Two threads that load at a time can put each
 # other's stand-in back, and no weights are tied in this process ever after.

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from llmdistill.errors import UserError
 from llmdistill.objectives.rows import MixtureRows, RoutedRows
-from llmdistill.rollouts import Prompt, Rollout, Sampling, request_seed, span
-from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import DenseTeacher, Teacher, TeacherInfo, bytes_received, is_live
-from llmdistill.teachers.listing import columns, listed, merged, support_of
+from llmdistill.texts import Prompt, Rollout, Sampling, request_seed, span
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock
+from llmdistill.wire.listing import columns, listed, merged, support_of
 
 UNKNOWN_FIX = (
     "correct the domain (data.domain_column names its column), add it to a teacher's domains, or leave the domains of "
@@ -347,7 +347,7 @@ def _together(infos: Mapping[str, TeacherInfo], name: str, identity: object) -> 
 def _ask_all(jobs: Sequence[tuple[Teacher, Callable[[], T]]]) -> list[T]:
     """Every job's result. Those of teachers elsewhere run at once, in threads; the others here, one after the other.
 
-    Models in this process are never run by two threads: the head is replaced while they are (llmdistill.heads).
+    Models in this process are never run by two threads: the head is replaced while they are (llmdistill.models.heads).
     """
     apart = [i for i, (teacher, _) in enumerate(jobs) if _is_elsewhere(teacher)]
     if not apart or len(jobs) == 1:

@@ -22,14 +22,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Rollout, Sampling, collate, request_seed
 from llmdistill.rollouts.remote import pack
-from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
-from llmdistill.teachers.transport import Get, Refused, Request, Transport, json_object
 from llmdistill.teachers.vllm import describe
+from llmdistill.texts import Prompt, Rollout, Sampling, collate, request_seed
 from llmdistill.tokenization import special
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock
+from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 COMPLETIONS, MODELS, HEALTH = "/v1/completions", "/v1/models", "/health"
 LISTED_BYTES = 72  # of JSON, for one listed token
@@ -46,7 +46,7 @@ class PlainVLLMTeacher:
         tokenizer: the teacher's, or the folder or hub name to load it from. None: the server's ``root``, where that is
             a folder here or in the local hub cache. The weights' fingerprint is taken from that folder too; without
             one, the model's name stands for its weights.
-        options: of :class:`~llmdistill.teachers.transport.Transport`.
+        options: of :class:`~llmdistill.wire.transport.Transport`.
 
     Raises:
         UserError: no server there within ``max_outage_s``, no such model, or no tokenizer.

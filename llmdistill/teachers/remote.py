@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Rollout, Sampling
 from llmdistill.rollouts.remote import pack, sample, service_info
-from llmdistill.service.blocks import BlockHeader, ScoreBlock, decode
-from llmdistill.service.wire import BLOCKS_TYPE, INFO, SCORE, SCORE_TEXT, unpack_frames
 from llmdistill.teachers.base import Teacher, TeacherInfo
-from llmdistill.teachers.listing import columns, support_of
-from llmdistill.teachers.transport import Get, Refused, Request, Transport, json_object
+from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.tokenization import special
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode
+from llmdistill.wire.listing import columns, support_of
+from llmdistill.wire.protocol import BLOCKS_TYPE, INFO, SCORE, SCORE_TEXT, unpack_frames
+from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 T = TypeVar("T")
 REQUESTS_PER_REPLICA = 2  # one is computed while the other is on its way
@@ -61,9 +61,9 @@ class RemoteTeacher:
 
     Args:
         url: of the service; several replicas, as a list or with commas, have to hold the same weights.
-        lossless: log-probs come as float32; else in 16 bits each (:mod:`llmdistill.service.packing`).
+        lossless: log-probs come as float32; else in 16 bits each (:mod:`llmdistill.wire.packing`).
         tokenizer: of the teacher, where its padding id is to be used; any valid id does.
-        options: of :class:`~llmdistill.teachers.transport.Transport`.
+        options: of :class:`~llmdistill.wire.transport.Transport`.
 
     Raises:
         UserError: no service there within ``max_outage_s``, or replicas with different weights.

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Rollout, Sampling
-from llmdistill.rollouts.rollout import span
-from llmdistill.service.blocks import BlockHeader, ScoreBlock, encode
 from llmdistill.teachers.base import Teacher, TeacherInfo
 from llmdistill.teachers.block_store import KEY_BYTES, BlockStore
+from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.texts.rollout import span
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock, encode
 
 
 class StoredTeacher:
@@ -29,7 +29,7 @@ class StoredTeacher:
     Args:
         folder: of the :class:`BlockStore`.
         teacher: scores what is not stored, and generates; closed with this one. None: what is not there is an error.
-        dtype: of the log-probs that are appended, as in :func:`~llmdistill.service.blocks.encode`. "float32" does not
+        dtype: of the log-probs that are appended, as in :func:`~llmdistill.wire.blocks.encode`. "float32" does not
             make do with blocks stored as "float16".
 
     Raises:

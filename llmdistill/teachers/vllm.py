@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from llmdistill import compat
-from llmdistill.config import TeacherConfig
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Rollout, Sampling, span
+from llmdistill.models.vllm_requests import scored_rows, scoring_params
+from llmdistill.recipe.config import TeacherConfig
 from llmdistill.rollouts.vllm import complete, to_rollout
-from llmdistill.service.blocks import BlockHeader, ScoreBlock
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
-from llmdistill.teachers.listing import columns, support_of
+from llmdistill.texts import Prompt, Rollout, Sampling, span
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
-from llmdistill.vllm_requests import scored_rows, scoring_params
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock
+from llmdistill.wire.listing import columns, support_of
 
 
 class VLLMTeacher:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill import RolloutConfig, TAIDConfig, TAIDTrainer
-from llmdistill.distributed import leave_group
-from llmdistill.sequences import Adaptive, Mixed, Round
+from llmdistill.recipe.launches import leave_group
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.training.sequences import Adaptive, Mixed, Round
 from tests.distributed.worker import make_model, make_rows, make_tokenizer
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llmdistill.distributed import check_cpu_launch, launched_processes, whole_models
 from llmdistill.errors import UserError
+from llmdistill.recipe.launches import check_cpu_launch, launched_processes, whole_models
 from tests.distributed import worker
 
 ROOT = Path(__file__).parents[2]

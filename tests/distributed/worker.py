@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from llmdistill import DistillationConfig, DistillationTrainer, Objective, RolloutConfig
-from llmdistill.distributed import leave_group, whole_models
+from llmdistill.models.weights import named_weights
 from llmdistill.objectives.divergences import reverse_kl
+from llmdistill.recipe.launches import leave_group, whole_models
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.weights import named_weights
 
 VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
 

@@ -118,7 +118,7 @@ SHARDED = """
 import sys
 from pathlib import Path
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
-from llmdistill.distributed import leave_group
+from llmdistill.recipe.launches import leave_group
 from llmdistill.evals.callback import EvalCallback
 from tests import tiny
 

@@ -25,7 +25,7 @@ from llmdistill.evals import Evaluation, evaluate
 from llmdistill.evals.engines.base import Asked
 from llmdistill.evals.engines.http import OpenAIEngine, in_threads
 from llmdistill.evals.records import EvalFolder, Sample
-from llmdistill.rollouts.rollout import Sampling
+from llmdistill.texts.rollout import Sampling
 from tests.evals import made
 from tests.service.process import ServiceProcess
 

@@ -26,7 +26,7 @@ from llmdistill.evals.jobs import begin, prepare
 from llmdistill.evals.records import EvalFolder, Sample
 from llmdistill.evals.runner import draw, launch, regrade
 from llmdistill.evals.suite import load_suite
-from llmdistill.rollouts.rollout import Sampling
+from llmdistill.texts.rollout import Sampling
 from tests import tiny
 from tests.evals import made
 

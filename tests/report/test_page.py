@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmdistill.report.load import load_run
-from llmdistill.report.page import write_report
-from llmdistill.report.svg import Axis, histogram, line_plot, span, sparkline, thinned
-from llmdistill.report.text import clipped, safe
+from llmdistill.record.page.load import load_run
+from llmdistill.record.page.page import write_report
+from llmdistill.record.page.svg import Axis, histogram, line_plot, span, sparkline, thinned
+from llmdistill.record.page.text import clipped, safe
 
 HOSTILE = (
     "</pre></script><script>alert(1)</script><img src=http://evil.example/x onerror='a(1)'>\"' \x00\ud800\u202e&amp;"

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from llmdistill.rollouts import Prompt, Rollout, collate
-from llmdistill.rollouts.buffer import ReplayBuffer
+from llmdistill.texts import Prompt, Rollout, collate
+from llmdistill.texts.buffer import ReplayBuffer
 
 
 def written(numbers: range, *, logprobs: bool = True, finish: bool = True) -> tuple[Rollout, list[Prompt]]:

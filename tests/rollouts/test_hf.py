@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Sampling
-from llmdistill.rollouts.hf import _Draw, generate
+from llmdistill.models.generation import _Draw, generate
+from llmdistill.texts import Prompt, Sampling
 from tests import tiny
 
 PROMPTS = [Prompt([40 + i, 41, 42 + i] * (1 + i % 3), "") for i in range(5)]

@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Sampling
-from llmdistill.rollouts.hf import HFRollouts
+from llmdistill.models.generation import HFRollouts
 from llmdistill.rollouts.remote import RemoteRollouts, pack, safetensors_stream
-from llmdistill.service import wire
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Prompt, Sampling
+from llmdistill.wire import protocol
 from tests.service.faulty import FAULTS, Faulty
 from tests.test_weights import lora
 from tests.tiny import llama, tokenizer
@@ -55,7 +55,7 @@ SAMPLED = Sampling(6, samples_per_prompt=2, seed=4)
 
 
 def pushes(service):
-    return service.posts(wire.WEIGHTS)
+    return service.posts(protocol.WEIGHTS)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -157,7 +157,7 @@ def test_two_runs_on_one_service_are_told(service):
     engine.sync(llama(1), 0)
 
     def answer(seen):
-        if seen.path == wire.GENERATE:  # another run pushes between our push and our request, every time
+        if seen.path == protocol.GENERATE:  # another run pushes between our push and our request, every time
             service.small.teacher = LocalTeacher(llama(2), tokenizer())
         return whole(seen)
 
@@ -209,7 +209,7 @@ def test_every_replica_gets_the_weights():
         engine.sync(model, 0)
         assert_samples_from(engine, model, SAMPLED)
         for service in (one, two):
-            assert len(pushes(service)) == 1 and len(service.posts(wire.GENERATE)) == 1
+            assert len(pushes(service)) == 1 and len(service.posts(protocol.GENERATE)) == 1
         engine.close()
 
 
@@ -262,7 +262,7 @@ def test_the_first_rank_pushes_for_all_and_fails_for_all(tmp_path):
             import sys
             import torch
             from llmdistill.errors import UserError
-            from llmdistill.rollouts import Prompt, Sampling
+            from llmdistill.texts import Prompt, Sampling
             from llmdistill.rollouts.remote import RemoteRollouts
             from tests.tiny import llama
 
@@ -284,4 +284,4 @@ def test_the_first_rank_pushes_for_all_and_fails_for_all(tmp_path):
         ranks = [subprocess.Popen([*command, *a], stdout=subprocess.PIPE, text=True, env=env) for a in arguments]
         told = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
         assert told[0] == told[1] == ["5", f"rollouts {service.url} refuses /v1/weights with HTTP 400: "[:60]]
-        assert len(pushes(service)) == 2 and len(service.posts(wire.GENERATE)) == 2
+        assert len(pushes(service)) == 2 and len(service.posts(protocol.GENERATE)) == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Sampling
+from llmdistill.texts import Prompt, Sampling
 from tests.test_weights import lora
 from tests.tiny import llama
 

@@ -25,8 +25,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 
-from llmdistill.service import wire
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.wire import protocol
 from tests.service.small import Answer, Seen, Small, error
 
 FAULTS = ("500", "429", "503", "reset", "reset_after", "stall", "half", "wrong_type", "corrupt", "slow")
@@ -104,7 +104,7 @@ class Faulty:
         """As ``kill -9`` would: connections are reset; what was kept is gone."""
         self._call(self._shut(forget))
 
-    def posts(self, path: str = wire.SCORE) -> list[Seen]:
+    def posts(self, path: str = protocol.SCORE) -> list[Seen]:
         return [s for s in self.seen if s.method == "POST" and s.path == path]
 
     def _call(self, work: Any) -> None:
@@ -215,8 +215,8 @@ class Faulty:
 def _corrupted(answer: Answer) -> Answer:
     """One bit of the last block is wrong; JSON, which has no checksum, is no longer UTF-8."""
     body = bytearray(answer.body)
-    if answer.kind == wire.BLOCKS_TYPE:
-        body[-len(list(wire.unpack_frames(answer.body))[-1]) // 2] ^= 0x10
+    if answer.kind == protocol.BLOCKS_TYPE:
+        body[-len(list(protocol.unpack_frames(answer.body))[-1]) // 2] ^= 0x10
     else:
         body[len(body) // 2] = 0xFF
     return Answer(answer.status, bytes(body), answer.kind)
@@ -224,11 +224,11 @@ def _corrupted(answer: Answer) -> Answer:
 
 def _of_others(answer: Answer) -> Answer:
     """The answer as a service with other weights would head it."""
-    if answer.kind != wire.BLOCKS_TYPE:
+    if answer.kind != protocol.BLOCKS_TYPE:
         return Answer(200, json.dumps({**json.loads(answer.body), "teacher": OTHER}).encode())
-    head, *blocks = wire.unpack_frames(answer.body)
+    head, *blocks = protocol.unpack_frames(answer.body)
     changed = json.dumps({**json.loads(bytes(head)), "teacher": OTHER}).encode()
-    return Answer(200, wire.pack_frames([changed, *map(bytes, blocks)]), answer.kind)
+    return Answer(200, protocol.pack_frames([changed, *map(bytes, blocks)]), answer.kind)
 
 
 # -------------------------------------------------------------------- HTTP/1.1, as little as is needed

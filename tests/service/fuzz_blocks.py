@@ -16,10 +16,10 @@ from pathlib import Path
 if __name__ == "__main__":
     import atheris
 
-    with atheris.instrument_imports(include=["llmdistill.service"]):
-        from llmdistill.service.blocks import BlockError, decode, encode
+    with atheris.instrument_imports(include=["llmdistill.wire"]):
+        from llmdistill.wire.blocks import BlockError, decode, encode
 else:
-    from llmdistill.service.blocks import BlockError, decode, encode
+    from llmdistill.wire.blocks import BlockError, decode, encode
 
 
 def sealed(body):

@@ -10,14 +10,15 @@ from typing import Any
 import httpx
 import torch
 
-from llmdistill.rollouts import collate
-from llmdistill.service import wire
-from llmdistill.service.app import Service, create_app
-from llmdistill.service.blocks import ScoreBlock, decode
+from llmdistill.models.weights import named_weights
+from llmdistill.service.app import Service
 from llmdistill.service.hf_engine import HFEngine
 from llmdistill.service.limits import Limits
+from llmdistill.service.routes import create_app
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.weights import named_weights
+from llmdistill.texts import collate
+from llmdistill.wire import protocol
+from llmdistill.wire.blocks import ScoreBlock, decode
 from tests import tiny
 
 SEQUENCES = [[40 + i, 60, *range(50, 54 + 2 * i)] for i in range(5)]
@@ -55,7 +56,7 @@ def score_body(**changes: Any) -> dict[str, Any]:
 
 def blocks_of(response: httpx.Response) -> tuple[dict[str, Any], list[ScoreBlock]]:
     assert response.status_code == 200, response.text
-    head, *frames = wire.unpack_frames(response.content)
+    head, *frames = protocol.unpack_frames(response.content)
     return json.loads(bytes(head)), [decode(bytes(frame)) for frame in frames]
 
 

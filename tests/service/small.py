@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from llmdistill.rollouts import Prompt, Rollout, Sampling, collate
-from llmdistill.rollouts.hf import generate
-from llmdistill.service import wire
-from llmdistill.service.blocks import encode
+from llmdistill.models.generation import generate
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Prompt, Rollout, Sampling, collate
+from llmdistill.wire import protocol
+from llmdistill.wire.blocks import encode
 
 LIMITS = {
     "top_k": 264,
@@ -83,23 +83,23 @@ class Small:
             return self._answer(seen)
 
     def _answer(self, seen: Seen) -> Answer:
-        if self.token and seen.path != wire.READY and seen.headers.get("authorization") != f"Bearer {self.token}":
+        if self.token and seen.path != protocol.READY and seen.headers.get("authorization") != f"Bearer {self.token}":
             return error(401, "the token is wrong")
-        if seen.path == wire.READY:
+        if seen.path == protocol.READY:
             return Answer(200, b"{}") if self.ready else error(503, "starting")
-        if seen.path == wire.INFO:
+        if seen.path == protocol.INFO:
             return _json(self._info())
         body = json.loads(seen.body) if seen.headers.get("content-type") == "application/json" else {}
         expected = body.get("teacher")
         if expected not in (None, self.teacher.info().fingerprint):
             return error(409, f"teacher is {self.teacher.info().fingerprint}", "teacher")
-        if seen.path == wire.SCORE:
+        if seen.path == protocol.SCORE:
             return self._score(body)
-        if seen.path == wire.SCORE_TEXT:
+        if seen.path == protocol.SCORE_TEXT:
             return self._score_text(body)
-        if seen.path == wire.GENERATE:
+        if seen.path == protocol.GENERATE:
             return self._generate(body)
-        if seen.path == wire.WEIGHTS:
+        if seen.path == protocol.WEIGHTS:
             return self._load(seen, body)
         return error(404, seen.path)
 
@@ -108,7 +108,7 @@ class Small:
         return {
             **{k: told[k] for k in ("name", "tokenizer", "vocab_size", "eos_ids", "context_length", "template")},
             "teacher": told["fingerprint"],
-            "protocol": wire.PROTOCOL_VERSION,
+            "protocol": protocol.PROTOCOL_VERSION,
             "engine": "hf",
             "dtype": "float32",
             "policy_version": self.policy_version,
@@ -149,10 +149,10 @@ class Small:
 
     def _scored(self, rollout: Rollout, body: dict[str, Any], chosen: Any = None, **more: Any) -> Answer:
         info, blocks = self.teacher.info(), self.teacher.score(rollout, body["top_k"], chosen)
-        head = {"protocol": wire.PROTOCOL_VERSION, "teacher": info.fingerprint, "tokenizer": info.tokenizer}
+        head = {"protocol": protocol.PROTOCOL_VERSION, "teacher": info.fingerprint, "tokenizer": info.tokenizer}
         head |= {"policy_version": self.policy_version, "positions": rollout.num_rows, **more}
         frames = [json.dumps(head).encode(), *(encode(block, body["dtype"]) for block in blocks)]
-        return Answer(200, wire.pack_frames(frames), wire.BLOCKS_TYPE)
+        return Answer(200, protocol.pack_frames(frames), protocol.BLOCKS_TYPE)
 
     def _generate(self, body: dict[str, Any]) -> Answer:
         sampling = Sampling(**body["sampling"])

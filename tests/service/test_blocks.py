@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmdistill.objectives import sparse
-from llmdistill.service.blocks import BlockHeader, ScoreBlock, decode, encode
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode, encode
 
 INF = float("inf")
 anything = settings(max_examples=150, deadline=None, derandomize=True)

@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.errors import UserError
 from llmdistill.rollouts.remote import RemoteRollouts
-from llmdistill.service import wire
 from llmdistill.teachers.remote import RemoteTeacher
 from llmdistill.tokenization.special import eos_ids
+from llmdistill.wire import protocol
 from tests import tiny
 from tests.service.faulty import Faulty
 from tests.service.process import ServiceProcess
@@ -103,7 +103,7 @@ def undisturbed(served: ServiceProcess, tmp_path_factory: pytest.TempPathFactory
 
 
 def scored_positions(url: str) -> float:
-    found = re.search(r"^llmdistill_scored_positions_total (\S+)", httpx.get(url + wire.METRICS).text, re.M)
+    found = re.search(r"^llmdistill_scored_positions_total (\S+)", httpx.get(url + protocol.METRICS).text, re.M)
     return float(found[1]) if found else 0.0
 
 
@@ -200,7 +200,7 @@ def test_started_again_with_other_weights_stops_the_run(models: list[str], tmp_p
 
         with pytest.raises(UserError, match="other weights") as stopped:
             trained(tmp_path, teacher, AtStep(3, swap))
-        own, other = teacher.info().fingerprint, httpx.get(server.url + wire.INFO).json()["teacher"]
+        own, other = teacher.info().fingerprint, httpx.get(server.url + protocol.INFO).json()["teacher"]
         assert own in str(stopped.value) and other in str(stopped.value) and own != other
         teacher.close()
 

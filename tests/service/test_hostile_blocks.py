@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmdistill.service.blocks import BlockError, decode, encode
+from llmdistill.wire.blocks import BlockError, decode, encode
 from tests.service.fuzz_blocks import sealed, survives
 from tests.service.test_blocks import anything, block_of, blocks, random_logits
 

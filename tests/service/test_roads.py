@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from llmdistill import DistillationTrainer, OPDConfig
-from llmdistill.config import TeacherConfig
-from llmdistill.method import MicroBatch
-from llmdistill.rollouts import Prompt, Rollout, Sampling
+from llmdistill.recipe.config import TeacherConfig
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.teachers.remote import connect
 from llmdistill.teachers.stored import StoredTeacher
+from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.training.method import MicroBatch
 from tests.service.process import ServiceProcess
 
 pytestmark = pytest.mark.slow

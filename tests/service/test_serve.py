@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save
 
 from llmdistill.cli import main
-from llmdistill.rollouts import Prompt, Sampling, collate
-from llmdistill.rollouts.hf import generate
-from llmdistill.service import wire
+from llmdistill.models.generation import generate
+from llmdistill.models.weights import named_weights
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.weights import named_weights
+from llmdistill.texts import Prompt, Sampling, collate
+from llmdistill.wire import protocol
 from tests import tiny
 from tests.service.inprocess import assert_same, blocks_of, stored
 from tests.service.process import ServiceProcess
@@ -70,7 +70,7 @@ def exact(llama: Any, top_k: int = 8, chosen: torch.Tensor | None = None) -> Any
 
 def greedy(http: httpx.Client, **more: Any) -> list[list[int]]:
     asked = {"prompts": PROMPTS, "sampling": {"max_new_tokens": 8, "temperature": 0}, **more}
-    answer = http.post(wire.GENERATE, json=asked)
+    answer = http.post(protocol.GENERATE, json=asked)
     assert answer.status_code == 200, answer.text
     return [samples[0]["ids"] for samples in answer.json()["completions"]]
 
@@ -83,20 +83,20 @@ def greedily(llama: Any) -> list[list[int]]:
 def test_the_process_scores_and_samples_as_transformers_does(server: ServiceProcess) -> None:
     llama = tiny.llama(1, hidden=64, tied=True)
     with client(server) as http:
-        info = http.get(wire.INFO).json()
+        info = http.get(protocol.INFO).json()
         assert info["teacher"] == weights_fingerprint(server.model) and info["chosen_ids"] is True
-        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], exact(llama), 1e-4)
+        assert_same(blocks_of(http.post(protocol.SCORE, json=body()))[1], exact(llama), 1e-4)
         rows = sum(len(ids) - 2 for ids in SEQUENCES)
         chosen = torch.randint(0, 264, (rows, 1), generator=torch.Generator().manual_seed(0))
         split = [part.tolist() for part in chosen.split([len(ids) - 2 for ids in SEQUENCES])]
-        found = blocks_of(http.post(wire.SCORE, json=body(top_k=0, chosen=split)))[1]
+        found = blocks_of(http.post(protocol.SCORE, json=body(top_k=0, chosen=split)))[1]
         assert_same(found, exact(llama, 0, chosen), 1e-4)
         assert greedy(http) == greedily(llama)
         # seeded samples do not depend on how the call is split
         sampling = {"max_new_tokens": 8, "samples_per_prompt": 2, "seed": 9}
-        whole = http.post(wire.GENERATE, json={"prompts": PROMPTS, "sampling": sampling}).json()["completions"]
+        whole = http.post(protocol.GENERATE, json={"prompts": PROMPTS, "sampling": sampling}).json()["completions"]
         part = {"prompts": PROMPTS[3:], "rows": [3, 4], "sampling": sampling}
-        again = http.post(wire.GENERATE, json=part).json()["completions"]
+        again = http.post(protocol.GENERATE, json=part).json()["completions"]
         assert [[s["ids"] for s in ss] for ss in again] == [[s["ids"] for s in ss] for ss in whole[3:]]
 
 
@@ -104,16 +104,16 @@ def test_pushed_weights_are_those_that_answer(server: ServiceProcess) -> None:
     """Whole, in part, from a folder; and a refused push leaves what was there. Same prompts, so a stale prefix cache
     would show."""
     first, second = tiny.llama(1, hidden=64, tied=True), tiny.llama(2, hidden=64, tied=True)
-    headers = {"Content-Type": wire.TENSORS_TYPE}
+    headers = {"Content-Type": protocol.TENSORS_TYPE}
     with client(server) as http:
         assert greedy(http) == greedily(first)
         data = save(stored(second))
-        answer = http.post(wire.WEIGHTS, params={"policy_version": 3}, content=data, headers=headers)
+        answer = http.post(protocol.WEIGHTS, params={"policy_version": 3}, content=data, headers=headers)
         assert answer.json() == {"teacher": weights_fingerprint(second), "policy_version": 3}, answer.text
         assert greedy(http) == greedily(second) != greedily(first)
-        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], exact(second), 1e-4)
+        assert_same(blocks_of(http.post(protocol.SCORE, json=body()))[1], exact(second), 1e-4)
         refused = http.post(
-            wire.WEIGHTS,
+            protocol.WEIGHTS,
             params={"policy_version": 4},
             content=save({"model.norm.weight": torch.zeros(5)}),
             headers=headers,
@@ -124,16 +124,16 @@ def test_pushed_weights_are_those_that_answer(server: ServiceProcess) -> None:
             second.model.layers[0].mlp.down_proj.weight.mul_(-2)
         part = {"model.layers.0.mlp.down_proj.weight": second.model.layers[0].mlp.down_proj.weight.detach()}
         answer = http.post(
-            wire.WEIGHTS, params={"policy_version": 5, "partial": "true"}, content=save(part), headers=headers
+            protocol.WEIGHTS, params={"policy_version": 5, "partial": "true"}, content=save(part), headers=headers
         )
         assert answer.status_code == 200, answer.text
         assert greedy(http) == greedily(second)
         folder = server.allowed / "v6"  # type: ignore[attr-defined]
         first.save_pretrained(folder)
-        answer = http.post(wire.WEIGHTS, json={"path": str(folder), "policy_version": 6})
+        answer = http.post(protocol.WEIGHTS, json={"path": str(folder), "policy_version": 6})
         assert answer.json() == {"teacher": weights_fingerprint(server.model), "policy_version": 6}, answer.text
         assert greedy(http) == greedily(first)
-        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], exact(first), 1e-4)
+        assert_same(blocks_of(http.post(protocol.SCORE, json=body()))[1], exact(first), 1e-4)
 
 
 @pytest.mark.slow
@@ -157,16 +157,16 @@ def test_adapters_are_swapped_while_vllm_runs(model: str, tmp_path: Path) -> Non
             lora = adapted(seed)
             folder = tmp_path / f"lora{seed}"
             lora.save_pretrained(folder)
-            answer = http.post(wire.ADAPTERS, json={"name": "a", "path": str(folder)})
+            answer = http.post(protocol.ADAPTERS, json={"name": "a", "path": str(folder)})
             assert answer.status_code == 200, answer.text
             assert greedy(http, adapter="a") == greedily(lora) != plain
             assert greedy(http) == plain
             with ThreadPoolExecutor(4) as pool:
                 drawn = [pool.submit(greedy, http, adapter="a") for _ in range(3)]
-                scored = pool.submit(http.post, wire.SCORE, json=body())
+                scored = pool.submit(http.post, protocol.SCORE, json=body())
             assert_same(blocks_of(scored.result())[1], exact(tiny.llama(1, hidden=64, tied=True)), 1e-4)
             assert all(d.result() == greedily(lora) for d in drawn)
-        assert http.delete(wire.ADAPTERS + "/a").status_code == 200
+        assert http.delete(protocol.ADAPTERS + "/a").status_code == 200
 
 
 def test_a_stop_answers_what_is_there_and_leaves_nothing_behind(model: str) -> None:
@@ -174,10 +174,10 @@ def test_a_stop_answers_what_is_there_and_leaves_nothing_behind(model: str) -> N
         found: list[httpx.Response] = []
         asked = {"prompts": [[40, 41]] * 8, "sampling": {"max_new_tokens": 240, "temperature": 1}, "eos_ids": []}
         thread = threading.Thread(
-            target=lambda: found.append(httpx.post(server.url + wire.GENERATE, json=asked, timeout=60))
+            target=lambda: found.append(httpx.post(server.url + protocol.GENERATE, json=asked, timeout=60))
         )
         thread.start()
-        while "llmdistill_requests_in_house 1.0" not in httpx.get(server.url + wire.METRICS).text:
+        while "llmdistill_requests_in_house 1.0" not in httpx.get(server.url + protocol.METRICS).text:
             time.sleep(0.01)
         assert server.terminate() == 0
         thread.join()
@@ -191,7 +191,7 @@ def test_answers_do_not_wait_for_acknowledgements(server: ServiceProcess) -> Non
         seconds = []
         for _ in range(30):
             started = time.monotonic()
-            http.get(wire.HEALTH)
+            http.get(protocol.HEALTH)
             seconds.append(time.monotonic() - started)
     assert sorted(seconds)[15] < 0.02
 
@@ -207,10 +207,10 @@ def test_a_stop_does_not_wait_for_ever(model: str) -> None:
 
         def ask() -> None:
             with contextlib.suppress(httpx.HTTPError):  # cut off, or told 503: either will do
-                httpx.post(server.url + wire.GENERATE, json=asked, timeout=60)
+                httpx.post(server.url + protocol.GENERATE, json=asked, timeout=60)
 
         threading.Thread(target=ask).start()
-        while "llmdistill_requests_in_house 1.0" not in httpx.get(server.url + wire.METRICS).text:
+        while "llmdistill_requests_in_house 1.0" not in httpx.get(server.url + protocol.METRICS).text:
             time.sleep(0.01)
         started = time.monotonic()
         server.terminate()
@@ -229,25 +229,25 @@ def test_what_is_particular_to_vllm(tmp_path: Path) -> None:
         ServiceProcess(str(tmp_path), *options, "--batch-tokens", "129", token="secret") as server,
         client(server) as http,
     ):
-        before = blocks_of(http.post(wire.SCORE, json=body()))[1]
+        before = blocks_of(http.post(protocol.SCORE, json=body()))[1]
         # a push without the output head, which is a matrix of its own here
         other = {n: t for n, t in named_weights(tiny.llama(5, hidden=64, tied=False)) if n != "lm_head.weight"}
-        headers = {"Content-Type": wire.TENSORS_TYPE}
-        refused = http.post(wire.WEIGHTS, params={"policy_version": 1}, content=save(other), headers=headers)
+        headers = {"Content-Type": protocol.TENSORS_TYPE}
+        refused = http.post(protocol.WEIGHTS, params={"policy_version": 1}, content=save(other), headers=headers)
         assert refused.status_code == 400 and "lm_head.weight" in refused.text
-        assert_same(blocks_of(http.post(wire.SCORE, json=body()))[1], before)
+        assert_same(blocks_of(http.post(protocol.SCORE, json=body()))[1], before)
         # only the ids of the request end a completion
         asked = {"prompts": PROMPTS * 20, "sampling": {"max_new_tokens": 60, "seed": 1}, "eos_ids": []}
-        drawn = http.post(wire.GENERATE, json=asked).json()["completions"]
+        drawn = http.post(protocol.GENERATE, json=asked).json()["completions"]
         assert {s["finish"] for ss in drawn for s in ss} == {"length"} and any(
             1 in s["ids"] for ss in drawn for s in ss
         )
         # seeded samples of prompts that take several steps, in any company
         long = [[40 + i % 7, *range(50, 150)] for i in range(12)]
         sampling = {"max_new_tokens": 12, "seed": 3}
-        together = http.post(wire.GENERATE, json={"prompts": long, "sampling": sampling})
+        together = http.post(protocol.GENERATE, json={"prompts": long, "sampling": sampling})
         assert together.status_code == 200, together.text
-        alone = http.post(wire.GENERATE, json={"prompts": long[7:8], "rows": [7], "sampling": sampling}).json()
+        alone = http.post(protocol.GENERATE, json={"prompts": long[7:8], "rows": [7], "sampling": sampling}).json()
         assert alone["completions"][0][0]["ids"] == together.json()["completions"][7][0]["ids"]
         for pid in server.children():
             os.kill(pid, 9)
@@ -259,7 +259,9 @@ def test_a_killed_service_takes_its_engine_with_it(model: str) -> None:
     pytest.importorskip("vllm", reason="the vllm extra is not installed")
     options = ["--dtype", "float32", "--max-model-len", "64", "--kv-cache-gib", "0.05"]
     with ServiceProcess(model, *options) as server:
-        httpx.post(server.url + wire.GENERATE, json={"prompts": [[4]], "sampling": {"max_new_tokens": 2}}, timeout=60)
+        httpx.post(
+            server.url + protocol.GENERATE, json={"prompts": [[4]], "sampling": {"max_new_tokens": 2}}, timeout=60
+        )
         children = server.children()
         assert children
         server.kill()
@@ -275,11 +277,11 @@ def test_when_the_engine_dies_the_service_says_so_and_ends(model: str) -> None:
     options = ["--dtype", "float32", "--max-model-len", "64", "--kv-cache-gib", "0.05"]
     with ServiceProcess(model, *options) as server:
         asked = {"prompts": [[4]], "sampling": {"max_new_tokens": 2}}
-        assert httpx.post(server.url + wire.GENERATE, json=asked, timeout=60).status_code == 200
+        assert httpx.post(server.url + protocol.GENERATE, json=asked, timeout=60).status_code == 200
         for pid in server.children():
             os.kill(pid, 9)
         with contextlib.suppress(httpx.ConnectError):  # it may have noticed by itself, and be gone
-            answer = httpx.post(server.url + wire.GENERATE, json=asked, timeout=60)
+            answer = httpx.post(server.url + protocol.GENERATE, json=asked, timeout=60)
             assert answer.status_code == 503 and answer.json()["error"]["type"] == "dead"
         assert server.process is not None and server.process.wait(30) == 1
 

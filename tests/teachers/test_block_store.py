@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.service.blocks import BlockHeader, ScoreBlock, decode, encode
 from llmdistill.teachers import block_store
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.block_store import BlockStore, rebuild_index
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode, encode
 
 INFO = TeacherInfo("tiny", "0123456789abcdef", "fedcba9876543210", 50, (1, 2), 256, None)
 RECORD_HEAD = 32

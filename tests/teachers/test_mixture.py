@@ -17,11 +17,11 @@ from llmdistill import UserError
 from llmdistill.objectives import divergences, sparse
 from llmdistill.objectives.rows import HiddenRows, LogitRows, MixtureRows, RoutedRows, SparseRows
 from llmdistill.objectives.streaming import streamed
-from llmdistill.rollouts import Prompt, Rollout, Sampling, collate
 from llmdistill.teachers.base import DenseTeacher
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
+from llmdistill.texts import Prompt, Rollout, Sampling, collate
 from tests import tiny
 
 VOCAB = 264

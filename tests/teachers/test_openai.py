@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Sampling, collate
-from llmdistill.rollouts.hf import generate
+from llmdistill.models.generation import generate
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.openai import COMPLETIONS, PlainVLLMTeacher
 from llmdistill.teachers.remote import RemoteTeacher, connect
+from llmdistill.texts import Prompt, Sampling, collate
 from tests.service.faulty import FAULTS, Faulty
 from tests.service.small import Answer, Seen, error
 from tests.tiny import llama, tokenizer

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Sampling, collate
-from llmdistill.service import wire
 from llmdistill.teachers.base import DenseTeacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher, connect
+from llmdistill.texts import Prompt, Sampling, collate
+from llmdistill.wire import protocol
 from tests.service.faulty import OTHER, Faulty
 from tests.tiny import llama, tokenizer
 
@@ -76,7 +76,7 @@ def assert_alike(blocks, exact, header=True):
         assert (block.topk_ids == mine.topk_ids).float().mean() > 0.9 or not block.topk_ids.numel()
 
 
-def bodies(service, path=wire.SCORE):
+def bodies(service, path=protocol.SCORE):
     return [json.loads(seen.body) for seen in service.posts(path)]
 
 
@@ -207,7 +207,7 @@ def test_texts_are_scored_in_the_teachers_tokens(local):
     with Faulty(local, limits={"sequences": 2}) as service:
         teacher = RemoteTeacher(service.url, lossless=True, **QUICK)
         scored = teacher.score_text(list(zip(prompts, texts, strict=True)), 4)
-        assert len(service.posts(wire.SCORE_TEXT)) >= 2
+        assert len(service.posts(protocol.SCORE_TEXT)) >= 2
         teacher.close()
     for prompt, text, found in zip(prompts, texts, scored, strict=True):
         written = prompt if isinstance(prompt, str) else f"<user>{prompt[0]['content']}<assistant>"
@@ -230,7 +230,7 @@ def test_completions_are_those_of_the_embedded_teacher_however_they_are_split(lo
     with Faulty(local, limits={"sequences": 7}) as one, Faulty(local, limits={"sequences": 7}) as two:
         teacher = RemoteTeacher([one.url, two.url], **QUICK)
         drawn = teacher.generate(prompts(9), sampling)
-        assert len(one.posts(wire.GENERATE)) and len(two.posts(wire.GENERATE))
+        assert len(one.posts(protocol.GENERATE)) and len(two.posts(protocol.GENERATE))
         teacher.close()
     for name in ("attention_mask", "completion_mask"):
         assert torch.equal(getattr(drawn, name), getattr(exact, name))
@@ -326,7 +326,7 @@ def test_a_replica_with_other_weights_is_found_when_it_comes_late(local, other):
 
 def test_another_protocol_is_refused(local, monkeypatch):
     with Faulty(local) as service:
-        monkeypatch.setattr("tests.service.small.wire.PROTOCOL_VERSION", 9)
+        monkeypatch.setattr("tests.service.small.protocol.PROTOCOL_VERSION", 9)
         with pytest.raises(UserError, match="speaks protocol 9, this llmdistill 1"):
             RemoteTeacher(service.url, **QUICK)
 

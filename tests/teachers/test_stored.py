@@ -7,12 +7,12 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.objectives import sparse
-from llmdistill.rollouts import Prompt, Sampling, collate
-from llmdistill.service.blocks import decode, encode
 from llmdistill.teachers.block_store import BlockStore
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.stored import StoredTeacher
+from llmdistill.texts import Prompt, Sampling, collate
+from llmdistill.wire.blocks import decode, encode
 from tests.tiny import llama, tokenizer
 
 VOCAB = 264

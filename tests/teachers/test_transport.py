@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts import collate
-from llmdistill.service import wire
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
-from llmdistill.teachers.transport import Refused, Request, Transport, json_object, split_urls
+from llmdistill.texts import collate
+from llmdistill.wire import protocol
+from llmdistill.wire.transport import Refused, Request, Transport, json_object, split_urls
 from tests.service.faulty import FAULTS, Faulty, randomly
 from tests.service.small import Answer, Seen, error
 from tests.tiny import llama, tokenizer
@@ -398,7 +398,7 @@ def test_readiness_is_what_the_service_says(local):
             service.small.ready = len(lines) == 3
 
         transport = Transport(service.url, **QUICK, status_every_s=0.1, on_status=told)
-        info = transport.send(Request(wire.INFO, json_object, method="GET"))
-        assert info["protocol"] == wire.PROTOCOL_VERSION and "HTTP 503: starting" in lines[0]
-        assert [s.path for s in service.seen].index(wire.INFO) > 2
+        info = transport.send(Request(protocol.INFO, json_object, method="GET"))
+        assert info["protocol"] == protocol.PROTOCOL_VERSION and "HTTP 503: starting" in lines[0]
+        assert [s.path for s in service.seen].index(protocol.INFO) > 2
         transport.close()

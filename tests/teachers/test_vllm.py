@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from llmdistill.config import TeacherConfig
 from llmdistill.errors import UserError
-from llmdistill.rollouts import Prompt, Sampling, collate
+from llmdistill.recipe.config import TeacherConfig
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Prompt, Sampling, collate
 from tests.tiny import llama, tokenizer
 
 pytest.importorskip("vllm", reason="the vllm extra is not installed")

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from llmdistill.config import DataConfig
-from llmdistill.pair_trainer import PairBatch
-from llmdistill.pairs import Pair, pair_encoder
+from llmdistill.recipe.config import DataConfig
 from llmdistill.redi import REDIConfig, REDITrainer
-from llmdistill.rollouts import Prompt, Rollout
+from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.pairs import Pair, pair_encoder
+from llmdistill.training.pair_trainer import PairBatch
 from tests import tiny
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from llmdistill import DistillationTrainer, OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, TAIDTrainer, UserError
-from llmdistill.rollouts import Prompt
-from llmdistill.sequences import Adaptive, Mixed
+from llmdistill.texts import Prompt
+from llmdistill.training.sequences import Adaptive, Mixed
 from tests import tiny
 from tests.trainer.test_gopd import length_reward
 from tests.trainer.test_several_teachers import domain_rows, two

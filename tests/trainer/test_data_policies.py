@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, UserError
-from llmdistill.rollouts import Prompt, collate
-from llmdistill.sequences import Adaptive, Mixed, Only, Round, make_sequences
+from llmdistill.texts import Prompt, collate
+from llmdistill.training.sequences import Adaptive, Mixed, Only, Round, make_sequences
 from tests import tiny
 from tests.trainer.test_gopd import bitwise, weights
 from tests.trainer.test_several_teachers import Pushed

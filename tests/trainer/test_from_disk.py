@@ -11,10 +11,10 @@ import yaml
 
 from llmdistill import DataConfig, OPDConfig, OPDTrainer, UserError
 from llmdistill.opd import main
-from llmdistill.prompts import PromptEncoder, completed
-from llmdistill.report.page import write_report
+from llmdistill.record.page.page import write_report
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.stored import StoredTeacher
+from llmdistill.texts.prompts import PromptEncoder, completed
 from tests import tiny
 
 STEPS = 6

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, UserError
-from llmdistill.method import MicroBatch
 from llmdistill.objectives import divergences
 from llmdistill.objectives.composed import extrapolated
-from llmdistill.rewards import group_advantages
-from llmdistill.rollouts import Rollout
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import RoutedTeacher
+from llmdistill.texts import Rollout
+from llmdistill.training.method import MicroBatch
+from llmdistill.training.rewards import group_advantages
 from tests import tiny
 from tests.trainer.test_loss import SEQUENCES, assert_same_gradients, batch, padded
 from tests.trainer.test_several_teachers import domain_rows, local

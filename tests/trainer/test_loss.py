@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig
-from llmdistill.method import MicroBatch
 from llmdistill.objectives import divergences
-from llmdistill.rollouts import Rollout, Sampling, collate
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Rollout, Sampling, collate
+from llmdistill.training.method import MicroBatch
 from tests import tiny
 
 FULL = Objective(divergences.reverse_kl, "full")

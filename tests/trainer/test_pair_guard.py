@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.guard import Guard
+from llmdistill.training.guard import Guard
 from tests import tiny
 from tests.trainer.pair_cases import pair_rows, trainer
 

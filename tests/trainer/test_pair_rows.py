@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from llmdistill.config import DataConfig
 from llmdistill.errors import UserError
-from llmdistill.finite import usable
-from llmdistill.pairs import collate_pairs, pair_encoder
+from llmdistill.recipe.config import DataConfig
 from llmdistill.redi import REDIConfig, REDITrainer
+from llmdistill.texts.pairs import collate_pairs, pair_encoder
+from llmdistill.training.finite import usable
 from tests import tiny
 from tests.trainer.pair_cases import assert_same_gradients, by_hand, loss_and_gradients, pair_rows, trainer
 

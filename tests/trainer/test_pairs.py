@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.heads import head_of
+from llmdistill.models.heads import head_of
 from llmdistill.objectives.redi import redi_loss, simpo_loss
-from llmdistill.pairs import collate_pairs, pair_loss_at_the_head
 from llmdistill.redi import REDIConfig, REDITrainer
-from llmdistill.rollouts import Rollout
+from llmdistill.texts import Rollout
+from llmdistill.texts.pairs import collate_pairs
+from llmdistill.training.pair_losses import pair_loss_at_the_head
 from tests import tiny
 from tests.trainer.pair_cases import (
     PAIRS,

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
-from llmdistill.rollouts import Prompt, Sampling
-from llmdistill.run_folder import RunFolder
+from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.local import LocalTeacher, load_model
+from llmdistill.texts import Prompt, Sampling
 from tests import tiny
 
 STEPS = 8

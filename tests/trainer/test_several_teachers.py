@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from llmdistill import DistillationTrainer, OPDConfig, OPDTrainer, RolloutConfig, UserError, cli
-from llmdistill.command_line import parse
-from llmdistill.config import TeacherConfig
+from llmdistill.models.generation import HFRollouts
 from llmdistill.opd import main
-from llmdistill.report.page import write_report
+from llmdistill.recipe.command_line import parse
+from llmdistill.recipe.config import TeacherConfig
+from llmdistill.record.page.page import write_report
 from llmdistill.rollouts.choose import make_rollout_engine
-from llmdistill.rollouts.hf import HFRollouts
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves

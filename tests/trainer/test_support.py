@@ -10,10 +10,10 @@ import torch
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.errors import UserError
-from llmdistill.heads import head_of
-from llmdistill.method import MicroBatch
-from llmdistill.rollouts import position_ids, predicting_rows
-from llmdistill.support import likeliest_ids
+from llmdistill.models.heads import head_of
+from llmdistill.texts import position_ids, predicting_rows
+from llmdistill.training.method import MicroBatch
+from llmdistill.training.support import likeliest_ids
 from tests import tiny
 from tests.trainer.test_loss import SEQUENCES, batch
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llmdistill.evals.records import Sample
-from llmdistill.rollouts.rollout import Sampling
+from llmdistill.texts.rollout import Sampling
 
 EngineName = Literal["vllm", "hf", "openai", "remote"]
 

@@ -1,6 +1,6 @@
 """Engines behind HTTP: any OpenAI-compatible endpoint, and the teacher-rollout service.
 
-Requests survive what networks do (:class:`~llmdistill.teachers.transport.Transport`): time-outs, 429 and 5xx are tried
+Requests survive what networks do (:class:`~llmdistill.wire.transport.Transport`): time-outs, 429 and 5xx are tried
 again with growing pauses, several replicas share the work. When nothing answers for ``max_outage_s`` the evaluation
 stops; what was drawn is on disk, and the same command goes on from there.
 """
@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.errors import UserError
 from llmdistill.evals.engines.base import Asked
 from llmdistill.evals.records import Sample
-from llmdistill.rollouts.rollout import Prompt, Sampling
 from llmdistill.teachers.remote import RemoteTeacher
-from llmdistill.teachers.transport import Get, Request, Transport, json_object
+from llmdistill.texts.rollout import Prompt, Sampling
+from llmdistill.wire.transport import Get, Request, Transport, json_object
 
 Api = Literal["chat", "completions"]
 
@@ -35,7 +35,7 @@ class OpenAIEngine:
         model: the name the endpoint knows it by; empty: the first one it lists.
         api: which of the two.
         thinking: sent as vLLM's and SGLang's ``chat_template_kwargs``; None: not sent.
-        options: of :class:`~llmdistill.teachers.transport.Transport`.
+        options: of :class:`~llmdistill.wire.transport.Transport`.
 
     Raises:
         UserError: no endpoint there within ``max_outage_s``, or not that model.

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from llmdistill import compat
 from llmdistill.evals.engines.base import Asked
 from llmdistill.evals.records import Sample
-from llmdistill.rollouts.hf import generate
-from llmdistill.rollouts.rollout import Prompt, Sampling
+from llmdistill.models.generation import generate
+from llmdistill.models.vllm_requests import generation_params
+from llmdistill.texts.rollout import Prompt, Sampling
 from llmdistill.tokenization.special import eos_ids, pad_id
-from llmdistill.vllm_requests import generation_params
 
 IN_FLIGHT = 512  # requests handed to vLLM at one time: more than it runs, so that its queue is never empty
 LOOK_EVERY = 16  # tokens between two looks for a stop string

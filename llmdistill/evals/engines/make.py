@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from llmdistill.config import bearer_token
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Engine
 from llmdistill.evals.engines.http import OpenAIEngine, RemoteEngine
+from llmdistill.recipe.config import bearer_token
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.tokenization.special import context_length
 

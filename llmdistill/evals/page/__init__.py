@@ -26,9 +26,9 @@ from llmdistill.evals.page import numbers
 from llmdistill.evals.page.packing import Packed, pack
 from llmdistill.evals.page.settings import facts, settings
 from llmdistill.evals.records import EvalFolder
-from llmdistill.report.load import finite
-from llmdistill.report.page import environment
-from llmdistill.report.text import name, safe
+from llmdistill.record.page.load import finite
+from llmdistill.record.page.page import environment
+from llmdistill.record.page.text import name, safe
 
 SCRIPTS = ("symbols.js", "math.js", "stretch.js", "text.js", "browser.js")
 
@@ -80,7 +80,7 @@ def _part(file: str) -> str:
 
 
 def _style() -> str:
-    return (files("llmdistill.report") / "page.css").read_text("utf-8") + _part("page.css")
+    return (files("llmdistill.record.page") / "page.css").read_text("utf-8") + _part("page.css")
 
 
 def _script() -> str:

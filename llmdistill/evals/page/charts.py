@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmdistill.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, drawing, label_at, tick_label
+from llmdistill.record.page.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, drawing, label_at, tick_label
 
 LONGEST_LABEL = 22
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmdistill.evals.page.charts import calibration_plot, group_bars, length_panels, share_bar
-from llmdistill.report.load import as_dict, as_list, finite
-from llmdistill.report.text import name, safe, show
+from llmdistill.record.page.load import as_dict, as_list, finite
+from llmdistill.record.page.text import name, safe, show
 
 MOST_ROWS = 40  # of one breakdown
 KINDS = {"right": "v-r", "pass": "v-r", "wrong": "v-w", "no_answer": "v-n", "no_program": "v-n"}

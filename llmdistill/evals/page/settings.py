@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmdistill.report.load import as_dict
-from llmdistill.report.text import clipped, name
+from llmdistill.record.page.load import as_dict
+from llmdistill.record.page.text import clipped, name
 
 CONFIG_BYTES = 40_000
 FIRST = ("template", "sampling", "data", "grader", "versions")  # shown as tables, in this order; other objects follow

@@ -1,0 +1,1 @@
+"""One file per method: its settings, and the composition they name."""

@@ -1,0 +1,199 @@
+"""The settings that front doors of token-level objectives share: divergence, estimator, data policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor
+
+from llmdistill.errors import UserError
+from llmdistill.objectives import divergences, policy, sparse
+from llmdistill.recipe.config import DistillationConfig, require
+from llmdistill.teachers.evidence import Kind
+from llmdistill.training import sequences as data_policy
+from llmdistill.training.support import Support
+
+Divergence = Literal[
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "adaptive_kl",
+    "f_divergence",
+]
+# The one parameter a divergence may have, and the setting that gives it.
+PARAMETER = {
+    "jsd": "beta",
+    "skew_forward_kl": "alpha",
+    "skew_reverse_kl": "alpha",
+    "adaptive_kl": "head_mass",
+    "f_divergence": "name",
+}
+
+
+# Settings that only some kinds of objective.sequences read.
+READ_BY = {
+    ("mixed",): ("student_fraction",),
+    ("mixed", "adaptive"): ("off_policy",),
+    ("adaptive",): ("replay_size", "adaptive_eps"),
+}
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help, "section": "objective"})
+
+
+@dataclass
+class TokenConfig(DistillationConfig):
+    """Settings of a per-token divergence on sequences from anywhere, over ``DistillationConfig``."""
+
+    divergence: Divergence = setting("reverse_kl", "what is minimised, per token")
+    beta: float | None = setting(None, "jsd: weight of the teacher in the mixture (0: forward KL, 1: reverse KL)")
+    alpha: float | None = setting(None, "skew_forward_kl, skew_reverse_kl: weight of the other side, default 0.1")
+    head_mass: float | None = setting(None, "adaptive_kl: teacher mass of the head, default 0.5")
+    name: str | None = setting(None, "f_divergence: which f")
+    estimator: Kind = setting("full", "full, top_k (with a tail bucket) or sampled")
+    top_k: int = setting(64, "tokens listed by the top_k estimator")
+    support: Support = setting("teacher", "whose likeliest tokens those are: teacher, student, or union (both lists)")
+    loss_temperature: float = setting(1.0, "divides both logits in the loss; apart from rollouts.temperature")
+    sequences: data_policy.Kind = setting("student", "text trained on: student, dataset, teacher, mixed or adaptive")
+    student_fraction: float = setting(0.5, "mixed: share of steps on the student's own samples (GKD's lambda)")
+    off_policy: data_policy.OffPolicy = setting("dataset", "mixed, adaptive: the other text, dataset or teacher")
+    replay_size: int = setting(1000, "adaptive: student samples remembered by each process")
+    adaptive_eps: float = setting(0.1, "adaptive: rise of the validation loss that calls for more of them, nats")
+    importance_cap: float | None = setting(
+        None, "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled, else 0"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.loss_temperature > 0, "objective.loss_temperature", self.loss_temperature, "> 0", "use 1")
+        require(self.top_k >= 1, "objective.top_k", self.top_k, ">= 1", "use 64")
+        share = self.student_fraction
+        require(0 <= share <= 1, "objective.student_fraction", share, "a probability in [0, 1]", "use 0.5")
+        require(self.replay_size >= 1, "objective.replay_size", self.replay_size, ">= 1", "use 1000")
+        require((self.importance_cap or 0) >= 0, "objective.importance_cap", self.importance_cap, ">= 0", "use 5")
+        takes = PARAMETER.get(self.divergence)
+        for name in sorted(set(PARAMETER.values())):
+            if getattr(self, name) is not None and name != takes:
+                raise UserError(
+                    f"objective.{name} is set, and objective.divergence {self.divergence} does not read it. "
+                    f"Fix: leave {name} out, or choose a divergence that has it."
+                )
+        if takes in ("beta", "name") and getattr(self, takes) is None:
+            raise UserError(f"objective.divergence {self.divergence} needs objective.{takes}")
+        if self.estimator == "sampled":
+            self._check_sampled()
+        self._refuse_unread()
+        if self.support != "teacher" and self.estimator != "top_k":
+            raise UserError(
+                f"objective.support is {self.support}, and objective.estimator {self.estimator} lists no tokens. "
+                "Fix: --estimator top_k, or leave support out."
+            )
+        if self.estimator == "top_k" and self.loss_temperature != 1:
+            raise UserError(
+                f"objective.loss_temperature is {self.loss_temperature}; top-k evidence of a full softmax cannot be "
+                "tempered exactly. Fix: use 1, or --estimator full."
+            )
+        if self.sequences == "adaptive" and self.eval_strategy == "no":
+            raise UserError(
+                "objective.sequences adaptive moves with the validation loss, and train.eval_strategy is no. "
+                "Fix: --eval_strategy steps --eval_steps N, with data.heldout."
+            )
+
+    def _refuse_unread(self) -> None:
+        for reader, names in READ_BY.items():
+            if self.sequences not in reader:
+                self.refuse_set(names, f"sequences {self.sequences}", f", or --sequences {reader[0]}")
+        if self.rollouts.temperature == 0 and (self.estimator == "sampled" or self.cap):
+            raise UserError(
+                "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with. "
+                "Fix: --rollouts.temperature 1, or estimator full without importance_cap."
+            )
+
+    def refuse_set(self, names: Sequence[str], chosen: str, otherwise: str = "") -> None:
+        """Refuses settings that stand at other than their defaults, where ``objective.{chosen}`` reads none of them."""
+        for name in names:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"objective.{name} is {value}, and objective.{chosen} does not read it. "
+                    f"Fix: leave it out{otherwise}."
+                )
+
+    def _check_sampled(self) -> None:
+        if self.divergence != "reverse_kl":
+            raise UserError(
+                f"objective.estimator sampled estimates the reverse KL, objective.divergence is {self.divergence}. "
+                "Fix: --estimator full or top_k."
+            )
+        if self.loss_temperature != 1:
+            raise UserError(
+                f"objective.loss_temperature is {self.loss_temperature}; the teacher's log-probs of sampled tokens are "
+                "those of temperature 1. Fix: use 1, or --estimator full."
+            )
+        if self.sequences != "student":
+            raise UserError(
+                f"objective.sequences is {self.sequences}, and objective.estimator sampled needs tokens that the "
+                "student drew. Fix: --estimator full or top_k."
+            )
+
+    @property
+    def cap(self) -> float:
+        """The cap of the importance weights that is in force; 0: none."""
+        if self.importance_cap is None:
+            return 5.0 if self.estimator == "sampled" else 0.0
+        return self.importance_cap
+
+    @property
+    def sampled_at(self) -> float:
+        """The temperature of the policy that sampled tokens count as drawn from.
+
+        The sampler's own, except where importance weights carry them over to temperature 1, as the sampled estimator
+        needs. A reward's policy gradient is taken there too: at another temperature a constant would have a gradient.
+        """
+        return 1.0 if self.estimator == "sampled" and self.cap else self.rollouts.temperature or 1.0
+
+    @property
+    def listed(self) -> int:
+        """Tokens of evidence per position."""
+        return self.top_k if self.estimator == "top_k" else 0
+
+    def divergence_loss(self) -> Callable[..., Tensor]:
+        """The per-token function of the estimator; sampled estimates the reverse KL only."""
+        if self.estimator == "sampled":
+            return partial(policy.sampled_token)
+        family = divergences if self.estimator == "full" else sparse
+        takes = PARAMETER.get(self.divergence)
+        given = {takes: getattr(self, takes)} if takes and getattr(self, takes) is not None else {}
+        return partial(getattr(family, self.divergence), temperature=self.loss_temperature, **given)
+
+    def data_policy(self, own: data_policy.Sequences | None = None) -> data_policy.Sequences:
+        """Where the sequences come from: what the settings name, or a policy of one's ``own`` instead.
+
+        Raises:
+            UserError: a name where a policy is wanted, or a policy that the estimator has no use for.
+        """
+        if isinstance(own, str):
+            raise UserError(
+                f"sequences={own!r} is a name, and names are settings: they are checked against the others. "
+                f"Fix: {type(self).__name__}(sequences={own!r}); the argument takes a policy of your own."
+            )
+        if own is not None:
+            if self.estimator == "sampled" and own.uses != {"student"}:
+                raise UserError(
+                    f"objective.estimator sampled needs tokens that the student drew, and {type(own).__name__} uses "
+                    f"{', '.join(sorted(own.uses))}. Fix: --estimator full or top_k."
+                )
+            return own
+        return data_policy.make_sequences(
+            self.sequences,
+            student_fraction=self.student_fraction,
+            off_policy=self.off_policy,
+            replay_size=self.replay_size,
+            adaptive_eps=self.adaptive_eps,
+        )

@@ -1,0 +1,1 @@
+"""Loading, heads, weights under every wrapper, generation by transformers."""

@@ -1,0 +1,79 @@
+"""How this project asks a vLLM engine, in this process or behind the service: parameters in, arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmdistill.texts.rollout import Sampling
+from llmdistill.wire.listing import merged
+
+
+def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> Any:
+    """``SamplingParams`` of one sample: its own seed, the sampled tokens' log-probs, no text."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        seed=seed,
+        stop_token_ids=list(eos_ids),
+        ignore_eos=True,  # of the model's configuration: the ids above are all that end a completion
+        logprobs=0,  # the sampled token's only
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def scoring_params(length: int, positions: np.ndarray, top_k: int, vocab_size: int, chosen_nC: Tensor | None) -> Any:
+    """``SamplingParams`` that score the tokens at ``positions`` of a prompt of ``length`` tokens.
+
+    Log-probs of a prompt are vLLM's only way to score; they ignore temperature, so they are at 1, and do not use the
+    prefix cache. One token is generated because at least one must be.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    ids, start = None, None
+    if chosen_nC is not None and len(positions):
+        start = int(positions[0]) - 1  # row i speaks of token start + i + 1
+        ids = np.full((length - 1 - start, chosen_nC.shape[1]), -1, dtype=np.int32)
+        ids[positions - 1 - start] = chosen_nC.cpu().numpy()
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=-1 if top_k == vocab_size else top_k,
+        prompt_logprob_token_ids=ids,
+        prompt_logprob_start=start,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def scored_rows(
+    output: Any, positions: np.ndarray, top_k: int, vocab_size: int, chosen_nC: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token log-probs [n], ids [n, K] and log-probs [n, K] of a scored prompt."""
+    logprobs = output.prompt_logprobs  # flat lists; per token itself and then the candidates in order
+    starts = np.asarray(logprobs.start_indices, dtype=np.int64)[positions]
+    cells = starts[:, None] + np.arange(top_k + 1)  # [n, 1 + K]
+    values_nK = torch.from_numpy(np.asarray(logprobs.logprobs, dtype=np.float32)[cells])
+    ids_nK = torch.from_numpy(np.asarray(logprobs.token_ids, dtype=np.int32)[cells])
+    token_n, ids_nK, values_nK = values_nK[:, 0].clone(), ids_nK[:, 1:].clone(), values_nK[:, 1:].clone()
+    if chosen_nC is not None:
+        scores = output.prompt_token_id_logprobs
+        first = int(positions[0]) if len(positions) else 0
+        found = (
+            torch.from_numpy(np.asarray(scores)[positions - first]) if len(positions) else torch.zeros(chosen_nC.shape)
+        )
+        ids_nK, values_nK = merged(ids_nK, values_nK, chosen_nC, found, vocab_size)
+    return token_n, ids_nK, values_nK

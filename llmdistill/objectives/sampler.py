@@ -1,0 +1,79 @@
+"""Log-probs of sampled tokens, under the student's softmax and under the sampler that drew them.
+
+A sampler with a temperature, top_k or top_p draws from another distribution than the student's softmax: from
+S_{tau,K}, softmax(z / tau) restricted to a nucleus K and renormalised over it. A policy gradient is unbiased only with
+the log-probs of the distribution that drew the tokens. With those of the whole softmax, tokens outside K keep the
+gradient S_j E[A] that no sample ever balances, and mass drifts to tokens that cannot be drawn.
+"""
+
+import torch
+from torch import Tensor
+
+from llmdistill.objectives.fused import check_temperature, compute_dtype
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature)[token] -> [...] in float32, for logits [..., V] and token_ids [...]
+    int64.
+
+    Gathers before it normalises, so no [..., V] log-softmax is kept. Raises ValueError for temperature <= 0.
+    """
+    scaled = _scaled(logits, temperature)
+    return _gathered(scaled, token_ids) - scaled.logsumexp(-1)
+
+
+def sampler_logprobs(
+    student_logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """log S_{tau,K}(token) -> [...], for logits [..., V] and token_ids [...]; `token_logprobs` at top_k 0, top_p 1.
+
+    K is `nucleus` and the token itself, which another engine's rounding may have put just outside. Which tokens belong
+    to K carries no gradient: logits outside K get exactly none. Raises ValueError for temperature <= 0, top_k < 0 or
+    top_p outside (0, 1].
+    """
+    check_truncation(top_k, top_p)
+    if not (top_k or top_p < 1.0):
+        return token_logprobs(student_logits, token_ids, temperature)
+    scaled = _scaled(student_logits, temperature)
+    kept = nucleus(scaled.detach(), top_k=top_k, top_p=top_p).scatter(-1, token_ids.unsqueeze(-1), True)
+    return _gathered(scaled, token_ids) - scaled.masked_fill(~kept, -torch.inf).logsumexp(-1)
+
+
+def nucleus(scaled_logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Which tokens a sampler may draw -> bool [..., V], from logits [..., V] already divided by its temperature.
+
+    As vLLM and transformers do it: the top_k likeliest tokens (0: all), and of those, renormalised, the smallest set
+    that reaches top_p. Tokens equal to the last one kept are kept too: which of them an engine keeps is chance.
+    """
+    check_truncation(top_k, top_p)
+    kept = torch.ones_like(scaled_logits, dtype=torch.bool)
+    ranked = scaled_logits
+    if top_k:
+        ranked = scaled_logits.topk(min(top_k, scaled_logits.shape[-1])).values
+        kept = ~(scaled_logits < ranked[..., -1:])  # NaN is kept: a diverged model must show
+    if top_p < 1.0:
+        total = scaled_logits.masked_fill(~kept, -torch.inf).logsumexp(-1, keepdim=True)
+        ranked = ranked if top_k else ranked.sort(dim=-1, descending=True).values
+        probability = (ranked - total).exp()
+        before = probability.cumsum(-1) - probability
+        last = ranked.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+        kept = kept & ~(scaled_logits < last)
+    return kept
+
+
+def check_truncation(top_k: int, top_p: float) -> None:
+    """Raises ValueError for top_k < 0 or top_p outside (0, 1]."""
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it is the number of tokens a sampler may draw, or 0 for all")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p is {top_p}; it is the mass a sampler draws from and must lie in (0, 1]")
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    check_temperature(temperature)
+    scaled = logits.to(compute_dtype(logits))
+    return scaled if temperature == 1.0 else scaled / temperature
+
+
+def _gathered(scaled: Tensor, token_ids: Tensor) -> Tensor:
+    return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,277 @@
+"""Both stages of ``llmdistill.redi`` in one command: check, fine-tune, measure, train on pairs, measure, save.
+
+    RUN/stage1/    a run folder of its own: metrics.jsonl, checkpoint-N/, before.json, after.json, student/
+    RUN/           the same of stage 2 (of stage 1, where it is the only one), config.yaml
+
+A stage's ``summary.json`` is the last file it writes, so ``--resume`` knows which stage was interrupted. Stage 2 always
+starts from ``stage1/student`` as it is on disk: a run that was interrupted between them continues bit for bit.
+
+Simplified away: preflight, which examines a trainer with a teacher. What it would find in pairs (limits, empty sides, a
+missing template or eos) is checked while they are encoded, before anything is trained. The stages that TRL trains are
+in ``redi_trl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from huggingface_hub import constants
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from llmdistill.errors import UserError
+from llmdistill.pipeline.redi_trl import TRLCallback, direct_preference, fine_tuning
+from llmdistill.pipeline.run import (
+    add_evaluations,
+    checkpoint_to_resume,
+    load_student,
+    lora_config,
+    quiet,
+    save_student,
+)
+from llmdistill.recipe.command_line import Recipe
+from llmdistill.recipe.launches import leave_group
+from llmdistill.record.meters import peak_memory_gib
+from llmdistill.record.page.page import write_report
+from llmdistill.record.run_folder import RunFolder
+from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
+from llmdistill.texts.prompts import load_rows
+from llmdistill.tokenization.special import context_length, pad_id
+from llmdistill.training.pair_losses import measure_pairs
+from llmdistill.training.pair_trainer import PairTrainer
+
+if TYPE_CHECKING:  # it runs as __main__: its classes are not those that an import here would see
+    from llmdistill.redi import REDIConfig
+
+SHOWN = ("chosen_logp", "rejected_logp", "margin", "accuracy")
+
+
+@dataclass
+class Stage:
+    """What a stage's trainer is made of."""
+
+    recipe: Recipe
+    folder: RunFolder
+    model: Any
+    tokenizer: Any
+    heldout: list[Pair]
+
+    @property
+    def args(self) -> REDIConfig:
+        return cast("REDIConfig", self.recipe.args)
+
+
+def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int:
+    """Runs a recipe from the data to the saved student; ``trainer_class`` trains on pairs where TRL does not.
+
+    Raises:
+        UserError: whatever the user can mend; everything written before it stays.
+    """
+    quiet()
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # else TRL's trainers report to their makers when they are built
+    _refuse(recipe)
+    args = cast("REDIConfig", recipe.args)
+    console, folder = Console(stderr=True), RunFolder(args.output_dir or "runs/default")
+    first = folder if args.method == "sft" else RunFolder(folder.path / "stage1")
+    tuned = replace(recipe.student, model=str(first.path / "student"))
+    skip = not args.has_stage1 or (recipe.flags.resume and args.method != "sft" and _finished(first))
+    model, tokenizer = load_student(tuned if skip and args.has_stage1 else recipe.student)
+    encoder = pair_encoder(
+        tokenizer,
+        recipe.data,
+        chosen_column=args.chosen_column,
+        rejected_column=args.rejected_column,
+        max_completion_tokens=args.max_completion_tokens,
+        context=context_length(model.config),
+        bad_pairs=args.bad_pairs,
+    )
+    # All of it before anything is trained or an earlier run is moved: a bad row costs no stage 1.
+    pairs, positives, heldout = _data(recipe, encoder)
+    _check_evaluations(recipe, model, tokenizer)
+    checkpoint = checkpoint_to_resume(recipe, folder if skip else first if recipe.flags.resume else folder, console)
+    main_process = args.process_index == 0
+    if main_process:
+        for said in args.not_read():
+            console.print(f"method {args.method} does not read {said}", markup=False)
+        if skip and args.has_stage1:
+            console.print(f"stage 1 is finished, in {first.path}; this is stage 2")
+        folder.write_config({k: v for k, v in recipe.resolved().items() if k not in args.unread})
+    if not skip:
+        stage = Stage(recipe, first, model, tokenizer, heldout)
+        trainer: Any = fine_tuning(stage, positives)
+        trainer.encode = encoder.prompts  # where saving finds the tokenizer
+        if args.method == "sft":
+            add_evaluations(trainer, recipe.evals)
+        _train(stage, trainer, checkpoint, "stage 1", encoder.skipped)
+        checkpoint = None
+        if args.method != "sft":
+            del stage, trainer, model
+            # Afresh: making them resets the process's accelerator state, and DeepSpeed allows no second Accelerator
+            # without that.
+            recipe = replace(recipe, args=replace(args))
+            model, tokenizer = load_student(tuned)
+    if args.method != "sft":
+        stage = Stage(recipe, folder, model, tokenizer, heldout)
+        trainer = direct_preference(stage, pairs) if args.method == "dpo" else _on_pairs(stage, pairs, trainer_class)
+        trainer.encode = encoder.prompts
+        add_evaluations(trainer, recipe.evals)
+        _train(stage, trainer, checkpoint, "stage 2", encoder.skipped)
+    if main_process:
+        _print(first, folder, Console())
+    leave_group()
+    return 0
+
+
+def _refuse(recipe: Recipe) -> None:
+    """Settings that would be ignored in silence."""
+    if recipe.flags.skip_checks:
+        raise UserError(f"--skip-check {recipe.flags.skip_checks[0]}: redi has no checks to skip. Fix: leave it out.")
+    if label := next((t.label for t in recipe.teachers if t.label), ""):
+        raise UserError(
+            f"the recipe has a teacher, {label!r}, and REDI asks none: the pairs of data.train are its answers. "
+            "Fix: leave the section out."
+        )
+    if not recipe.data.train:
+        raise UserError("data.train is empty; it must name a file or hub dataset of pairs. Fix: --data.train FILE.")
+    if (when := IntervalStrategy(recipe.args.eval_strategy).value) != "no" and not recipe.data.heldout:
+        raise UserError(
+            f"train.eval_strategy is {when!r}, and data.heldout is empty: there is nothing to evaluate on. "
+            "Fix: --data.heldout FILE, or leave eval_strategy out."
+        )
+
+
+def _check_evaluations(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Loads the suites for a trainer that does not exist yet: a wrong one costs no stage 1 either."""
+    trainer = SimpleNamespace(args=recipe.args, model=model, processing_class=tokenizer, add_callback=lambda _: None)
+    add_evaluations(cast(Any, trainer), recipe.evals)
+
+
+def _finished(folder: RunFolder) -> bool:
+    return (folder.path / "summary.json").is_file()
+
+
+def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair], list[Pair]]:
+    """(pairs of stage 2, positives of stage 1, held-out pairs)."""
+    args, data = cast("REDIConfig", recipe.args), recipe.data
+    rows = load_rows(data.train, data, "data.train")
+    pairs: list[Pair] = [] if args.method == "sft" else encoder.encode_all(rows, "data.train")
+    positives = pairs
+    if args.has_stage1 and args.positives:
+        source = load_rows(args.positives, data, "objective.positives")
+        positives = encoder.encode_all(source, "objective.positives", positive=True)
+    elif args.method == "sft":
+        positives = encoder.encode_all(rows, "data.train", positive=True)
+    heldout: list[Pair] = []
+    if data.heldout:
+        rows = load_rows(data.heldout, data, "data.heldout")
+        alone = args.method == "sft" and args.rejected_column not in rows.column_names  # measured where there is one
+        heldout = encoder.encode_all(rows, "data.heldout", positive=alone)
+    return pairs, positives, heldout[: args.heldout_sequences]
+
+
+# ---------------------------------------------------------------- the trainers
+
+
+def _on_pairs(stage: Stage, pairs: list[Pair], trainer_class: Callable[..., PairTrainer]) -> Any:
+    return trainer_class(
+        stage.model,
+        stage.args,
+        train_dataset=pairs,
+        eval_dataset=stage.heldout or None,
+        processing_class=stage.tokenizer,
+        peft_config=lora_config(stage.recipe.student),
+        data=stage.recipe.data,
+    )
+
+
+# ---------------------------------------------------------------- running one
+
+
+def _train(stage: Stage, trainer: Any, checkpoint: Path | None, name: str, skipped: dict[str, int]) -> None:
+    """Trains, measures before and after, saves; ``summary.json`` last."""
+    folder, callback = stage.folder, None
+    if not isinstance(trainer, PairTrainer):
+        trainer.remove_callback(PrinterCallback)
+        callback = TRLCallback(folder)
+        trainer.add_callback(callback)
+    trainer.callback_handler.callbacks.insert(0, _Before(trainer, stage))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        if callback:
+            callback.stop()
+    after = _snapshot(trainer, stage)
+    save_student(trainer, folder)
+    trainer.accelerator.wait_for_everyone()  # the next stage loads what was saved
+    if not trainer.is_world_process_zero():
+        return
+    guard = getattr(trainer, "guard", None)
+    folder.write_json("after.json", after)
+    folder.write_json(
+        "summary.json",
+        {
+            "stage": name,
+            "method": "sft" if name == "stage 1" else stage.args.method,
+            "steps": trainer.state.global_step,
+            "peak_gib": peak_memory_gib(),
+            "skipped_rows": skipped,
+            "guard": None if guard is None else guard.summary(),
+        },
+    )
+    write_report(folder.path)
+
+
+def _snapshot(trainer: Any, stage: Stage) -> dict[str, Any]:
+    """The held-out pairs under the student of now."""
+    if not stage.heldout:
+        return {}
+    measured = measure_pairs(
+        trainer, stage.heldout, pad_id=pad_id(stage.tokenizer), chunk_tokens=stage.args.chunk_tokens
+    )
+    each = {"chosen_logp": measured.chosen}
+    if measured.has_rejected:
+        each["rejected_logp"] = measured.rejected
+    return {"step": trainer.state.global_step, "pairs": measured.flat(), "sequences": {"pairs": each}}
+
+
+class _Before(TrainerCallback):
+    """Measures once before the first step, when the model is ready for it (sharded, if it will be)."""
+
+    def __init__(self, trainer: Any, stage: Stage) -> None:
+        self.trainer, self.stage = trainer, stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            snapshot = _snapshot(self.trainer, self.stage)
+            if state.is_world_process_zero:
+                self.stage.folder.write_json("before.json", snapshot)
+
+
+def _print(first: RunFolder, folder: RunFolder, console: Console) -> None:
+    columns = {
+        "before stage 1": first.read_json("before.json"),
+        "after stage 1": first.read_json("after.json"),
+        "after stage 2": folder.read_json("after.json") if folder.path != first.path else None,
+    }
+    if folder.path != first.path and not columns["after stage 1"]:  # it was skipped
+        columns = {"before": folder.read_json("before.json"), "after": columns["after stage 2"]}
+    measured = {title: found["pairs"] for title, found in columns.items() if found and found.get("pairs")}
+    if measured:
+        table = Table(title="held-out pairs (95 % interval over pairs); log-probs in nats per token")
+        table.add_column("")
+        for title in measured:
+            table.add_column(title, justify="right")
+        for metric in (m for m in SHOWN if all(m in values for values in measured.values())):
+            table.add_row(metric, *(_cell(values, metric) for values in measured.values()))
+        console.print(table)
+    console.print(f"student: {folder.path / 'student'}", markup=False)
+
+
+def _cell(values: dict[str, float], metric: str) -> str:
+    return f"{values[metric]:.3f} [{values[metric + '_low']:.3f}, {values[metric + '_high']:.3f}]"

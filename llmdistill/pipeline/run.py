@@ -1,0 +1,244 @@
+"""What every front door does with a recipe: check, measure, train, measure again, save, show."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from llmdistill.errors import UserError
+from llmdistill.models.weights import base_model, named_weights
+from llmdistill.preflight import preflight
+from llmdistill.recipe.command_line import Recipe
+from llmdistill.recipe.config import EvalsConfig, StudentConfig
+from llmdistill.recipe.launches import leave_group
+from llmdistill.record.meters import peak_memory_gib
+from llmdistill.record.page.page import write_report
+from llmdistill.record.run_folder import RunFolder
+from llmdistill.teachers.base import is_live
+from llmdistill.teachers.load import load_teachers
+from llmdistill.teachers.local import load_model
+from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.texts.prompts import load_rows
+from llmdistill.training.measure import Measurement
+from llmdistill.training.trainer import DistillationTrainer
+
+SHOWN_PROMPTS = 3
+
+
+def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> int:
+    """Runs a recipe from the checks to the report.
+
+    Raises:
+        UserError: whatever the user can mend; everything written before it stays.
+    """
+    quiet()
+    console = Console(stderr=True)
+    folder = RunFolder(recipe.args.output_dir or "runs/default")
+    trainer = build(recipe, trainer_class)
+    main_process = trainer.is_world_process_zero()
+    try:
+        for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
+            if main_process:
+                finding.show(console)
+        # After the checks: a refused command touches no earlier run.
+        checkpoint = checkpoint_to_resume(recipe, folder, console)
+        if main_process:
+            folder.write_config(recipe.resolved())
+        before = _Before(trainer, folder)
+        trainer.callback_handler.callbacks.insert(0, before)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        after = _snapshot(trainer)
+        save_student(trainer, folder)
+    finally:
+        trainer.close()
+    if main_process:
+        folder.write_json("after.json", after)
+        folder.write_json("summary.json", {"steps": trainer.state.global_step, "peak_gib": peak_memory_gib()})
+        page = write_report(folder.path)
+        _print(folder, Console(), page)
+    leave_group()
+    return 0
+
+
+def quiet() -> None:
+    """One progress bar is ours; those of the libraries (loading, writing, tokenising) would bury it."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # DeepSpeed calls what torch renamed: a line for every collective.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+
+
+def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> DistillationTrainer:
+    """Models, data and trainer of a recipe."""
+    args, data = recipe.args, recipe.data
+    if not data.train:
+        raise UserError("data.train is empty; it must name a file or hub dataset of prompts. Fix: --data.train FILE.")
+    rows = load_rows(data.train, data, "data.train")
+    heldout = load_rows(data.heldout, data, "data.heldout") if data.heldout else None
+    student, tokenizer = load_student(recipe.student)
+    longest = data.max_prompt_tokens + args.rollouts.max_new_tokens
+    teacher = load_teachers(recipe.teachers, args.device, longest, recipe.teacher_sections)
+    try:
+        trainer = trainer_class(
+            student,
+            args,
+            teacher,
+            train_dataset=rows,
+            eval_dataset=heldout,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe.student),
+            data=data,
+        )
+        add_evaluations(trainer, recipe.evals)
+        return trainer
+    except BaseException:
+        teacher.close()
+        raise
+
+
+def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig) -> None:
+    """The benchmarks that are scored during training, if there are any."""
+    if config.suites:
+        from llmdistill.evals.callback import EvalCallback
+
+        trainer.add_callback(EvalCallback(trainer, **dataclasses.asdict(config)))
+
+
+def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_model(config.model, config.dtype, "student", config.trust_remote_code, config.attn_implementation)
+
+
+def lora_config(config: StudentConfig) -> Any:
+    """peft's LoraConfig, or None when the weights themselves are trained."""
+    if config.lora_r == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+class _Before(TrainerCallback):
+    """Measures the untrained student once, when the model is ready for it (sharded, if it will be)."""
+
+    def __init__(self, trainer: DistillationTrainer, folder: RunFolder) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            snapshot = _snapshot(self.trainer)
+            if state.is_world_process_zero:
+                self.folder.write_json("before.json", snapshot)
+
+
+def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
+    """Held-out metrics and the answers to a few held-out prompts, as they are now."""
+    if not trainer.eval_dataset:
+        return {}
+    heldout: list[Prompt] = trainer.eval_dataset
+    chosen = heldout[: trainer.args.heldout_sequences]
+    measured = trainer.measure_heldout(chosen)
+    shown = heldout[:SHOWN_PROMPTS]
+    greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
+    trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
+    live = is_live(trainer.teacher)  # one that is only stored has nothing new to say
+    return {
+        "step": trainer.state.global_step,
+        **({name: m.flat() for name, m in measured.items()} or {"not_measured": trainer.heldout.lacking(chosen)}),
+        "sequences": {name: _per_sequence(m) for name, m in measured.items()},
+        "prompts": [p.text for p in shown],
+        "student_answers": _texts(trainer, trainer.rollout_engine.generate(shown, greedy)),
+        **({"teacher_answers": _texts(trainer, trainer.teacher.generate(shown, greedy))} if live else {}),
+    }
+
+
+def _per_sequence(measured: Measurement) -> dict[str, list[float]]:
+    """Means per sequence, for the report's histograms and for paired comparisons later."""
+    return {
+        name: [total / max(n, 1) for total, n in zip(sums, measured.tokens, strict=True)]
+        for name, sums in measured.sums.items()
+    }
+
+
+def _texts(trainer: DistillationTrainer, rollout: Rollout) -> list[str]:
+    ids = [row[mask].tolist() for row, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]
+    return [t.strip() for t in trainer.encode.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) -> Path | None:
+    """Where to go on from; an earlier run in the way is moved aside, never overwritten."""
+    if recipe.flags.resume:
+        checkpoint = folder.newest_checkpoint()
+        nothing = f"no complete checkpoint in {folder.path}: from the start"
+        if recipe.args.process_index == 0:
+            console.print(f"resuming from {checkpoint}" if checkpoint else nothing)
+        return checkpoint
+    with recipe.args.main_process_first(local=False, desc="an earlier run is moved aside"):
+        aside = folder.move_aside() if recipe.args.process_index == 0 else None
+    if aside:
+        console.print(f"an earlier run was in {folder.path}; it is now {aside} (--resume would have continued it)")
+    return None
+
+
+def save_student(trainer: DistillationTrainer, folder: RunFolder) -> None:
+    """``student/``: a checkpoint transformers and vLLM load. A LoRA student is saved merged, its adapter beside it."""
+    model, target = trainer.model, folder.path / "student"
+    if hasattr(model, "merge_and_unload"):
+        trainer.save_model(str(folder.path / "adapter"))
+        main, merged = trainer.is_world_process_zero(), {}
+        for name, tensor in named_weights(model):  # in every process: ZeRO-3 puts shards together as they come
+            if main:
+                merged[name] = tensor.cpu()
+        if main:
+            base_model(model).save_pretrained(target, state_dict=merged)
+            trainer.encode.tokenizer.save_pretrained(target)
+        return
+    trainer.save_model(str(target))
+
+
+def _print(folder: RunFolder, console: Console, page: Path) -> None:
+    before, after = folder.read_json("before.json") or {}, folder.read_json("after.json") or {}
+    texts = {"student": "the student's own samples", "teacher": "the teacher's text", "dataset": "the dataset's text"}
+    for text, title in texts.items():
+        if text not in before or text not in after:
+            continue
+        table = Table(title=f"held-out, on {title} (95 % interval over sequences)")
+        for column in ("per token", "before", "after"):
+            table.add_column(column, justify="left" if column == "per token" else "right")
+        for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance"):
+            table.add_row(metric, *(_cell(side[text], metric) for side in (before, after)))
+        console.print(table)
+    for i, prompt in enumerate(after.get("prompts", [])):
+        console.rule(f"prompt {i + 1}")
+        console.print(prompt.strip()[-400:], markup=False, style="dim")
+        if after.get("teacher_answers"):
+            console.print("teacher:       ", after["teacher_answers"][i][:300], markup=False)
+        if before.get("student_answers"):
+            console.print("student before:", before["student_answers"][i][:300], markup=False)
+        console.print("student after: ", after["student_answers"][i][:300], markup=False)
+    console.rule()
+    console.print(f"student: {folder.path / 'student'}   page: {page}", markup=False)
+    console.print(
+        "next: open the page; then your own models, with --student.model, --teacher.model, --data.train and "
+        "--max_new_tokens (README, 'Your models')",
+        markup=False,
+    )
+
+
+def _cell(values: dict[str, float], metric: str) -> str:
+    return f"{values[metric]:.3f} [{values[metric + '_low']:.3f}, {values[metric + '_high']:.3f}]"

@@ -1,0 +1,290 @@
+"""The settings the front doors share: one dataclass per section of a recipe.
+
+A recipe has the sections ``student``, ``teacher``, ``data``, ``rollouts``, ``evals``, ``objective`` and ``train``. The
+first five are the dataclasses below; ``objective`` and ``train`` together fill a :class:`DistillationConfig` (or a
+front door's subclass), which is a ``transformers.TrainingArguments`` and can be built in Python like one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from llmdistill.errors import UserError
+from llmdistill.recipe.launches import check_cpu_launch, launched_processes
+
+DType = Literal["float32", "bfloat16", "float16", "auto"]
+TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its one line of help."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class StudentConfig:
+    """The model that learns."""
+
+    model: str = option("", "folder or hub name of the student")
+    dtype: DType = option(
+        "float32", "dtype of its weights; with train.bf16 they stay float32 and the maths is bfloat16"
+    )
+    lora_r: int = option(0, "rank of a LoRA adapter; 0 trains the weights themselves")
+    lora_alpha: int = option(32, "LoRA scale numerator")
+    lora_dropout: float = option(0.0, "LoRA dropout")
+    lora_target_modules: list[str] = option([], "modules to adapt; empty: every linear layer but the output head")
+    attn_implementation: str | None = option(None, "transformers' attention implementation")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+
+@dataclass
+class TeacherConfig:
+    """A model that is learnt from: loaded here (``model``), asked over HTTP (``url``), or read from disk (``stored``).
+
+    A recipe has one as ``teacher:``, or several as the list ``teachers:``. Then ``domains`` says whose rows each of
+    them judges, and those with the same domains and a ``weight`` are averaged.
+    """
+
+    model: str = option("", "folder or hub name of the teacher")
+    engine: Literal["hf", "vllm"] = option("hf", "hf: embedded, exact full distribution; vllm: top-k evidence at speed")
+    dtype: DType = option("bfloat16", "dtype of its weights")
+    batch_tokens: int = option(16384, "tokens (padding included) of one forward pass when scoring")
+    attn_implementation: str | None = option(None, "transformers' attention implementation")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    url: str = option("", "teacher service instead of a model in this process; replicas with commas")
+    tokenizer: str = option("", "folder or hub name of its tokenizer, for a plain vLLM server whose model is not here")
+    token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
+    timeout_s: float = option(120.0, "seconds until a request to the service is tried again")
+    max_outage_s: float = option(3600.0, "seconds without any answer until the run gives up")
+    in_flight: int = option(8, "requests to the service at one time")
+    lossless: bool = option(False, "float32 evidence from the service, twice the bytes of float16")
+    stored: str = option("", "folder of score blocks: alone, training runs from disk; else a read-through cache")
+    name: str = option("", "what messages and --teachers.NAME.key call it")
+    domains: list[str] = option([], "rows of these domains are its own; empty: all that no other teacher has")
+    weight: float = option(0.0, "share in the average of teachers with the same domains; 0: it is not averaged")
+
+    def __post_init__(self) -> None:
+        self.domains = [str(domain) for domain in self.domains]  # YAML reads some names as numbers
+        require(not (self.model and self.url), "teacher.url", self.url, "empty beside teacher.model", "leave one out")
+        require(
+            bool(self.url) or not self.tokenizer,
+            "teacher.tokenizer",
+            self.tokenizer,
+            "empty without teacher.url",
+            "leave it out",
+        )
+        require(self.timeout_s > 0, "teacher.timeout_s", self.timeout_s, "> 0", "use 120")
+        require(self.max_outage_s >= 0, "teacher.max_outage_s", self.max_outage_s, ">= 0", "use 3600")
+        require(self.in_flight >= 1, "teacher.in_flight", self.in_flight, ">= 1", "use 8")
+        require(0 <= self.weight < math.inf, "teacher.weight", self.weight, ">= 0", "leave it out, or use 1")
+
+    @property
+    def label(self) -> str:
+        """What to call it where no name was given."""
+        return self.name or self.model or self.url or self.stored
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from."""
+
+    train: str = option("", "JSONL/Parquet/Arrow file or hub dataset of training prompts")
+    heldout: str = option("", "the same for held-out prompts; empty: no held-out measurement")
+    split: str = option("train", "split to read of a hub dataset")
+    prompt_column: str = option("prompt", "column with the prompt: a string or a list of chat messages")
+    completion_column: str = option("completion", "column with the completion, for methods that train on a dataset")
+    domain_column: str = option("domain", "column that names a row's domain, if there is one")
+    answer_column: str = option("answer", "column with the right answer, for a task reward")
+    max_prompt_tokens: int = option(1024, "longest prompt allowed, chat template included")
+    overlong: Literal["error", "drop"] = option("error", "what to do with longer prompts")
+    limit: int = option(0, "use only the first so many rows; 0: all")
+
+
+@dataclass
+class RolloutConfig:
+    """How the student's completions are sampled."""
+
+    engine: Literal["hf", "vllm", "remote"] = option(
+        "hf", "hf: generate() of transformers; vllm: in-process engine, weights pushed; remote: a service"
+    )
+    max_new_tokens: int = option(256, "longest completion")
+    temperature: float = option(1.0, "sampling temperature (0: greedy); apart from objective.loss_temperature")
+    top_p: float = option(1.0, "nucleus sampling")
+    top_k: int = option(0, "sample among so many tokens; 0: all")
+    samples_per_prompt: int = option(1, "completions of every prompt")
+    mask_truncated: bool = option(False, "keep completions cut off by max_new_tokens out of the loss")
+    dtype: DType = option("bfloat16", "dtype of the vllm engine's copy of the student")
+    kv_cache_gib: float = option(0.5, "memory for vllm's key-value cache on CPU")
+    gpu_memory_utilization: float = option(0.3, "share of the GPU given to vllm's copy and cache")
+    url: str = option("", "rollout service of the remote engine; replicas with commas")
+    token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
+    push_every: int = option(1, "steps between pushes of the student's weights; more: staler samples, fewer pushes")
+    push_folder: str = option("", "folder the service can read: weights go there and not through HTTP")
+
+    def __post_init__(self) -> None:
+        remote = self.engine == "remote"
+        require(bool(self.url) or not remote, "rollouts.url", self.url, "set for engine remote", "--rollouts.url URL")
+        for name in ("url", "push_folder"):
+            value = getattr(self, name)
+            require(remote or not value, f"rollouts.{name}", value, f"empty for engine {self.engine}", "engine remote")
+        require(self.push_every >= 1, "rollouts.push_every", self.push_every, ">= 1", "use 1")
+        needed = "1 for engine hf, which samples from the student itself"
+        require(self.engine != "hf" or self.push_every == 1, "rollouts.push_every", self.push_every, needed, "use 1")
+        require(self.temperature >= 0, "rollouts.temperature", self.temperature, ">= 0", "use 0 for greedy")
+        require(0 < self.top_p <= 1, "rollouts.top_p", self.top_p, "in (0, 1]", "use 1 for no nucleus")
+        require(self.top_k >= 0, "rollouts.top_k", self.top_k, ">= 0", "use 0 for the whole vocabulary")
+        require(self.max_new_tokens >= 1, "rollouts.max_new_tokens", self.max_new_tokens, ">= 1", "raise it")
+        require(self.samples_per_prompt >= 1, "rollouts.samples_per_prompt", self.samples_per_prompt, ">= 1", "use 1")
+
+
+@dataclass
+class EvalsConfig:
+    """Benchmarks the student is scored on during training (llmdistill.evals.callback)."""
+
+    suites: list[str] = option([], "YAML files or names of suites; empty: none")
+    every_steps: int = option(0, "steps between evaluations; 0: before the first and after the last step only")
+    problems: int = option(100, "problems of each suite, drawn at random; 0: all")
+    samples: int = option(1, "samples of every problem; 1: greedy")
+    longest: int = option(512, "new tokens of a sample")
+    batch: int = option(16, "samples generated at one time")
+    data_dir: str = option("", "folder with the benchmarks' files; empty: $LLMDISTILL_DATA, else the hub")
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "problems"):
+            require(getattr(self, name) >= 0, f"evals.{name}", getattr(self, name), ">= 0", "use 0")
+        for name in ("samples", "longest", "batch"):
+            require(getattr(self, name) >= 1, f"evals.{name}", getattr(self, name), ">= 1", "use 1 or more")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` plus what every distillation method has.
+
+    ``per_device_train_batch_size`` counts prompts: a micro-batch holds that many times ``samples_per_prompt``
+    sequences. All micro-batches of an optimizer step are sampled in one round.
+    """
+
+    # Defaults of ours over transformers': explicit precision (a CPU build may choose bfloat16 by itself), losses that
+    # are shown as they are, raw columns for our own collator.
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+    logging_steps: float = field(default=5, metadata={"help": "write a line of metrics.jsonl every so many steps"})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "hide NaN losses from the log (we stop instead)"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "drop dataset columns (must stay off)"})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "trackio, tensorboard, wandb, none"})
+    disable_tqdm: bool | None = field(
+        default=True, metadata={"help": "transformers' own bars (ours shows rate and ETA)"}
+    )
+
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig, metadata={"section": "rollouts"})
+    chunk_tokens: int = field(
+        default=128, metadata={"help": "rows whose logits exist at one time", "section": "objective"}
+    )
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={"help": "do not train the token embeddings and output head", "section": "objective"},
+    )
+    heldout_sequences: int = field(
+        default=64, metadata={"help": "held-out prompts measured at each evaluation", "section": "objective"}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            self._prepare_cpu()
+        super().__post_init__()
+        require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
+        require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
+
+    def _prepare_cpu(self) -> None:
+        check_cpu_launch()
+        self.use_cpu = True
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
+        # DeepSpeed on CPU starts on gloo only; a torch built with MPI would choose that. One process has no backend.
+        self.ddp_backend = (self.ddp_backend or "gloo") if launched_processes() > 1 else None
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            os.environ.pop("ACCELERATE_USE_CPU", None)  # together they make accelerate leave DeepSpeed out, in silence
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {**values, "rollouts": dataclasses.asdict(self.rollouts)}
+
+
+def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:
+    """Raises a :class:`UserError` in the house form unless ``ok``."""
+    if not ok:
+        raise UserError(f"{setting} is {value!r}; it must be {needed}. Fix: {fix}.")
+
+
+def in_section(error: UserError, section: str) -> UserError:
+    """The error with the settings of ``teacher`` named as those of ``section``, an entry of ``teachers``."""
+    said = re.sub(r"(?<!\S)teacher\.(?=\w)", f"{section}.", str(error))
+    return UserError(said.replace(" --teacher.", f" --{section.replace('[', '.').replace(']', '')}."))
+
+
+def torch_dtype(name: DType) -> torch.dtype | Literal["auto"]:
+    """The torch dtype a setting names."""
+    return "auto" if name == "auto" else getattr(torch, name)
+
+
+def bearer_token(variable: str, setting: str) -> str | None:
+    """The token in an environment variable; None where the usual one is not set.
+
+    Raises:
+        UserError: another variable was named, and it is not set.
+    """
+    token = os.environ.get(variable) or None
+    if token is None and variable != TOKEN_ENV:
+        raise UserError(f"{setting} is {variable!r}, and no such environment variable is set. Fix: export {variable}.")
+    return token
+
+
+def teacher_groups(configs: Sequence[TeacherConfig]) -> list[list[int]]:
+    """Indices of the teachers that answer together: one, or an ensemble of those with the same domains.
+
+    Raises:
+        UserError: no teacher, a name twice, a domain claimed by two groups, two teachers of the same domains without
+            weights, or a weight that averages nothing.
+    """
+    if not configs:
+        raise UserError("teachers is an empty list; a run needs at least one. Fix: give one with model, url or stored.")
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, config in enumerate(configs):
+        groups.setdefault(frozenset(config.domains), []).append(i)
+        same = [j for j in range(i) if config.name and configs[j].name == config.name]
+        if same:
+            raise UserError(f"teachers[{same[0]}] and teachers[{i}] are both named {config.name!r}. Fix: rename one.")
+    owner: dict[str, int] = {}
+    for domains, members in groups.items():
+        first, whose = members[0], f"domains {sorted(domains)}" if domains else "no domains"
+        for domain in sorted(domains):
+            if (other := owner.setdefault(domain, first)) != first:
+                raise UserError(
+                    f"domain {domain!r} is both teachers[{other}]'s and teachers[{first}]'s, which differ in others. "
+                    "Fix: take it from one of them, or give both the same domains and a weight."
+                )
+        bare = [i for i in members if configs[i].weight == 0]
+        if len(members) > 1 and bare:
+            names = " and ".join(f"teachers[{i}]" for i in members)
+            raise UserError(
+                f"{names} have {whose}, and teachers[{bare[0]}].weight is 0; teachers of the same rows are averaged. "
+                "Fix: give each a weight > 0, or domains of its own."
+            )
+        if len(members) == 1 and configs[first].weight > 0:
+            raise UserError(
+                f"teachers[{first}].weight is {configs[first].weight:g}, and no other teacher has {whose}, so there is "
+                "nothing to average. Fix: leave weight out, or give another teacher the same domains and a weight."
+            )
+    return list(groups.values())

@@ -1,0 +1,91 @@
+"""A bounded memory of sequences the student wrote, to be trained on again (DistiLLM, arXiv 2402.03898, section 3.2)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmdistill.texts.rollout import Finish, Prompt, Rollout, collate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion as it was drawn."""
+
+    prompt: Prompt
+    completion: list[int]
+    logprobs: list[float] | None  # of its tokens, under the policy that drew them
+    finish: Finish | None
+    policy_version: int  # optimizer step of that policy
+
+
+class ReplayBuffer:
+    """Keeps the newest ``capacity`` samples; the oldest leave first.
+
+    Args:
+        capacity: samples of this process.
+
+    Raises:
+        ValueError: capacity < 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; a buffer holds at least one sample")
+        self.capacity = capacity
+        self.samples: list[Sample] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def full(self) -> bool:
+        return len(self.samples) >= self.capacity
+
+    def add(self, rollout: Rollout, prompts: Sequence[Prompt]) -> None:
+        """Every sequence of ``rollout``; ``prompts`` has one for each."""
+        for b, prompt in enumerate(prompts):
+            start, end = len(prompt.ids), int(rollout.attention_mask[b].sum())
+            lp = rollout.behavior_logprobs
+            self.samples.append(
+                Sample(
+                    prompt,
+                    rollout.input_ids[b, start:end].tolist(),
+                    None if lp is None else lp[b, start:end].tolist(),
+                    rollout.finish[b] if rollout.finish else None,
+                    rollout.policy_version,
+                )
+            )
+        del self.samples[: -self.capacity]
+
+    def draw(self, n: int, seed: int, pad_id: int) -> tuple[Rollout, list[Prompt]]:
+        """``n`` samples at random (without repetition while there are enough) and their prompts.
+
+        ``policy_version`` is the oldest of theirs: staleness is what it can be at most.
+        """
+        random_ = random.Random(seed)
+        chosen = random_.sample(self.samples, n) if n <= len(self) else random_.choices(self.samples, k=n)
+        logprobs = [s.logprobs for s in chosen]
+        rollout = collate(
+            [s.prompt.ids for s in chosen],
+            [s.completion for s in chosen],
+            pad_id=pad_id,
+            behavior_logprobs=None if None in logprobs else [lp for lp in logprobs if lp is not None],
+            finish=[s.finish for s in chosen if s.finish is not None] if all(s.finish for s in chosen) else (),
+            domain=[s.prompt.domain for s in chosen],
+            policy_version=min(s.policy_version for s in chosen),
+        )
+        return rollout, [s.prompt for s in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for a checkpoint."""
+        return {"samples": [asdict(sample) for sample in self.samples]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.samples = [Sample(**{**entry, "prompt": _prompt(entry["prompt"])}) for entry in state["samples"]]
+
+
+def _prompt(entry: dict[str, Any]) -> Prompt:
+    return Prompt(**{**entry, "completion": tuple(entry["completion"])})

@@ -1,0 +1,184 @@
+"""Preference pairs: one prompt, a chosen (correct) and a rejected (wrong) completion; and their log-probs.
+
+A pair is two sequences, ``prompt + chosen`` and ``prompt + rejected``, each closed by the eos and cut after
+``max_completion_tokens``. |y|, by which log-probs are divided, counts the completion tokens that are left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmdistill.errors import UserError
+from llmdistill.recipe.config import DataConfig
+from llmdistill.texts import Prompt, Rollout, collate
+from llmdistill.texts.prompts import PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+Overlong = Literal["error", "drop"]
+BadPairs = Literal["error", "skip"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenised pair. ``rejected`` is empty in a positive: a chosen completion alone, for fine-tuning."""
+
+    prompt: Prompt
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...] = ()
+    cut: int = 0  # completions that max_completion_tokens shortened
+
+    @property
+    def row(self) -> int:
+        """Index in the dataset it was read from."""
+        return self.prompt.row
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longer of its two sequences."""
+        return len(self.prompt.ids) + max(len(self.chosen), len(self.rejected))
+
+
+class _Unfit(UserError):
+    """A row that cannot be trained on: for its length, or for what its sides say."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass
+class PairEncoder:
+    """Rows to :class:`Pair`, with the student's chat template.
+
+    Args:
+        prompts: encodes the prompts, and says how long they may be.
+        chosen_column, rejected_column: completions: strings, or lists of chat messages whose last one is it.
+        max_completion_tokens: completions are cut after so many; 0: never.
+        context: tokens the student was built for.
+        bad_pairs: what to do with rows that have an empty side or two sides alike. Rows that are too long are
+            ``data.overlong``'s.
+    """
+
+    prompts: PromptEncoder
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    max_completion_tokens: int = 0
+    context: int = 1 << 30
+    bad_pairs: BadPairs = "error"
+    skipped: dict[str, int] = field(default_factory=dict)  # rows left out so far, by reason
+
+    def __call__(self, row: Mapping[str, Any], index: int = 0, *, positive: bool = False) -> Pair:
+        """One row; without its rejected side for a ``positive``.
+
+        Raises:
+            UserError: an empty side, two sides alike, or more tokens than the limits allow.
+        """
+        chosen, cut_chosen = self._side(row, self.chosen_column, index)
+        rejected, cut_rejected = ((), False) if positive else self._side(row, self.rejected_column, index)
+        if chosen == rejected:
+            until = ", up to objective.max_completion_tokens" if cut_chosen else ""
+            raise _Unfit(
+                "identical",
+                f"row {index}: {self.chosen_column} and {self.rejected_column} are the same text{until}; nothing tells "
+                "them apart. Fix: remove the row, or --bad_pairs skip.",
+            )
+        pair = Pair(self._prompt(row, index), chosen, rejected, cut_chosen + cut_rejected)
+        if pair.num_tokens > self.context:
+            raise _Unfit(
+                "longer than the context",
+                f"row {index}: prompt and completion have {pair.num_tokens} tokens, the student's context is "
+                f"{self.context}. Fix: --objective.max_completion_tokens "
+                f"{max(self.context - len(pair.prompt.ids), 1)} or less, or --data.overlong drop.",
+            )
+        return pair
+
+    def encode_all(self, rows: Iterable[Mapping[str, Any]], source: str, *, positive: bool = False) -> list[Pair]:
+        """Every row that can be trained on. What is left out is counted in ``skipped`` and logged.
+
+        Args:
+            rows: with the columns named above.
+            source: the setting they came from, for messages.
+            positive: leave the rejected sides alone, whether there are any or not.
+
+        Raises:
+            UserError: a column is missing, a row cannot be trained on (and is not to be skipped), or none is left.
+        """
+        pairs, skipped = [], dict[str, list[int]]()
+        for index, row in enumerate(rows):
+            if index == 0:
+                self._check_columns(row, source, positive)
+            try:
+                pairs.append(self(row, index, positive=positive))
+            except _Unfit as error:
+                of_length = error.kind.startswith("longer")
+                if (self.prompts.config.overlong != "drop") if of_length else (self.bad_pairs != "skip"):
+                    raise UserError(f"{source}, {error}") from None
+                skipped.setdefault(error.kind, []).append(index)
+        for kind, found in skipped.items():
+            self.skipped[kind] = self.skipped.get(kind, 0) + len(found)
+            few = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+            logger.warning("%s: %d of %d rows skipped, %s: rows %s", source, len(found), index + 1, kind, few)
+        if cut := sum(pair.cut for pair in pairs):
+            logger.warning(
+                "%s: %d completions cut after %d tokens (objective.max_completion_tokens); they end without an eos",
+                *(source, cut, self.max_completion_tokens),
+            )
+        if not pairs:
+            why = ", ".join(f"{len(found)} {kind}" for kind, found in skipped.items()) or "it has no rows"
+            raise UserError(f"{source}: no pair is left to train on ({why}). Fix: raise the limits, or mend the data.")
+        return pairs
+
+    def _check_columns(self, row: Mapping[str, Any], source: str, positive: bool) -> None:
+        for column, setting in (
+            (self.prompts.config.prompt_column, "data.prompt_column"),
+            (self.chosen_column, "objective.chosen_column"),
+            *([] if positive else [(self.rejected_column, "objective.rejected_column")]),
+        ):
+            if column not in row:
+                raise UserError(f"{source} has no column {column!r} (it has {', '.join(row)}). Fix: --{setting} NAME.")
+
+    def _prompt(self, row: Mapping[str, Any], index: int) -> Prompt:
+        try:
+            return self.prompts(row, index)
+        except UserError as error:
+            if "max_prompt_tokens" in str(error):
+                raise _Unfit("longer than max_prompt_tokens", str(error)) from None
+            raise
+
+    def _side(self, row: Mapping[str, Any], column: str, index: int) -> tuple[tuple[int, ...], bool]:
+        """Ids of one side, and whether they were cut."""
+        said = row.get(column)
+        if said and not isinstance(said, str):
+            said = said[-1].get("content")
+        if not said or not said.strip():
+            raise _Unfit("empty", f"row {index}: {column} is empty. Fix: remove the row, or --bad_pairs skip.")
+        ids = self.prompts.completion({self.prompts.config.completion_column: said}, index)
+        limit = self.max_completion_tokens or len(ids)
+        return tuple(ids[:limit]), len(ids) > limit
+
+
+def pair_encoder(
+    tokenizer: Any, data: DataConfig, *, max_completion_tokens: int = 0, context: int = 1 << 30, **names: Any
+) -> PairEncoder:
+    """A :class:`PairEncoder` over a tokenizer.
+
+    Raises:
+        UserError: a tokenizer without an eos: nothing would teach the student to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the student's tokenizer has no eos token, so no completion could be closed. Fix: set tokenizer.eos_token "
+            "and save it beside the student."
+        )
+    prompts = PromptEncoder(tokenizer, data)
+    return PairEncoder(prompts, max_completion_tokens=max_completion_tokens, context=context, **names)
+
+
+def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:
+    """All chosen sequences, then all rejected ones of those that have one, right-padded."""
+    sides = [(p, p.chosen) for p in pairs] + [(p, p.rejected) for p in pairs if p.rejected]
+    return collate([p.prompt.ids for p, _ in sides], [ids for _, ids in sides], pad_id=pad_id)

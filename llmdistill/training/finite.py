@@ -1,0 +1,101 @@
+"""Stops training where its numbers end, and saves nothing from beyond: of our trainers and of TRL's alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from llmdistill.errors import UserError
+from llmdistill.record.run_folder import RunFolder
+
+LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # 1.8e19: the square of more is inf, in every norm of a model
+
+
+class FiniteTrainer(Trainer):
+    """A ``transformers.Trainer`` that stops at a loss that is no number, and saves no weights that are none.
+
+    What an update destroys is first seen by the next loss. A checkpoint written in between would be the newest one,
+    the one ``--resume`` takes, and ``save_total_limit`` would remove a good one for it.
+    """
+
+    rate = "train.learning_rate"  # the setting that messages name
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            UserError: the last update destroyed the weights; a loss or an earlier checkpoint would have said so before.
+        """
+        result = super().train(*args, **kwargs)
+        self._refuse_lost_weights()
+        return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers' own, at the learning rate of now: a run that is resumed may have been given a lower one."""
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        wanted = list(getattr(scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        restored = list(getattr(scheduler, "base_lrs", ()))
+        if wanted == restored or not all(restored) or self.optimizer is None:
+            return
+        scheduler.base_lrs = wanted
+        for group, now, then in zip(self.optimizer.param_groups, wanted, restored, strict=True):
+            group["lr"], group["initial_lr"] = group["lr"] * now / then, now
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_lost_weights()
+        super()._save_checkpoint(model, trial)
+
+    def _all_steps_done(self) -> bool:
+        """Resumed where there is nothing left to train: transformers would go on, in the middle of an epoch."""
+        return 0 < self.state.max_steps <= self.state.global_step
+
+    def _refuse_lost_weights(self) -> None:
+        """Every process must call it; all of them raise."""
+        lost = torch.tensor(float(not usable(self.model)), device=self.args.device)  # type: ignore[arg-type]
+        if self.accelerator.reduce(lost, "sum").item():  # type: ignore[union-attr]
+            raise self._lost("", "; they were not saved")
+
+    def _not_finite(self, loss: float, rows: Iterable[Any]) -> UserError:
+        """Of a loss in training; ``rows`` are those of its micro-batch."""
+        numbers = list(dict.fromkeys(map(str, rows)))  # a prompt may have several samples
+        named = ", ".join(numbers[:16]) + (" …" if len(numbers) > 16 else "")
+        where = f"the loss is {loss} at step {self.state.global_step + 1}, on the prompts of rows {named}"
+        if usable(self.model):  # type: ignore[arg-type]
+            return self._stopped(f"{where}; training cannot go on from it", "look at those rows, ")
+        return self._lost(f"{where}; ", "")
+
+    def _lost(self, before: str, behind: str) -> UserError:
+        step = self.state.global_step
+        said = f"{before}the weights are NaN, inf or too large to be squared"
+        if step > getattr(self, "_initial_global_step", 0):
+            return self._stopped(f"{said} since the update of step {step}{behind}")
+        return self._stopped(f"{said} as they were loaded{behind}", "start from other weights, ")
+
+    def _stopped(self, what: str, first: str = "") -> UserError:
+        last = RunFolder(self.args.output_dir or "runs/default").newest_checkpoint()
+        then = f"--resume, which goes on from {last}" if last else "start again"
+        return UserError(
+            f"{what}. The last complete checkpoint is {last or 'none: none was saved yet'}. Fix: {first}lower "
+            f"{self.rate} or use train.bf16 instead of fp16, then {then}."
+        )
+
+
+def usable(model: nn.Module) -> bool:
+    """Whether all trained weights are numbers, and their squares too; of a sharded model, those of this process."""
+    return all(_usable(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _usable(parameter: Tensor) -> bool:
+    values = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's shard, else all of it
+    values = values.to_local() if hasattr(values, "to_local") else values  # FSDP2's
+    if values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)  # NaN, both of them, where there is one
+    return bool((low > -LARGEST) & (high < LARGEST))

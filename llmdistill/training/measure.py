@@ -1,0 +1,199 @@
+"""How far the student is from the teacher on given sequences: per-token metrics with intervals over sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from llmdistill.errors import UserError
+from llmdistill.evals.metrics import bootstrap_ci
+from llmdistill.models.heads import Head, forward_to_head, head_of
+from llmdistill.models.weights import gathered
+from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
+from llmdistill.objectives.streaming import streamed_metrics
+from llmdistill.teachers.base import DenseTeacher, Teacher, is_live
+from llmdistill.teachers.evidence import Evidence, Kind, gather
+from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows, request_seed
+from llmdistill.texts.prompts import completed
+
+if TYPE_CHECKING:
+    from llmdistill.training.trainer import DistillationTrainer
+
+# What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
+UNLISTED_TOP_K = 64
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Per-sequence sums of per-token metrics; B sequences."""
+
+    sums: dict[str, list[float]]  # metric -> [B]
+    tokens: list[int]  # [B] counted tokens
+
+    def mean(self, metric: str) -> float:
+        """Mean per token."""
+        return sum(self.sums[metric]) / max(sum(self.tokens), 1)
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        """95 % bootstrap interval of the mean per token, resampling sequences."""
+        kept = [(total / n, n) for total, n in zip(self.sums[metric], self.tokens, strict=True) if n]
+        return bootstrap_ci([k[0] for k in kept], [k[1] for k in kept]) if kept else (0.0, 0.0)
+
+    def flat(self) -> dict[str, float]:
+        """Metric name -> mean, ``…_low``, ``…_high``; and the number of tokens measured."""
+        values: dict[str, float] = {"tokens": sum(self.tokens)}
+        for metric in self.sums:
+            low, high = self.interval(metric)
+            values.update({metric: self.mean(metric), f"{metric}_low": low, f"{metric}_high": high})
+        return values
+
+    def gathered(self, accelerator: Any) -> Measurement:
+        """The sequences of all ranks together."""
+        if accelerator.num_processes == 1:
+            return self
+        parts: list[Measurement] = gather_object([self])
+        sums = {k: [x for p in parts for x in p.sums[k]] for k in self.sums}
+        return Measurement(sums, [n for p in parts for n in p.tokens])
+
+
+def question(teacher: Teacher, kind: Kind, top_k: int) -> tuple[Kind, int]:
+    """What is asked of the teacher for measuring, given what the objective asks: never less."""
+    dense = kind == "full" or isinstance(teacher, DenseTeacher)
+    return "full" if dense else "top_k", top_k or UNLISTED_TOP_K
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    head: Head,
+    teacher: Teacher,
+    rollout: Rollout,
+    *,
+    vocab_size: int,
+    chunk_tokens: int,
+    batch_sequences: int,
+    kind: Kind = "full",
+    top_k: int = 0,
+    counted: Sequence[bool] | None = None,
+) -> Measurement:
+    """reverse_kl, forward_kl, top1_agreement, acceptance and entropy of ``model`` against ``teacher`` on ``rollout``.
+
+    ``kind`` and ``top_k`` say what is asked of a teacher that does not live in this process; the KLs of its top-k and
+    tail are lower bounds.
+    ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
+    """
+    asked, listed = question(teacher, kind, top_k)
+    metrics = dense_metrics if asked == "full" else sparse_metrics
+    streaming: dict[str, Any] = dict(
+        chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
+    )
+    sums: dict[str, list[float]] = {}
+    tokens: list[int] = []
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(rollout), batch_sequences):
+        part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(head.linear.weight.device)
+        evidence = gather(teacher, part, asked, listed, head.linear.weight.device)
+        found: dict[str, Tensor] = {}
+
+        def at_the_head(
+            hidden_BTH: Tensor, part: Rollout = part, evidence: Evidence = evidence, found: dict[str, Tensor] = found
+        ) -> Tensor:
+            # Inside the head's forward: under ZeRO-3 this is where its weight is whole.
+            rows_NH = predicting_rows(hidden_BTH, part.completion_mask)
+            found.update(streamed_metrics(metrics, rows_NH, head.linear, evidence, **streaming))
+            return rows_NH.new_zeros(())
+
+        forward_to_head(model, head.linear, part, at_the_head)
+        for name, values_N in found.items():
+            sums.setdefault(name, []).extend(float(v.sum()) for v in values_N.split(part.row_counts))
+        tokens += part.row_counts
+    model.train(was_training)
+    keep = range(len(tokens)) if counted is None else [i for i, c in enumerate(counted) if c]
+    return Measurement({k: [v[i] for i in keep] for k, v in sums.items()}, [tokens[i] for i in keep])
+
+
+class HeldOut:
+    """The held-out measurement of a trainer: which texts, and the student's metrics on them.
+
+    ``student``: its own fresh samples at temperature 1. ``teacher``: the teacher's samples, drawn once. A teacher that
+    only replays what was stored knows neither text: then ``dataset``, the held-out rows' own completions, and nothing
+    where they have none or the store has not got them.
+    """
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        self._prompts: list[list[int]] = []  # of all ranks; what is remembered is about these
+        self._teacher_text: Rollout | None = None
+        self._lacking: str | None = None  # what keeps them from being measured
+
+    def measure(self, prompts: Sequence[Prompt]) -> dict[str, Measurement]:
+        """Name of the text -> the sequences of all ranks."""
+        t = self.trainer
+        self._about(prompts)
+        world, rank = t.accelerator.num_processes, t.accelerator.process_index
+        # Every rank makes the same number of forward passes (ZeRO-3 gathers parameters in them): the last ones repeat.
+        share = -(-len(prompts) // world)
+        index = range(rank * share, (rank + 1) * share)
+        mine = [prompts[min(i, len(prompts) - 1)] for i in index]
+        counted = [i < len(prompts) for i in index]
+        measured = {}
+        for name, rollout in self._texts(mine).items():
+            # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
+            sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
+            with t.accelerator.autocast(), gathered(sharded):
+                measured[name] = measure(
+                    t.forward_model(),
+                    head_of(t.model),
+                    t.teacher,
+                    rollout,
+                    vocab_size=t.vocab_size,
+                    chunk_tokens=t.args.chunk_tokens,
+                    batch_sequences=t.args.per_device_eval_batch_size,
+                    kind=t.objective.evidence,
+                    top_k=t.objective.top_k,
+                    counted=counted,
+                ).gathered(t.accelerator)
+        return measured
+
+    def _texts(self, prompts: Sequence[Prompt]) -> dict[str, Rollout]:
+        t = self.trainer
+        if not is_live(t.teacher):
+            return {} if self._reason(prompts) else {"dataset": completed(prompts, t.pad_id)}
+        # At temperature 1, untruncated: the divergence is an expectation under the student itself.
+        seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
+        sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
+        t.rollout_engine.sync(t.forward_model(), t.state.global_step)
+        own = t.readable(t.rollout_engine.generate(prompts, sampling), prompts)
+        if self._teacher_text is None:
+            self._teacher_text = t.readable(t.teacher.generate(prompts, sampling), prompts)
+        return {"student": own, "teacher": self._teacher_text}
+
+    def lacking(self, prompts: Sequence[Prompt]) -> str:
+        """Why a teacher that is not live cannot judge these rows, or nothing. Every rank has the same answer."""
+        self._about(prompts)
+        return self._reason(prompts)
+
+    def _about(self, prompts: Sequence[Prompt]) -> None:
+        """Forgets what is known of other prompts. Of all ranks': they must agree on what there is to do together."""
+        if (ids := [p.ids for p in prompts]) != self._prompts:
+            self._prompts, self._teacher_text, self._lacking = ids, None, None
+
+    def _reason(self, prompts: Sequence[Prompt]) -> str:
+        t = self.trainer
+        if self._lacking is None:
+            reason = "" if all(p.completion for p in prompts) else "they have no completions of their own"
+            if not reason:
+                try:
+                    asked = question(t.teacher, t.objective.evidence, t.objective.top_k)
+                    gather(t.teacher, completed(prompts, t.pad_id), *asked)
+                except UserError as error:
+                    reason = str(error)
+            reasons = gather_object([reason]) if t.accelerator.num_processes > 1 else [reason]
+            self._lacking = next(filter(None, reasons), "")
+        return self._lacking

@@ -1,0 +1,69 @@
+"""Task rewards of sampled completions: verdicts, normalised over the samples of a prompt as in GRPO."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from llmdistill.errors import UserError
+from llmdistill.texts import Prompt
+
+Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+
+
+def math_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    """1 where the completion's final answer is the row's ``answer``, else 0 (llmdistill.verify.math).
+
+    Raises:
+        UserError: a row has no answer.
+    """
+    from llmdistill.verify.math import verify_answer
+
+    if bare := [p.row for p in prompts if not p.answer]:
+        raise UserError(f"row {bare[0]} has no answer to verify against. Fix: --data.answer_column NAME.")
+    return [float(verify_answer(text, p.answer)) for p, text in zip(prompts, completions, strict=True)]
+
+
+BUILT_IN: dict[str, Reward] = {"math": math_reward}
+
+
+def load_reward(name: str) -> Reward:
+    """``math``, or a function of yours as ``package.module:name``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function) if function else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"objective.reward {name!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise UserError(
+            f"objective.reward is {name!r}; it must be {' or '.join(BUILT_IN)}, or package.module:function taking "
+            "(prompts, completions) and returning one number for each."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def group_advantages(rewards: Sequence[float], group: int) -> list[float]:
+    """(r - mean) / (std + 1e-4) within each run of ``group`` neighbours (GRPO, arXiv 2402.03300, section 4.1.2).
+
+    The deviation is the sample's (n - 1), as TRL takes it; a group of equal rewards has advantage 0.
+
+    Raises:
+        ValueError: the rewards are no multiple of the group.
+    """
+    if group < 2 or len(rewards) % group:
+        raise ValueError(f"{len(rewards)} rewards in groups of {group}; a group has at least 2 and all are whole")
+    advantages = []
+    for start in range(0, len(rewards), group):
+        part = [float(r) for r in rewards[start : start + group]]
+        # Of equal numbers the mean is one of them: rounding must not become an advantage.
+        mean = part[0] if min(part) == max(part) else statistics.fmean(part)
+        std = statistics.stdev(part)
+        advantages += [(r - mean) / (std + 1e-4) for r in part]
+    return advantages

@@ -1,0 +1,145 @@
+"""Where the sequences of a round come from: the student, the dataset, the teacher, or a mix of them.
+
+- ``student``: on-policy (METHODS 2.1).
+- ``dataset``, ``teacher``: off-policy; the rows' own completions, or fresh ones of the teacher for the rows' prompts.
+- ``mixed``: GKD's policy (arXiv 2306.13649, algorithm 1): a round is the student's with probability
+  ``student_fraction``, else off-policy.
+- ``adaptive``: DistiLLM's (arXiv 2402.03898, section 3.2). phi starts at 0 and grows by .1 whenever the validation loss
+  has risen by eps since it last grew: a sign that the student meets too little of its own text. A round is replayed
+  student text with probability phi; of these rounds, the share 1 - step/total (all, while the buffer is not full) is
+  generated anew and remembered.
+
+Which of them a round is does not depend on the rank, and a resumed run decides as the undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from llmdistill.texts import Prompt, Rollout, request_seed
+from llmdistill.texts.buffer import ReplayBuffer
+
+Kind = Literal["student", "dataset", "teacher", "mixed", "adaptive"]
+OffPolicy = Literal["dataset", "teacher"]
+Drawn = tuple[Rollout, list[Prompt]]  # and the prompt of every sequence
+Draw = Callable[[Sequence[Prompt]], Drawn]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a policy may choose from for one optimizer step."""
+
+    prompts: Sequence[Prompt]
+    step: int  # optimizer steps done
+    total: int  # optimizer steps of the run
+    seed: int
+    rank: int
+    samples_per_prompt: int
+    pad_id: int
+    sources: Mapping[str, Draw]  # student, dataset, teacher
+
+    def chance(self, what: str) -> float:
+        """A uniform number in [0, 1) of this step, the same on every rank."""
+        return request_seed(self.seed, self.step, sum(map(ord, what))) / 2.0**63
+
+    def draw(self, source: str) -> Drawn:
+        return self.sources[source](self.prompts)
+
+
+class Sequences(Protocol):
+    """A data policy. ``uses`` names the sources it may draw from."""
+
+    uses: frozenset[str]
+
+    def draw(self, round_: Round) -> Drawn: ...
+
+    def evaluated(self, loss: float) -> None:
+        """Called on every rank with the loss of each validation."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Only:
+    """Always the same source."""
+
+    def __init__(self, source: str) -> None:
+        self.source, self.uses = source, frozenset({source})
+
+    def draw(self, round_: Round) -> Drawn:
+        return round_.draw(self.source)
+
+    def evaluated(self, loss: float) -> None:
+        """Nothing depends on it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state."""
+
+
+class Mixed(Only):
+    """The student's text in a share of the rounds."""
+
+    def __init__(self, student_fraction: float, off_policy: str = "dataset") -> None:
+        if not 0.0 <= student_fraction <= 1.0:
+            raise ValueError(f"student_fraction is {student_fraction}; it is a probability in [0, 1]")
+        self.student_fraction, self.off_policy = student_fraction, off_policy
+        self.uses = frozenset({"student", off_policy})
+
+    def draw(self, round_: Round) -> Drawn:
+        return round_.draw("student" if round_.chance("mixed") < self.student_fraction else self.off_policy)
+
+
+class Adaptive:
+    """DistiLLM's schedule with its replay buffer; ``eps`` is in nats of the validation loss."""
+
+    def __init__(
+        self, off_policy: str = "dataset", capacity: int = 1000, eps: float = 0.1, growth: float = 0.1
+    ) -> None:
+        self.off_policy, self.eps, self.growth = off_policy, eps, growth
+        self.uses = frozenset({"student", off_policy})
+        self.buffer = ReplayBuffer(capacity)
+        self.phi = 0.0
+        self.last_loss: float | None = None
+
+    def draw(self, round_: Round) -> Drawn:
+        chance = round_.chance("adaptive")
+        if chance >= self.phi:
+            return round_.draw(self.off_policy)
+        fresh = self.phi * (1.0 - round_.step / max(round_.total, 1))
+        if chance < fresh or not self.buffer.full:
+            drawn = round_.draw("student")
+            self.buffer.add(*drawn)
+            return drawn
+        n = len(round_.prompts) * round_.samples_per_prompt
+        return self.buffer.draw(n, request_seed(round_.seed, round_.step, round_.rank), round_.pad_id)
+
+    def evaluated(self, loss: float) -> None:
+        if self.last_loss is None:
+            self.last_loss = loss
+        elif loss >= self.last_loss + self.eps:
+            self.phi, self.last_loss = min(1.0, self.phi + self.growth), loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"phi": self.phi, "last_loss": self.last_loss, "buffer": self.buffer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.phi, self.last_loss = state["phi"], state["last_loss"]
+        self.buffer.load_state_dict(state["buffer"])
+
+
+def make_sequences(
+    kind: Kind, *, student_fraction: float, off_policy: OffPolicy, replay_size: int, adaptive_eps: float
+) -> Sequences:
+    """The policy the settings name."""
+    if kind == "mixed":
+        return Mixed(student_fraction, off_policy)
+    if kind == "adaptive":
+        return Adaptive(off_policy, replay_size, adaptive_eps)
+    return Only(kind)

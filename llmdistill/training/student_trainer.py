@@ -1,0 +1,145 @@
+"""StudentTrainer: what training a student needs whatever it learns from. transformers.Trainer underneath.
+
+Subclasses make the micro-batches of an optimizer step in ``get_batch_samples``, all at once: so the count that a loss
+is divided by, of the *global* batch, is known before the first backward pass, and gradients do not depend on how the
+batch was split over micro-batches and processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+
+from llmdistill.errors import UserError
+from llmdistill.recipe.config import DistillationConfig
+from llmdistill.record.meters import Meters, peak_memory_gib
+from llmdistill.record.run_folder import RunFolder, RunFolderCallback
+from llmdistill.teachers.local import load_model
+from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.training.finite import FiniteTrainer
+
+
+def ready_student(
+    model: str | PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: DistillationConfig,
+    peft_config: Any = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student as it is trained (loaded, frozen in part, with its adapter), and its tokenizer.
+
+    Raises:
+        UserError: for a model object without a tokenizer.
+    """
+    if isinstance(model, str):
+        student, tokenizer = load_model(model, "float32", "student")
+        processing_class = processing_class or tokenizer
+    else:
+        student = model
+    if processing_class is None:
+        raise UserError("processing_class is None; with a model object give its tokenizer too")
+    if args.freeze_embeddings:
+        freeze_embeddings(student)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        set_seed(args.seed)  # the adapter's start is random
+        student = get_peft_model(student, peft_config)  # type: ignore[assignment]
+    if args.gradient_checkpointing and hasattr(student, "enable_input_require_grads"):
+        student.enable_input_require_grads()
+    return student, processing_class
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Trains neither the input embeddings nor the output head."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.requires_grad_(False)  # type: ignore[union-attr]
+
+
+class StudentTrainer(FiniteTrainer):
+    """Trains ``model``, records the run, and says where a loss stopped being a number.
+
+    Args:
+        model, processing_class: of :func:`ready_student`.
+        encode: how prompts became tokens.
+        train_dataset, eval_dataset: encoded examples; they stay examples until a whole round of them is there.
+    """
+
+    loss_is_scaled_for_ga = True  # what compute_loss returns is already divided by the global count
+    # Narrower than transformers declares them.
+    args: DistillationConfig
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DistillationConfig,
+        *,
+        encode: PromptEncoder,
+        train_dataset: list[Any] | None,
+        eval_dataset: list[Any] | None,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: list[Any] | None,
+        optimizers: tuple[Any, Any],
+    ) -> None:
+        self.encode = encode
+        self.run_folder, self.meters = RunFolder(args.output_dir or "runs/default"), Meters()
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=args,
+            data_collator=list,  # type: ignore[arg-type]
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
+        self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
+        self.add_callback(self._run_folder_callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._run_folder_callback.stop()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was measured since the last line."""
+        if "loss" in logs:
+            logs.update(self.meters.flush(self.accelerator))
+            logs["memory/peak_gib"] = peak_memory_gib()
+        super().log(logs, start_time)
+
+    def forward_model(self) -> nn.Module:
+        """The student to run: DeepSpeed's engine puts sharded parameters together, everything else is the model."""
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
+
+    def _groups(self, epoch_iterator: Iterator[list[Any]], num_batches: int) -> list[list[Any]]:
+        """The examples of the next optimizer step, a list for each micro-batch. None: there is no such step."""
+        if self._all_steps_done():
+            return []
+        return list(islice(epoch_iterator, num_batches))
+
+    def _of_global_batch(self, loss_sum: Tensor, output: Any, total: int) -> Tensor:
+        """``loss_sum`` over the global count, times the processes that gradients are averaged over."""
+        # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
+        return (loss_sum + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
+
+
+def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
+    """Bounds of ``parts`` (nearly) equal stretches of ``range(count)``."""
+    return list(pairwise(count * k // parts for k in range(parts + 1)))
+
+
+def gathered_count(trainer: Trainer, count: int, device: torch.device) -> Tensor:
+    """``count`` summed over the processes."""
+    return trainer.accelerator.gather(torch.tensor(count, device=device)).sum()  # type: ignore[union-attr]

@@ -1,0 +1,54 @@
+"""Which tokens the student finds likeliest: the ids it asks a teacher about.
+
+A reverse KL weighs tokens by the student's probability. What the teacher's own top-k leaves out of it is exactly what a
+student does not do right yet (METHODS 2.1: the support of the top-k estimator is the student's).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.models.heads import Head, forward_to_head
+from llmdistill.objectives.rows import TokenRows
+from llmdistill.objectives.streaming import streamed_metrics
+from llmdistill.texts import Rollout, predicting_rows
+
+Support = Literal["teacher", "student", "union"]
+
+
+@torch.no_grad()
+def likeliest_ids(
+    model: nn.Module, head: Head, rollout: Rollout, k: int, *, vocab_size: int, chunk_tokens: int, batch_sequences: int
+) -> Tensor:
+    """The k likeliest tokens below ``vocab_size`` at every counted position, [N, k] int64 on the CPU, in row order.
+
+    Args:
+        model: the student as it is called in training, so that sharded weights are gathered.
+    """
+    device, found = head.linear.weight.device, [torch.zeros(0, k, dtype=torch.int64)]
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(rollout), batch_sequences):
+        part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(device)
+
+        def at_the_head(hidden_BTH: Tensor, part: Rollout = part) -> Tensor:
+            rows_NH = predicting_rows(hidden_BTH, part.completion_mask)
+            listed = streamed_metrics(
+                lambda logits_nV, ids: {"ids": logits_nV.topk(k, dim=-1).indices},
+                rows_NH,
+                head.linear,
+                TokenRows(part.token_rows()),
+                chunk_tokens=chunk_tokens,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                vocab_size=vocab_size,
+            )
+            found.append(listed["ids"].cpu())
+            return rows_NH.new_zeros(())
+
+        forward_to_head(model, head.linear, part, at_the_head)
+    model.train(was_training)
+    return torch.cat(found)

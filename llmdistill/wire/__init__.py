@@ -1,0 +1,1 @@
+"""Score blocks, protocol, transport: what clients and service share."""
