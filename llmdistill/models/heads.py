@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from llmdistill.errors import UserError
 from llmdistill.texts import Rollout, position_ids
 
-_one_at_a_time = threading.RLock()  # standing in a head's place
+Compute = Callable[[Tensor], Tensor]  # of hidden [B, T, H], a scalar: what stands in a head's place
+
+# By id of the head, for the moment in which a stand-in is set or taken away: never held while anything is computed. Not
+# on the head itself: a lock can be neither copied nor pickled with the model. One of a head that is gone is used again.
+_locks: dict[int, threading.Lock] = {}
 
 
 @dataclass(frozen=True)
@@ -54,35 +58,59 @@ def head_of(model: nn.Module) -> Head:
     return Head(linear, scale, getattr(config, "final_logit_softcapping", None))
 
 
+class _ByThread:
+    """A head's ``forward`` while somebody stands in its place: for every thread what it put there last."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+        self.own = vars(linear).get("forward")  # of the instance, such as one with accelerate's hooks around it
+        self.computes: dict[int, list[Compute]] = {}  # by thread, the innermost last
+
+    def __call__(self, hidden_BTH: Tensor) -> Tensor:
+        stack = self.computes.get(threading.get_ident())
+        if not stack:  # the same model, run elsewhere meanwhile: it has its head
+            return self.own(hidden_BTH) if self.own else type(self.linear).forward(self.linear, hidden_BTH)
+        return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1) + 0 * stack[-1](hidden_BTH)
+
+    def restore(self) -> None:
+        if self.own:
+            self.linear.forward = self.own  # type: ignore[method-assign]
+        else:
+            del self.linear.forward
+
+
 @contextmanager
-def in_place_of(linear: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def in_place_of(linear: nn.Linear, compute: Compute) -> Iterator[None]:
     """Within the context the head computes ``compute(hidden_BTH)`` and hands a [B, T, 1] zero on to the model.
 
     What the model does with its logits afterwards (scaling, capping) then costs nothing and changes nothing. Setting
     the instance attribute, and not swapping the module, keeps every hook registered on it working.
 
+    This is so in the thread that entered: others may run the same model meanwhile, as it is or with a ``compute`` of
+    their own, and none waits for another. Inside the context another one may be entered, and holds until it is left.
+
     The zeros depend on a scalar that ``compute`` returns, with derivative 0. A loss computed here that is trained on
     adds ``0 * logits.sum()`` of the model's output: ZeRO-3 prepares a module for backward, and DDP finds the
     parameters in use, only on a graph that passes through the modules' outputs.
     """
+    thread, lock = threading.get_ident(), _locks.setdefault(id(linear), threading.Lock())
+    with lock:
+        stand_in = vars(linear).get("forward")
+        if not isinstance(stand_in, _ByThread):
+            stand_in = linear.forward = _ByThread(linear)  # type: ignore[method-assign,assignment]
+        stand_in.computes.setdefault(thread, []).append(compute)
+    try:
+        yield
+    finally:
+        with lock:
+            stand_in.computes[thread].pop()
+            if not stand_in.computes[thread]:
+                del stand_in.computes[thread]
+            if not stand_in.computes:
+                stand_in.restore()
 
-    owner = threading.get_ident()
 
-    def forward(hidden_BTH: Tensor) -> Tensor:
-        if threading.get_ident() != owner:  # the same model, run elsewhere meanwhile: it has its head
-            return type(linear).forward(linear, hidden_BTH)
-        value = compute(hidden_BTH)
-        return hidden_BTH.new_zeros(*hidden_BTH.shape[:-1], 1) + 0 * value
-
-    with _one_at_a_time:
-        linear.forward = forward  # type: ignore[method-assign,assignment]
-        try:
-            yield
-        finally:
-            del linear.forward
-
-
-def forward_to_head(model: nn.Module, linear: nn.Linear, rollout: Rollout, compute: Callable[[Tensor], Tensor]) -> Any:
+def forward_to_head(model: nn.Module, linear: nn.Linear, rollout: Rollout, compute: Compute) -> Any:
     """The model's output on ``rollout`` with ``compute(hidden_BTH)`` in place of its head; see :func:`in_place_of`."""
     with in_place_of(linear, compute):
         return model(
