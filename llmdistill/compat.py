@@ -1,7 +1,9 @@
-"""The only place that touches unstable API of others: vLLM's engine internals and a helper of TRL.
+"""The only place that touches unstable API of others: vLLM's engine internals, a helper of TRL, and what transformers'
+trainer and loader name with an underscore.
 
-Importing this module imports neither. Every use has a contract test in ``tests/test_compat.py`` that fails loudly when
-an upgrade changes what is relied on here. The student's side of a weight push is in :mod:`llmdistill.models.weights`.
+Importing this module imports none of them. Every use has a contract test in ``tests/test_compat.py`` that fails loudly
+when an upgrade changes what is relied on here. The student's side of a weight push is in
+:mod:`llmdistill.models.weights`.
 
 **An engine in the training process.** Loading vLLM would reseed torch, numpy and python, start a one-process
 ``torch.distributed`` group, replace ``torch.set_num_threads`` by a no-op, bind the process to a NUMA node and export
@@ -24,10 +26,9 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,39 @@ from llmdistill.errors import UserError
 _LEAKING = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 _open_engines: dict[int, weakref.finalize[Any, Any]] = {}
 _owns_group = False
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` inside; afterwards what it was, inherited or absent again if it was that."""
+    own = vars(owner)
+    had, before = name in own, own.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """These environment variables inside; afterwards what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        _put_back(before)
+
+
+def _put_back(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def load_vllm(
@@ -77,7 +111,7 @@ def load_vllm(
     backend: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if _world_size() > 1 else {}
     had_group = torch.distributed.is_initialized()
     # a sequence may be one token longer than the model's context when that token is never read (teachers that score)
-    with _contained(), mock.patch.dict(os.environ, VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
+    with _contained(), environment(VLLM_ALLOW_LONG_MAX_MODEL_LEN="1"):
         try:
             import vllm
         except ImportError as error:
@@ -305,8 +339,8 @@ def _teach_chosen_ids(worker: Any) -> None:
 
     def scored(hidden: Tensor, scheduled: dict[str, int]) -> Any:
         head = getattr(runner.model, "logits_processor", None)
-        plain = mock.patch.object(head, "punica_wrapper", _NoAdapter()) if hasattr(head, "punica_wrapper") else None
-        with plain or nullcontext():
+        plain = patched(head, "punica_wrapper", _NoAdapter()) if hasattr(head, "punica_wrapper") else nullcontext()
+        with plain:
             chosen(hidden, scheduled)
             return score_prompts(hidden, scheduled)
 
@@ -366,6 +400,76 @@ def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
                 unwrapped._forward_pre_hooks[check.id] = hook
 
 
+def beside_random_states(trainer: Any, write: Callable[[str], None]) -> None:
+    """``write(folder)`` where transformers' trainer writes the random states of a checkpoint.
+
+    That is in every rank, and before ``trainer_state.json``, which says that a checkpoint is complete.
+    """
+    save = trainer._save_rng_state
+
+    def saved(folder: str) -> None:
+        save(folder)
+        write(folder)
+
+    trainer._save_rng_state = saved
+
+
+def before_checkpoints(trainer: Any, check: Callable[[], None]) -> None:
+    """``check()`` in every rank before transformers' trainer writes anything of a checkpoint; it may raise."""
+    save = trainer._save_checkpoint
+
+    def saved(model: nn.Module, trial: Any) -> None:
+        check()
+        save(model, trial)
+
+    trainer._save_checkpoint = saved
+
+
+def resume_at_present_rate(trainer: Any) -> None:
+    """A run that is resumed goes on at the learning rate it is now given, on the stored schedule's shape.
+
+    transformers would restore the stored rate with the schedule and the optimizer.
+    """
+    load = trainer._load_optimizer_and_scheduler
+
+    def loaded(checkpoint: str | None) -> None:
+        scheduler: Any = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+        present = list(getattr(scheduler, "base_lrs", ()))
+        load(checkpoint)
+        stored = list(getattr(scheduler, "base_lrs", ()))
+        if present == stored or not all(stored) or trainer.optimizer is None:
+            return
+        scheduler.base_lrs = present
+        for group, now, then in zip(trainer.optimizer.param_groups, present, stored, strict=True):
+            group["lr"], group["initial_lr"] = group["lr"] * now / then, now
+        scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]  # what the log shows
+
+    trainer._load_optimizer_and_scheduler = loaded
+
+
+def first_step(trainer: Any) -> int:
+    """The step that transformers' trainer started or resumed from; 0 before it did."""
+    return int(getattr(trainer, "_initial_global_step", 0))
+
+
+def as_stored(model: Any, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights under the names and in the shapes of its checkpoint.
+
+    transformers lays some tensors out anew in memory (fused experts); those of most models not at all.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return pairs
+    known = getattr(model, "_weight_conversions", None)
+    conversions = get_model_conversion_mapping(model, add_legacy=False) if known is None else known
+    if not conversions:
+        return pairs
+    return iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
+
+
 def _prepare_environment(on_gpu: bool) -> None:
     """Variables vLLM reads when it is imported. A value the user set stays."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -395,21 +499,18 @@ def random_state_kept() -> Iterator[None]:
 @contextmanager
 def _contained() -> Iterator[None]:
     """Puts back what loading vLLM changes in the process: random states, threads, NUMA policy, environment."""
-    environment = {name: os.environ.get(name) for name in _LEAKING}
+    leaking = {name: os.environ.get(name) for name in _LEAKING}
     set_num_threads, threads, excepthook = torch.set_num_threads, torch.get_num_threads(), sys.excepthook
     try:
         with warnings.catch_warnings(), random_state_kept():
             warnings.simplefilter("ignore")
-            with mock.patch.object(torch.ops._C, "init_cpu_memory_env", lambda nodes: None, create=True):
+            with patched(torch.ops._C, "init_cpu_memory_env", lambda nodes: None):
                 yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         sys.excepthook = excepthook  # torch's, which comes with a process group, puts "[rank0]" before tracebacks
-        for name, value in environment.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        _put_back(leaking)
         gc.unfreeze()  # vLLM freezes every object alive, the training's too
 
 
@@ -418,11 +519,13 @@ def _shutdown(core: Any, key: int) -> None:
     _open_engines.pop(key, None)
     with ExitStack() as stack:
         if _open_engines:
-            stack.enter_context(mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"))
+            from vllm.v1.engine import core as engine_core
+
+            stack.enter_context(patched(engine_core, "cleanup_dist_env_and_memory", lambda *args, **kwargs: None))
         elif not _owns_group:
             destroy = torch.distributed.destroy_process_group
-            keep = mock.patch("torch.distributed.destroy_process_group", lambda g=None: destroy(g) if g else None)
-            stack.enter_context(keep)
+            only_its_own = lambda group=None: destroy(group) if group else None  # noqa: E731
+            stack.enter_context(patched(torch.distributed, "destroy_process_group", only_its_own))
         core.shutdown()
     _owns_group = _owns_group and bool(_open_engines)
 
@@ -432,7 +535,7 @@ def _keeping_plain_weights() -> Iterator[None]:
     """Layers packed meanwhile keep their plain weights; an embedding that is no output head is not packed at all."""
     from vllm.model_executor.layers import utils
 
-    with mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", _packer(utils.dispatch_cpu_unquantized_gemm)):
+    with patched(utils, "dispatch_cpu_unquantized_gemm", _packer(utils.dispatch_cpu_unquantized_gemm)):
         yield
 
 
@@ -470,7 +573,7 @@ def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bo
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = set(parameters) - {name for name, _ in model.named_parameters()}
     # copy_ converts the dtype on the way, which is faster than a converted copy; vLLM would warn of every one
-    with mock.patch.object(loading.logger, "warning", lambda *args, **kwargs: None):
+    with patched(loading.logger, "warning", lambda *args, **kwargs: None):
         loaded = model.load_weights((name, tensor) for name, tensor in pairs if name not in tied)
     missing = set(parameters) - tied - set(loaded)
     if missing and not partial:

@@ -3,14 +3,18 @@
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import llmdistill
+from llmdistill.compat import environment, patched
 from llmdistill.models.weights import named_weights
 from tests.tiny import llama
 
@@ -33,6 +37,45 @@ def test_importing_compat_imports_nothing_heavy():
     code = "import sys, llmdistill.compat, llmdistill.models.weights; print({m.split('.')[0] for m in sys.modules})"
     loaded = eval(python(code))
     assert not loaded & {"vllm", "trl", "peft", "deepspeed", "transformers", "accelerate"}
+
+
+class Owner:
+    inherited = "of the class"
+
+
+def test_a_patched_attribute_is_put_back_as_it_was():
+    owner = Owner()
+    owner.own = "of the instance"
+    for name in ("own", "inherited", "absent"):
+        before = dict(vars(owner))
+        with pytest.raises(ZeroDivisionError), patched(owner, name, "patched"):
+            assert getattr(owner, name) == "patched"
+            1 / 0  # noqa: B018
+        assert vars(owner) == before
+    assert owner.inherited == "of the class" and not hasattr(owner, "absent")
+
+
+def test_patches_of_one_attribute_nest():
+    owner = Owner()
+    with patched(owner, "inherited", "outer"):
+        with patched(owner, "inherited", "inner"):
+            assert owner.inherited == "inner"
+        assert owner.inherited == "outer"
+    assert vars(owner) == {}
+
+
+def test_environment_variables_are_put_back(monkeypatch):
+    monkeypatch.setenv("LLMDISTILL_SET", "before")
+    monkeypatch.delenv("LLMDISTILL_UNSET", raising=False)
+    with pytest.raises(ZeroDivisionError), environment(LLMDISTILL_SET="inside", LLMDISTILL_UNSET="inside"):
+        assert os.environ["LLMDISTILL_SET"] == os.environ["LLMDISTILL_UNSET"] == "inside"
+        1 / 0  # noqa: B018
+    assert os.environ["LLMDISTILL_SET"] == "before" and "LLMDISTILL_UNSET" not in os.environ
+
+
+def test_production_code_imports_no_mock():
+    files = Path(llmdistill.__file__).parent.rglob("*.py")
+    assert not [file for file in files if re.search(r"^\s*(import|from) unittest", file.read_text(), re.M)]
 
 
 def process_state():
@@ -194,6 +237,67 @@ def test_generation_ready_restores_gradient_checkpointing():
     with generation_ready(model, Accelerator(cpu=True)) as ready:
         assert ready is model and not ready.is_gradient_checkpointing
     assert model.is_gradient_checkpointing
+
+
+def trainer(folder, **settings):
+    """transformers' own trainer of a line through one number."""
+    from transformers import Trainer, TrainingArguments
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return {"loss": (self.weight * x).square().mean()}
+
+    common = dict(per_device_train_batch_size=1, report_to="none", use_cpu=True, disable_tqdm=True, save_steps=1)
+    args = TrainingArguments(str(folder), max_steps=4, **common, **settings)
+    return Trainer(Line(), args, train_dataset=[{"x": torch.ones(1)}] * 4)
+
+
+def test_checkpoints_are_checked_first_and_written_to_before_they_are_complete(tmp_path):
+    from llmdistill import compat
+
+    seen, made = [], trainer(tmp_path)
+    compat.before_checkpoints(made, lambda: seen.append(sorted(p.name for p in tmp_path.iterdir())))
+    compat.beside_random_states(made, lambda folder: seen.append(sorted(os.listdir(folder))))
+    made.train()
+    checked, beside = seen[0], seen[1]
+    assert checked == []
+    assert "rng_state.pth" in beside and "trainer_state.json" not in beside
+    assert len(seen) == 2 * 4  # a checkpoint a step
+
+
+def test_a_check_that_raises_leaves_no_checkpoint(tmp_path):
+    from llmdistill import compat
+
+    made = trainer(tmp_path)
+    compat.before_checkpoints(made, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_goes_on_at_the_present_rate(tmp_path):
+    """Linear decay over four steps: after three, a quarter of the rate is left, of the one that is now given."""
+    from transformers import TrainerCallback
+
+    from llmdistill import compat
+
+    trainer(tmp_path, learning_rate=1e-2).train()
+    made, rates = trainer(tmp_path, learning_rate=4e-3), []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    made.add_callback(Rates())
+    compat.resume_at_present_rate(made)
+    assert compat.first_step(made) == 0
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert compat.first_step(made) == 3
+    assert rates == pytest.approx([1e-3])
 
 
 TWO_RANKS = """

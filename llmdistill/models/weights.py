@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmdistill import compat
 from llmdistill.errors import UserError
 
 
@@ -29,12 +30,7 @@ def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator
     """
     model = base_model(model)
     _refuse_adapted_ties(model)
-    pairs = _walk(model, "", trainable_only)
-    if _conversions(model):
-        from transformers.core_model_loading import revert_weight_conversion
-
-        pairs = iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
-    return pairs
+    return compat.as_stored(model, _walk(model, "", trainable_only))
 
 
 def base_model(model: Any) -> Any:
@@ -94,17 +90,6 @@ def _refuse_adapted_ties(model: Any) -> None:
             "student.lora_target_modules adapts tied embeddings; the merged embedding and output head would differ. "
             "Fix: leave embed_tokens and lm_head out, or untie them in the checkpoint (tie_word_embeddings: false)."
         )
-
-
-def _conversions(model: Any) -> list[Any]:
-    """How transformers lays the checkpoint's tensors out anew in memory (fused experts); most models: not at all."""
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if not isinstance(model, PreTrainedModel):
-        return []
-    known = getattr(model, "_weight_conversions", None)
-    return get_model_conversion_mapping(model, add_legacy=False) if known is None else known
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
