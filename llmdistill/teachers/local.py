@@ -18,10 +18,10 @@ from llmdistill.recipe.config import TeacherConfig, torch_dtype
 from llmdistill.recipe.launches import whole_models
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
-from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows, span
+from llmdistill.teachers.listing import blocks_of, refuse_wider
+from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
-from llmdistill.wire.blocks import BlockHeader, ScoreBlock
-from llmdistill.wire.listing import columns, listed, support_of
+from llmdistill.wire.blocks import ScoreBlock
 
 # from_pretrained swaps PreTrainedModel.tie_weights out while it loads. Two threads that load at a time can put each
 # other's stand-in back, and no weights are tied in this process ever after.
@@ -77,34 +77,14 @@ class LocalTeacher:
         hidden_NH = torch.cat([r for r in rows if r is not None] or [empty])
         return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
 
-    @torch.no_grad()
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """One block per sequence. ``top_k`` up to the vocabulary size; any ids can be ``chosen``.
 
         Raises:
             UserError: ``top_k`` above the number of logit columns.
         """
-        vocab = self.head.vocab_size
-        if top_k > vocab:
-            raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
-        rows, ids_N = self.dense(rollout), rollout.token_rows().to(self.model.device)
-        width = columns(top_k, chosen, vocab)
-        token_lp = [torch.zeros(0)]
-        ids, lps = [torch.zeros(0, width, dtype=torch.int32)], [torch.zeros(0, width)]
-        for start in range(0, len(rows), self.chunk_tokens):
-            piece = slice(start, start + self.chunk_tokens)
-            (logits_nV,) = rows.chunk(piece, vocab)
-            logprobs_nV = logits_nV.float().log_softmax(-1)
-            token_lp.append(logprobs_nV.gather(1, ids_N[piece, None]).squeeze(1).cpu())
-            ids_nK, lps_nK = listed(logprobs_nV, top_k, None if chosen is None else chosen[piece])
-            ids.append(ids_nK.cpu())
-            lps.append(lps_nK.cpu())
-        counts = rollout.row_counts
-        parts = (torch.cat(token_lp).split(counts), torch.cat(ids).split(counts), torch.cat(lps).split(counts))
-        info = self.info()
-        header = BlockHeader(info.fingerprint, info.tokenizer, width, vocab, support=support_of(top_k, chosen))
-        spans = [span(mask) for mask in rollout.completion_mask]
-        return [ScoreBlock(s, *p, header) for s, p in zip(spans, zip(*parts, strict=True), strict=True)]
+        refuse_wider(top_k, self.head.vocab_size)
+        return blocks_of(self.dense(rollout), rollout, top_k, chosen, self.info(), self.chunk_tokens)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         return generate(self.model, prompts, sampling, eos_ids=self.info().eos_ids, pad_id=pad_id(self.tokenizer))

@@ -4,6 +4,9 @@
 ``EnsembleTeacher``: every token is judged by the average of the teachers' distributions.
 
 They nest: a route may lead to an ensemble. What a teacher elsewhere is asked, all such teachers are asked at once.
+
+Teachers whose heads differ in width share a tokenizer all the same (see :mod:`~llmdistill.teachers.narrow`): each one's
+distribution is that over the columns of the narrowest.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ from torch import Tensor
 from llmdistill.errors import UserError
 from llmdistill.objectives.rows import MixtureRows, RoutedRows
 from llmdistill.teachers.base import DenseTeacher, Teacher, TeacherInfo, bytes_received, is_live
-from llmdistill.texts import Prompt, Rollout, Sampling, request_seed, span
-from llmdistill.wire.blocks import BlockHeader, ScoreBlock
-from llmdistill.wire.listing import columns, listed, merged, support_of
+from llmdistill.teachers.listing import blocks_of, by_sequence, refuse_wider
+from llmdistill.teachers.narrow import LogMass, cut, score_within
+from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
+from llmdistill.wire.blocks import BlockHeader, ScoreBlock, Support
+from llmdistill.wire.listing import merged, support_of
 
 UNKNOWN_FIX = (
     "correct the domain (data.domain_column names its column), add it to a teacher's domains, or leave the domains of "
     "one teacher empty: it takes all others"
 )
-CHUNK_TOKENS = 256  # rows whose whole mixture exists at one time when an embedded ensemble lists its likeliest tokens
 T = TypeVar("T")
 
 
@@ -74,7 +78,7 @@ class RoutedTeacher(_Several):
             sequences without one.
 
     Raises:
-        UserError: no teacher, two defaults, a domain of two teachers, or teachers whose vocabularies differ.
+        UserError: no teacher, two defaults, a domain of two teachers, or teachers whose tokenizers differ.
     """
 
     def __init__(self, routes: Mapping[str, tuple[Teacher, Sequence[str]]]) -> None:
@@ -111,12 +115,14 @@ class RoutedTeacher(_Several):
         Raises:
             UserError: a sequence of a domain nobody has, or whatever a member raises.
         """
+        vocab = self._info.vocab_size
+        refuse_wider(top_k, vocab)
         parts = self._split(_domains(rollout), "sequence")
         chosen_of = None if chosen is None else chosen.split(rollout.row_counts)
 
         def ask(name: str, index: list[int]) -> list[ScoreBlock]:
             mine = None if chosen_of is None else torch.cat([chosen_of[i] for i in index])
-            return self.members[name].score(_whole_columns(rollout, index), top_k, mine)
+            return score_within(self.members[name], vocab, _whole_columns(rollout, index), top_k, mine)[0]
 
         found: dict[int, ScoreBlock] = {}
         for index, blocks in zip(parts.values(), self._ask(parts, ask), strict=True):
@@ -177,7 +183,7 @@ class EnsembleTeacher(_Several):
         names: of the members, for messages; by default what they call themselves.
 
     Raises:
-        UserError: fewer than one member, a weight that is not positive, or teachers whose vocabularies differ.
+        UserError: fewer than one member, a weight that is not positive, or teachers whose tokenizers differ.
     """
 
     def __init__(self, members: Sequence[tuple[Teacher, float]], names: Sequence[str] | None = None) -> None:
@@ -209,16 +215,14 @@ class EnsembleTeacher(_Several):
         Raises:
             UserError: a member cannot score ids it did not choose, or whatever else a member raises.
         """
-        if hasattr(self, "dense"):
-            token_lp, ids, lps, support = *self._list_dense(rollout, top_k, chosen), support_of(top_k, chosen)
-        else:
-            token_lp, ids, lps = self._list_union(rollout, top_k, chosen)
-            support = "union" if top_k else support_of(top_k, chosen)
         info = self._info
+        refuse_wider(top_k, info.vocab_size)
+        if hasattr(self, "dense"):
+            return blocks_of(self._dense(rollout), rollout, top_k, chosen, info)
+        token_lp, ids, lps = self._list_union(rollout, top_k, chosen)
+        support: Support = "union" if top_k else support_of(top_k, chosen)
         header = BlockHeader(info.fingerprint, info.tokenizer, ids.shape[1], info.vocab_size, support=support)
-        counts = rollout.row_counts
-        columns_ = zip(token_lp.split(counts), ids.split(counts), lps.split(counts), strict=True)
-        return [ScoreBlock(span(m), *c, header) for m, c in zip(rollout.completion_mask, columns_, strict=True)]
+        return by_sequence(rollout, token_lp, ids, lps, header)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Whole sequences: each is drawn from member i with probability w_i, so they are samples of sum_i w_i p_i(y),
@@ -252,38 +256,24 @@ class EnsembleTeacher(_Several):
         jobs = [(t, lambda t=t: t.dense(rollout)) for t in self.members.values()]
         return MixtureRows(tuple(_ask_all(jobs)), self.weights)
 
-    @torch.no_grad()
-    def _list_dense(self, rollout: Rollout, top_k: int, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Token log-probs [N], ids and log-probs [N, K], from the whole mixture, a chunk at a time."""
-        vocab = self._info.vocab_size
-        if top_k > vocab:
-            raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
-        rows, tokens_N, width = self._dense(rollout), rollout.token_rows(), columns(top_k, chosen, vocab)
-        token_lp = [torch.zeros(0)]
-        ids, lps = [torch.zeros(0, width, dtype=torch.int32)], [torch.zeros(0, width)]
-        for start in range(0, len(rows), CHUNK_TOKENS):
-            piece = slice(start, start + CHUNK_TOKENS)
-            (logprobs_nV,) = rows.chunk(piece, None)
-            logprobs_nV = logprobs_nV.float()
-            token_lp.append(logprobs_nV.gather(1, tokens_N[piece, None].to(logprobs_nV.device)).squeeze(1).cpu())
-            ids_nK, lps_nK = listed(logprobs_nV, top_k, None if chosen is None else chosen[piece])
-            ids.append(ids_nK.cpu())
-            lps.append(lps_nK.cpu())
-        return torch.cat(token_lp), torch.cat(ids), torch.cat(lps)
-
     def _list_union(self, rollout: Rollout, top_k: int, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The same from what members elsewhere can say: their lists, then the union's ids where one lacks some."""
-        names, teachers = list(self.members), list(self.members.values())
-        answers = _ask_all([(t, lambda t=t: t.score(rollout, top_k, chosen)) for t in teachers])  # type: ignore[misc]
+        names, teachers, vocab = list(self.members), list(self.members.values()), self._info.vocab_size
+        answers, log_mass = zip(
+            *_ask_all([(t, lambda t=t: score_within(t, vocab, rollout, top_k, chosen)) for t in teachers]),  # type: ignore[misc]
+            strict=True,
+        )
         token_lp = self._mixed([torch.cat([b.token_logprobs for b in blocks]) for blocks in answers])
         lists = [_by_id(blocks) for blocks in answers]
         union = _union([ids for ids, _ in lists])
         rests = {m: _without(union, ids) for m, (ids, _) in enumerate(lists) if not torch.equal(ids, union)}
+        asked = [m for m, rest in rests.items() if bool((rest >= 0).any())]  # the others lack nothing but padding
         again = _ask_all(
-            [(teachers[m], lambda m=m: self._ask_chosen(names[m], rollout, rests[m])) for m in rests]  # type: ignore[misc]
+            [(teachers[m], lambda m=m: self._ask_chosen(names[m], rollout, rests[m], log_mass[m])) for m in asked]  # type: ignore[misc]
         )
-        for m, found in zip(rests, again, strict=True):
-            lists[m] = _completed(lists[m], found, union, names[m])
+        more = {m: _by_id(blocks) for m, blocks in zip(asked, again, strict=True)}
+        for m in rests:
+            lists[m] = _completed(lists[m], more.get(m), union, names[m])
         mixed = self._mixed([lp for _, lp in lists]).masked_fill(union < 0, -torch.inf)
         if chosen is None and not top_k:
             return token_lp, union.int(), mixed
@@ -292,12 +282,15 @@ class EnsembleTeacher(_Several):
         if chosen is None:
             return token_lp, best_ids.int(), best_lp
         at = torch.searchsorted(union, chosen.long().cpu()).clamp(max=union.shape[1] - 1)
-        ids, lps = merged(best_ids, best_lp, chosen.cpu(), mixed.gather(1, at), self._info.vocab_size)
+        ids, lps = merged(best_ids, best_lp, chosen.cpu(), mixed.gather(1, at), vocab)
         return token_lp, ids, lps
 
-    def _ask_chosen(self, name: str, rollout: Rollout, ids: Tensor) -> list[ScoreBlock]:
+    def _ask_chosen(self, name: str, rollout: Rollout, ids: Tensor, log_mass: LogMass | None) -> list[ScoreBlock]:
+        teacher, vocab = self.members[name], self._info.vocab_size
         try:
-            return self.members[name].score(rollout, 0, ids)
+            if log_mass is None:
+                return score_within(teacher, vocab, rollout, 0, ids)[0]
+            return cut(teacher.score(rollout, 0, ids), vocab, log_mass)
         except UserError as error:
             raise UserError(
                 f"an ensemble asks every teacher about the others' likely tokens, and {name!r} refuses: {error}"
@@ -318,26 +311,22 @@ def leaves(teacher: Teacher, name: str = "") -> list[tuple[str, Teacher]]:
 
 
 def _together(infos: Mapping[str, TeacherInfo], name: str, identity: object) -> TeacherInfo:
-    """What several teachers are as one. Ids must mean the same to all; limits are the tightest."""
+    """What several teachers are as one. Ids must mean the same to all; limits are the tightest, columns the fewest."""
     if not infos:
         raise UserError("there is no teacher. Fix: give at least one.")
     (first, head), *others = infos.items()
     for other, info in others:
-        for what, ours, theirs in (
-            ("tokenizers", head.tokenizer, info.tokenizer),
-            ("numbers of logit columns", head.vocab_size, info.vocab_size),
-        ):
-            if ours != theirs:
-                raise UserError(
-                    f"teachers {first!r} and {other!r} have different {what} ({ours} and {theirs}); an id would not "
-                    "mean the same to both. Fix: teachers of one model family."
-                )
+        if info.tokenizer != head.tokenizer:
+            raise UserError(
+                f"teachers {first!r} and {other!r} have different tokenizers ({head.tokenizer} and {info.tokenizer}); "
+                "an id would not mean the same to both. Fix: teachers of one model family."
+            )
     templates = {info.template for info in infos.values()}
     return TeacherInfo(
         name=name,
         fingerprint=hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest(),
         tokenizer=head.tokenizer,
-        vocab_size=head.vocab_size,
+        vocab_size=min(info.vocab_size for info in infos.values()),
         eos_ids=tuple(sorted({i for info in infos.values() for i in info.eos_ids})),
         context_length=min(info.context_length for info in infos.values()),
         template=templates.pop() if len(templates) == 1 else None,
@@ -347,7 +336,7 @@ def _together(infos: Mapping[str, TeacherInfo], name: str, identity: object) -> 
 def _ask_all(jobs: Sequence[tuple[Teacher, Callable[[], T]]]) -> list[T]:
     """Every job's result. Those of teachers elsewhere run at once, in threads; the others here, one after the other.
 
-    Models in this process are never run by two threads: the head is replaced while they are (llmdistill.models.heads).
+    The models in this process share its cores or its GPU: several at a time would only need more memory.
     """
     apart = [i for i, (teacher, _) in enumerate(jobs) if _is_elsewhere(teacher)]
     if not apart or len(jobs) == 1:
@@ -458,12 +447,13 @@ def _narrow(ids: Tensor) -> Tensor:
 
 
 def _completed(
-    known: tuple[Tensor, Tensor], blocks: Sequence[ScoreBlock], union: Tensor, name: str
+    known: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None, union: Tensor, name: str
 ) -> tuple[Tensor, Tensor]:
     """Ids and log-probs of all of ``union``: those a teacher listed itself, and those it was then asked for."""
-    more = _by_id(blocks)
-    ids, order = torch.cat([known[0], more[0]], 1).sort(dim=1)
-    lps = torch.cat([known[1], more[1]], 1).gather(1, order)
+    ids, lps = known
+    if more is not None:
+        ids, order = torch.cat([ids, more[0]], 1).sort(dim=1)
+        lps = torch.cat([lps, more[1]], 1).gather(1, order)
     columns_ = slice(ids.shape[1] - union.shape[1], None)  # what comes before is padding
     if not torch.equal(ids[:, columns_], union):
         raise UserError(

@@ -318,13 +318,15 @@ def test_what_was_opened_is_closed_when_a_later_one_fails(monkeypatch: pytest.Mo
     assert closed == ["service"]
     with pytest.raises(UserError, match=r"^teachers\[1\]\.model is empty.*--teachers\.1\.model PATH"):
         load_teachers([configs[0], TeacherConfig()], "cpu", 100, ["teachers[0]", "teachers[1]"])
-    wide = SimpleNamespace(close=lambda: closed.append("wide"), info=lambda: replace(local(2).info(), vocab_size=300))
-    services = iter([service, wide])
+    other = SimpleNamespace(
+        close=lambda: closed.append("other"), info=lambda: replace(local(2).info(), tokenizer="another")
+    )
+    services = iter([service, other])
     monkeypatch.setattr("llmdistill.teachers.remote.connect", lambda url, **options: next(services))
     closed.clear()
-    with pytest.raises(UserError, match="different numbers of logit columns"):
+    with pytest.raises(UserError, match="different tokenizers"):
         load_teachers([configs[0], TeacherConfig(url="http://two")], "cpu", 100, ["teachers[0]", "teachers[1]"])
-    assert sorted(closed) == ["service", "wide"]
+    assert sorted(closed) == ["other", "service"]
 
 
 def test_the_service_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
