@@ -60,6 +60,16 @@ def is_live(teacher: Teacher) -> bool:
     return bool(getattr(teacher, "live", True))
 
 
+def max_top_k(teacher: Teacher) -> int:
+    """The most tokens a position that ``score`` lists: a server has its limit, others list their whole vocabulary.
+
+    A teacher with a limit has an attribute ``max_top_k``. Of one that cannot score ids of the caller's choice
+    ``scores_chosen`` is False.
+    """
+    limit, vocab = getattr(teacher, "max_top_k", None), teacher.info().vocab_size
+    return vocab if limit is None else min(limit, vocab)
+
+
 def bytes_received(teacher: Teacher) -> int | None:
     """Over the wire so far, also by the teacher behind a cache; None where nothing comes over a wire."""
     behind = getattr(teacher, "teacher", None)

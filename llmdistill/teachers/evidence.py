@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmdistill.errors import UserError
 from llmdistill.objectives.rows import LogitRows, SparseRows, TeacherRows, TokenRows
-from llmdistill.teachers.base import DenseTeacher, Teacher
+from llmdistill.teachers.base import DenseTeacher, Teacher, max_top_k
 from llmdistill.texts import Rollout
 
 Kind = Literal["full", "top_k", "sampled"]
@@ -28,9 +29,18 @@ def gather(
     ``full``: the whole distribution, as hidden rows where the teacher lives in this process, else as its log-probs
     [N, V]. ``top_k``: the K likeliest tokens and the ids ``chosen``, [N, C]. ``sampled``: the tokens' own log-probs
     only.
+
+    Raises:
+        UserError: ``full`` of a teacher that lists fewer tokens than it has, or whatever the teacher raises.
     """
     if kind == "full" and isinstance(teacher, DenseTeacher):
         return teacher.dense(rollout)
+    if kind == "full" and (most := max_top_k(teacher)) < teacher.info().vocab_size:
+        info, listing = teacher.info(), f" or --estimator top_k --top_k {most}" if most else ""
+        raise UserError(
+            f"objective.estimator is full; teacher {info.name!r} lists at most {most} of its {info.vocab_size} tokens "
+            f"a position. Fix: --estimator sampled{listing}, or a server that lists them all."
+        )
     listed = {"full": teacher.info().vocab_size, "top_k": top_k, "sampled": 0}[kind]
     blocks = teacher.score(rollout, listed, chosen if kind == "top_k" else None)
     if kind == "sampled":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmdistill.errors import UserError
 from llmdistill.objectives.rows import MixtureRows, RoutedRows
-from llmdistill.teachers.base import DenseTeacher, Teacher, TeacherInfo, bytes_received, is_live
+from llmdistill.teachers.base import DenseTeacher, Teacher, TeacherInfo, bytes_received, is_live, max_top_k
 from llmdistill.teachers.listing import blocks_of, by_sequence, refuse_wider
 from llmdistill.teachers.narrow import LogMass, cut, score_within
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
@@ -54,6 +54,15 @@ class _Several:
     def live(self) -> bool:
         """False when a member only replays what it has stored."""
         return all(is_live(teacher) for teacher in self.members.values())
+
+    @property
+    def scores_chosen(self) -> bool:
+        return all(getattr(teacher, "scores_chosen", True) for teacher in self.members.values())
+
+    @property
+    def max_top_k(self) -> int:
+        """As many as every member lists."""
+        return min(self._info.vocab_size, *(max_top_k(teacher) for teacher in self.members.values()))
 
     @property
     def bytes_received(self) -> int | None:
@@ -202,6 +211,17 @@ class EnsembleTeacher(_Several):
         self._info = _together(infos, title, ("ensemble", parts))
         if self._all_dense():
             self.dense = self._dense
+
+    @property
+    def max_top_k(self) -> int:
+        """As many as every member lists, of its own and of all others' ids; 0 where one cannot be asked about those."""
+        others, vocab = len(self.members) - 1, self._info.vocab_size
+        if hasattr(self, "dense") or not others:
+            return super().max_top_k
+        limits = [min(max_top_k(teacher), vocab) for teacher in self.members.values()]
+        if min(limits) == vocab:  # then nothing is asked about twice
+            return vocab
+        return min(limit if limit == vocab else limit // others for limit in limits) if self.scores_chosen else 0
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """One block per sequence; every listed log-prob, and every token's own, is the mixture's exactly.

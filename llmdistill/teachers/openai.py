@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,7 @@ class PlainVLLMTeacher:
     """
 
     live = True
+    scores_chosen = False
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class PlainVLLMTeacher:
     ) -> None:
         self.model = model
         self._card: dict[str, Any] = {}
+        self._max_top_k: int | None = None
         self.transport = Transport(
             url,
             token=token,
@@ -88,6 +91,24 @@ class PlainVLLMTeacher:
     def bytes_received(self) -> int:
         """Of evidence and completions so far."""
         return self.transport.counters.bytes_received
+
+    @property
+    def max_top_k(self) -> int:
+        """The server's ``--max-logprobs``, which it tells nobody: asked for everything, it names it in its refusal.
+
+        A prompt of one token has no log-probs, so a server without a limit answers with none.
+        """
+        if self._max_top_k is None:
+            vocab = self._info.vocab_size
+            try:
+                self.transport.send(self._scoring([[0]], vocab))
+                self._max_top_k = vocab
+            except Refused as refusal:
+                limit = re.search(r"(?:max allowed|at most)\D*(\d+)", str(refusal))
+                if "logprobs" not in str(refusal) or limit is None:
+                    raise
+                self._max_top_k = min(int(limit[1]), vocab)
+        return self._max_top_k
 
     def info(self) -> TeacherInfo:
         return self._info
@@ -123,7 +144,8 @@ class PlainVLLMTeacher:
         share = -(-sum(len(ids[b]) for b in asked) // (2 * len(self.transport.urls)))
         room = (MAX_PROMPTS, min(share, ANSWER_BYTES // (LISTED_BYTES * (top_k + 1))))
         groups = [[asked[i] for i in group] for group in pack([(1, len(ids[b])) for b in asked], room)]
-        answers = self._send([self._scoring([ids[b] for b in g], top_k) for g in groups], top_k)
+        listed = -1 if top_k == info.vocab_size else top_k  # -1: of the server's vocabulary, should that be another
+        answers = self._send([self._scoring([ids[b] for b in g], listed) for g in groups], top_k)
         found = {b: rows for g, answer in zip(groups, answers, strict=True) for b, rows in zip(g, answer, strict=True)}
         header = BlockHeader(info.fingerprint, info.tokenizer, top_k, info.vocab_size)
         return [
@@ -188,13 +210,13 @@ class PlainVLLMTeacher:
                 f"Fix: lower it, or start the server with --max-logprobs {top_k}."
             ) from refusal
 
-    def _scoring(self, sequences: list[list[int]], top_k: int) -> Request[list[list[dict[str, Any]]]]:
+    def _scoring(self, sequences: list[list[int]], listed: int) -> Request[list[list[dict[str, Any]]]]:
         body = {
             "model": self.model,
             "prompt": sequences,
             "max_tokens": 1,  # vLLM insists on one
             "temperature": 0.0,
-            "prompt_logprobs": -1 if top_k == self._info.vocab_size else top_k,
+            "prompt_logprobs": listed,
             "return_token_ids": True,
         }
         return Request(COMPLETIONS, _scored_of(sequences), body=json.dumps(body).encode())

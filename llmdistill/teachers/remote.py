@@ -88,7 +88,7 @@ class RemoteTeacher:
         self._pinned = threading.Lock()
         self._info: TeacherInfo | None = None
         self._limits: dict[str, int] = {}
-        self._takes_chosen = True
+        self.scores_chosen = True
         self.transport = Transport(
             url,
             token=token,
@@ -108,6 +108,11 @@ class RemoteTeacher:
     def bytes_received(self) -> int:
         """Of evidence and completions so far, as they came over the wire."""
         return self.transport.counters.bytes_received
+
+    @property
+    def max_top_k(self) -> int:
+        """Tokens a position that every replica lists, those of the caller's choice included."""
+        return self._limits["top_k"]
 
     def info(self) -> TeacherInfo:
         assert self._info is not None
@@ -198,7 +203,7 @@ class RemoteTeacher:
             else:
                 self._same(info.fingerprint, info.tokenizer)
                 self._limits = {name: min(value, limits[name]) for name, value in self._limits.items()}
-            self._takes_chosen = self._takes_chosen and bool(found["chosen_ids"])
+            self.scores_chosen = self.scores_chosen and bool(found["chosen_ids"])
 
     def _same(self, fingerprint: str, tokenizer: str) -> None:
         info = self.info()
@@ -233,7 +238,7 @@ class RemoteTeacher:
                 f"objective.top_k is {top_k}; the teacher has {info.vocab_size} logit columns. "
                 f"Fix: at most {info.vocab_size}."
             )
-        if chosen is not None and not self._takes_chosen:
+        if chosen is not None and not self.scores_chosen:
             raise UserError(
                 "objective.support asks for ids of the student's choice; the teacher's service cannot score them. "
                 "Fix: serve it with an engine that can (hf), or use the teacher's own top-k."

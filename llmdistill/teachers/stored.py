@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmdistill.errors import UserError
-from llmdistill.teachers.base import Teacher, TeacherInfo
+from llmdistill.teachers.base import Teacher, TeacherInfo, max_top_k
 from llmdistill.teachers.block_store import KEY_BYTES, BlockStore
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.rollout import span
@@ -52,6 +52,20 @@ class StoredTeacher:
     def live(self) -> bool:
         """Whether there is a teacher behind the store."""
         return self.teacher is not None
+
+    @property
+    def max_top_k(self) -> int:
+        """What the teacher behind the store lists; without one as many as a block of the store (the first) has."""
+        if self.teacher is not None:
+            return max_top_k(self.teacher)
+        first = next(iter(self.store), None)
+        block = None if first is None else self.store.get(first)
+        return self._info.vocab_size if block is None else block.header.top_k
+
+    @property
+    def scores_chosen(self) -> bool:
+        """As the teacher behind the store; ids of the caller's choice are not stored."""
+        return self.teacher is not None and getattr(self.teacher, "scores_chosen", True)
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """Blocks of ``top_k`` columns, cut from stored ones of as many or more. ``chosen`` ids are never stored.

@@ -14,6 +14,8 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
+from llmdistill.teachers.base import max_top_k
+from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.openai import COMPLETIONS, PlainVLLMTeacher
@@ -181,6 +183,33 @@ def test_what_it_cannot_give_is_said(server, teacher):
             act()
 
 
+@pytest.mark.parametrize("limit", [20, 64, VOCAB])
+def test_it_says_how_many_tokens_the_server_lists(local, folder, limit):
+    """The server tells nobody; asked for more than it lists, once, it does."""
+    with Faulty(small=SmallVLLM(local, folder, max_logprobs=limit)) as server:
+        teacher = PlainVLLMTeacher(server.url, **QUICK)
+        assert not server.posts(COMPLETIONS)
+        assert [max_top_k(teacher) for _ in range(3)] == [limit] * 3
+        (asked,) = server.posts(COMPLETIONS)
+        assert json.loads(asked.body)["prompt"] == [[0]]  # a prompt without log-probs: no answer of a megabyte
+        asked = min(64, max_top_k(teacher))
+        assert teacher.score(rollout(), asked)[0].topk_ids.shape[1] == asked
+        teacher.close()
+
+
+def test_the_full_estimator_is_refused_by_its_own_name(teacher):
+    """Not as objective.top_k, which nobody has set."""
+    with pytest.raises(UserError, match=r"estimator is full; teacher 'tiny' lists at most 64 of its 264 .*--top_k 64"):
+        gather(teacher, rollout(), "full", 0)
+
+
+def test_a_refusal_for_another_reason_is_no_limit(server, teacher):
+    server.small.model = "gone"
+    server.small._scored = lambda body: error(400, "The model `tiny` does not exist")
+    with pytest.raises(UserError, match="does not exist"):
+        max_top_k(teacher)
+
+
 def test_samples_are_requests_with_seeds_of_their_own(server, local, teacher):
     assert_samples_like(local, teacher)
     server.seen.clear()
@@ -267,6 +296,7 @@ def test_vllms_own_server_says_what_transformers_says(url, local):
     """float32 on both sides: log-probs differ by rounding only."""
     teacher = connect(url)
     assert isinstance(teacher, PlainVLLMTeacher)
+    assert max_top_k(teacher) == 64
     for top_k in (0, 1, 5, 64):
         assert_scores_are_those_of(local, teacher, top_k, 2e-4)
     assert_samples_like(local, teacher)
