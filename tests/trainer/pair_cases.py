@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from llmdistill.recipe.config import DataConfig
 from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.pairs import Pair, pair_encoder
-from llmdistill.training.pair_trainer import PairBatch
 from tests import tiny
+from tests.trainer.batches import pair_batch
 
 
 def pair_rows(n: int) -> list[dict[str, Any]]:
@@ -62,12 +63,22 @@ def by_hand(student: Any, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor
     return torch.stack(chosen), torch.stack([mean(p.prompt.ids, p.rejected) for p in pairs])
 
 
-def loss_and_gradients(t: REDITrainer, rollout: Rollout, pairs: list[Pair]) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    t: REDITrainer, pairs: list[Pair], left: int = 0, right: int = 0
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of the pairs as one micro-batch, with columns of padding added that hold an id which is a word elsewhere."""
     t.model.zero_grad()
     t.model.train()
-    loss = t.compute_loss(t.model, {"micro_batch": PairBatch(pairs, rollout)})
+    batch = pair_batch(t, pairs)
+    batch.rollout = padded(batch.rollout, left, right)
+    loss = t.compute_loss(t.model, {"micro_batch": batch})
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
+
+
+def padded(rollout: Rollout, left: int, right: int) -> Rollout:
+    pad = partial(torch.nn.functional.pad, pad=(left, right))
+    return Rollout(pad(rollout.input_ids, value=77), pad(rollout.attention_mask), pad(rollout.completion_mask))
 
 
 def assert_same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:

@@ -9,37 +9,36 @@ from typing import Any
 import pytest
 import torch
 
-from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig
+from llmdistill import Ask, DistillationTrainer, Method, OPDConfig, OPDTrainer, RolloutConfig, Term
 from llmdistill.objectives import divergences
-from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Rollout, Sampling, collate
-from llmdistill.training.method import MicroBatch
+from llmdistill.texts.sources import Only
 from tests import tiny
+from tests.trainer.batches import micro_batch
 
-FULL = Objective(divergences.reverse_kl, "full")
+TEXT = {"main": Only("dataset")}
+FULL = Method((Term("divergence", divergences.reverse_kl, (Ask(),)),), TEXT)
 
 
 def trainer(tmp_path: Path, student: Any = None, teacher: Any = None, **settings: Any) -> DistillationTrainer:
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **settings}
-    objective = settings.pop("objective", FULL)
+    method = settings.pop("method", FULL)
     args = OPDConfig(output_dir=str(tmp_path / "run"), logging_steps=1, **settings)
     return DistillationTrainer(
         student or tiny.llama(1),
         args,
         teacher or tiny.llama(2),
-        objective=objective,
+        method=method,
         train_dataset=tiny.rows(16),
         processing_class=tiny.tokenizer(),
-        sequences="dataset",
     )
 
 
 def loss_and_gradients(t: DistillationTrainer, rollout: Rollout, count: int | None = None) -> tuple[float, dict]:
     t.model.zero_grad()
     t.model.train()
-    evidence = gather(t.teacher, rollout, t.objective.evidence, t.objective.top_k)
-    loss = t.compute_loss(t.model, {"micro_batch": MicroBatch(rollout, evidence)}, num_items_in_batch=count)
+    loss = t.compute_loss(t.model, {"micro_batch": micro_batch(t, rollout, total=count)})
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
 
@@ -122,14 +121,13 @@ def test_training_does_not_depend_on_the_micro_batch_split(tmp_path: Path, size:
 
 @pytest.mark.parametrize("estimator", ["full", "top_k", "sampled"])
 def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tmp_path: Path, estimator: Any) -> None:
-    objective = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).objective()
-    t = trainer(tmp_path, tiny.llama(1), tiny.llama(1), objective=objective)
+    text = Only("student" if estimator == "sampled" else "dataset")
+    method = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).method(text)
+    t = trainer(tmp_path, tiny.llama(1), tiny.llama(1), method=method)
     loss, gradients = loss_and_gradients(t, batch(SEQUENCES))
     assert abs(loss) < 1e-5
     assert all(g.abs().max() < 1e-5 for g in gradients.values())
-    apart, _ = loss_and_gradients(
-        trainer(tmp_path, tiny.llama(3), tiny.llama(1), objective=objective), batch(SEQUENCES)
-    )
+    apart, _ = loss_and_gradients(trainer(tmp_path, tiny.llama(3), tiny.llama(1), method=method), batch(SEQUENCES))
     assert abs(apart) > 0.1  # the same composition does see a difference
 
 
@@ -168,8 +166,8 @@ def test_a_wider_teacher_head_is_cut_before_the_softmax(tmp_path: Path) -> None:
 
 def test_top_k_is_below_the_full_divergence_and_reaches_it(tmp_path: Path) -> None:
     def loss(**settings: Any) -> float:
-        objective = OPDConfig(output_dir=str(tmp_path), **settings).objective()
-        return loss_and_gradients(trainer(tmp_path, objective=objective), batch(SEQUENCES))[0]
+        method = OPDConfig(output_dir=str(tmp_path), **settings).method(Only("dataset"))
+        return loss_and_gradients(trainer(tmp_path, method=method), batch(SEQUENCES))[0]
 
     full = loss(estimator="full")
     listed = [loss(estimator="top_k", top_k=k) for k in (1, 8, 64, 264)]
@@ -258,9 +256,9 @@ def test_trl_distillation_trainer_agrees(tmp_path: Path, beta: float, divergence
     peer_norm = torch.nn.utils.get_total_norm([p.grad for p in peer.model.parameters()])
 
     extra = {"beta": beta} if divergence == "jsd" else {}
-    objective = OPDConfig(output_dir=str(tmp_path), divergence=divergence, **extra).objective()  # type: ignore[arg-type]
+    method = OPDConfig(output_dir=str(tmp_path), divergence=divergence, **extra).method(Only("dataset"))  # type: ignore[arg-type]
     loss, gradients = loss_and_gradients(
-        trainer(tmp_path, tiny.llama(1), tiny.llama(2), objective=objective), batch(SEQUENCES), count
+        trainer(tmp_path, tiny.llama(1), tiny.llama(2), method=method), batch(SEQUENCES), count
     )
     assert loss == pytest.approx(peer_loss.item(), rel=1e-4)
     assert torch.nn.utils.get_total_norm(list(gradients.values())) == pytest.approx(peer_norm.item(), rel=1e-4)

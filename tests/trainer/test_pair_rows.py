@@ -53,7 +53,7 @@ def test_lengths_are_counted_after_truncation(tmp_path: Path) -> None:
     assert cut[0].chosen[-1] != 1 and cut[0].rejected[-1] == 1
     student = tiny.llama(1)
     t = trainer(tmp_path, student, rows=rows, max_completion_tokens=3)
-    loss, gradients = loss_and_gradients(t, collate_pairs(t.train_dataset, 0), t.train_dataset)
+    loss, gradients = loss_and_gradients(t, t.train_dataset)
     student.zero_grad()
     a, b = by_hand(student, cut)
     expected = (-a + 0.8 * b).mean()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from llmdistill.composition.loss import loss_on
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.objectives.redi import redi_loss, simpo_loss
 from llmdistill.redi import REDIConfig, REDITrainer
-from llmdistill.texts import Rollout
 from llmdistill.texts.pairs import collate_pairs
-from llmdistill.training.pair_losses import pair_loss_at_the_head
 from tests import tiny
+from tests.trainer.batches import pair_batch
 from tests.trainer.pair_cases import (
     PAIRS,
     assert_same_gradients,
@@ -45,7 +45,7 @@ def test_loss_and_gradients_equal_a_position_by_position_computation(tmp_path: P
     settings, naive = METHODS[name]
     student = tiny.llama(1)
     t = trainer(tmp_path, student, chunk_tokens=3, **settings)
-    loss, gradients = loss_and_gradients(t, collate_pairs(PAIRS, 0), PAIRS)
+    loss, gradients = loss_and_gradients(t, PAIRS)
     student.zero_grad()
     expected = naive(*by_hand(student, PAIRS))
     expected.backward()
@@ -55,37 +55,33 @@ def test_loss_and_gradients_equal_a_position_by_position_computation(tmp_path: P
 
 @pytest.mark.parametrize("left,right", [(0, 5), (5, 0), (3, 4)])
 def test_padding_on_either_side_changes_nothing(tmp_path: Path, left: int, right: int) -> None:
-    def padded(x: torch.Tensor, value: int = 0) -> torch.Tensor:
-        return torch.nn.functional.pad(x, (left, right), value=value)
-
-    t, plain = trainer(tmp_path), collate_pairs(PAIRS, 0)
-    more = Rollout(padded(plain.input_ids, 77), padded(plain.attention_mask), padded(plain.completion_mask))
-    loss, gradients = loss_and_gradients(t, plain, PAIRS)
-    loss_padded, gradients_padded = loss_and_gradients(t, more, PAIRS)
+    t = trainer(tmp_path)
+    loss, gradients = loss_and_gradients(t, PAIRS)
+    loss_padded, gradients_padded = loss_and_gradients(t, PAIRS, left, right)
     assert loss_padded == pytest.approx(loss, rel=1e-5)
     assert_same_gradients(gradients, gradients_padded)
 
 
-def test_a_softcapped_and_scaled_head_is_honoured() -> None:
+def test_a_softcapped_and_scaled_head_is_honoured(tmp_path: Path) -> None:
     """Gemma's and Cohere's logits: cap tanh(scale z / cap); the loss reads the log-softmax of those."""
-    model = tiny.llama(1)
-    head = head_of(model)
+    t = trainer(tmp_path, method="simpo")
+    head, batch = head_of(t.model), pair_batch(t, PAIRS)
     capped = type(head)(head.linear, 1.7, 5.0)
-    generator = torch.Generator().manual_seed(0)
-    rollout = collate_pairs(PAIRS, 0)
-    hidden = torch.randn(*rollout.input_ids.shape, 32, generator=generator, requires_grad=True)
-    loss = lambda a, b: simpo_loss(a, b, beta=2.0, margin=1.0)  # noqa: E731
-    total, means = pair_loss_at_the_head(hidden, rollout, capped, loss, 4)
-    (found,) = torch.autograd.grad(total, hidden)
+    found = loss_on(t.model, batch, head=capped, vocab_size=t.vocab_size, chunk_tokens=4)
+    found.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in t.model.named_parameters()}
+    t.model.zero_grad()
+    rollout = batch.rollout
+    hidden = t.model.model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask.long()).last_hidden_state
     logits = 5.0 * torch.tanh(1.7 * head.linear(hidden) / 5.0)
     logp = logits[:, :-1].log_softmax(-1).gather(-1, rollout.input_ids[:, 1:, None]).squeeze(-1)
     mask = rollout.completion_mask[:, 1:]
-    naive = (logp * mask).sum(1) / mask.sum(1)
-    expected = loss(*naive.chunk(2)) * len(PAIRS)
-    (by_hidden,) = torch.autograd.grad(expected, hidden)
-    torch.testing.assert_close(means, naive.detach(), rtol=1e-5, atol=1e-6)
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(found, by_hidden, rtol=1e-4, atol=1e-6)
+    chosen, rejected = ((logp * mask).sum(1) / mask.sum(1)).chunk(2)
+    expected = simpo_loss(chosen, rejected, beta=2.0, margin=1.0)
+    expected.backward()
+    torch.testing.assert_close(found.terms["pairs"].row_losses, logp[mask].detach(), rtol=1e-5, atol=1e-6)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same_gradients(gradients, {n: p.grad for n, p in t.model.named_parameters()})
 
 
 def test_whole_logits_never_exist(tmp_path: Path) -> None:
@@ -103,10 +99,9 @@ def test_whole_logits_never_exist(tmp_path: Path) -> None:
             return out
 
     t = trainer(tmp_path, chunk_tokens=4)
-    rollout = collate_pairs(PAIRS, 0)
     with Watch():
-        loss_and_gradients(t, rollout, PAIRS)
-    assert rollout.num_rows == 17
+        loss_and_gradients(t, PAIRS)
+    assert collate_pairs(PAIRS, 0).num_rows == 17
     assert seen - {32} == {1, 4}  # 17 rows in chunks of 4; [32, V] is the weight, transposed
 
 
@@ -141,7 +136,7 @@ def test_alpha_0_is_fine_tuning_on_the_chosen_side(tmp_path: Path) -> None:
     pairs = [pair([5, 6, 7], [9, 10, 11, 1], [50, 51]), pair([12, 13, 14, 15, 16], [17, 18, 19, 1], [60] * 9)]
     student = tiny.llama(1)
     t = trainer(tmp_path, student, alpha=0.0)
-    loss, gradients = loss_and_gradients(t, collate_pairs(pairs, 0), pairs)
+    loss, gradients = loss_and_gradients(t, pairs)
     student.zero_grad()
     ids, labels = torch.zeros(2, 9, dtype=torch.int64), torch.full((2, 9), -100)
     for b, p in enumerate(pairs):
