@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from llmdistill.errors import UserError
 from llmdistill.models.weights import base_model, named_weights
+from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.preflight import preflight
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import EvalsConfig, StudentConfig
@@ -24,6 +25,7 @@ from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.base import is_live
+from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import load_model
 from llmdistill.texts import Prompt, Rollout, Sampling
@@ -43,16 +45,24 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     quiet()
     console = Console(stderr=True)
     folder = RunFolder(recipe.args.output_dir or "runs/default")
-    trainer = build(recipe, trainer_class)
+    given, started = given_start(recipe), read_start(folder) if recipe.flags.resume else None
+    changed = check_settings(recipe, folder, started, given) if started else {}
+    data = load_data(recipe)
+    inputs = {f"data.{name}": rows_hash(rows) for name, rows in data.items()}
+    trainer = build(recipe, trainer_class, data)
     main_process = trainer.is_world_process_zero()
     try:
         for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
             if main_process:
                 finding.show(console)
+        inputs["student"] = weights_fingerprint(recipe.student.model)
+        inputs["teacher"] = trainer.teacher.info().fingerprint
+        if started:
+            check_inputs(folder, started, given, inputs)
         # After the checks: a refused command touches no earlier run.
         checkpoint = checkpoint_to_resume(recipe, folder, console)
         if main_process:
-            folder.write_config(recipe.resolved())
+            record_start(folder, given, inputs, started, changed)
         before = _Before(trainer, folder)
         trainer.callback_handler.callbacks.insert(0, before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -78,26 +88,35 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
 
 
-def build(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> DistillationTrainer:
-    """Models, data and trainer of a recipe."""
-    args, data = recipe.args, recipe.data
+def load_data(recipe: Recipe) -> dict[str, datasets.Dataset]:
+    """The rows of a recipe: ``train``, and ``heldout`` where it names some."""
+    data = recipe.data
     if not data.train:
         raise UserError("data.train is empty; it must name a file or hub dataset of prompts. Fix: --data.train FILE.")
-    rows = load_rows(data.train, data, "data.train")
-    heldout = load_rows(data.heldout, data, "data.heldout") if data.heldout else None
+    named = {"train": data.train, "heldout": data.heldout}
+    return {name: load_rows(source, data, f"data.{name}") for name, source in named.items() if source}
+
+
+def build(
+    recipe: Recipe,
+    trainer_class: Callable[..., DistillationTrainer],
+    data: Mapping[str, datasets.Dataset] | None = None,
+) -> DistillationTrainer:
+    """Models, data and trainer of a recipe; ``data`` as :func:`load_data` has it."""
+    args, rows = recipe.args, data or load_data(recipe)
     student, tokenizer = load_student(recipe.student)
-    longest = data.max_prompt_tokens + args.rollouts.max_new_tokens
+    longest = recipe.data.max_prompt_tokens + args.rollouts.max_new_tokens
     teacher = load_teachers(recipe.teachers, args.device, longest, recipe.teacher_sections)
     try:
         trainer = trainer_class(
             student,
             args,
             teacher,
-            train_dataset=rows,
-            eval_dataset=heldout,
+            train_dataset=rows["train"],
+            eval_dataset=rows.get("heldout"),
             processing_class=tokenizer,
             peft_config=lora_config(recipe.student),
-            data=data,
+            data=recipe.data,
         )
         add_evaluations(trainer, recipe.evals)
         return trainer

@@ -81,6 +81,16 @@ class Recipe:
         """How messages name each of ``teachers``."""
         return [f"teachers[{i}]" for i in range(len(self.teachers))] if self.listed else ["teacher"]
 
+    def default(self, section: str, key: str, missing: Any) -> Any:
+        """What a setting is where :meth:`resolved` leaves it out, or ``missing`` if there is none of that name."""
+        cls = TrainingArguments if section == "train" else _sections(type(self.args)).get(section, Flags)
+        fld = next((f for f in dataclasses.fields(cls) if f.name == key), None)  # type: ignore[arg-type]
+        if fld is None:
+            return missing
+        if fld.default_factory is not dataclasses.MISSING:
+            return fld.default_factory()
+        return None if fld.default is dataclasses.MISSING else fld.default
+
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run, section by section, as written to ``config.yaml``."""
         args = self.args.to_dict()

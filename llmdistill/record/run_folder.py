@@ -41,8 +41,11 @@ class RunFolder:
         return json.loads(file.read_text()) if file.is_file() else None
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
+        self.append_line(self.metrics_file.name, line)
+
+    def append_line(self, name: str, line: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a") as file:
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
