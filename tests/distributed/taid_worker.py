@@ -12,7 +12,7 @@ from typing import Any
 from llmdistill import RolloutConfig, TAIDConfig, TAIDTrainer
 from llmdistill.recipe.launches import leave_group
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.training.sequences import Adaptive, Mixed, Round
+from llmdistill.texts.sources import Adaptive, Mixed, Round
 from tests.distributed.worker import make_model, make_rows, make_tokenizer
 
 
@@ -48,7 +48,7 @@ def make(folder: Path, **settings: Any) -> TAIDTrainer:
 def schedule(folder: Path, driver: Any) -> list[tuple[float, float]]:
     """(loss fed, t) of every step."""
     trainer, calls = make(folder, t_driver=driver), []
-    target: Any = trainer.objective.schedule
+    target: Any = trainer.method.schedules["t"].schedule
     update = target.update
 
     def watched(loss: float, step: int) -> float:
@@ -69,9 +69,9 @@ def sources(folder: Path, policy: Any, **settings: Any) -> list[str]:
         names: list[str] = []
         named = {
             name: lambda of, name=name, source=source: names.append(name) or source(of)
-            for name, source in round_.sources.items()
+            for name, source in round_.authors.items()
         }
-        drawn = draw(replace(round_, sources=named))
+        drawn = draw(replace(round_, authors=named))
         taken.append(*(names or ["replay"]))
         return drawn
 

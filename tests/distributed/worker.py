@@ -19,11 +19,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from llmdistill import DistillationConfig, DistillationTrainer, Objective, RolloutConfig
+from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, RolloutConfig, Term
 from llmdistill.models.weights import named_weights
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.recipe.launches import leave_group, whole_models
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts.sources import Only
 
 VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
 
@@ -110,11 +111,10 @@ def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrain
         student,
         args,
         teacher,
-        objective=Objective(reverse_kl),
+        method=Method(Term("divergence", reverse_kl, (Ask(),)), {"main": Only("student" if on_policy else "dataset")}),
         train_dataset=make_rows(PROMPTS, 5),
         eval_dataset=make_rows(5, 6),
         processing_class=tokenizer,
-        sequences="student" if on_policy else "dataset",
     )
     # evaluate() samples at temperature 1 from a stream per process; greedy, it does not depend on their number.
     for sampler in (trainer.rollout_engine, teacher):

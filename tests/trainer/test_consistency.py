@@ -11,7 +11,7 @@ import torch
 
 from llmdistill import DistillationTrainer, OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, TAIDTrainer, UserError
 from llmdistill.texts import Prompt
-from llmdistill.training.sequences import Adaptive, Mixed
+from llmdistill.texts.sources import Adaptive, Mixed
 from tests import tiny
 from tests.trainer.test_gopd import length_reward
 from tests.trainer.test_several_teachers import domain_rows, two
@@ -81,11 +81,13 @@ def test_an_objective_without_its_reference_stops_before_the_first_step(tmp_path
         tiny.llama(1),
         args,
         tiny.llama(2),
-        objective=args.objective(),
+        method=args.method(),
         train_dataset=tiny.rows(4),
         processing_class=tiny.tokenizer(),
     )
-    with pytest.raises(UserError, match="reads a reference model, and there is none. Fix: reference=MODEL"):
+    with pytest.raises(
+        UserError, match="reads a reference model .term 'divergence'., and there is none. Fix: reference=MODEL"
+    ):
         t.train()
     assert t.state.global_step == 0
 
@@ -170,7 +172,7 @@ def test_a_second_run_starts_where_the_method_starts(tmp_path: Path) -> None:
 def test_another_method_does_not_go_on_from_a_schedule_s_checkpoint(tmp_path: Path) -> None:
     taid(tmp_path, save_strategy="steps", save_steps=2).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    with pytest.raises(UserError, match="method_state_0.json is not the state of this method"):
+    with pytest.raises(UserError, match="method_state_0.pt is not the state of this method"):
         taid(tmp_path, divergence="forward_kl").train(resume_from_checkpoint=checkpoint)
 
 

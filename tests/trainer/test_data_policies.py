@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, UserError
 from llmdistill.texts import Prompt, collate
-from llmdistill.training.sequences import Adaptive, Mixed, Only, Round, make_sequences
+from llmdistill.texts.sources import Adaptive, Mixed, Only, Round, make_source
 from tests import tiny
 from tests.trainer.test_gopd import bitwise, weights
 from tests.trainer.test_several_teachers import Pushed
@@ -127,19 +126,20 @@ def test_replayed_rounds_have_as_many_sequences_as_others_and_differ_by_rank() -
     assert other.input_ids.tolist() != rollout.input_ids.tolist() or len(policy.buffer) < 12
 
 
-def test_the_state_of_adaptive_goes_through_json() -> None:
+def test_the_state_of_adaptive_goes_through_a_file_of_plain_data(tmp_path: Path) -> None:
     policy, restored = Adaptive(capacity=4), Adaptive(capacity=4)
     policy.phi = 1.0
     for step in range(3):
         policy.draw(round_(step, total=10**9))
     policy.evaluated(1.0)
-    restored.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    torch.save(policy.state_dict(), tmp_path / "state.pt")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert (restored.phi, restored.last_loss, restored.buffer.samples) == (1.0, 1.0, policy.buffer.samples)
 
 
 def test_policies_by_name() -> None:
     def made(kind: Any) -> Any:
-        return make_sequences(kind, student_fraction=0.3, off_policy="teacher", replay_size=5, adaptive_eps=0.2)
+        return make_source(kind, student_fraction=0.3, off_policy="teacher", replay_size=5, adaptive_eps=0.2)
 
     assert isinstance(made("student"), Only) and made("teacher").uses == {"teacher"}
     assert made("mixed").student_fraction == 0.3 and made("mixed").off_policy == "teacher"
@@ -171,7 +171,7 @@ def make(folder: Path, policy: Any = None, train: Any = None, **settings: Any) -
 def watch(trainer: OPDTrainer) -> list[tuple[str, Any, Any]]:
     """(source, rollout, prompts) of every round."""
     rounds: list[tuple[str, Any, Any]] = []
-    draw = trainer.data_policy.draw
+    draw = trainer.method.texts["main"].draw
 
     def watched(r: Round) -> Any:
         names: list[str] = []
@@ -179,11 +179,11 @@ def watch(trainer: OPDTrainer) -> list[tuple[str, Any, Any]]:
         def named(name: str, source: Any) -> Any:
             return lambda of: names.append(name) or source(of)  # type: ignore[func-returns-value]
 
-        drawn = draw(replace(r, sources={name: named(name, source) for name, source in r.sources.items()}))
+        drawn = draw(replace(r, authors={name: named(name, source) for name, source in r.authors.items()}))
         rounds.append(((names or ["replay"])[0], *drawn))
         return drawn
 
-    trainer.data_policy.draw = watched  # type: ignore[method-assign]
+    trainer.method.texts["main"].draw = watched  # type: ignore[method-assign]
     return rounds
 
 
@@ -234,9 +234,9 @@ def test_adaptive_resumed_is_the_undisturbed_run_and_replays_what_was_written(
     again = watch(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
     assert [name for name, *_ in again] == [name for name, *_ in rounds[5:]]
-    assert resumed.data_policy.state_dict() == whole.data_policy.state_dict()
+    assert resumed.method.texts["main"].state_dict() == whole.method.texts["main"].state_dict()
     assert bitwise(weights(resumed.model), weights(whole.model))
-    assert len(whole.data_policy.buffer) <= 4 * samples  # type: ignore[attr-defined]
+    assert len(whole.method.texts["main"].buffer) <= 4 * samples  # type: ignore[attr-defined]
 
 
 def test_mixed_resumed_decides_as_the_undisturbed_run(tmp_path: Path) -> None:
@@ -332,8 +332,9 @@ def test_a_completion_ends_before_an_id_that_one_model_cannot_read(tmp_path: Pat
     rounds, draw = watch(t), t.draw
 
     def drawn(prompts: Any) -> Any:
-        readable.append(draw(prompts))
-        return readable[-1]
+        texts = draw(prompts)
+        readable.append((texts["main"].rollout, texts["main"].prompts))
+        return texts
 
     t.draw = drawn  # type: ignore[method-assign]
     t.train()

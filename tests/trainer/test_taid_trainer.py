@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -41,8 +43,7 @@ def make(folder: Path, policy: Any = None, **settings: Any) -> TAIDTrainer:
 
 
 def schedule(trainer: Any) -> TAIDSchedule:
-    assert isinstance(trainer.objective.schedule, TAIDSchedule)
-    return trainer.objective.schedule
+    return trainer.method.schedules["t"].schedule  # type: ignore[no-any-return]
 
 
 def logged(trainer: Any, *names: str) -> list[tuple[float, ...]]:
@@ -119,15 +120,15 @@ def test_evaluation_moves_nothing(tmp_path: Path) -> None:
     assert schedule(watched).state_dict() == after
 
 
-@pytest.mark.parametrize("estimator", ["full", "top_k"])
+@pytest.mark.parametrize("mean", ["token", "sequence"])
 @pytest.mark.parametrize("driver", ["kl", "cross_entropy"])
-def test_what_drives_t_is_the_value_by_hand(tmp_path: Path, driver: Any, estimator: Any) -> None:
-    """-sum p_t log S or KL(p_t || S), token mean; at K = V listed alike."""
-    t = make(tmp_path, t_driver=driver, estimator=estimator, top_k=264, max_steps=1, gradient_accumulation_steps=2)
+def test_what_drives_t_is_the_value_by_hand(tmp_path: Path, driver: Any, mean: Any) -> None:
+    """-sum p_t log S or KL(p_t || S), averaged as the loss is: over tokens, or over sequences of their means."""
+    t = make(tmp_path, t_driver=driver, mean=mean, max_steps=1, gradient_accumulation_steps=2)
     fed = []
     schedule(t).update = lambda loss, step: fed.append(loss) or 0.2  # type: ignore[method-assign,func-returns-value]
     drawn = []
-    t.draw = lambda prompts, draw=t.draw: drawn.append(draw(prompts)[0]) or draw(prompts)  # type: ignore[method-assign]
+    t.draw = lambda prompts, draw=t.draw: drawn.append(draw(prompts)["main"].rollout) or draw(prompts)  # type: ignore[method-assign]
     t.train()
     total = 0.0
     for ids, mask, attention in zip(drawn[0].input_ids, drawn[0].completion_mask, drawn[0].attention_mask, strict=True):
@@ -135,9 +136,10 @@ def test_what_drives_t_is_the_value_by_hand(tmp_path: Path, driver: Any, estimat
         s, z = (m(ids[None, :n]).logits[0, start:-1].detach().double() for m in (tiny.llama(1), tiny.llama(2)))
         log_p = (0.8 * s + 0.2 * z).log_softmax(-1)
         cross = -(log_p.exp() * s.log_softmax(-1)).sum()
-        total += float(cross if driver == "cross_entropy" else cross + (log_p.exp() * log_p).sum())
+        value = float(cross if driver == "cross_entropy" else cross + (log_p.exp() * log_p).sum())
+        total += value / (len(s) * len(drawn[0]) if mean == "sequence" else drawn[0].num_rows)
     assert len(drawn[0]) == 8
-    assert fed == [pytest.approx(total / drawn[0].num_rows, rel=1e-4)]
+    assert fed == [pytest.approx(total, rel=1e-4)]
     line = next(x for x in t.state.log_history if "loss" in x)
     assert ("distill/target_entropy" in line) == (driver == "cross_entropy")
 
@@ -155,20 +157,33 @@ def test_a_checkpoint_without_the_state_or_of_another_method_is_refused(tmp_path
     saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make(tmp_path / "run", **saves).train()
     folder = tmp_path / "run" / "checkpoint-1"
-    assert json.loads((folder / "method_state_0.json").read_text())["schedule"]["t"] == 0.2
-    (folder / "method_state_0.json").unlink()
-    with pytest.raises(UserError, match=r"checkpoint-1 has no method_state_0.json.*Fix: resume from one"):
+    assert torch.load(folder / "method_state_0.pt", weights_only=True)["schedules"]["t"]["t"] == 0.2
+    (folder / "method_state_0.pt").unlink()
+    with pytest.raises(UserError, match=r"checkpoint-1 has no method_state_0.pt.*Fix: resume from one"):
         make(tmp_path / "run", **saves).train(resume_from_checkpoint=str(folder))
     args = OPDConfig(output_dir=str(tmp_path / "opd"), rollouts=RolloutConfig(max_new_tokens=2), **saves)
     OPDTrainer(
         tiny.llama(1), args, tiny.llama(2), train_dataset=tiny.rows(8), processing_class=tiny.tokenizer()
     ).train()
-    for text in (None, "{", "[]"):
-        file = tmp_path / "opd" / "checkpoint-1" / "method_state_0.json"
-        if text is not None:
-            file.write_text(text)
-        with pytest.raises(UserError, match=r"method_state_0.json is not the state of this method.*Fix: resume from"):
+    file, pickled, saved = tmp_path / "opd" / "checkpoint-1" / "method_state_0.pt", io.BytesIO(), io.BytesIO()
+    pickle.dump(Runs(str(tmp_path / "ran")), pickled)
+    torch.save([], saved)
+    for content in (None, b"", b"{", file.read_bytes()[:100], saved.getvalue(), pickled.getvalue()):
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=r"method_state_0.pt is not the state of this method.*Fix: resume from"):
             make(tmp_path / "opd", **saves).train(resume_from_checkpoint=str(tmp_path / "opd" / "checkpoint-1"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """What a pickle may do to whoever loads it."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return open, (self.file, "w")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +195,7 @@ def test_a_checkpoint_without_the_state_or_of_another_method_is_refused(tmp_path
         {"divergence": "f_divergence", "name": "squared_hellinger"},
         {"divergence": "reverse_kl", "estimator": "sampled", "sequences": "student"},
         {"sequences": "teacher"},
-        {"estimator": "top_k", "top_k": 4, "support": "union"},
+        {"divergence": "reverse_kl", "estimator": "top_k", "top_k": 4, "support": "union"},
     ],
     ids=str,
 )
@@ -203,6 +218,7 @@ def test_every_composition_trains(tmp_path: Path, settings: dict[str, Any]) -> N
             {"estimator": "sampled"},
             "objective.estimator sampled estimates the reverse KL, objective.divergence is taid",
         ),
+        ({"estimator": "top_k"}, "objective.estimator is 'top_k'; it must be full for divergence taid"),
         ({"alpha": 0.1}, "objective.alpha is set, and objective.divergence taid does not read it"),
     ],
 )
@@ -228,7 +244,7 @@ def test_the_front_door(words: list[str], tmp_path: Path, capsys: pytest.Capture
     run = tmp_path / "run"
     lines = [x for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in x]
     assert [x["step"] for x in lines] == [1, 2] and [x["distill/schedule"] for x in lines] == [0.3, 1.0]
-    assert (run / "report.html").stat().st_size > 0 and (run / "checkpoint-2" / "method_state_0.json").exists()
+    assert (run / "report.html").stat().st_size > 0 and (run / "checkpoint-2" / "method_state_0.pt").exists()
     capsys.readouterr()
     assert cli.main(["doctor", "--method", "taid", *words, "--output_dir", str(tmp_path / "none")]) == 0
     assert "teacher against itself" in " ".join(capsys.readouterr().out.split())
