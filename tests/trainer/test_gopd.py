@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,27 @@ from typing import Any
 import pytest
 import torch
 
-from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, UserError
+from llmdistill import (
+    Ask,
+    DistillationTrainer,
+    Method,
+    OPDConfig,
+    OPDTrainer,
+    RolloutConfig,
+    TAIDConfig,
+    Term,
+    UserError,
+)
 from llmdistill.objectives import divergences
 from llmdistill.objectives.composed import extrapolated
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import RoutedTeacher
 from llmdistill.texts import Rollout
-from llmdistill.training.method import MicroBatch
+from llmdistill.texts.sources import Only
 from llmdistill.training.rewards import group_advantages
 from tests import tiny
+from tests.trainer.batches import micro_batch
 from tests.trainer.test_loss import SEQUENCES, assert_same_gradients, batch, padded
 from tests.trainer.test_several_teachers import domain_rows, local
 
@@ -55,8 +67,7 @@ def trained(trainer: Any) -> Weights:
 def loss_and_gradients(t: DistillationTrainer, rollout: Rollout, **micro: Any) -> tuple[float, Weights]:
     t.model.zero_grad()
     t.model.train()
-    batch_ = MicroBatch(rollout, t.evidence(rollout, t.chosen_ids(rollout)), **micro)
-    loss = t.compute_loss(t.model, {"micro_batch": batch_})
+    loss = t.compute_loss(t.model, {"micro_batch": micro_batch(t, rollout, **micro)})
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in t.model.named_parameters() if p.grad is not None}
 
@@ -92,7 +103,7 @@ def test_lambda_one_is_plain_opd_bit_for_bit_with_any_reference(tmp_path: Path, 
         processing_class=tiny.tokenizer(),
         **other,
     )
-    assert t.reference is None
+    assert set(t.judges) == {"teacher"}
     assert bitwise(trained(t), plain)
 
 
@@ -120,25 +131,25 @@ def test_the_initial_reference_stays_the_initial_student(tmp_path: Path, where: 
     t = make(tmp_path, student, reward_scale=1.25, learning_rate=1e-2, max_steps=3)
     t.train()
     start = weights(tiny.llama(1))
-    assert isinstance(t.reference, LocalTeacher)
-    assert bitwise(weights(t.reference.model), start)
+    assert isinstance(t.judges["reference"], LocalTeacher)
+    assert bitwise(weights(t.judges["reference"].model), start)
     assert not bitwise(weights(t.model), start)
-    assert not any(p.requires_grad for p in t.reference.model.parameters())
+    assert not any(p.requires_grad for p in t.judges["reference"].model.parameters())
 
 
-def test_the_first_loss_with_the_initial_reference_is_the_extrapolated_one(tmp_path: Path) -> None:
-    """R = S in the first step: the loss is that towards scale log T + (1 - scale) log S."""
-    t = make(tmp_path, reward_scale=1.5)
+@pytest.mark.parametrize("plausibility", [0.0, 0.1])
+def test_the_first_loss_with_the_initial_reference_is_the_extrapolated_one(tmp_path: Path, plausibility: float) -> None:
+    """R = S in the first step: the loss is that towards scale log T + (1 - scale) log S, for the plausible tokens."""
+    t = make(tmp_path, reward_scale=1.5, **({} if plausibility else {"plausibility": 0.0}))  # 0.1 is the default
     loss, gradients = loss_and_gradients(t, batch(SEQUENCES))
-    objective = Objective(extrapolated(divergences.reverse_kl, 1.5), reference=True)
+    towards = extrapolated(divergences.reverse_kl, 1.5, plausibility=plausibility)
     by_hand = DistillationTrainer(
         tiny.llama(1),
         OPDConfig(output_dir=str(tmp_path / "run")),
         tiny.llama(2),
-        objective=objective,
-        reference=tiny.llama(1),
+        method=Method(Term("divergence", towards, (Ask("teacher"), Ask("reference"))), {"main": Only("dataset")}),
+        judges={"reference": tiny.llama(1)},
         processing_class=tiny.tokenizer(),
-        sequences="dataset",
     )
     expected, expected_gradients = loss_and_gradients(by_hand, batch(SEQUENCES))
     assert loss == pytest.approx(expected, rel=1e-6)
@@ -146,7 +157,8 @@ def test_the_first_loss_with_the_initial_reference_is_the_extrapolated_one(tmp_p
     # And it is no other loss: two positions by hand.
     ids = torch.tensor([SEQUENCES[0][0] + SEQUENCES[0][1]])
     s, z = (m(ids).logits[0, 3:6].double().log_softmax(-1) for m in (tiny.llama(1), tiny.llama(2)))
-    target = (1.5 * z - 0.5 * s).log_softmax(-1)
+    head = z >= z.amax(-1, keepdim=True) + math.log(plausibility or 1e-300)
+    target = torch.where(head, 1.5 * z - 0.5 * s, z).log_softmax(-1)
     value = (s.exp() * (s - target)).sum(-1).mean().item()
     assert loss_and_gradients(t, batch(SEQUENCES[:1]))[0] == pytest.approx(value, rel=1e-4)
 
@@ -158,7 +170,7 @@ def test_with_an_adapter_the_reference_is_the_model_below_it(tmp_path: Path, est
 
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.3)
     t = make(tmp_path, peft_config=config, reward_scale=1.25, learning_rate=5e-2, max_steps=3, estimator=estimator)
-    assert isinstance(t.reference, UnadaptedTeacher)
+    assert isinstance(t.judges["reference"], UnadaptedTeacher)
     trainable = {n for n, p in t.model.named_parameters() if p.requires_grad}
     assert trainable and all("lora" in n for n in trainable)
     rollout, initial = batch(SEQUENCES), LocalTeacher(tiny.llama(1), tiny.tokenizer())
@@ -167,7 +179,7 @@ def test_with_an_adapter_the_reference_is_the_model_below_it(tmp_path: Path, est
         if train:
             t.train()
         t.model.train()
-        found = torch.cat([b.token_logprobs for b in t.reference.score(rollout, 0)])
+        found = torch.cat([b.token_logprobs for b in t.judges["reference"].score(rollout, 0)])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert t.model.training
         assert {n for n, p in t.model.named_parameters() if p.requires_grad} == trainable
@@ -179,7 +191,7 @@ def test_with_an_adapter_the_reference_is_the_model_below_it(tmp_path: Path, est
 
 def test_a_narrower_reference_cuts_both(tmp_path: Path) -> None:
     t = make(tmp_path, tiny.llama(1, vocab=264), tiny.llama(2, vocab=270), reference=tiny.llama(3, vocab=260),
-             reward_scale=1.25)  # fmt: skip
+             reward_scale=1.25, plausibility=0.0)  # fmt: skip
     assert t.vocab_size == 260
     loss, _ = loss_and_gradients(t, batch(SEQUENCES))
     wide = [torch.nn.functional.pad(m(torch.tensor([SEQUENCES[1][0] + SEQUENCES[1][1]])).logits, (0, 0))[0, 1:6, :260]
@@ -221,7 +233,11 @@ STEPS: dict[str, dict[str, Any]] = {
     "sampled": {"estimator": "sampled"},
     "exopd_full": {"estimator": "full", "reward_scale": 1.25},
     "exopd_sampled": {"estimator": "sampled", "reward_scale": 1.25},
-    "weighed": {"estimator": "full", "importance_cap": 1.5, "rollouts": RolloutConfig(max_new_tokens=6, temperature=2)},
+    "weighed": {
+        "estimator": "sampled",
+        "importance_cap": 1.5,
+        "rollouts": RolloutConfig(max_new_tokens=6, temperature=2, top_k=20, top_p=0.9),
+    },
     "rewarded": {"reward": length_reward, "reward_weight": 0.3, "rollouts": REWARDED},
     "rewarded_sampled": {
         "estimator": "sampled",
@@ -231,7 +247,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "rollouts": REWARDED,
     },
     "taid": {"divergence": "taid"},
-    "taid_listed": {"divergence": "taid", "estimator": "top_k", "top_k": 8},
+    "taid_driven_by_cross_entropy": {"divergence": "taid", "t_driver": "cross_entropy"},
 }
 
 
@@ -298,14 +314,14 @@ def test_the_loss_with_a_reward_is_the_one_by_hand(tmp_path: Path, temperature: 
     by_prompt: dict[int, list[float]] = {p.row: [] for p in prompts}
     student, teacher, expected, loss = tiny.llama(1), tiny.llama(2), 0.0, 0.0
     for inputs in batches:
-        micro = inputs["micro_batch"]
+        micro = inputs["micro_batch"].texts["main"]
         for text, prompt in zip(t._completions(micro.rollout, micro.prompts, True), micro.prompts, strict=True):
             by_prompt[prompt.row].append(float(len(text)))
     assert [len(found) for found in by_prompt.values()] == [4, 4, 4] and any(
         len(set(r)) > 1 for r in by_prompt.values()
     )
     for inputs in batches:
-        micro = inputs["micro_batch"]
+        micro = inputs["micro_batch"].texts["main"]
         texts = t._completions(micro.rollout, micro.prompts, skip_special_tokens=True)
         rows = zip(micro.rollout.input_ids, micro.rollout.attention_mask, micro.prompts, texts, micro.advantages,
                    strict=True)  # fmt: skip
@@ -347,32 +363,40 @@ def test_a_round_without_a_counted_token_is_no_step_at_all(tmp_path: Path, estim
     assert bitwise(weights(t.model), before)
 
 
-def test_weights_of_sampled_tokens_are_ratios_to_what_drew_them(tmp_path: Path) -> None:
-    """Drawn at temperature 2, trained one update later: w = min(new S_2(y) / S_2(y), cap), by hand, on the full
-    divergence. Before the update every weight is 1, whatever the temperatures."""
-    settings = {"rollouts": RolloutConfig(max_new_tokens=6, temperature=2.0), "loss_temperature": 0.5}
-    plain, capped = make(tmp_path, **settings), make(tmp_path, importance_cap=1.5, **settings)
+@pytest.mark.parametrize("estimator", ["sampled", "full"])
+def test_weights_of_sampled_tokens_are_ratios_to_what_drew_them(tmp_path: Path, estimator: Any) -> None:
+    """Drawn at temperature 2, trained one update later: w = min(new S_2(y) / S_2(y), cap), by hand, on what is about
+    the drawn tokens: the sampled estimator and the reward, and not on a divergence of whole distributions. Before the
+    update every weight is 1."""
+    rollouts = RolloutConfig(max_new_tokens=6, temperature=2.0, samples_per_prompt=2)
+    settings = {"rollouts": rollouts, "estimator": estimator, "reward": length_reward, "reward_weight": 0.3}
+    plain, capped = (make(tmp_path, importance_cap=cap, **settings) for cap in (0.0, 1.5))
     for each in (plain, capped):
         each.model.train()
-    (inputs,), _ = plain.get_batch_samples(iter([plain.train_dataset[:4]]), 1, torch.device("cpu"))  # type: ignore[index]
-    fresh = [each.compute_loss(each.model, inputs).item() for each in (plain, capped)]
+    (inputs,), _ = capped.get_batch_samples(iter([plain.train_dataset[:4]]), 1, torch.device("cpu"))  # type: ignore[index]
+    (unweighed,), _ = plain.get_batch_samples(iter([plain.train_dataset[:4]]), 1, torch.device("cpu"))  # type: ignore[index]
+    fresh = [t.compute_loss(t.model, given).item() for t, given in ((plain, unweighed), (capped, inputs))]
     assert fresh[0] == pytest.approx(fresh[1], rel=1e-5)
-    t = make(tmp_path, importance_cap=1.5, rollouts=RolloutConfig(max_new_tokens=6, temperature=2.0))
-    prompts = t.train_dataset[:4]  # type: ignore[index]
-    (inputs,), count = t.get_batch_samples(iter([prompts]), 1, torch.device("cpu"))
-    rollout = inputs["micro_batch"].rollout
-    old, model, teacher, expected = tiny.llama(1), tiny.llama(1), tiny.llama(2), 0.0
-    for m in (model, t.model):
+    text = inputs["micro_batch"].texts["main"]
+    old, model, teacher, expected, ratios = tiny.llama(1), tiny.llama(1), tiny.llama(2), 0.0, []
+    for m in (model, capped.model):
         m.model.norm.weight.data *= 1.5
-    for ids, attention, mask in zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True):
-        n, start = int(attention.sum()), int(mask.nonzero()[0]) - 1
-        z = model(ids[None, :n]).logits[0, start:-1].detach()
+    of = zip(text.rollout.input_ids, text.rollout.attention_mask, text.prompts, text.advantages, strict=True)
+    for ids, attention, prompt, advantage in of:
+        n, start = int(attention.sum()), len(prompt.ids) - 1
+        z, was, target = (m(ids[None, :n]).logits[0, start:-1].detach() for m in (model, old, teacher))
         y = ids[start + 1 : n, None]
-        was = old(ids[None, :n]).logits[0, start:-1].detach()
-        ratio = ((z / 2).log_softmax(-1).gather(1, y) - (was / 2).log_softmax(-1).gather(1, y)).exp().squeeze(1)
-        kl = divergences.reverse_kl(z, teacher(ids[None, :n]).logits[0, start:-1].detach())
-        expected += float((ratio.clamp(max=1.5) * kl).sum())
-    assert t.compute_loss(t.model.train(), inputs).item() == pytest.approx(expected / int(count), rel=1e-4)  # type: ignore[arg-type]
+        new, drawn = ((x / 2).log_softmax(-1).gather(1, y).squeeze(1) for x in (z, was))
+        ratios += (new - drawn).exp().tolist()
+        w = (new - drawn).exp().clamp(max=1.5)
+        kl = divergences.reverse_kl(z, target)
+        if estimator == "sampled":
+            behind = (target.log_softmax(-1) - z.log_softmax(-1)).gather(1, y).squeeze(1)
+            kl = w * (-behind / 2.0 * new)
+        expected += float((kl - 0.3 * advantage * w * new).sum())
+    assert min(ratios) < 0.9 and max(ratios) > 1.5  # below 1, and past the cap
+    capped.model.train()
+    assert capped.compute_loss(capped.model, inputs).item() == pytest.approx(expected / len(ratios), rel=1e-4)
 
 
 def test_rewards_that_cannot_be_used_stop_before_the_first_step(tmp_path: Path) -> None:
@@ -420,6 +444,7 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(tmp_path: Path
         ({"reward_scale": 1.25, "loss_temperature": 2.0}, "objective.loss_temperature 2; the extrapolated"),
         ({"reward_weight": 1.0, "sequences": "mixed"}, "objective.sequences mixed; a reward teaches through tokens"),
         ({"importance_cap": -1.0}, "objective.importance_cap is -1.0; it must be >= 0"),
+        ({"importance_cap": 2.0}, "objective.importance_cap is 2, and objective.estimator full weighs no sampled"),
         ({"student_fraction": 1.5}, "objective.student_fraction is 1.5; it must be a probability"),
         ({"replay_size": 0}, "objective.replay_size is 0; it must be >= 1"),
         ({"top_k": 0}, "objective.top_k is 0; it must be >= 1"),
@@ -447,6 +472,6 @@ def test_the_teacher_in_every_place_has_no_loss(tmp_path: Path) -> None:
     """What the preflight does: student, teacher and reference are one."""
     t = make(tmp_path, tiny.llama(2), reward_scale=1.25, reference=tiny.llama(3))
     rollout = batch(SEQUENCES)
-    micro = MicroBatch(rollout, t.evidence(rollout, None, t.teacher))
+    micro = micro_batch(t, rollout, teacher=t.teacher)
     assert abs(t.compute_loss(t.model.train(), {"micro_batch": micro}).item()) < 1e-5
     assert gather(t.teacher, rollout, "full", 0).width == 264
