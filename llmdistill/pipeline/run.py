@@ -23,6 +23,7 @@ from llmdistill.recipe.config import EvalsConfig, StudentConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
+from llmdistill.record.page.paired import TOKENS, Change, change
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.base import is_live
 from llmdistill.teachers.fingerprint import weights_fingerprint
@@ -187,11 +188,12 @@ def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
 
 
 def _per_sequence(measured: Measurement) -> dict[str, list[float]]:
-    """Means per sequence, for the report's histograms and for paired comparisons later."""
-    return {
+    """Means per sequence and their tokens, for the report's histograms and for paired comparisons."""
+    means = {
         name: [total / max(n, 1) for total, n in zip(sums, measured.tokens, strict=True)]
         for name, sums in measured.sums.items()
     }
+    return {**means, TOKENS: list(measured.tokens)}
 
 
 def _texts(trainer: DistillationTrainer, rollout: Rollout) -> list[str]:
@@ -236,11 +238,12 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
     for text, title in texts.items():
         if text not in before or text not in after:
             continue
-        table = Table(title=f"held-out, on {title} (95 % interval over sequences)")
-        for column in ("per token", "before", "after"):
+        table = Table(title=f"held-out, on {title} (95 % intervals over sequences; of the change, prompt by prompt)")
+        for column in ("per token", "before", "after", "change"):
             table.add_column(column, justify="left" if column == "per token" else "right")
         for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance"):
-            table.add_row(metric, *(_cell(side[text], metric) for side in (before, after)))
+            cells = [_cell(side[text], metric) for side in (before, after)]
+            table.add_row(metric, *cells, _change(change(before, after, text, metric)))
         console.print(table)
     for i, prompt in enumerate(after.get("prompts", [])):
         console.rule(f"prompt {i + 1}")
@@ -261,3 +264,7 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
 
 def _cell(values: dict[str, float], metric: str) -> str:
     return f"{values[metric]:.3f} [{values[metric + '_low']:.3f}, {values[metric + '_high']:.3f}]"
+
+
+def _change(paired: Change | None) -> str:
+    return "-" if paired is None else f"{paired.difference:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}]"

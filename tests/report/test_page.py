@@ -127,15 +127,37 @@ def test_every_measured_number_is_on_the_page_unrounded(run: Path) -> None:
             assert {repr(float(side[where][m + end])) for m in METRICS for end in ("", "_low", "_high")} <= shown
 
 
-def test_headline_says_whether_the_intervals_are_apart(run: Path) -> None:
+def test_headline_says_whether_the_change_is_more_than_noise(run: Path) -> None:
     text = page_of(run).text
     assert "7.000 before [ 6.300 , 7.700 ]" in text and "0.500 after [ 0.450 , 0.550 ]" in text
-    assert "The intervals are apart : the student is closer to the teacher" in text and "8 held-out sequences" in text
-    write_json(run / "after.json", snapshot(6, 6.5))  # [5.85, 7.15] meets [6.3, 7.7]
-    text = page_of(run).text
-    assert "The intervals overlap" in text and "may be sampling noise" in text and "apart :" not in text
+    assert "More than sampling noise : the student is closer to the teacher, by −6.500" in text
+    assert "8 held-out sequences" in text
     write_json(run / "after.json", snapshot(6, 9.0))
     assert "the student is further from the teacher" in page_of(run).text
+
+
+def test_paired_prompts_are_compared_prompt_by_prompt(run: Path) -> None:
+    """Every prompt a little better, and the two intervals nearly the same: what the marginal ones cannot see."""
+    write_json(run / "after.json", snapshot(6, 6.5))  # [5.85, 7.15] meets [6.3, 7.7]; each sequence is 7 % lower
+    text = page_of(run).text
+    assert "More than sampling noise : the student is closer to the teacher, by −0.500 (−7 %)" in text
+    # the other way round: means apart, but one prompt has all of the change
+    before, after = snapshot(0, 7.0), snapshot(6, 5.0)
+    values = [7.0 * (0.8 + j / 20) for j in range(8)]
+    before["sequences"]["student"]["reverse_kl"] = values
+    after["sequences"]["student"]["reverse_kl"] = [values[0] - 16, *(v + 0.01 for v in values[1:])]
+    write_json(run / "before.json", before)
+    write_json(run / "after.json", after)
+    text = page_of(run).text
+    assert "This may be sampling noise : prompt by prompt the change of −2.000" in text and "which holds 0" in text
+
+
+def test_without_the_same_sequences_on_both_sides_nothing_is_judged(run: Path) -> None:
+    after = snapshot(6, 0.5)
+    del after["sequences"]["student"]["reverse_kl"][3]
+    write_json(run / "after.json", after)
+    text = page_of(run).text
+    assert "There are no values of the same sequences before and after to judge that by" in text
 
 
 def test_hostile_text_is_inert_everywhere(run: Path) -> None:
@@ -211,7 +233,7 @@ def test_a_run_from_disk_shows_the_datasets_text(run: Path) -> None:
     (run / "config.yaml").write_text("student: {model: s}\nteachers: [{stored: a}, {name: T, model: b}]\n")
     text = page_of(run).text
     assert "Reverse KL to the teacher on the dataset’s text" in text and "7.000 before [ 6.300 , 7.700 ]" in text
-    assert "The intervals are apart" in text and "8 held-out sequences" in text and "s learns from a + T" in text
+    assert "More than sampling noise" in text and "8 held-out sequences" in text and "s learns from a + T" in text
     assert "What is missing" not in text and "Teacher not measured" in text
 
 
@@ -256,13 +278,14 @@ def test_numbers_that_are_none_or_not_finite_break_nothing(run: Path) -> None:
     assert "after: not measured" in text and not re.search(r'[ "MVLH](nan|inf)[ "VLH]', raw)
 
 
-def test_one_sequence_has_no_interval_to_judge_by(run: Path) -> None:
+def test_one_sequence_is_nothing_to_judge_by(run: Path) -> None:
     for name, step, level in (("before", 0, 7.0), ("after", 6, 0.5)):
         side = snapshot(step, level)
         for m in METRICS:  # bootstrap_ci of one item: both bounds are the mean
             side["student"] |= {f"{m}_low": side["student"][m], f"{m}_high": side["student"][m]}
+        side["sequences"]["student"] = {m: [side["student"][m]] for m in METRICS}
         write_json(run / f"{name}.json", side)
-    assert "There are no intervals to judge that by" in page_of(run).text
+    assert "There are no values of the same sequences before and after to judge that by" in page_of(run).text
 
 
 def test_a_long_and_large_run_stays_below_600_kb(run: Path) -> None:
@@ -325,7 +348,7 @@ def test_a_run_on_pairs_shows_margins_and_no_teacher(tmp_path: Path) -> None:
             "accuracy": 0.75, "accuracy_low": 0.6, "accuracy_high": 0.9,
             "chosen_logp": -0.25, "chosen_logp_low": -0.3, "chosen_logp_high": -0.2,
         },
-        "sequences": {"pairs": {"chosen_logp": [-0.1, -0.4], "rejected_logp": [-0.2, -0.5]}},
+        "sequences": {"pairs": {"chosen_logp": [-0.1, -0.4] * 4, "rejected_logp": [-0.1 - margin, -0.4 - margin] * 4}},
     }  # fmt: skip
     (tmp_path / "before.json").write_text(json.dumps(side(0.05, 0.01, 0.09)))
     (tmp_path / "after.json").write_text(json.dumps(side(0.31, 0.22, 0.4)))
@@ -334,7 +357,7 @@ def test_a_run_on_pairs_shows_margins_and_no_teacher(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("objective: {method: redi, chosen_column: chosen}\n")
     page = Page(write_report(tmp_path).read_text())
     assert "Margin of the chosen side on held-out pairs" in page.text and "Reverse KL to the teacher" not in page.text
-    assert "the margin grew by more than the sampling noise of 2 held-out pairs" in page.text
+    assert "More than sampling noise : the margin grew, by +0.260" in page.text and "on 8 held-out pairs" in page.text
     for shown in ("Ranked right", "Log-prob of a token", "0.31", "redi"):
         assert shown in page.text
     assert "No logged completions" not in page.text
@@ -343,9 +366,9 @@ def test_a_run_on_pairs_shows_margins_and_no_teacher(tmp_path: Path) -> None:
 def test_pairs_without_a_wrong_side_are_shown_by_their_right_one(tmp_path: Path) -> None:
     for name, value in (("before", -1.0), ("after", -0.2)):
         side = {"chosen_logp": value, "chosen_logp_low": value - 0.1, "chosen_logp_high": value + 0.1}
-        measured = {"step": 0, "pairs": side, "sequences": {"pairs": {"chosen_logp": [value, value]}}}
+        measured = {"step": 0, "pairs": side, "sequences": {"pairs": {"chosen_logp": [value] * 6}}}
         (tmp_path / f"{name}.json").write_text(json.dumps(measured))
     (tmp_path / "config.yaml").write_text("objective: {method: sft, chosen_column: chosen}\n")
     page = Page(write_report(tmp_path).read_text())
     assert "Log-prob of the chosen side on held-out pairs" in page.text
-    assert "the chosen side became likelier by more than the sampling noise of 2 held-out pairs" in page.text
+    assert "More than sampling noise : the chosen side became likelier, by +0.800" in page.text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.record.page.load import RunData, as_dict, as_list, finite
+from llmdistill.record.page.paired import Change, change
 from llmdistill.record.page.svg import Series, histogram, interval_plot, line_plot, running_mean
 from llmdistill.record.page.text import exact, safe, show
 
@@ -20,6 +21,10 @@ TEXTS = (
 OF_PAIRS = ("margin", "accuracy", "chosen_logp", "rejected_logp")
 SMOOTHED_FROM = 40  # log lines: a noisy curve of at least as many gets a running mean
 NOT_NOISY = ("learning_rate", "memory/peak_gib")
+PAIRED_NOTE = (
+    "The prompts are the same before and after, so a change has an interval of its own, over the differences prompt by "
+    "prompt; noise: it holds 0, or there are too few prompts for a sign-flip test to tell."
+)
 LINE_COLOURS = ("c1", "c2", "c3", "c4")
 
 
@@ -107,12 +112,6 @@ class Estimate:
         return f'{exact(self.value)} <span class="ci">[{exact(bounds[0])}, {exact(bounds[1])}]</span>'
 
 
-def apart(before: Estimate, after: Estimate) -> bool | None:
-    """Whether the two intervals share no value; None without two intervals."""
-    a, b = before.interval, after.interval
-    return None if a is None or b is None else a[1] < b[0] or b[1] < a[0]
-
-
 KICKERS = {
     "margin": "Margin of the chosen side",
     "chosen_logp": "Log-prob of the chosen side",
@@ -138,7 +137,7 @@ def headline(data: RunData) -> str:
     of_pairs = text == "pairs"
     count = len(as_list(_sequences(data.after or data.before, text).get("chosen_logp" if of_pairs else metric)))
     on = f"{count or ''} held-out {'pairs' if of_pairs else 'sequences'}".strip()
-    words = _verdict(before, after, on, SUBJECTS[metric])
+    words = _verdict(before, after, change(data.before, data.after, text, metric), on, SUBJECTS[metric])
     shown = [_big("before", before), '<span class="arrow" aria-hidden="true">→</span>', _big("after", after)]
     return (
         f'<p class="kicker">{KICKERS[metric]} on {title}, '
@@ -163,22 +162,29 @@ def _big(when: str, estimate: Estimate | None) -> str:
     return f'<div class="figure"><b>{exact(estimate.value)}</b><span>{when} {ends}</span></div>'
 
 
-def _verdict(before: Estimate | None, after: Estimate | None, on: str, subject: tuple[str, str, str]) -> str:
+def _verdict(
+    before: Estimate | None,
+    after: Estimate | None,
+    paired: Change | None,
+    on: str,
+    subject: tuple[str, str, str],
+) -> str:
     if after is None or before is None:
         here, gone = ("before", "after") if after is None else ("after", "before")
         return f"Measured on {on} {here} training. It is missing {gone} training, so no change can be stated."
-    separate = apart(before, after)
     percent = f" ({100 * (after.value / before.value - 1):+.0f}&nbsp;%)".replace("-", "−") if before.value > 0 else ""
-    change = f"{_signed(after.value - before.value)}{percent}"
-    if separate is None:
-        return f"Changed by {change}. There are no intervals to judge that by."
-    if not separate:
+    by = f"{_signed(after.value - before.value)}{percent}"
+    if paired is None:
+        return f"Changed by {by}. There are no values of the same sequences before and after to judge that by."
+    bounds = f"95&nbsp;% interval [{exact(paired.low)}, {exact(paired.high)}]"
+    if not paired.told:
+        why = ", and so few can tell nothing" if paired.leaves_zero_out else ", which holds 0"
         return (
-            f"<strong>The intervals overlap</strong>: the change of {change} may be sampling noise. Measured on {on}; "
-            "more of them (objective.heldout_sequences) narrow the intervals."
+            f"<strong>This may be sampling noise</strong>: prompt by prompt the change of {by} has the {bounds}{why}. "
+            f"Measured on {on}; more of them (objective.heldout_sequences) narrow the interval."
         )
     what = f"{subject[0]} {subject[1 if after.value > before.value else 2]}"
-    return f"<strong>The intervals are apart</strong>: {what} by more than the sampling noise of {on}{percent}."
+    return f"<strong>More than sampling noise</strong>: {what}, by {by}, prompt by prompt on {on} with the {bounds}."
 
 
 def tables(data: RunData) -> str:
@@ -187,13 +193,12 @@ def tables(data: RunData) -> str:
     if not parts:
         return '<p class="none">No held-out measurement in this run folder.</p>'
     if any(as_dict(s.get("pairs")) for s in (data.before, data.after)):
-        note = "Means over pairs with 95&nbsp;% bootstrap intervals; the pairs are the same before and after."
+        note = f"Means over pairs with 95&nbsp;% bootstrap intervals. {PAIRED_NOTE}"
         return f'<div class="tables">{"".join(parts)}</div><p class="note">{note}</p>'
     sparse = any("tail_mass" in as_dict(s.get(text)) for s in (data.before, data.after) for text, _ in TEXTS)
     note = (
         "Means per token; 95&nbsp;% bootstrap intervals over whole sequences. The student’s samples are fresh each "
-        "time; the teacher’s text is the same before and after. Apart: the two intervals share no value; overlap: "
-        "they do, and the change may be sampling noise."
+        f"time; the teacher’s text is the same before and after. {PAIRED_NOTE}"
     )
     if sparse:
         note += (
@@ -228,10 +233,11 @@ def _table(data: RunData, text: str, title: str) -> str:
         if a is None and b is None:
             continue
         metric = known.get(name) or Metric(name, name, "per token", 0, "")
+        cell = _change(metric, a, b, change(data.before, data.after, text, name))
         aim = {1: ", higher is better", -1: ", lower is better", 0: ""}[metric.better]
         body.append(
             f'<tr><th scope="row">{safe(metric.label)}<small>{safe(metric.unit)}{aim}</small></th>'
-            f"<td>{a.html() if a else '–'}</td><td>{b.html() if b else '–'}</td>{_change(metric, a, b)}</tr>"
+            f"<td>{a.html() if a else '–'}</td><td>{b.html() if b else '–'}</td>{cell}</tr>"
         )
     if not body:
         return ""
@@ -252,14 +258,16 @@ def exact_count(value: Any) -> str:
     return f'<data value="{value}">{value:,.0f}</data>'
 
 
-def _change(metric: Metric, before: Estimate | None, after: Estimate | None) -> str:
+def _change(metric: Metric, before: Estimate | None, after: Estimate | None, paired: Change | None) -> str:
     if before is None or after is None:
         return "<td>–</td>"
-    delta, separate = after.value - before.value, apart(before, after)
-    words, kind = {None: "no intervals", False: "overlap", True: "apart"}[separate], "plain"
-    if separate and metric.better:
-        better = delta * metric.better > 0
-        words, kind = f"{'better' if better else 'worse'}, {words}", "good" if better else "bad"
+    delta, words, kind = after.value - before.value, "no values of the same sequences", "plain"
+    if paired is not None:
+        words = "" if paired.told else ", noise"
+        if paired.told and metric.better:
+            better = delta * metric.better > 0
+            words, kind = (", better", "good") if better else (", worse", "bad")
+        words = f"[{exact(paired.low)}, {exact(paired.high)}]{words}"
     return f'<td class="{kind}">{_signed(delta)}<small>{words}</small></td>'
 
 
