@@ -381,15 +381,29 @@ def _teach_chosen_ids(worker: Any) -> None:
 
 
 @contextmanager
+def not_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Without gradient checkpointing inside; afterwards with what it was, function and arguments included."""
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
     """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing.
 
     Every rank enters and leaves together, and may run as many forward passes in between as it likes: DeepSpeed's check
-    that all ranks are at the same one, which TRL leaves in place, is set aside.
+    that all ranks are at the same one, which TRL leaves in place, is set aside. Checkpointing is switched off here, at
+    the modules' own switches: TRL would switch it on again with default arguments.
     """
     from trl.models import unwrap_model_for_generation
 
-    with unwrap_model_for_generation(model, accelerator) as unwrapped:
+    with not_checkpointing(model), unwrap_model_for_generation(model, accelerator) as unwrapped:
         offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
         check = getattr(offload, "fwd_pre_hook", None)
         hook = unwrapped._forward_pre_hooks.pop(check.id) if check else None

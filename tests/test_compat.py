@@ -1,5 +1,6 @@
 """Contracts with unstable API of others: when an upgrade breaks one, this says which."""
 
+import contextlib
 import logging
 import os
 import random
@@ -227,16 +228,47 @@ def test_what_vllm_refuses_is_a_user_error(loaded, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_generation_ready_restores_gradient_checkpointing():
+def checkpointing(model):
+    """What every checkpointing layer calls, with its arguments."""
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    return [(type(m).__name__, m._gradient_checkpointing_func) for m in layers]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "arguments", [{"use_reentrant": False}, {"use_reentrant": True}, {"preserve_rng_state": False}]
+)
+def test_after_generation_the_model_checkpoints_as_before(arguments, fails):
     from accelerate import Accelerator
 
     from llmdistill.compat import generation_ready
 
     model = llama(0).train()
-    model.gradient_checkpointing_enable()
-    with generation_ready(model, Accelerator(cpu=True)) as ready:
-        assert ready is model and not ready.is_gradient_checkpointing
-    assert model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    before = checkpointing(model)
+    assert before and all(function.keywords.items() >= arguments.items() for _, function in before)
+    with contextlib.suppress(ZeroDivisionError), generation_ready(model, Accelerator(cpu=True)) as ready:
+        assert ready is model and not ready.is_gradient_checkpointing and not checkpointing(model)
+        if fails:
+            1 / 0  # noqa: B018
+    assert checkpointing(model) == before
+
+
+def test_an_adapted_model_learns_through_checkpoints_after_generation():
+    """The frozen embeddings' output still asks for a gradient: without it reentrant checkpoints give none."""
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+
+    from llmdistill.compat import generation_ready
+
+    model = get_peft_model(llama(0), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with generation_ready(model, Accelerator(cpu=True)):
+        pass
+    model(input_ids=torch.tensor([[5, 6, 7]])).logits.square().mean().backward()
+    grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    assert grads and all(g is not None and g.any() for g in grads)
 
 
 def trainer(folder, **settings):
