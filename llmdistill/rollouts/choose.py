@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from llmdistill.compat import generation_ready
+from llmdistill.compat import generation_ready, require_vllm
 from llmdistill.models.generation import HFRollouts
 from llmdistill.recipe.config import RolloutConfig, bearer_token
 from llmdistill.rollouts.engine import RolloutEngine
+from llmdistill.rollouts.lazy import LazyEngine
 
 
 def make_rollout_engine(
@@ -22,11 +24,14 @@ def make_rollout_engine(
     pad_id: int,
     longest: int,
     seed: int,
+    lazy: bool = False,
 ) -> RolloutEngine:
     """The engine ``rollouts.engine`` names. How often it is synced (``push_every``) is the trainer's business.
 
     Args:
         longest: prompt and completion together, for an engine that reserves memory for them.
+        lazy: make it when it is first sampled from, for a run whose texts are not the student's own. What is missing
+            here is said at once all the same.
 
     Raises:
         UserError: no engine, or no service, that takes the student.
@@ -36,22 +41,27 @@ def make_rollout_engine(
     if config.engine == "remote":
         from llmdistill.rollouts.remote import RemoteRollouts
 
-        return RemoteRollouts(
+        make: Callable[[], RolloutEngine] = partial(
+            RemoteRollouts,
             config.url,
             eos_ids=eos_ids,
             pad_id=pad_id,
             token=bearer_token(config.token_env, "rollouts.token_env"),
             folder=config.push_folder or None,
         )
-    from llmdistill.rollouts.vllm import VLLMRollouts
+    else:
+        from llmdistill.rollouts.vllm import VLLMRollouts
 
-    return VLLMRollouts(
-        student,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        dtype=config.dtype,
-        max_model_len=longest,
-        kv_cache_gib=config.kv_cache_gib,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        seed=seed,
-    )
+        require_vllm()
+        make = partial(
+            VLLMRollouts,
+            student,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            dtype=config.dtype,
+            max_model_len=longest,
+            kv_cache_gib=config.kv_cache_gib,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            seed=seed,
+        )
+    return LazyEngine(make) if lazy else make()
