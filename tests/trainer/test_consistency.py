@@ -81,7 +81,7 @@ def test_an_objective_without_its_reference_stops_before_the_first_step(tmp_path
         tiny.llama(1),
         args,
         tiny.llama(2),
-        method=args.method(),
+        method=args.build(),
         train_dataset=tiny.rows(4),
         processing_class=tiny.tokenizer(),
     )

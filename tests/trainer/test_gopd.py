@@ -363,12 +363,20 @@ def test_a_round_without_a_counted_token_is_no_step_at_all(tmp_path: Path, estim
     assert bitwise(weights(t.model), before)
 
 
+def tempered(logits: torch.Tensor, y: torch.Tensor, top_k: int) -> torch.Tensor:
+    """log of softmax(logits / 2) over the top_k likeliest tokens (0: all) and y, at y: [n, V] and [n, 1] -> [n]."""
+    allowed = logits.topk(top_k or logits.shape[-1]).indices
+    kept = torch.full_like(logits, -torch.inf).scatter(1, torch.cat([allowed, y], 1), 0.0) + logits / 2
+    return kept.log_softmax(-1).gather(1, y).squeeze(1)
+
+
+@pytest.mark.parametrize("top_k", [0, 30])
 @pytest.mark.parametrize("estimator", ["sampled", "full"])
-def test_weights_of_sampled_tokens_are_ratios_to_what_drew_them(tmp_path: Path, estimator: Any) -> None:
+def test_weights_of_sampled_tokens_are_ratios_to_what_drew_them(tmp_path: Path, estimator: Any, top_k: int) -> None:
     """Drawn at temperature 2, trained one update later: w = min(new S_2(y) / S_2(y), cap), by hand, on what is about
-    the drawn tokens: the sampled estimator and the reward, and not on a divergence of whole distributions. Before the
-    update every weight is 1."""
-    rollouts = RolloutConfig(max_new_tokens=6, temperature=2.0, samples_per_prompt=2)
+    the drawn tokens: the sampled estimator and the reward, and not on a divergence of whole distributions. S_2 is over
+    the tokens that may be drawn, old and new. Before the update every weight is 1."""
+    rollouts = RolloutConfig(max_new_tokens=6, temperature=2.0, top_k=top_k, samples_per_prompt=2)
     settings = {"rollouts": rollouts, "estimator": estimator, "reward": length_reward, "reward_weight": 0.3}
     plain, capped = (make(tmp_path, importance_cap=cap, **settings) for cap in (0.0, 1.5))
     for each in (plain, capped):
@@ -386,7 +394,7 @@ def test_weights_of_sampled_tokens_are_ratios_to_what_drew_them(tmp_path: Path, 
         n, start = int(attention.sum()), len(prompt.ids) - 1
         z, was, target = (m(ids[None, :n]).logits[0, start:-1].detach() for m in (model, old, teacher))
         y = ids[start + 1 : n, None]
-        new, drawn = ((x / 2).log_softmax(-1).gather(1, y).squeeze(1) for x in (z, was))
+        new, drawn = tempered(z, y, top_k), tempered(was, y, top_k)
         ratios += (new - drawn).exp().tolist()
         w = (new - drawn).exp().clamp(max=1.5)
         kl = divergences.reverse_kl(z, target)

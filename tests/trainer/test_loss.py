@@ -122,7 +122,7 @@ def test_training_does_not_depend_on_the_micro_batch_split(tmp_path: Path, size:
 @pytest.mark.parametrize("estimator", ["full", "top_k", "sampled"])
 def test_student_equal_to_teacher_has_no_loss_and_no_gradient(tmp_path: Path, estimator: Any) -> None:
     text = Only("student" if estimator == "sampled" else "dataset")
-    method = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).method(text)
+    method = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).build(text)
     t = trainer(tmp_path, tiny.llama(1), tiny.llama(1), method=method)
     loss, gradients = loss_and_gradients(t, batch(SEQUENCES))
     assert abs(loss) < 1e-5
@@ -166,7 +166,7 @@ def test_a_wider_teacher_head_is_cut_before_the_softmax(tmp_path: Path) -> None:
 
 def test_top_k_is_below_the_full_divergence_and_reaches_it(tmp_path: Path) -> None:
     def loss(**settings: Any) -> float:
-        method = OPDConfig(output_dir=str(tmp_path), **settings).method(Only("dataset"))
+        method = OPDConfig(output_dir=str(tmp_path), **settings).build(Only("dataset"))
         return loss_and_gradients(trainer(tmp_path, method=method), batch(SEQUENCES))[0]
 
     full = loss(estimator="full")
@@ -256,7 +256,7 @@ def test_trl_distillation_trainer_agrees(tmp_path: Path, beta: float, divergence
     peer_norm = torch.nn.utils.get_total_norm([p.grad for p in peer.model.parameters()])
 
     extra = {"beta": beta} if divergence == "jsd" else {}
-    method = OPDConfig(output_dir=str(tmp_path), divergence=divergence, **extra).method(Only("dataset"))  # type: ignore[arg-type]
+    method = OPDConfig(output_dir=str(tmp_path), divergence=divergence, **extra).build(Only("dataset"))  # type: ignore[arg-type]
     loss, gradients = loss_and_gradients(
         trainer(tmp_path, tiny.llama(1), tiny.llama(2), method=method), batch(SEQUENCES), count
     )

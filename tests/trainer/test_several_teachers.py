@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from llmdistill import DistillationTrainer, OPDConfig, OPDTrainer, RolloutConfig, UserError, cli
+from llmdistill import DistillationTrainer, Method, OPDConfig, OPDTrainer, RolloutConfig, UserError, cli
 from llmdistill.models.generation import HFRollouts
 from llmdistill.opd import main
 from llmdistill.recipe.command_line import parse
@@ -22,6 +23,7 @@ from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
+from llmdistill.texts.sources import Only
 from tests import tiny
 from tests.trainer.test_loss import FULL, assert_same_gradients, batch, by_hand, loss_and_gradients
 
@@ -38,19 +40,17 @@ def domain_rows(n: int, *, completion: bool = True) -> list[dict[str, Any]]:
 
 
 def trainer(tmp_path: Path, teacher: Any, student: Any = None, **settings: Any) -> DistillationTrainer:
-    objective, sequences = settings.pop("objective", FULL), settings.pop("sequences", "dataset")
-    engine = settings.pop("rollout_engine", None)
+    method, engine = settings.pop("method", FULL), settings.pop("rollout_engine", None)
     settings = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **settings}
     settings.setdefault("rollouts", RolloutConfig(max_new_tokens=6))
     return DistillationTrainer(
         student or tiny.llama(1),
         OPDConfig(output_dir=str(tmp_path / "run"), logging_steps=1, **settings),
         teacher,
-        objective=objective,
+        method=method,
         train_dataset=domain_rows(16),
         eval_dataset=domain_rows(4),
         processing_class=tiny.tokenizer(),
-        sequences=sequences,
         rollout_engine=engine,
     )
 
@@ -100,12 +100,13 @@ def test_routing_does_not_depend_on_the_micro_batch_split(tmp_path: Path, size: 
 @pytest.mark.parametrize("estimator", ["full", "top_k", "sampled"])
 def test_an_ensemble_trains_with_every_estimator(tmp_path: Path, estimator: Any) -> None:
     """Its loss is that of the averaged distribution; a student equal to all members has none."""
-    objective = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).objective()
+    text = Only("student" if estimator == "sampled" else "dataset")
+    method = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).build(text)
     same = EnsembleTeacher([(local(1), 1.0), (local(1), 2.0)], ["x", "y"])
-    loss, _ = loss_and_gradients(trainer(tmp_path, same, objective=objective), batch(SEQUENCES))
+    loss, _ = loss_and_gradients(trainer(tmp_path, same, method=method), batch(SEQUENCES))
     assert abs(loss) < 1e-5
     other = EnsembleTeacher([(local(2), 1.0), (local(3), 2.0)])
-    t = trainer(tmp_path, other, objective=objective)
+    t = trainer(tmp_path, other, method=method)
     t.train()
     losses = [x["loss"] for x in t.state.log_history if "loss" in x]
     assert len(losses) == 2 and all(abs(x) > 0.05 for x in losses)
@@ -128,13 +129,13 @@ class Wire:
 
 def test_bytes_per_token_are_of_training_only(tmp_path: Path) -> None:
     """Half of the rows' teachers are elsewhere; what held-out measurement receives does not count."""
-    objective = OPDConfig(output_dir=str(tmp_path), estimator="top_k", top_k=8).objective()
-    t = trainer(tmp_path, two(Wire(local(2)), Wire(local(3))), objective=objective)
+    method = OPDConfig(output_dir=str(tmp_path), estimator="top_k", top_k=8).build(Only("dataset"))
+    t = trainer(tmp_path, two(Wire(local(2)), Wire(local(3))), method=method)
     t.evaluate()
     t.train()
     logged = [x for x in t.state.log_history if "loss" in x]
     assert [x["teacher/bytes_per_token"] for x in logged] == [10.0, 10.0]
-    alone = trainer(tmp_path, local(2), objective=objective)
+    alone = trainer(tmp_path, local(2), method=method)
     alone.train()
     assert not any("teacher/bytes_per_token" in x for x in alone.state.log_history)
 
@@ -177,11 +178,42 @@ def test_weights_are_pushed_every_so_many_steps(tmp_path: Path) -> None:
     assert engine.pushes == [0, 3, 6, 7]
 
 
+def test_evaluation_between_two_pushes_changes_nothing_that_is_trained_on(tmp_path: Path) -> None:
+    """The engine keeps its older weights for the rest of the stretch, and yet the newest are what is measured."""
+
+    class Copied(Pushed):
+        def sync(self, model: Any, policy_version: int) -> None:
+            super().sync(copy.deepcopy(model), policy_version)
+
+    runs, measured = [], []
+    method, rollouts = (
+        Method(FULL.terms, {"main": Only("student")}),
+        RolloutConfig(engine="vllm", max_new_tokens=6, push_every=3),
+    )
+    for looks in ("no", "steps"):
+        engine = Copied(eos_ids=[1], pad_id=0)
+        settings = {"eval_strategy": looks, "eval_steps": 1, "max_steps": 6, "learning_rate": 3e-2}
+        t = trainer(tmp_path / looks, local(2), method=method, rollouts=rollouts, rollout_engine=engine, **settings)
+        t.train()
+        measured = [x["eval_student/reverse_kl"] for x in t.state.log_history if "eval_student/reverse_kl" in x]
+        lines = [x for x in t.state.log_history if "loss" in x]
+        runs.append(([(x["loss"], x["rollout/staleness"]) for x in lines], weights(t.model)))
+    assert runs[0][0] == runs[1][0] and [age for _, age in runs[0][0]] == [0, 1, 2, 0, 1, 2]
+    assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
+    assert len(set(measured)) == 6  # of other weights each time
+    assert measured[-1] == t.evaluate()["eval_student/reverse_kl"]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def test_a_run_that_starts_between_two_pushes_pushes_first(tmp_path: Path) -> None:
     """As a resumed one does; then it is back in the rhythm of the undisturbed one."""
     engine = Pushed(eos_ids=[1], pad_id=0)
     rollouts = RolloutConfig(engine="vllm", max_new_tokens=2, push_every=4)
-    t = trainer(tmp_path, local(2), sequences="student", rollouts=rollouts, rollout_engine=engine)
+    method = Method(FULL.terms, {"main": Only("student")})
+    t = trainer(tmp_path, local(2), method=method, rollouts=rollouts, rollout_engine=engine)
     for step in (2, 3, 4, 5):
         t.state.global_step = step
         t.draw(t.train_dataset[:2])  # type: ignore[index]

@@ -12,9 +12,9 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.texts import position_ids, predicting_rows
-from llmdistill.training.method import MicroBatch
-from llmdistill.training.support import likeliest_ids
+from llmdistill.training.likeliest import likeliest_ids
 from tests import tiny
+from tests.trainer.batches import micro_batch
 from tests.trainer.test_loss import SEQUENCES, batch
 
 
@@ -38,9 +38,7 @@ def trainer(folder: Path, student: Any, **settings: Any) -> OPDTrainer:
 
 
 def loss(t: OPDTrainer) -> float:
-    rollout = batch(SEQUENCES)
-    evidence = t.evidence(rollout, t.chosen_ids(rollout))
-    return t.compute_loss(t.model, {"micro_batch": MicroBatch(rollout, evidence)}).item()  # type: ignore[no-any-return]
+    return t.compute_loss(t.model, {"micro_batch": micro_batch(t, batch(SEQUENCES))}).item()  # type: ignore[no-any-return]
 
 
 def test_the_ids_are_the_likeliest_of_every_counted_position() -> None:
