@@ -51,7 +51,7 @@ quickstart: setup
 	@PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/accelerate launch --config_file recipes/accelerate/one_process.yaml \
 	  --num_cpu_threads_per_process $${OMP_NUM_THREADS:-$$($(PY) -m llmdistill.threads)} \
 	  -m llmdistill.opd --config recipes/quickstart.yaml \
-	  --rollouts.engine $$($(PY) -c "import importlib.util as u; print('vllm' if u.find_spec('vllm') else 'hf')") $(ARGS)
+	  --rollouts.engine $$($(PY) -c "import importlib.util as u; print('vllm' if u.find_spec('vllm') else 'hf')") $$($(PY) -m llmdistill.precision) $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -63,10 +63,10 @@ test: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 test: lint
 	@$(PY) data/quickstart_models.py
 	@$(PY) data/quickstart_prompts.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 clean:
 	rm -rf $(VENV) data/quickstart runs

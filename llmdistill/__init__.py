@@ -13,7 +13,10 @@ _PUBLIC = {
     "DataConfig": "llmdistill.recipe.config",
     "RolloutConfig": "llmdistill.recipe.config",
     "DistillationTrainer": "llmdistill.training.trainer",
-    "Objective": "llmdistill.training.method",
+    "Ask": "llmdistill.composition.term",
+    "Method": "llmdistill.composition.method",
+    "MethodTrainer": "llmdistill.training.method_trainer",
+    "Term": "llmdistill.composition.term",
     "OPDConfig": "llmdistill.opd",
     "OPDTrainer": "llmdistill.opd",
     "REDIConfig": "llmdistill.redi",
@@ -25,6 +28,9 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from llmdistill.composition.method import Method as Method
+    from llmdistill.composition.term import Ask as Ask
+    from llmdistill.composition.term import Term as Term
     from llmdistill.errors import UserError as UserError
     from llmdistill.opd import OPDConfig as OPDConfig
     from llmdistill.opd import OPDTrainer as OPDTrainer
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
     from llmdistill.redi import REDITrainer as REDITrainer
     from llmdistill.taid import TAIDConfig as TAIDConfig
     from llmdistill.taid import TAIDTrainer as TAIDTrainer
-    from llmdistill.training.method import Objective as Objective
+    from llmdistill.training.method_trainer import MethodTrainer as MethodTrainer
     from llmdistill.training.trainer import DistillationTrainer as DistillationTrainer
 
 

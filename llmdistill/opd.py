@@ -12,7 +12,7 @@ Thinking Machines 2025). Three estimators of its gradient:
 
 The gradient is not taken through the sampling, and no future divergence is credited to a token (discount 0).
 
-``sequences`` says whose text is trained on (:mod:`llmdistill.training.sequences`): with ``mixed`` this is GKD, with
+``sequences`` says whose text is trained on (:mod:`llmdistill.texts.sources`): with ``mixed`` this is GKD, with
 ``adaptive`` DistiLLM's schedule, and with ``dataset`` the teacher may be one that was stored (``teacher.stored``).
 
 ``reward_scale`` lambda != 1 is G-OPD (arXiv 2602.12125): the reward log T/R of a reference R is scaled against
@@ -26,23 +26,26 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmdistill import methods
+from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
-from llmdistill.methods.token_config import TokenConfig, setting
+from llmdistill.methods.token_config import TokenConfig
 from llmdistill.models.heads import head_of
 from llmdistill.objectives.composed import extrapolated, extrapolated_sampled
 from llmdistill.pipeline.run import run
-from llmdistill.recipe.command_line import help_text, parse, run_front_door
-from llmdistill.recipe.config import DType, TeacherConfig, require
+from llmdistill.recipe.command_line import help_text, named, parse, run_front_door
+from llmdistill.recipe.config import DistillationConfig, DType, TeacherConfig
+from llmdistill.recipe.settings import require, setting
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import UnadaptedTeacher
-from llmdistill.training import sequences as data_policy
-from llmdistill.training.method import Objective
+from llmdistill.texts.sources import Source
+from llmdistill.training.method_trainer import MethodTrainer
 from llmdistill.training.rewards import Reward, load_reward
 from llmdistill.training.trainer import DistillationTrainer
 
@@ -53,7 +56,11 @@ INITIAL = "initial"
 class OPDConfig(TokenConfig):
     """Settings of on-policy distillation, over :class:`~llmdistill.methods.token_config.TokenConfig`."""
 
+    method: str = setting("opd", "opd (what follows), a file of llmdistill/methods, or package.module:NAME")
     reward_scale: float = setting(1.0, "G-OPD's lambda: scale of the reward log T/R; 1: plain OPD, > 1: ExOPD")
+    plausibility: float = setting(
+        0.1, "reward_scale > 1, estimator full: only tokens with T >= this share of the likeliest are extrapolated"
+    )
     reference: str = setting(INITIAL, "R for reward_scale != 1: initial (the student's start), a model, or a URL")
     reward: str = setting("", "task reward: math (verifies data.answer_column), or package.module:function")
     reward_weight: float = setting(0.0, "weight of the group-normalised task reward beside the distillation advantage")
@@ -61,6 +68,7 @@ class OPDConfig(TokenConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.reward_scale >= 0, "objective.reward_scale", self.reward_scale, ">= 0", "1 is plain OPD")
+        require(0 <= self.plausibility <= 1, "objective.plausibility", self.plausibility, "in [0, 1]", "use 0.1")
         require(self.reward_weight >= 0, "objective.reward_weight", self.reward_weight, ">= 0", "0 is plain OPD")
         if self.reward_scale != 1:
             if self.divergence != "reverse_kl" or self.estimator == "top_k":
@@ -90,29 +98,30 @@ class OPDConfig(TokenConfig):
                 f"{self.rollouts.samples_per_prompt}. Fix: --samples_per_prompt 4, say."
             )
 
-    def objective(self) -> Objective:
+    def build(self, source: Source | None = None) -> Method:
         """The composition these settings name."""
-        scale = self.reward_scale
-        loss = self.divergence_loss()
+        scale, loss, judges = self.reward_scale, self.divergence_loss(), ["teacher"]
         if scale != 1:
-            loss = extrapolated_sampled(scale) if self.estimator == "sampled" else extrapolated(loss, scale)
-        return Objective(
-            loss,
-            self.estimator,
-            self.listed,
-            self.support,
-            reference=scale != 1,
-            importance_cap=self.cap,
-            temperature=self.sampled_at,
-        )
+            judges.append("reference")
+            sampled = self.estimator == "sampled"
+            loss = (
+                extrapolated_sampled(scale, **self.sampler)
+                if sampled
+                else extrapolated(loss, scale, plausibility=self.plausibility)
+            )
+        method = self.composition(self.term(loss, judges), source)
+        more = []
+        if self.reward_weight:
+            more.append(self.reward_term(self.reward_weight))
+        return replace(method, terms=(*method.terms, *more)) if more else method
 
 
 class OPDTrainer(DistillationTrainer):
     """Distils ``teacher`` into ``model`` on the student's own samples, or on what ``args.sequences`` says.
 
     ``reference`` (a Teacher, a model, or its folder) goes before ``args.reference``, ``reward`` (a function of prompts
-    and completions) before ``args.reward``, ``sequences`` (a policy of
-    :mod:`llmdistill.training.sequences`, or your own) before ``args.sequences``.
+    and completions) before ``args.reward``, ``sequences`` (a source of
+    :mod:`llmdistill.texts.sources`, or your own) before ``args.sequences``.
 
     Example::
 
@@ -133,7 +142,7 @@ class OPDTrainer(DistillationTrainer):
         *,
         reference: Teacher | PreTrainedModel | str | None = None,
         reward: Reward | None = None,
-        sequences: data_policy.Sequences | None = None,
+        sequences: Source | None = None,
         **kwargs: Any,
     ) -> None:
         scaled = args.reward_scale != 1
@@ -162,15 +171,13 @@ class OPDTrainer(DistillationTrainer):
             model,
             args,
             teacher,
-            objective=args.objective(),
-            reference=reference if scaled else None,
+            method=args.build(sequences),
+            judges={"reference": reference} if scaled and reference is not None else None,
             reward=reward,
-            reward_weight=args.reward_weight,
-            sequences=args.data_policy(sequences),
             **kwargs,
         )
-        if scaled and self.reference is None:  # the student's weights are frozen below its adapter
-            self.reference = UnadaptedTeacher(self.model, self.encode.tokenizer)
+        if scaled and "reference" not in self.judges:  # the student's weights are frozen below its adapter
+            self.judges["reference"] = UnadaptedTeacher(self.model, self.encode.tokenizer)
 
 
 def _initial(model: Any, args: OPDConfig) -> Teacher | PreTrainedModel:
@@ -198,10 +205,12 @@ SUMMARY = "On-policy distillation: the student samples, the teacher scores every
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit status."""
+    name = named(argv, "objective", "method") or "opd"
+    config: type[DistillationConfig] = OPDConfig if name == "opd" else methods.config_class(name)
     if "--help" in argv or "-h" in argv:
-        print(help_text(OPDConfig, "llmdistill.opd", SUMMARY))
+        print(help_text(config, "llmdistill.opd", SUMMARY))
         return 0
-    return run(parse(OPDConfig, argv), OPDTrainer)
+    return run(parse(config, argv), OPDTrainer if name == "opd" else MethodTrainer)
 
 
 if __name__ == "__main__":

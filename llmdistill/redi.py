@@ -24,9 +24,9 @@ from typing import Any, Literal
 from llmdistill.errors import UserError
 from llmdistill.objectives.redi import redi_loss, simpo_loss
 from llmdistill.recipe.command_line import help_text, parse, run_front_door
-from llmdistill.recipe.config import require
+from llmdistill.recipe.settings import require, setting
 from llmdistill.training.pair_losses import PairLoss
-from llmdistill.training.pair_trainer import PairConfig, PairTrainer, setting
+from llmdistill.training.pair_trainer import PairConfig, PairTrainer
 
 Method = Literal["redi", "sft", "symmetric", "dpo", "simpo"]
 # What a method reads, and its value where none is given: those of the paper.

@@ -7,7 +7,8 @@ teacher (arXiv 2501.16937): ``objectives/taid.py`` has the formula and the sched
 baselines: forward and reverse KL, JSD, skew KL, total variation, adaptive KL, any f-divergence.
 
 The text is the dataset's, or the teacher's own (``sequences: teacher``). The teacher may be in this process, a service,
-or stored score blocks; from top-k evidence TAID interpolates K tokens and a bucket.
+or stored score blocks. TAID itself needs whole distributions: interpolated buckets would put the tail's mass where
+neither model has it.
 
 t moves once per optimizer step, by the mean loss of the global batch, alike on every rank; it is in the checkpoint.
 """
@@ -15,22 +16,22 @@ t moves once per optimizer step, by the mean loss of the global batch, alike on 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
-from transformers import TrainerCallback
 
+from llmdistill.composition.method import Measured, Method, Schedule
 from llmdistill.errors import UserError
-from llmdistill.methods.token_config import Divergence, TokenConfig, setting
+from llmdistill.methods.token_config import Divergence, TokenConfig
 from llmdistill.objectives.metrics import target_entropy
-from llmdistill.objectives.taid import TAIDSchedule, sparse_taid, taid
+from llmdistill.objectives.taid import TAIDSchedule, taid
 from llmdistill.pipeline.run import run
 from llmdistill.recipe.command_line import help_text, parse, run_front_door
-from llmdistill.recipe.config import require
-from llmdistill.training import sequences as data_policy
-from llmdistill.training.method import Objective
+from llmdistill.recipe.settings import require, setting
+from llmdistill.texts import sources
+from llmdistill.texts.sources import Source
 from llmdistill.training.trainer import DistillationTrainer
 
 TAIDDivergence = Literal["taid", Divergence]
@@ -41,7 +42,7 @@ class TAIDConfig(TokenConfig):
     """Settings of off-policy distillation, over :class:`~llmdistill.methods.token_config.TokenConfig`."""
 
     divergence: TAIDDivergence = setting("taid", "what is minimised, per token")  # type: ignore[assignment]
-    sequences: data_policy.Kind = setting("dataset", "text trained on: dataset, teacher, student, mixed or adaptive")
+    sequences: sources.Kind = setting("dataset", "text trained on: dataset, teacher, student, mixed or adaptive")
     t_start: float = setting(0.4, "taid: share of the teacher in the target at the start (paper: .4 or .2)")
     t_end: float = setting(1.0, "taid: and at most")
     t_rate: float = setting(5e-4, "taid: alpha, how far a step moves t at most; 0: only along the line")
@@ -55,6 +56,13 @@ class TAIDConfig(TokenConfig):
         if self.divergence != "taid":
             self.refuse_set(("t_start", "t_end", "t_rate", "t_momentum", "t_driver"), f"divergence {self.divergence}")
         else:
+            require(
+                self.estimator == "full",
+                "objective.estimator",
+                self.estimator,
+                "full for divergence taid: a target between two models is no function of listed tokens and one bucket",
+                "--estimator full, or another divergence",
+            )
             needed = "> 0: at 0 the target is the student itself, and there is nothing to learn"
             require(self.t_start > 0, "objective.t_start", self.t_start, needed, "use 0.2")
             try:
@@ -68,22 +76,46 @@ class TAIDConfig(TokenConfig):
         """As it is before the first step; the trainer tells it how many there will be."""
         return TAIDSchedule(self.t_start, self.t_end, self.t_rate, self.t_momentum)
 
-    def objective(self) -> Objective:
+    def build(self, source: Source | None = None) -> Method:
         """The composition these settings name."""
-        common: dict[str, Any] = dict(importance_cap=self.cap, temperature=self.sampled_at)
         if self.divergence != "taid":
-            return Objective(self.divergence_loss(), self.estimator, self.listed, self.support, **common)
+            return self.composition(self.term(self.divergence_loss()), source)
         schedule, temperature = self.schedule(), self.loss_temperature
 
-        def loss(student_logits: Tensor, *evidence: Tensor) -> Tensor:
-            function: Callable[..., Tensor] = taid if self.estimator == "full" else sparse_taid
-            return function(student_logits, *evidence, t=schedule.t, temperature=temperature)
+        def loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            return taid(student_logits, teacher_logits, t=schedule.t, temperature=temperature)
 
-        def entropy(student_logits: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
-            return target_entropy(student_logits, *evidence, t=schedule.t, temperature=temperature)
+        def entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+            values = target_entropy(student_logits, teacher_logits, t=schedule.t, temperature=temperature)
+            return values["target_entropy"]
 
-        watch = entropy if self.t_driver == "cross_entropy" else None
-        return Objective(loss, self.estimator, self.listed, self.support, schedule=schedule, watch=watch, **common)
+        by_cross_entropy = self.t_driver == "cross_entropy"
+        term = self.term(loss, watch={"target_entropy": entropy} if by_cross_entropy else {})
+        return self.composition(term, source, {"t": Interpolation(schedule, by_cross_entropy)})
+
+
+@dataclass
+class Interpolation(Schedule):
+    """TAID's t as a method's schedule: moved by KL(p_t || S), or by the cross-entropy, which has p_t's entropy in it."""
+
+    schedule: TAIDSchedule
+    by_cross_entropy: bool = False
+
+    def start(self, total_steps: int) -> None:
+        self.schedule.num_steps = total_steps
+
+    def update(self, measured: Measured) -> None:
+        entropy = measured.watched["divergence", "target_entropy"] if self.by_cross_entropy else 0.0
+        self.schedule.update(measured.losses["divergence"] + entropy, measured.step)
+
+    def numbers(self) -> dict[str, float]:
+        return {"schedule": self.schedule.t}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state)
 
 
 class TAIDTrainer(DistillationTrainer):
@@ -98,28 +130,9 @@ class TAIDTrainer(DistillationTrainer):
     args: TAIDConfig
 
     def __init__(
-        self,
-        model: Any,
-        args: TAIDConfig,
-        teacher: Any,
-        *,
-        sequences: data_policy.Sequences | None = None,
-        **kwargs: Any,
+        self, model: Any, args: TAIDConfig, teacher: Any, *, sequences: Source | None = None, **kwargs: Any
     ) -> None:
-        policy = args.data_policy(sequences)
-        super().__init__(model, args, teacher, objective=args.objective(), sequences=policy, **kwargs)
-        if isinstance(self.objective.schedule, TAIDSchedule):
-            self.add_callback(_Length(self.objective.schedule))
-
-
-class _Length(TrainerCallback):
-    """Tells the schedule how many optimizer steps there will be, which epochs and devices decide."""
-
-    def __init__(self, schedule: TAIDSchedule) -> None:
-        self.schedule = schedule
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule.num_steps = state.max_steps
+        super().__init__(model, args, teacher, method=args.build(sequences), **kwargs)
 
 
 SUMMARY = "Off-policy distillation: TAID and its baselines on the dataset's or the teacher's text."

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from llmdistill.composition.method import Method, Schedule
+from llmdistill.composition.term import Ask, Mean, Support, Term
 from llmdistill.errors import UserError
 from llmdistill.objectives import divergences, policy, sparse
-from llmdistill.recipe.config import DistillationConfig, require
+from llmdistill.objectives.composed import on_samples
+from llmdistill.objectives.labels import cross_entropy, mixed_target
+from llmdistill.recipe.config import DistillationConfig
+from llmdistill.recipe.settings import require, setting
 from llmdistill.teachers.evidence import Kind
-from llmdistill.training import sequences as data_policy
-from llmdistill.training.support import Support
+from llmdistill.texts import sources
+from llmdistill.texts.sources import Only, Source
 
 Divergence = Literal[
     "reverse_kl",
@@ -44,10 +50,6 @@ READ_BY = {
 }
 
 
-def setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help, "section": "objective"})
-
-
 @dataclass
 class TokenConfig(DistillationConfig):
     """Settings of a per-token divergence on sequences from anywhere, over ``DistillationConfig``."""
@@ -61,13 +63,18 @@ class TokenConfig(DistillationConfig):
     top_k: int = setting(64, "tokens listed by the top_k estimator")
     support: Support = setting("teacher", "whose likeliest tokens those are: teacher, student, or union (both lists)")
     loss_temperature: float = setting(1.0, "divides both logits in the loss; apart from rollouts.temperature")
-    sequences: data_policy.Kind = setting("student", "text trained on: student, dataset, teacher, mixed or adaptive")
+    sequences: sources.Kind = setting("student", "text trained on: student, dataset, teacher, mixed or adaptive")
     student_fraction: float = setting(0.5, "mixed: share of steps on the student's own samples (GKD's lambda)")
-    off_policy: data_policy.OffPolicy = setting("dataset", "mixed, adaptive: the other text, dataset or teacher")
+    off_policy: sources.OffPolicy = setting("dataset", "mixed, adaptive: the other text, dataset or teacher")
     replay_size: int = setting(1000, "adaptive: student samples remembered by each process")
     adaptive_eps: float = setting(0.1, "adaptive: rise of the validation loss that calls for more of them, nats")
     importance_cap: float | None = setting(
         None, "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled, else 0"
+    )
+    mean: Mean = setting("token", "token: mean over all counted tokens; sequence: mean over sequences of their means")
+    ce_weight: float = setting(0.0, "weight of the cross-entropy on the rows' own completions beside the divergence")
+    xi: float | None = setting(
+        None, "one target (1 - xi) one-hot + xi teacher in place of divergence and ce_weight (dataset; may exceed 1)"
     )
 
     def __post_init__(self) -> None:
@@ -78,6 +85,9 @@ class TokenConfig(DistillationConfig):
         require(0 <= share <= 1, "objective.student_fraction", share, "a probability in [0, 1]", "use 0.5")
         require(self.replay_size >= 1, "objective.replay_size", self.replay_size, ">= 1", "use 1000")
         require((self.importance_cap or 0) >= 0, "objective.importance_cap", self.importance_cap, ">= 0", "use 5")
+        require(self.ce_weight >= 0, "objective.ce_weight", self.ce_weight, ">= 0", "use 0")
+        if self.xi is not None:
+            self._check_xi(self.xi)
         takes = PARAMETER.get(self.divergence)
         for name in sorted(set(PARAMETER.values())):
             if getattr(self, name) is not None and name != takes:
@@ -110,6 +120,11 @@ class TokenConfig(DistillationConfig):
         for reader, names in READ_BY.items():
             if self.sequences not in reader:
                 self.refuse_set(names, f"sequences {self.sequences}", f", or --sequences {reader[0]}")
+        if self.importance_cap and self.estimator != "sampled" and not getattr(self, "reward_weight", 0.0):
+            raise UserError(
+                f"objective.importance_cap is {self.importance_cap:g}, and objective.estimator {self.estimator} weighs "
+                "no sampled tokens. Fix: leave it out, or --estimator sampled."
+            )
         if self.rollouts.temperature == 0 and (self.estimator == "sampled" or self.cap):
             raise UserError(
                 "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with. "
@@ -124,6 +139,19 @@ class TokenConfig(DistillationConfig):
                     f"objective.{name} is {value}, and objective.{chosen} does not read it. "
                     f"Fix: leave it out{otherwise}."
                 )
+
+    def _check_xi(self, xi: float) -> None:
+        require(xi >= 0, "objective.xi", xi, ">= 0", "use 0.5")
+        if self.ce_weight:
+            raise UserError(
+                f"objective.xi is {xi:g} and objective.ce_weight {self.ce_weight:g}; xi is one target for both. "
+                "Fix: leave ce_weight out."
+            )
+        if self.estimator != "full" or self.sequences != "dataset":
+            raise UserError(
+                f"objective.xi mixes the dataset's tokens with whole distributions, and objective.estimator is "
+                f"{self.estimator}, objective.sequences {self.sequences}. Fix: --estimator full --sequences dataset."
+            )
 
     def _check_sampled(self) -> None:
         if self.divergence != "reverse_kl":
@@ -150,15 +178,6 @@ class TokenConfig(DistillationConfig):
         return self.importance_cap
 
     @property
-    def sampled_at(self) -> float:
-        """The temperature of the policy that sampled tokens count as drawn from.
-
-        The sampler's own, except where importance weights carry them over to temperature 1, as the sampled estimator
-        needs. A reward's policy gradient is taken there too: at another temperature a constant would have a gradient.
-        """
-        return 1.0 if self.estimator == "sampled" and self.cap else self.rollouts.temperature or 1.0
-
-    @property
     def listed(self) -> int:
         """Tokens of evidence per position."""
         return self.top_k if self.estimator == "top_k" else 0
@@ -166,22 +185,66 @@ class TokenConfig(DistillationConfig):
     def divergence_loss(self) -> Callable[..., Tensor]:
         """The per-token function of the estimator; sampled estimates the reverse KL only."""
         if self.estimator == "sampled":
-            return partial(policy.sampled_token)
+            return partial(policy.sampled_token, **self.sampler)
         family = divergences if self.estimator == "full" else sparse
         takes = PARAMETER.get(self.divergence)
         given = {takes: getattr(self, takes)} if takes and getattr(self, takes) is not None else {}
         return partial(getattr(family, self.divergence), temperature=self.loss_temperature, **given)
 
-    def data_policy(self, own: data_policy.Sequences | None = None) -> data_policy.Sequences:
-        """Where the sequences come from: what the settings name, or a policy of one's ``own`` instead.
+    def term(self, loss: Callable[..., Tensor], judges: Sequence[str] = ("teacher",), **more: Any) -> Term:
+        """The term of the divergence: ``loss`` over what the judges say, weighed where its tokens were sampled."""
+        asks, sampled = tuple(Ask(judge, self.estimator) for judge in judges), self.estimator == "sampled"
+        reads: tuple[str, ...] = ()
+        if sampled and self.cap:
+            loss, reads = on_samples(loss, cap=self.cap, **self.sampler), ("tokens", "behavior", "advantage")
+        return Term(
+            "divergence",
+            loss,
+            asks,
+            reads,
+            top_k=self.listed,
+            support=self.support,
+            mean=self.mean,
+            on_student=sampled,
+            **more,
+        )
+
+    def composition(
+        self, divergence: Term, source: Source | None = None, schedules: Mapping[str, Schedule] | None = None
+    ) -> Method:
+        """The divergence with what these settings put beside it, on the text that they name."""
+        texts = {"main": self.source(source)}
+        terms = [divergence]
+        if self.xi is not None:
+            loss = partial(mixed_target, xi=self.xi, temperature=self.loss_temperature)
+            terms = [Term("mixed_target", loss, (Ask("teacher"),), ("tokens",), mean=self.mean, vanishes=False)]
+        elif self.ce_weight:
+            text = "main" if texts["main"].uses == {"dataset"} else "labels"
+            texts.setdefault(text, Only("dataset", optional=True))
+            terms.append(
+                Term("cross_entropy", cross_entropy, (), ("tokens",), text, weight=self.ce_weight, mean=self.mean)
+            )
+        return Method(tuple(terms), texts, schedules or {})
+
+    def reward_term(self, weight: float) -> Term:
+        """The task reward as policy gradient on the sampled tokens, weighed as they are."""
+
+        def nothing(student_logits: Tensor, *_: Tensor) -> Tensor:
+            return student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.float32)
+
+        loss = on_samples(nothing, cap=self.cap, reward_weight=1.0, **self.sampler)
+        return Term("reward", loss, (), ("tokens", "behavior", "advantage"), weight=weight, on_student=True)
+
+    def source(self, own: Source | None = None) -> Source:
+        """Where the text comes from: what the settings name, or a source of one's ``own`` instead.
 
         Raises:
-            UserError: a name where a policy is wanted, or a policy that the estimator has no use for.
+            UserError: a name where a source is wanted, or one that the estimator has no use for.
         """
         if isinstance(own, str):
             raise UserError(
                 f"sequences={own!r} is a name, and names are settings: they are checked against the others. "
-                f"Fix: {type(self).__name__}(sequences={own!r}); the argument takes a policy of your own."
+                f"Fix: {type(self).__name__}(sequences={own!r}); the argument takes a source of your own."
             )
         if own is not None:
             if self.estimator == "sampled" and own.uses != {"student"}:
@@ -190,7 +253,7 @@ class TokenConfig(DistillationConfig):
                     f"{', '.join(sorted(own.uses))}. Fix: --estimator full or top_k."
                 )
             return own
-        return data_policy.make_sequences(
+        return sources.make_source(
             self.sequences,
             student_fraction=self.student_fraction,
             off_policy=self.off_policy,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import UserError
-from llmdistill.texts import Rollout, position_ids
+from llmdistill.texts import Rollout
+from llmdistill.texts.views import View, plain
 
 Compute = Callable[[Tensor], Tensor]  # of hidden [B, T, H], a scalar: what stands in a head's place
 
@@ -110,15 +111,10 @@ def in_place_of(linear: nn.Linear, compute: Compute) -> Iterator[None]:
                 stand_in.restore()
 
 
-def forward_to_head(model: nn.Module, linear: nn.Linear, rollout: Rollout, compute: Compute) -> Any:
-    """The model's output on ``rollout`` with ``compute(hidden_BTH)`` in place of its head; see :func:`in_place_of`."""
+def forward_to_head(model: nn.Module, linear: nn.Linear, view: View, compute: Compute, **inputs: Any) -> Any:
+    """The model's output on ``view`` with ``compute(hidden_BTH)`` in place of its head; see :func:`in_place_of`."""
     with in_place_of(linear, compute):
-        return model(
-            input_ids=rollout.input_ids,
-            attention_mask=rollout.attention_mask,
-            position_ids=position_ids(rollout.attention_mask),
-            use_cache=False,
-        )
+        return model(**view.inputs(), **inputs, use_cache=False)
 
 
 @torch.no_grad()
@@ -130,5 +126,5 @@ def hidden_states(model: nn.Module, rollout: Rollout) -> Tensor:
         seen.append(hidden_BTH)
         return hidden_BTH.new_zeros(())
 
-    forward_to_head(model, head_of(model).linear, rollout, keep)
+    forward_to_head(model, head_of(model).linear, plain(rollout), keep)
     return seen[0]

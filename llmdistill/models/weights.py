@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmdistill import compat
 from llmdistill.errors import UserError
+from llmdistill.models.helpers import NAME as HELPERS
 
 
 def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -62,6 +63,8 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
             if name not in module._non_persistent_buffers_set:
                 yield _clean(prefix + name), buffer
     for name, child in module.named_children():
+        if name == HELPERS:  # trained beside the student, and no part of it
+            continue
         yield from _walk(child, f"{prefix}{name}.", trainable_only)
 
 

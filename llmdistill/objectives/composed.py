@@ -14,7 +14,7 @@ from torch import Tensor
 from llmdistill.objectives.clipping import truncated_importance_weights
 from llmdistill.objectives.fused import compute_dtype
 from llmdistill.objectives.policy import policy_gradient, sampled_token
-from llmdistill.objectives.sampler import check_truncation, token_logprobs
+from llmdistill.objectives.sampler import check_truncation, sampler_logprobs
 
 Loss = Callable[..., Tensor]
 
@@ -89,9 +89,9 @@ def on_samples(
 
     token_ids [n]; behavior_lp [n], log-probs under the policy that drew them; advantage [n], of the task reward. The
     loss becomes w (loss - reward_weight advantage log S_{tau,K}(y)), with the sampler's temperature (tau), top_k and
-    top_p, see `sampler_logprobs`. w = min(S_tau(y) / behavior(y), cap) corrects what the engine computed differently;
-    both sides are before top_k and top_p, as engines report them, and w = 1 at cap 0. NaN in behavior_lp marks tokens
-    nobody drew: their weight is 1.
+    top_p, see `sampler_logprobs`. w = min(S_{tau,K}(y) / behavior(y), cap) corrects what the engine computed
+    differently; engines report the log-probs of what they drew from, after temperature, top_k and top_p. w = 1 at cap
+    0. NaN in behavior_lp marks tokens nobody drew: their weight is 1.
     """
     check_truncation(top_k, top_p)
     gradient = partial(policy_gradient, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -102,7 +102,9 @@ def on_samples(
         if reward_weight:
             value = value + gradient(student_logits, token_ids, reward_weight * advantage.to(value.dtype))
         if cap:
-            train_lp = token_logprobs(student_logits.detach(), token_ids, temperature)
+            train_lp = sampler_logprobs(
+                student_logits.detach(), token_ids, temperature=temperature, top_k=top_k, top_p=top_p
+            )
             weights = truncated_importance_weights(train_lp, behavior_lp, cap)
             value = value * weights.masked_fill(behavior_lp.isnan(), 1.0)
         return value

@@ -63,7 +63,21 @@ def sampled_metrics(student_logits: Tensor, token_ids: Tensor, teacher_lp: Tenso
     """
     log_s = student_logits.log_softmax(-1, dtype=compute_dtype(student_logits))
     log_s_y = log_s.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return {"reverse_kl": log_s_y - teacher_lp, "entropy": _entropy(log_s, log_s.exp())}
+    return {"reverse_kl": kl_k1(log_s_y, teacher_lp), "entropy": _entropy(log_s, log_s.exp())}
+
+
+def kl_k1(student_lp: Tensor, teacher_lp: Tensor) -> Tensor:
+    """log S - log T per token sampled from the student: unbiased for KL(S || T), noisy. No gradient."""
+    return (student_lp - teacher_lp).detach()
+
+
+def kl_k3(student_lp: Tensor, teacher_lp: Tensor) -> Tensor:
+    """r - 1 - log r, r = T / S, per token sampled from the student: unbiased for KL(S || T), >= 0. No gradient.
+
+    To watch only: backpropagated, its expected gradient is that of the forward KL (METHODS-2026 9.0).
+    """
+    log_ratio = (teacher_lp - student_lp).detach()
+    return log_ratio.expm1() - log_ratio
 
 
 @torch.no_grad()

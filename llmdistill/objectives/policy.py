@@ -68,10 +68,7 @@ def sampled_token(
     `metrics.kl_k1` or `kl_k3`). Raises ValueError for temperature <= 0, top_k < 0, top_p outside (0, 1], or
     scale != 1 without reference_lp.
     """
-    student_lp = token_logprobs(student_logits.detach(), token_ids)
-    advantage = gopd_advantage(student_lp, teacher_lp, reference_lp, scale)
-    if temperature != 1.0:
-        advantage = advantage / temperature
-    return policy_gradient(
-        student_logits, token_ids, advantage, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    drawn_lp = sampler_logprobs(student_logits, token_ids, temperature=temperature, top_k=top_k, top_p=top_p)
+    plain = temperature == 1.0 and not top_k and top_p == 1.0  # then the two log-probs are one
+    student_lp = drawn_lp if plain else token_logprobs(student_logits.detach(), token_ids)
+    return -gopd_advantage(student_lp, teacher_lp, reference_lp, scale) / temperature * drawn_lp

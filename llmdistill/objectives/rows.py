@@ -144,6 +144,28 @@ class TokenRows:
 
 
 @dataclass(frozen=True, eq=False)
+class TensorRows:
+    """Tensors [N, ...] in the order the objective takes them; with none, ``rows`` says how many there are."""
+
+    tensors: tuple[Tensor, ...]
+    rows: int
+
+    @property
+    def width(self) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: Index) -> "TensorRows":
+        count = torch.arange(self.rows)[index.cpu() if isinstance(index, Tensor) else index].numel()
+        return TensorRows(tuple(tensor[index] for tensor in self.tensors), count)
+
+    def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
+        return tuple(tensor.detach()[rows] for tensor in self.tensors)
+
+
+@dataclass(frozen=True, eq=False)
 class RoutedRows:
     """Rows of several teachers, each for its share of the N tokens; the objective takes what theirs takes.
 

@@ -1,4 +1,4 @@
-"""Runs a per-token objective over the vocabulary projection in chunks of tokens: [N, V] logits never exist.
+"""Runs per-token objectives over the vocabulary projection in chunks of tokens: [N, V] logits never exist.
 
 `streamed(objective, hidden_NH, lm_head, teacher)` equals, in value and gradient,
 `objective(lm_head(hidden_NH), *teacher).sum()`. Its forward pass takes a chunk of rows at a time through
@@ -6,11 +6,14 @@ projection, loss and gradient, and keeps only d loss / d hidden [N, H] and d los
 memory is O(chunk_tokens x V) whatever N. The gradient is complete when forward returns, so backward only
 scales it.
 
+Several objectives on the same rows, each with its evidence, weights and share (`Part`), take one pass: the logits of a
+chunk are formed once for all of them.
+
 Simplified away: second derivatives, and a second backward through the same loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,16 +56,75 @@ def streamed(
 
     Raises ValueError for row counts that differ, chunk_tokens < 1, or a vocab_size wider than either side.
     """
-    rows = as_rows(teacher)
-    _check(hidden_NH, lm_head, rows, chunk_tokens, vocab_size, weights_N)
+    part = Part(objective, as_rows(teacher), weights_N=weights_N, metrics=metrics)
+    result = streamed_parts(
+        [part],
+        hidden_NH,
+        lm_head,
+        chunk_tokens=chunk_tokens,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        vocab_size=vocab_size,
+    )
+    return result.total, result.metric_sums[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One objective among several: on which of the rows, with what evidence, weights and share in the total."""
+
+    objective: Objective
+    teacher: TeacherRows  # of these rows only
+    rows: slice | None = None  # start and stop among the N rows; None: all
+    weights_N: Tensor | None = None  # of these rows only
+    scale: float = 1.0
+    metrics: Metrics | None = None
+    weigh_metrics: bool = False  # by weights_N, as the losses are
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What came of the parts, K of them."""
+
+    total: Tensor  # sum of scale * sum, with gradient to hidden states and head
+    sums: Tensor  # [K] weighted sums of each part's losses, unscaled, detached
+    metric_sums: list[dict[str, Tensor]]
+    row_losses: list[Tensor]  # [n_k] of each part, unweighted, detached
+    squared_norms: Tensor | None  # [K] of each part's scaled gradient by hidden_NH, where asked for
+
+
+def streamed_parts(
+    parts: Sequence[Part],
+    hidden_NH: Tensor,
+    lm_head: nn.Linear,
+    *,
+    chunk_tokens: int = 256,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    norms: bool = False,
+) -> Streamed:
+    """Several objectives in one pass over the projection; arguments as in `streamed`.
+
+    ``norms`` also measures the gradient that each part alone has at the hidden states (a backward through its loss
+    for each of them; where there is one part the gradient is taken once anyway).
+    """
+    parts = [replace(part, teacher=as_rows(part.teacher)) for part in parts]
+    for part in parts:
+        start, stop = _bounds(part, len(hidden_NH))
+        _check(hidden_NH[start:stop], lm_head, part.teacher, chunk_tokens, vocab_size, part.weights_N)
     head = Projection.of(lm_head, matmul_dtype(hidden_NH), vocab_size, logit_scale, softcap)
-    loop = _Loop(objective, metrics, head, hidden_NH.detach(), rows, weights_N, chunk_tokens, vocab_size)
+    loop = _Loop(parts, head, hidden_NH.detach(), chunk_tokens, vocab_size, norms)
     inputs = (hidden_NH, lm_head.weight, lm_head.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        loss_sum = _Streamed.apply(*inputs, loop)
+        total = _Streamed.apply(*inputs, loop)
     else:
-        loss_sum = loop.run(None)
-    return loss_sum, loop.metric_sums
+        total = loop.run(None)
+    return Streamed(total, loop.sums, loop.metric_sums, loop.row_losses, loop.squared_norms if norms else None)
+
+
+def _bounds(part: Part, rows: int) -> tuple[int, int]:
+    return (0, rows) if part.rows is None else (part.rows.start, part.rows.stop)
 
 
 @torch.no_grad()
@@ -141,45 +203,85 @@ class _Gradients:
 
 @dataclass
 class _Loop:
-    """One pass over the chunks: sums the loss and the metrics, and the gradients if asked for."""
+    """One pass over the chunks: sums the losses and the metrics, and the gradients if asked for."""
 
-    objective: Objective
-    metrics: Metrics | None
+    parts: Sequence[Part]
     head: Projection
     hidden_NH: Tensor
-    rows: TeacherRows
-    weights_N: Tensor | None
     chunk_tokens: int
     vocab_size: int | None
-    metric_sums: dict[str, Tensor] = field(default_factory=dict)
+    norms: bool = False
+    sums: Tensor = field(init=False)  # [K]
+    squared_norms: Tensor = field(init=False)  # [K]
+    metric_sums: list[dict[str, Tensor]] = field(init=False)
+    row_losses: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = self.hidden_NH.new_zeros(len(self.parts), dtype=compute_dtype(self.head.weight_VH))
+        self.squared_norms = torch.zeros_like(self.sums)
+        self.metric_sums = [{} for _ in self.parts]
+        # Made at once: small tensors kept from every chunk would fragment the memory that its large ones leave.
+        self.row_losses = [self.sums.new_zeros(len(part.teacher)) for part in self.parts]
 
     @torch.no_grad()
     def run(self, gradients: _Gradients | None) -> Tensor:
-        loss_sum = self.hidden_NH.new_zeros((), dtype=compute_dtype(self.head.weight_VH))
+        total = self.sums.new_zeros(())
         with torch.autocast(self.hidden_NH.device.type, enabled=False):  # head and rows already have its dtype
-            for chunk in _chunks(len(self.rows), self.chunk_tokens):
-                loss_sum += self._chunk(chunk, gradients)
-        return loss_sum
+            for chunk in _chunks(len(self.hidden_NH), self.chunk_tokens):
+                total += self._chunk(chunk, gradients)
+        return total
 
     def _chunk(self, chunk: slice, gradients: _Gradients | None) -> Tensor:
         """The only frame that holds [n, V] tensors: they are freed before the next chunk begins."""
         hidden_nH = self.hidden_NH[chunk].to(self.head.weight_VH.dtype)
-        teacher_args = self.rows.chunk(chunk, self.vocab_size)
         x_nV = self.head.matmul(hidden_nH).requires_grad_(gradients is not None)
         with torch.set_grad_enabled(gradients is not None):
             student_logits_nV = self.head.rescale(x_nV)
-            losses_n = self.objective(student_logits_nV, *teacher_args)
-            if self.weights_N is not None:
-                losses_n = losses_n * self.weights_N[chunk].detach()
-            loss = losses_n.sum()
+            losses = [self._part(k, chunk, student_logits_nV) for k in range(len(self.parts))]
+            scaled = [x if part.scale == 1.0 else x * part.scale for x, part in zip(losses, self.parts, strict=True)]
+            loss = scaled[0] if len(scaled) == 1 else torch.stack(scaled).sum()
         if gradients is not None:
+            if self.norms and len(scaled) > 1:
+                self._note_norms(scaled, x_nV)
             (grad_x_nV,) = torch.autograd.grad(loss, x_nV)
             gradients.add(chunk, grad_x_nV, hidden_nH, self.head)
-        if self.metrics is not None:
-            for name, values_n in self.metrics(student_logits_nV.detach(), *teacher_args).items():
-                total = values_n.sum(dtype=torch.float64)
-                self.metric_sums[name] = self.metric_sums[name] + total if name in self.metric_sums else total
+            if self.norms and len(scaled) == 1:
+                self.squared_norms += self._squared_norm(grad_x_nV)
         return loss.detach()
+
+    def _part(self, k: int, chunk: slice, student_logits_nV: Tensor) -> Tensor:
+        """The weighted sum of part ``k`` over its rows in the chunk; notes its losses and metrics."""
+        part = self.parts[k]
+        start, stop = _bounds(part, len(self.hidden_NH))
+        first, last = max(chunk.start, start), max(min(chunk.stop, stop), max(chunk.start, start))
+        if first == last and len(self.hidden_NH):  # none of its rows is here
+            return student_logits_nV.new_zeros((), dtype=self.sums.dtype) + 0 * student_logits_nV[:0].sum()
+        own = slice(first - start, last - start)
+        whole = (first, last) == (chunk.start, chunk.stop)
+        logits_nV = student_logits_nV if whole else student_logits_nV[first - chunk.start : last - chunk.start]
+        teacher_args = part.teacher.chunk(own, self.vocab_size)
+        losses_n = part.objective(logits_nV, *teacher_args)
+        self.row_losses[k][own] = losses_n.detach()
+        if part.weights_N is not None:
+            losses_n = losses_n * part.weights_N[own].detach()
+        loss = losses_n.sum()
+        self.sums[k] += loss.detach()
+        if part.metrics is not None:
+            sums = self.metric_sums[k]
+            for name, values_n in part.metrics(logits_nV.detach(), *teacher_args).items():
+                if part.weigh_metrics and part.weights_N is not None:
+                    values_n = values_n * part.weights_N[own]
+                total = values_n.sum(dtype=torch.float64)
+                sums[name] = sums[name] + total if name in sums else total
+        return loss
+
+    def _note_norms(self, losses: Sequence[Tensor], x_nV: Tensor) -> None:
+        for k, loss in enumerate(losses):
+            (grad_x_nV,) = torch.autograd.grad(loss, x_nV, retain_graph=True)
+            self.squared_norms[k] += self._squared_norm(grad_x_nV)
+
+    def _squared_norm(self, grad_x_nV: Tensor) -> Tensor:
+        return (grad_x_nV @ self.head.weight_VH).float().square().sum()
 
 
 def _chunks(rows: int, chunk_tokens: int) -> Iterator[slice]:

@@ -118,12 +118,34 @@ def build(
             processing_class=tokenizer,
             peft_config=lora_config(recipe.student),
             data=recipe.data,
+            contexts=contexts_of(recipe),
         )
         add_evaluations(trainer, recipe.evals)
         return trainer
     except BaseException:
         teacher.close()
         raise
+
+
+def contexts_of(recipe: Recipe) -> dict[str, str]:
+    """The context that the teacher reads in, as a trainer takes it.
+
+    Raises:
+        UserError: several teachers in different contexts, or one that ``data.contexts`` does not name.
+    """
+    named = sorted({config.context for config in recipe.teachers})
+    if len(named) > 1:
+        raise UserError(
+            f"teachers have the contexts {', '.join(map(repr, named))}; all read in the same one. Fix: give all the same."
+        )
+    if not named[0]:
+        return {}
+    if named[0] not in recipe.data.contexts:
+        raise UserError(
+            f"teacher.context is {named[0]!r}, and data.contexts has {sorted(recipe.data.contexts) or 'nothing'}. "
+            f"Fix: --data.contexts '{{\"{named[0]}\": \"COLUMN\"}}'."
+        )
+    return {"teacher": named[0]}
 
 
 def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig) -> None:

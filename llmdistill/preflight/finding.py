@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from llmdistill.composition.method import Method
 from llmdistill.models.heads import head_of
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DistillationConfig
@@ -19,7 +20,6 @@ from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
 from llmdistill.texts import Prompt
 from llmdistill.tokenization.compare import tokens_by_id
-from llmdistill.training.method import Objective
 from llmdistill.training.trainer import DistillationTrainer
 
 Level = Literal["ok", "notice", "fail"]
@@ -89,7 +89,8 @@ class Subject:
     def __init__(self, trainer: DistillationTrainer, recipe: Recipe | None) -> None:
         self.trainer, self.recipe = trainer, recipe
         self.args: DistillationConfig = trainer.args  # type: ignore[assignment]
-        self.objective: Objective = trainer.objective  # type: ignore[has-type,unused-ignore]
+        self.method: Method = trainer.method
+        self.kind, self.top_k = trainer.asked  # of evidence, and how many tokens are listed
         self.student: nn.Module = trainer.model  # type: ignore[assignment]
         self.tokenizer: PreTrainedTokenizerBase = trainer.encode.tokenizer
         self.info: TeacherInfo = trainer.teacher.info()  # of all teachers as one

@@ -111,26 +111,27 @@ def cores_here() -> int:
 
 def objective(s: Subject) -> Iterator[Finding]:
     """Settings of rollouts and estimator that contradict each other or the models."""
-    wanted, r, width = s.objective, s.args.rollouts, s.trainer.vocab_size
+    r, width = s.args.rollouts, s.trainer.vocab_size
     if not any(p.requires_grad for p in s.student.parameters()):
         yield fail(
             "no weight of the student is trained", "do not give the model itself as its own teacher, a copy of it"
         )
-    if wanted.evidence == "top_k" and not 1 <= wanted.top_k <= width:
-        yield fail(f"objective.top_k is {wanted.top_k}, the vocabulary has {width} columns", f"at most {width}")
-    if wanted.evidence == "full" and s.live and not isinstance(s.trainer.teacher, DenseTeacher):
+    if s.kind == "top_k" and not 1 <= s.top_k <= width:
+        yield fail(f"objective.top_k is {s.top_k}, the vocabulary has {width} columns", f"at most {width}")
+    if s.kind == "full" and s.live and not isinstance(s.trainer.teacher, DenseTeacher):
         yield notice(
             f"the full estimator asks a teacher outside this process for {width} log-probs a token",
             "--estimator top_k, or teacher.engine hf",
         )
-    if s.trainer.reference is not None and s.trainer.reference.info().tokenizer != s.info.tokenizer:
+    reference = s.trainer.judges.get("reference")
+    if reference is not None and reference.info().tokenizer != s.info.tokenizer:
         yield fail(
-            f"reference {s.trainer.reference.info().name!r} has another vocabulary than teacher {s.info.name!r}: its "
+            f"reference {reference.info().name!r} has another vocabulary than teacher {s.info.name!r}: its "
             "log-probs would be of other tokens",
             "--reference initial, or a model of the teacher's family",
         )
     if not s.trainer.on_policy:
-        yield ok(f"{wanted.evidence} estimator on the {' or '.join(sorted(s.trainer.data_policy.uses))}'s completions")
+        yield ok(f"{s.kind} estimator on the {' or '.join(sorted(s.trainer.method.uses))}'s completions")
         return
     if r.push_every > 1 and s.args.save_strategy == "steps" and s.args.save_steps % r.push_every:
         yield notice(
@@ -146,11 +147,11 @@ def objective(s: Subject) -> Iterator[Finding]:
     narrowed = [
         f"rollouts.{name} {getattr(r, name)}" for name, free in FREE_SAMPLING.items() if getattr(r, name) != free
     ]
-    if narrowed and wanted.evidence == "sampled":
+    if narrowed and s.kind == "sampled":
         yield notice(
             f"{', '.join(narrowed)}: the sampled estimator is unbiased for samples of the student itself only",
             "temperature 1, top_p 1, top_k 0",
         )
     if r.top_k > s.columns:
         yield fail(f"rollouts.top_k is {r.top_k}, the student has {s.columns} columns", "0, the whole vocabulary")
-    yield ok(f"{wanted.evidence} estimator over {width} columns, {r.samples_per_prompt} samples a prompt")
+    yield ok(f"{s.kind} estimator over {width} columns, {r.samples_per_prompt} samples a prompt")

@@ -25,7 +25,7 @@ STALE = 0.3
 
 def head(s: Subject) -> Iterator[Finding]:
     """Losses are formed from hidden states and the head alone, so nothing else may happen to a model's logits."""
-    rollout = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
+    rollout, _ = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
     models = {id(s.student): ("the student's logits", s.student, "student.model")}
     for side in s.sides:
         if side.model is not None:  # two teachers may share one
@@ -53,7 +53,7 @@ def stored(s: Subject) -> Iterator[Finding]:
     if s.live:
         yield ok("the teacher answers itself, and need not have stored anything")
         return
-    if s.trainer.data_policy.uses != {"dataset"}:
+    if s.trainer.method.uses != {"dataset"}:
         yield fail(
             "the teacher only replays what is stored, and what will be written is not known yet",
             "objective.sequences dataset, or teacher.model or teacher.url beside teacher.stored",
@@ -62,7 +62,7 @@ def stored(s: Subject) -> Iterator[Finding]:
     first, reasons = s.prompts[:STORED_ROWS], {}
     for prompt in first:
         try:
-            probes.evidence_of(s.trainer, completed([prompt], s.trainer.pad_id))
+            probes.heard(s.trainer, completed([prompt], s.trainer.pad_id), [prompt])
         except UserError as error:
             reasons[prompt.row] = str(error).split(" Fix:")[0].rstrip(".")
     if reasons:
@@ -81,9 +81,9 @@ def round_trip(s: Subject) -> Iterator[Finding]:
     """What the student writes reaches the teacher token for token, and every counted token is scored."""
     if s.sharded and s.trainer.on_policy:
         yield notice("tried on prompts only: ZeRO-3 holds the student in shards until training starts")
-        rollout = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
+        rollout, prompts = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
     else:
-        rollout = probes.sampled_rollout(s, s.prompts or s.heldout)
+        rollout, prompts = probes.sampled_rollout(s, s.prompts or s.heldout)
     rows = rollout.num_rows
     written = rollout.input_ids[rollout.completion_mask]
     if bool((written >= s.info.vocab_size).any()):
@@ -94,17 +94,17 @@ def round_trip(s: Subject) -> Iterator[Finding]:
         )
         return
     # No more candidates than training will ask for: an engine may be set up for that many only.
-    asked = s.objective.top_k or s.info.vocab_size
-    listed = 0 if s.objective.evidence == "sampled" else min(LISTED, asked) if s.live else asked
+    asked = s.top_k or s.info.vocab_size
+    listed = 0 if s.kind == "sampled" else min(LISTED, asked) if s.live else asked
     blocks = s.trainer.teacher.score(rollout, listed)
     if problem := misplaced(rollout, blocks):
         yield fail(f"teacher {s.info.name!r} {problem}", "report it: the teacher's engine breaks its contract")
         return
-    evidence = probes.evidence_of(s.trainer, rollout)
-    if len(evidence) != rows:
-        fix = "report it: the teacher's engine breaks its contract"
-        yield fail(f"teacher {s.info.name!r} gave {len(evidence)} rows of evidence for {rows} counted tokens", fix)
-        return
+    for evidence in probes.heard(s.trainer, rollout, prompts):
+        if len(evidence) != rows:
+            fix = "report it: the teacher's engine breaks its contract"
+            yield fail(f"teacher {s.info.name!r} gave {len(evidence)} rows of evidence for {rows} counted tokens", fix)
+            return
     gap = None if s.sharded else probes.engine_gap(s.trainer, s.student, rollout)
     if gap is not None and not gap <= STALE:
         yield fail(
@@ -154,11 +154,11 @@ def self_(s: Subject) -> Iterator[Finding]:
 
 def _alone(s: Subject, side: Side, model: nn.Module) -> Iterator[Finding]:
     """Through the router, so that what it does to rows is in it; an ensemble's average is no member's own word."""
-    rollout = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
+    rollout, prompts = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
     if s.router is not None and not side.averaged:
         domain = next((d for d, name in s.router.domains.items() if name == side.route), None)
         rollout = replace(rollout, domain=(domain,) * len(rollout))
-    d = probes.self_distance(s.trainer, side.teacher if side.averaged else s.trainer.teacher, model, rollout)
+    d = probes.self_distance(s.trainer, side.teacher if side.averaged else s.trainer.teacher, model, rollout, prompts)
     wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
     # The same sums twice differ in float32 by their order, 1e-6; in 16 bits two forward passes of one text may lie 1 %
     # apart, which a gradient follows linearly. The wrong row, the wrong mask or the wrong cut give about 1.
@@ -182,6 +182,7 @@ def _alone(s: Subject, side: Side, model: nn.Module) -> Iterator[Finding]:
 
 def kinked(s: Subject) -> bool:
     """Total variation, whose gradient jumps at the minimum: rounding decides its sign."""
-    loss = s.objective.loss
+    term = s.method.primary
+    loss = term.loss if term is not None else None
     name = getattr(getattr(loss, "func", loss), "__name__", "")
     return "total_variation" in (name, getattr(loss, "keywords", {}).get("name"))

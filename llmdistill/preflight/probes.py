@@ -14,33 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmdistill.composition.batch import MicroBatch, Text, micro_batches, row_weights, with_reads
+from llmdistill.composition.judges import Hearing
+from llmdistill.composition.loss import loss_on
 from llmdistill.models.heads import head_of, hidden_states
+from llmdistill.models.modes import evaluating
 from llmdistill.objectives.projection import Projection
+from llmdistill.objectives.rows import TeacherRows
 from llmdistill.preflight.finding import Subject
-from llmdistill.record.meters import Meters
 from llmdistill.teachers.base import Teacher
-from llmdistill.teachers.evidence import Evidence
 from llmdistill.texts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
 from llmdistill.texts.prompts import completed
-from llmdistill.training.method import MicroBatch
 from llmdistill.training.trainer import DistillationTrainer
 
 PROMPTS = 2
+KNOWN = ("tokens", "behavior", "advantage", "position")  # reads that are there without a survey
 NEW_TOKENS = 8
 FORCED_TOKENS = 24
 
 
-def forced_rollout(prompts: Sequence[Prompt], pad: int) -> Rollout:
+def forced_rollout(prompts: Sequence[Prompt], pad: int) -> tuple[Rollout, list[Prompt]]:
     """Two sequences of different length cut from prompts, their second halves counted: needs no generation."""
     pieces = [p.ids[-FORCED_TOKENS // (i + 1) :] for i, p in enumerate(prompts[:PROMPTS])]
     pieces = [ids if len(ids) > 1 else ids * 2 for ids in pieces]
     halves = [(len(ids) + 1) // 2 for ids in pieces]
     cut = list(zip(pieces, halves, strict=True))
     domains = [p.domain for p in prompts[:PROMPTS]]
-    return collate([ids[:h] for ids, h in cut], [ids[h:] for ids, h in cut], pad_id=pad, domain=domains)
+    rollout = collate([ids[:h] for ids, h in cut], [ids[h:] for ids, h in cut], pad_id=pad, domain=domains)
+    shown = [replace(p, ids=ids[:h]) for p, (ids, h) in zip(prompts[:PROMPTS], cut, strict=True)]
+    return rollout, shown
 
 
-def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> Rollout:
+def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> tuple[Rollout, list[Prompt]]:
     """What a round would hold for the shortest prompts of every route to a teacher: drawn by the run's engine, or the
     dataset's completions (whole ones, where only those are stored)."""
     trainer, seen, chosen = s.trainer, Counter[str | None](), list[Prompt]()
@@ -49,19 +54,51 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> Rollout:
         seen[route] += 1
         if seen[route] <= PROMPTS:
             chosen.append(prompt)
-    if trainer.data_policy.uses == {"dataset"}:
+    if trainer.method.uses == {"dataset"}:
         if s.live:
             chosen = [replace(p, completion=p.completion[:NEW_TOKENS]) for p in chosen]
-        return completed(chosen, trainer.pad_id)
+        return completed(chosen, trainer.pad_id), chosen
     r = trainer.args.rollouts  # type: ignore[attr-defined]
     sampling = Sampling(min(NEW_TOKENS, r.max_new_tokens), r.temperature, r.top_p, r.top_k, seed=trainer.args.seed)
-    trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
-    return trainer.rollout_engine.generate(chosen, sampling)
+    trainer.sync_engine()
+    return trainer.rollout_engine.generate(chosen, sampling), chosen
 
 
-def evidence_of(trainer: DistillationTrainer, rollout: Rollout, teacher: Teacher | None = None) -> Evidence:
-    """What the run's objective would read, of its teacher or another one."""
-    return trainer.evidence(rollout, trainer.chosen_ids(rollout), teacher)
+def heard(trainer: DistillationTrainer, rollout: Rollout, prompts: Sequence[Prompt]) -> list[TeacherRows]:
+    """What the judges of every term would say about the sequences."""
+    text = Text(rollout, list(prompts))
+    hearing = Hearing(trainer.judges, trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]
+    answers = [hearing.of(term, "probe", text) for term in trainer.method.terms if not isinstance(term.text, tuple)]
+    return [answer for answer in answers if answer is not None]
+
+
+def comparison(
+    trainer: DistillationTrainer, rollout: Rollout, prompts: Sequence[Prompt], teacher: Teacher
+) -> MicroBatch:
+    """The sequences as a micro-batch of the terms that compare the student with judges; ``teacher`` is all of them.
+
+    Contexts are left out: what is to vanish is the distance of a model from itself on the same text.
+    """
+    asking = [t for t in trainer.method.terms if t.asks and t.vanishes and not isinstance(t.text, tuple)]
+    terms = [
+        replace(
+            t,
+            text="main",
+            survey=None,
+            weight=1.0,
+            reads=tuple(r for r in t.reads if r in KNOWN),
+            asks=tuple(replace(a, context="") for a in t.asks),
+        )
+        for t in asking
+    ]
+    text = Text(rollout, list(prompts))
+    hearing = Hearing(dict.fromkeys(trainer.judges, teacher), trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]
+    found, totals = {}, {}
+    for term in terms:
+        given = row_weights(term, [text], {}, trainer.pad_id)
+        given.evidence = with_reads(term, [text], [hearing.of(term, "main", text)], {}, trainer.args.device)
+        found[term.name], totals[term.name] = given, given.count
+    return micro_batches({"main": text}, terms, found, totals, 1, trainer.pad_id, trainer.args.device)[0]
 
 
 @torch.no_grad()
@@ -131,33 +168,30 @@ class SelfDistance:
 
 
 def self_distance(
-    trainer: DistillationTrainer, teacher: Teacher, teacher_model: nn.Module, rollout: Rollout
+    trainer: DistillationTrainer,
+    teacher: Teacher,
+    teacher_model: nn.Module,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
 ) -> SelfDistance:
-    """The trainer's own loss with the teacher in the student's place, so shift, masks, cut and estimator are all in it.
+    """The run's own loss with the teacher in the student's place, so shift, masks, cut and estimator are all in it.
 
     The gradient is taken at the head's input: no weight is touched and nothing but the head is differentiated.
     """
-    micro = MicroBatch(rollout.to(trainer.args.device), evidence_of(trainer, rollout, teacher))
-    found = []
+    micro, found = comparison(trainer, rollout, prompts, teacher), list[float]()
     for disturbed in (False, True):
-        with in_the_students_place(trainer, teacher_model), head_input(teacher_model, disturbed) as leaf:
-            loss = trainer.compute_loss(teacher_model, {"micro_batch": micro})
+        with evaluating(teacher_model), head_input(teacher_model, disturbed) as leaf:
+            loss = loss_on(
+                teacher_model,
+                micro,
+                head=head_of(teacher_model),
+                vocab_size=trainer.vocab_size,
+                chunk_tokens=trainer.args.chunk_tokens,  # type: ignore[attr-defined]
+            ).loss
             loss.backward()
         gradient = leaf[0].grad
         found += [abs(loss.item()), 0.0 if gradient is None else float(gradient.float().norm())]
     return SelfDistance(*found)
-
-
-@contextmanager
-def in_the_students_place(trainer: DistillationTrainer, model: nn.Module) -> Iterator[None]:
-    """The trainer computes its loss for ``model``; its clocks do not run."""
-    student, meters = trainer.model, trainer.meters
-    trainer.model, trainer.meters = model, Meters()  # type: ignore[assignment]
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        trainer.model, trainer.meters = student, meters
 
 
 @contextmanager
@@ -179,14 +213,3 @@ def head_input(model: nn.Module, disturbed: bool) -> Iterator[list[Tensor]]:
         yield leaf
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, put back as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -87,7 +87,7 @@ def eos_pad(s: Subject) -> Iterator[Finding]:
             )
     if s.tokenizer.eos_token_id not in student | {None}:
         message = f"the tokenizer's eos {s.tokenizer.eos_token_id} is none of the student's eos ids {sorted(student)}"
-        if "dataset" not in s.trainer.data_policy.uses:
+        if "dataset" not in s.trainer.method.uses:
             yield notice(message)
         else:
             yield fail(f"{message}: the dataset's completions would end with a token that stops nothing", fix)
@@ -150,7 +150,7 @@ def context(s: Subject) -> Iterator[Finding]:
 
 def _lengths(s: Subject, train: list[Prompt], heldout: list[Prompt]) -> tuple[int, int]:
     """Of the longest prompt, and of the longest completion it may get."""
-    sampled = s.args.rollouts.max_new_tokens if (s.trainer.data_policy.uses != {"dataset"} and train) or heldout else 0
+    sampled = s.args.rollouts.max_new_tokens if (s.trainer.method.uses != {"dataset"} and train) or heldout else 0
     new = max([sampled, *(len(p.completion) for p in train + heldout)])
     return max((len(p.ids) for p in train + heldout), default=0), new
 
@@ -179,7 +179,7 @@ def prompts(s: Subject) -> Iterator[Finding]:
     empty = [p.row for p in s.prompts + s.heldout if not p.ids]
     if empty:
         yield fail(f"{len(empty)} prompts have no token (first: row {empty[0]})", "remove them")
-    if "dataset" in s.trainer.data_policy.uses and (bare := [p.row for p in s.prompts if not p.completion]):
+    if "dataset" in s.trainer.method.uses and (bare := [p.row for p in s.prompts if not p.completion]):
         yield fail(f"{len(bare)} rows have no completion (first: row {bare[0]})", "--data.completion_column NAME")
     bare = [p.row for p in s.prompts if not p.answer] if s.trainer.reward is math_reward else []
     if bare:

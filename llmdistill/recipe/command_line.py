@@ -134,6 +134,23 @@ def parse(config_class: type[DistillationConfig], argv: Sequence[str]) -> Recipe
     return Recipe(**built, teachers=teachers, args=args, flags=flags, listed=listed)
 
 
+def named(argv: Sequence[str], section: str, key: str) -> str | None:
+    """The value that a recipe and its overrides give one setting, before anything else of them is read."""
+    value, words = None, list(argv)
+    for i, word in enumerate(words):
+        name, _, given = word.removeprefix("--").partition("=")
+        given = given or (words[i + 1] if i + 1 < len(words) else "")
+        if name == "config" and Path(given).is_file():
+            try:
+                recipe = yaml.safe_load(Path(given).read_text())
+                value = (recipe.get(section) or {}).get(key, value)
+            except (yaml.YAMLError, AttributeError):
+                continue  # parse() says what is wrong with it
+        elif word.startswith("--") and name in (key, f"{section}.{key}"):
+            value = given
+    return value
+
+
 def run_front_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> None:
     """Runs ``main`` so that a user's mistake is one line on stderr and exit status 2 (traceback with ``--debug``)."""
     try:

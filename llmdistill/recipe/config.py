@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.launches import check_cpu_launch, launched_processes
+from llmdistill.recipe.settings import check_settings, require
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
@@ -73,9 +74,31 @@ class TeacherConfig:
     name: str = option("", "what messages and --teachers.NAME.key call it")
     domains: list[str] = option([], "rows of these domains are its own; empty: all that no other teacher has")
     weight: float = option(0.0, "share in the average of teachers with the same domains; 0: it is not averaged")
+    context: str = option("", "it reads the completions under this one of data.contexts instead of the prompt")
+    student: Literal["", "live", "initial", "ema"] = option(
+        "", "the student is its own teacher: as it is, as it began, or as an average over its steps (needs a context)"
+    )
+    ema_decay: float = option(0.999, "student ema: share of the average that a step keeps")
 
     def __post_init__(self) -> None:
         self.domains = [str(domain) for domain in self.domains]  # YAML reads some names as numbers
+        given = next((n for n in ("model", "url", "stored") if getattr(self, n)), "")
+        require(
+            not (self.student and given),
+            f"teacher.{given}",
+            getattr(self, given, ""),
+            "empty beside teacher.student",
+            "leave one out",
+        )
+        require(0 <= self.ema_decay < 1, "teacher.ema_decay", self.ema_decay, "in [0, 1)", "use 0.999")
+        stored_alone = self.stored and self.context
+        require(
+            not stored_alone,
+            "teacher.context",
+            self.context,
+            "empty beside teacher.stored, which holds one text of a row",
+            "leave one out",
+        )
         require(not (self.model and self.url), "teacher.url", self.url, "empty beside teacher.model", "leave one out")
         require(
             bool(self.url) or not self.tokenizer,
@@ -109,6 +132,28 @@ class DataConfig:
     max_prompt_tokens: int = option(1024, "longest prompt allowed, chat template included")
     overlong: Literal["error", "drop"] = option("error", "what to do with longer prompts")
     limit: int = option(0, "use only the first so many rows; 0: all")
+    text_column: str = option(
+        "", "column with a document instead of prompts: its first token conditions, the rest counts"
+    )
+    max_text_tokens: int = option(2048, "documents: longer ones are cut into windows of so many tokens")
+    weight_column: str = option(
+        "", "column with a row's weight in the loss: a number, or one for each completion token"
+    )
+    contexts: dict[str, str] = option(
+        {}, "other contexts of a row's completions, NAME: column, or NAME: module:function of what was sampled"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.max_text_tokens >= 2, "data.max_text_tokens", self.max_text_tokens, ">= 2", "use 2048")
+        for name, where in self.contexts.items():
+            require(bool(name and where), f"data.contexts.{name}", where, "a column or module:function", "name one")
+        require(
+            not (self.text_column and self.contexts),
+            "data.contexts",
+            self.contexts,
+            "empty beside data.text_column: a document has no prompt that could be another one",
+            "leave one out",
+        )
 
 
 @dataclass
@@ -197,6 +242,10 @@ class DistillationConfig(TrainingArguments):
         default=False,
         metadata={"help": "do not train the token embeddings and output head", "section": "objective"},
     )
+    domain_weights: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "weight of the rows of a domain in the loss; 1 where none is given", "section": "objective"},
+    )
     heldout_sequences: int = field(
         default=64, metadata={"help": "held-out prompts measured at each evaluation", "section": "objective"}
     )
@@ -207,6 +256,13 @@ class DistillationConfig(TrainingArguments):
         super().__post_init__()
         require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
         require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
+        check_settings(self)
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """How tokens are drawn: what an estimator on them must know of the policy they came from."""
+        r = self.rollouts
+        return {"temperature": r.temperature or 1.0, "top_k": r.top_k, "top_p": r.top_p}
 
     def _prepare_cpu(self) -> None:
         check_cpu_launch()
@@ -220,12 +276,6 @@ class DistillationConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         return {**values, "rollouts": dataclasses.asdict(self.rollouts)}
-
-
-def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:
-    """Raises a :class:`UserError` in the house form unless ``ok``."""
-    if not ok:
-        raise UserError(f"{setting} is {value!r}; it must be {needed}. Fix: {fix}.")
 
 
 def in_section(error: UserError, section: str) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+
+ROOT = "root of "  # before the names of sums of squares
 
 
 class Meters:
@@ -27,6 +30,10 @@ class Meters:
     def add_all(self, totals: Mapping[str, object], count: float, prefix: str = "") -> None:
         for name, total in totals.items():
             self.add(prefix + name, float(total), count)  # type: ignore[arg-type]
+
+    def add_root(self, name: str, square: float) -> None:
+        """Adds to a sum of squares over processes and micro-batches, whose root is shown."""
+        self.add(ROOT + name, square, 0.0)
 
     @contextmanager
     def timed(self, name: str, count: float = 1.0) -> Iterator[None]:
@@ -47,7 +54,8 @@ class Meters:
                 pair[0] += total
                 pair[1] += count
         self.sums.clear()
-        return {name: total / count for name, (total, count) in pairs.items() if count}
+        roots = {name.removeprefix(ROOT): math.sqrt(pairs[name][0]) for name in pairs if name.startswith(ROOT)}
+        return {name: total / count for name, (total, count) in pairs.items() if count} | roots
 
 
 def peak_memory_gib() -> float:

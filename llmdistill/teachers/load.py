@@ -11,6 +11,7 @@ from llmdistill.recipe.config import TeacherConfig, bearer_token, in_section, te
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher
+from llmdistill.teachers.student import StudentTeacher
 
 
 def load_teachers(
@@ -26,6 +27,10 @@ def load_teachers(
         UserError: a teacher cannot be had, or they do not fit together. What was opened by then is closed.
     """
     groups = teacher_groups(configs)
+    if len(configs) > 1 and (own := next((s for c, s in zip(configs, sections, strict=True) if c.student), "")):
+        raise UserError(
+            f"{own}.student: the student judges alone, not as one of several teachers. Fix: teacher: {{student: ...}}."
+        )
     labels = [config.label for config in configs]
     names = [f"{x} ({s})" if labels.count(x) > 1 else x for x, s in zip(labels, sections, strict=True)]
     loading = _Loading(device, longest)
@@ -76,6 +81,8 @@ class _Loading:
             teacher.close()
 
     def _live(self, config: TeacherConfig) -> Teacher | None:
+        if config.student:
+            return StudentTeacher(config.student, config.ema_decay)
         if config.url:
             from llmdistill.teachers.remote import connect
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
 from llmdistill.models.heads import head_of, hidden_states
+from llmdistill.models.layers import captured, no_rows
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.recipe.config import TeacherConfig, torch_dtype
 from llmdistill.recipe.launches import whole_models
@@ -76,6 +77,21 @@ class LocalTeacher:
         empty = self.head.linear.weight.new_zeros(0, self.head.linear.in_features)
         hidden_NH = torch.cat([r for r in rows if r is not None] or [empty])
         return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
+
+    @torch.no_grad()
+    def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
+        rows: list[list[Tensor]] = [[] for _ in range(len(rollout))]
+        for index in _batches(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
+            part = rollout.sequences(index).to(self.model.device)
+            with captured(self.model, layers) as found:
+                hidden_states(self.model, part)
+            for layer in layers:
+                split = predicting_rows(found[layer], part.completion_mask).split(part.row_counts)
+                for i, sequence_rows in zip(index, split, strict=True):
+                    rows[i].append(sequence_rows)
+        empty = no_rows(self.model, layers)
+        return [torch.cat([of[k] for of in rows] or [empty[k]]) for k in range(len(layers))]
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """One block per sequence. ``top_k`` up to the vocabulary size; any ids can be ``chosen``.

@@ -88,4 +88,13 @@ class ReplayBuffer:
 
 
 def _prompt(entry: dict[str, Any]) -> Prompt:
-    return Prompt(**{**entry, "completion": tuple(entry["completion"])})
+    weight = entry.get("weight", 1.0)
+    contexts = {name: tuple(ids) for name, ids in entry.get("contexts", {}).items()}
+    return Prompt(
+        **{
+            **entry,
+            "completion": tuple(entry["completion"]),
+            "weight": tuple(weight) if isinstance(weight, list) else weight,
+            "contexts": contexts,
+        }
+    )

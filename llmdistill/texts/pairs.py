@@ -15,6 +15,7 @@ from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.texts.sources import Drawn, Round
 
 logger = logging.getLogger(__name__)
 
@@ -182,3 +183,31 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:
     """All chosen sequences, then all rejected ones of those that have one, right-padded."""
     sides = [(p, p.chosen) for p in pairs] + [(p, p.rejected) for p in pairs if p.rejected]
     return collate([p.prompt.ids for p, _ in sides], [ids for _, ids in sides], pad_id=pad_id)
+
+
+class Side:
+    """One side of the round's pairs, as a source of text."""
+
+    uses = frozenset({"dataset"})
+
+    def __init__(self, name: str, pad_id: int) -> None:
+        self.name, self.pad_id = name, pad_id
+
+    def draw(self, round_: Round) -> Drawn:
+        pairs: Sequence[Any] = round_.prompts
+        round_.drawn.append("dataset")
+        sides = [getattr(pair, self.name) for pair in pairs]
+        rollout = collate([p.prompt.ids for p in pairs], sides, pad_id=self.pad_id, policy_version=round_.step)
+        return rollout, [p.prompt for p in pairs]
+
+    def evaluated(self, loss: float) -> None:
+        """Nothing depends on it."""
+
+    def numbers(self) -> Mapping[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state."""

@@ -1,16 +1,16 @@
 """Sequences and the position convention.
 
 A mask or a score at index t speaks of the token *at* t, predicted from the tokens before t. A model's logits (and the
-hidden states they come from) at index t-1 are that prediction. :func:`predicting_rows` is the only place where the one
-is turned into the other; everything downstream works on rows, in which there is no position left to get wrong.
+hidden states they come from) at index t-1 are that prediction. :func:`predicting` is the only place where the one is
+turned into the other; everything downstream works on rows, in which there is no position left to get wrong.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Prompt:
     row: int = 0  # index in the dataset it was read from, for messages and logs
     completion: tuple[int, ...] = ()  # the dataset's own, for methods that train on it
     answer: str = ""  # the right one, for rewards that verify
+    weight: float | tuple[float, ...] = 1.0  # of the row in the loss, or of each token of its completion
+    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # other prompts of the same completions
+    record: Mapping[str, Any] | None = None  # the row as it was read, where a context is built from it later
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,12 @@ class Rollout:
         )
 
     def without_truncated(self) -> Rollout:
-        """The same sequences with completions cut off by the length limit taken out of the loss."""
+        """The same sequences with completions cut off by the length limit taken out of the loss.
+
+        Where it is not known how they ended (the dataset's own), all stay.
+        """
+        if not self.finish:
+            return self
         keep = torch.tensor([f != "length" for f in self.finish], dtype=torch.bool, device=self.completion_mask.device)
         return replace(self, completion_mask=self.completion_mask & keep[:, None])
 
@@ -130,13 +138,22 @@ class Rollout:
         return replace(self, **move, behavior_logprobs=None if lp is None else lp.to(device))
 
 
-def predicting_rows(states_BTX: Tensor, mask_BT: Tensor) -> Tensor:
-    """The rows that predict the tokens marked by ``mask_BT``: [B, T, X] and [B, T] -> [N, X]. The one shift.
+def predicting(mask_BT: Tensor) -> Tensor:
+    """Where the states are that predict the marked tokens, [B, T] bool. The one shift.
 
-    Row order is sequence by sequence, position by position, as in ``Rollout.token_rows``. A mark on index 0 has no
-    prediction and is dropped.
+    A mark on index 0 has no prediction and is dropped.
     """
-    return states_BTX[:, :-1][mask_BT[:, 1:]]
+    at_BT = torch.zeros_like(mask_BT)
+    at_BT[:, :-1] = mask_BT[:, 1:]
+    return at_BT
+
+
+def predicting_rows(states_BTX: Tensor, mask_BT: Tensor) -> Tensor:
+    """The rows that predict the tokens marked by ``mask_BT``: [B, T, X] and [B, T] -> [N, X].
+
+    Row order is sequence by sequence, position by position, as in ``Rollout.token_rows``.
+    """
+    return states_BTX[predicting(mask_BT)]
 
 
 def span(mask_T: Tensor) -> slice:

@@ -14,8 +14,9 @@ Which of them a round is does not depend on the rank, and a resumed run decides 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from llmdistill.texts import Prompt, Rollout, request_seed
@@ -38,18 +39,26 @@ class Round:
     rank: int
     samples_per_prompt: int
     pad_id: int
-    sources: Mapping[str, Draw]  # student, dataset, teacher
+    authors: Mapping[str, Draw]  # student, dataset, teacher
+    drawn: list[str] = field(default_factory=list)  # who was asked, in turn
 
     def chance(self, what: str) -> float:
-        """A uniform number in [0, 1) of this step, the same on every rank."""
-        return request_seed(self.seed, self.step, sum(map(ord, what))) / 2.0**63
+        """A uniform number in [0, 1) of this step, the same on every rank, and of no rank's own seeds."""
+        digest = hashlib.blake2b(f"{what}:{self.seed}:{self.step}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") / 2.0**64
 
-    def draw(self, source: str) -> Drawn:
-        return self.sources[source](self.prompts)
+    def draw(self, author: str) -> Drawn:
+        self.drawn.append(author)
+        return self.authors[author](self.prompts)
+
+    @property
+    def last_author(self) -> str:
+        """Of the text drawn last. What is replayed is the student's."""
+        return self.drawn[-1] if self.drawn else "student"
 
 
-class Sequences(Protocol):
-    """A data policy. ``uses`` names the sources it may draw from."""
+class Source(Protocol):
+    """Where a text of a round comes from. ``uses`` names the authors it may be of."""
 
     uses: frozenset[str]
 
@@ -59,22 +68,33 @@ class Sequences(Protocol):
         """Called on every rank with the loss of each validation."""
         ...
 
+    def numbers(self) -> Mapping[str, float]:
+        """What is logged of it."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Only:
-    """Always the same source."""
+    """Always the same author.
 
-    def __init__(self, source: str) -> None:
-        self.source, self.uses = source, frozenset({source})
+    Args:
+        optional: rows need not have what it takes; those without are sequences in which nothing counts.
+    """
+
+    def __init__(self, author: str, *, optional: bool = False) -> None:
+        self.author, self.optional, self.uses = author, optional, frozenset({author})
 
     def draw(self, round_: Round) -> Drawn:
-        return round_.draw(self.source)
+        return round_.draw(self.author)
 
     def evaluated(self, loss: float) -> None:
         """Nothing depends on it."""
+
+    def numbers(self) -> Mapping[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -117,6 +137,7 @@ class Adaptive:
             drawn = round_.draw("student")
             self.buffer.add(*drawn)
             return drawn
+        round_.drawn.append("student")
         n = len(round_.prompts) * round_.samples_per_prompt
         return self.buffer.draw(n, request_seed(round_.seed, round_.step, round_.rank), round_.pad_id)
 
@@ -126,6 +147,9 @@ class Adaptive:
         elif loss >= self.last_loss + self.eps:
             self.phi, self.last_loss = min(1.0, self.phi + self.growth), loss
 
+    def numbers(self) -> Mapping[str, float]:
+        return {"phi": self.phi, "replayable": float(len(self.buffer))}
+
     def state_dict(self) -> dict[str, Any]:
         return {"phi": self.phi, "last_loss": self.last_loss, "buffer": self.buffer.state_dict()}
 
@@ -134,9 +158,9 @@ class Adaptive:
         self.buffer.load_state_dict(state["buffer"])
 
 
-def make_sequences(
+def make_source(
     kind: Kind, *, student_fraction: float, off_policy: OffPolicy, replay_size: int, adaptive_eps: float
-) -> Sequences:
+) -> Source:
     """The policy the settings name."""
     if kind == "mixed":
         return Mixed(student_fraction, off_policy)

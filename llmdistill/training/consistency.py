@@ -1,62 +1,165 @@
-"""Whether what a trainer was given fits together. The preflight of the front doors looks deeper, and at recipes."""
+"""Whether what a trainer was given fits together. The preflight looks deeper."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
+from llmdistill.models.layers import check_layers, hidden_size
+from llmdistill.teachers.base import Teacher, is_live
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import UNKNOWN_FIX, RoutedTeacher
+from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt
 from llmdistill.tokenization.special import context_length
 
-if TYPE_CHECKING:
-    from llmdistill.training.trainer import DistillationTrainer
+
+class Parts(Protocol):
+    """What of a trainer is looked at."""
+
+    method: Method
+    judges: dict[str, Teacher]
+    reward: Any
+    model: Any
+    args: Any
+    data_config: Any
+    train_dataset: Any
 
 
-def check_parts(trainer: DistillationTrainer) -> None:
+def check_parts(trainer: Parts) -> None:
     """Called by the trainer's constructor.
 
     Raises:
-        UserError: a task reward teaches through text that the student did not write.
+        UserError: a term whose expectation is over the student's tokens is on text that others wrote.
     """
-    if trainer.reward_weight and trainer.data_policy.uses != {"student"}:
-        text = ", ".join(sorted(trainer.data_policy.uses))
-        raise UserError(
-            f"reward_weight is {trainer.reward_weight:g} and the text is of {text}: a reward is compared over fresh "
-            "samples of one prompt. Fix: sequences student, or reward_weight 0."
-        )
+    for term in trainer.method.terms:
+        uses = frozenset().union(*(trainer.method.texts[text].uses for text in term.texts))
+        if term.on_student and uses != {"student"}:
+            text = ", ".join(sorted(uses))
+            if "advantage" in term.reads and not term.asks:
+                raise UserError(
+                    f"reward_weight is {term.weight_now:g} and the text is of {text}: a reward is compared over fresh "
+                    "samples of one prompt. Fix: sequences student, or reward_weight 0."
+                )
+            raise UserError(
+                f"term {term.name!r} needs tokens that the student drew, and its text is of {text}. "
+                "Fix: sequences student, or a term that hears whole distributions."
+            )
 
 
-def check_ready(trainer: DistillationTrainer) -> None:
+def check_hidden(method: Method, model: Any, judges: Mapping[str, Teacher]) -> tuple[int, int]:
+    """Called before helpers are made. The hidden sizes of the student and of the judge whose layers are read.
+
+    Raises:
+        UserError: a judge whose hidden states cannot be had, or a layer that a model has not got.
+    """
+    sizes = (hidden_size(model), 0)
+    for term in method.terms:
+        if term.hidden is None:
+            continue
+        check_layers(model, term.hidden.student, f"term {term.name!r}, student's layers,")
+        for ask in term.asks:
+            judge = judges.get(ask.judge)
+            if judge is None:
+                continue  # check_ready says so
+            inner = model if isinstance(judge, StudentTeacher) else getattr(judge, "model", None)
+            if not hasattr(judge, "hidden_layers") or inner is None:
+                raise UserError(
+                    f"term {term.name!r} reads hidden states of {ask.judge} {judge.info().name!r}, a "
+                    f"{type(judge).__name__}; only a model in this process has them. Fix: teacher.model, engine hf."
+                )
+            check_layers(inner, term.hidden.judge, f"term {term.name!r}, {ask.judge}'s layers,")
+            sizes = (sizes[0], hidden_size(inner))
+    return sizes
+
+
+def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
     """Called before training.
 
     Raises:
-        UserError: the student is its own teacher, the objective reads a reference and there is none, or a row has no
-            teacher.
+        UserError: a context that no row has, a live student that judges itself where it stands, a context for a teacher
+            that only replays, or a text without anything to count.
     """
-    for role, judge in (("teacher", trainer.teacher), ("reference", trainer.reference)):
+    later = {name for name, where in trainer.data_config.contexts.items() if ":" in where}
+    for term in trainer.method.terms:
+        for ask in term.asks:
+            judge = trainer.judges.get(ask.judge)
+            if isinstance(judge, StudentTeacher) and judge.which == "live" and not ask.context and term.vanishes:
+                raise UserError(
+                    f"term {term.name!r} compares the live student with itself on the same text: it is always 0. "
+                    "Fix: teacher.context NAME (one of data.contexts), or teacher.student ema or initial."
+                )
+            if not ask.context:
+                continue
+            if judge is not None and not is_live(judge):
+                raise UserError(
+                    f"{ask.judge}.context is {ask.context!r}, and the teacher only replays what was stored under the "
+                    "prompt. Fix: teacher.model or teacher.url."
+                )
+            if ask.context not in later and prompts and not any(ask.context in p.contexts for p in prompts):
+                raise UserError(
+                    f"{ask.judge}.context is {ask.context!r}, and no row has such a context. "
+                    f"Fix: --data.contexts '{{{ask.context}: COLUMN}}'."
+                )
+        sources = [trainer.method.texts[text] for text in term.texts]
+        if prompts and all(s.uses == {"dataset"} for s in sources) and not any(p.completion for p in prompts):
+            raise UserError(
+                f"term {term.name!r} is on the dataset's completions, and no row has one: it would divide by nothing. "
+                "Fix: --data.completion_column NAME."
+            )
+        if prompts and not any(
+            _counts(p.weight, trainer.args.domain_weights.get(p.domain or "", 1.0)) for p in prompts
+        ):
+            raise UserError(
+                f"all rows have weight 0, and term {term.name!r} would divide by nothing. "
+                "Fix: data.weight_column or objective.domain_weights."
+            )
+
+
+def _counts(weight: float | tuple[float, ...], domain: float) -> bool:
+    return domain > 0 and (any(weight) if isinstance(weight, tuple) else weight > 0)
+
+
+def check_ready(trainer: Parts) -> None:
+    """Called before training.
+
+    Raises:
+        UserError: the student is its own teacher, a term asks a judge that is not there, or a row has no teacher.
+    """
+    for role, judge in trainer.judges.items():
         own = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
-        if own and judge.model is trainer.model:  # type: ignore[union-attr]
+        if own and judge.model is trainer.model:  # type: ignore[attr-defined]
             raise UserError(
                 f"{role} is the student itself, which would be frozen by it. Fix: {role}=copy.deepcopy(model)."
             )
-    if trainer.objective.reference and trainer.reference is None:
-        raise UserError("the objective reads a reference model, and there is none. Fix: reference=MODEL.")
-    prompts: Sequence[Prompt] = trainer.train_dataset or []  # type: ignore[assignment]
-    if isinstance(trainer.teacher, RoutedTeacher):
-        for p in prompts:
-            if trainer.teacher.route(p.domain) is None:
-                raise UserError(f"row {p.row} {trainer.teacher.unknown(p.domain)}. Fix: {UNKNOWN_FIX}.")
-    sampled = trainer.args.rollouts.max_new_tokens if trainer.data_policy.uses != {"dataset"} else 0
-    limit = min(context_length(trainer.model.config), trainer.teacher.info().context_length)
-    lengths = ((len(p.ids) + max(sampled, len(p.completion)), p.row) for p in prompts)
+    for name in sorted(trainer.method.judges - set(trainer.judges)):
+        term, _ = trainer.method.heard(name)[0]
+        how = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"
+        raise UserError(f"the objective reads a {name} model (term {term.name!r}), and there is none. Fix: {how}.")
+    prompts = [p for p in trainer.train_dataset or [] if isinstance(p, Prompt)]
+    for judge in trainer.judges.values():
+        if isinstance(judge, RoutedTeacher):
+            for p in prompts:
+                if judge.route(p.domain) is None:
+                    raise UserError(f"row {p.row} {judge.unknown(p.domain)}. Fix: {UNKNOWN_FIX}.")
+    check_contexts(trainer, prompts)
+    _warn_of_length(trainer, prompts)
+
+
+def _warn_of_length(trainer: Parts, prompts: Sequence[Prompt]) -> None:
+    sampled = trainer.args.rollouts.max_new_tokens if trainer.method.uses != {"dataset"} else 0
+    contexts = [judge.info().context_length for judge in trainer.judges.values()]
+    limit = min([context_length(trainer.model.config), *contexts])
+    lengths = (
+        (max([len(p.ids), *map(len, p.contexts.values())]) + max(sampled, len(p.completion)), p.row) for p in prompts
+    )
     needed, row = max(lengths, key=lambda pair: pair[0], default=(0, 0))
     if needed > limit:
         warnings.warn(
             f"row {row} and its completion may need {needed} positions, and the models have {limit}; past "
             "those they say nothing of worth. Fix: lower rollouts.max_new_tokens or data.max_prompt_tokens.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -18,11 +18,9 @@ from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live
 from llmdistill.teachers.evidence import Evidence, Kind, gather
-from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows, request_seed
+from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
-
-if TYPE_CHECKING:
-    from llmdistill.training.trainer import DistillationTrainer
+from llmdistill.texts.views import View, plain
 
 # What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
 UNLISTED_TOP_K = 64
@@ -99,23 +97,52 @@ def measure(
     for start in range(0, len(rollout), batch_sequences):
         part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(head.linear.weight.device)
         evidence = gather(teacher, part, asked, listed, head.linear.weight.device)
-        found: dict[str, Tensor] = {}
+        view, found = plain(part), dict[str, Tensor]()
 
         def at_the_head(
-            hidden_BTH: Tensor, part: Rollout = part, evidence: Evidence = evidence, found: dict[str, Tensor] = found
+            hidden_BTH: Tensor, view: View = view, evidence: Evidence = evidence, found: dict[str, Tensor] = found
         ) -> Tensor:
             # Inside the head's forward: under ZeRO-3 this is where its weight is whole.
-            rows_NH = predicting_rows(hidden_BTH, part.completion_mask)
+            rows_NH = view.rows(hidden_BTH)
             found.update(streamed_metrics(metrics, rows_NH, head.linear, evidence, **streaming))
             return rows_NH.new_zeros(())
 
-        forward_to_head(model, head.linear, part, at_the_head)
+        forward_to_head(model, head.linear, view, at_the_head)
         for name, values_N in found.items():
             sums.setdefault(name, []).extend(float(v.sum()) for v in values_N.split(part.row_counts))
         tokens += part.row_counts
     model.train(was_training)
     keep = range(len(tokens)) if counted is None else [i for i, c in enumerate(counted) if c]
     return Measurement({k: [v[i] for i in keep] for k, v in sums.items()}, [tokens[i] for i in keep])
+
+
+class Measurable(Protocol):
+    """What of a trainer is needed for measuring its student."""
+
+    accelerator: Any
+    args: Any
+    model: Any
+    model_wrapped: Any
+    state: Any
+    rollout_engine: Any
+    pad_id: int
+    vocab_size: int
+
+    @property
+    def teacher(self) -> Teacher: ...
+
+    @property
+    def asked(self) -> tuple[Kind, int]:
+        """Kind of evidence the objective hears from the teacher, and how many tokens it lists."""
+        ...
+
+    def forward_model(self) -> nn.Module: ...
+
+    def samples_of_now(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        """What the student writes with the weights of now."""
+        ...
+
+    def readable(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Rollout: ...
 
 
 class HeldOut:
@@ -126,7 +153,7 @@ class HeldOut:
     where they have none or the store has not got them.
     """
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
+    def __init__(self, trainer: Measurable) -> None:
         self.trainer = trainer
         self._prompts: list[list[int]] = []  # of all ranks; what is remembered is about these
         self._teacher_text: Rollout | None = None
@@ -142,7 +169,7 @@ class HeldOut:
         index = range(rank * share, (rank + 1) * share)
         mine = [prompts[min(i, len(prompts) - 1)] for i in index]
         counted = [i < len(prompts) for i in index]
-        measured = {}
+        measured, (kind, top_k) = {}, t.asked
         for name, rollout in self._texts(mine).items():
             # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
             sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
@@ -155,8 +182,8 @@ class HeldOut:
                     vocab_size=t.vocab_size,
                     chunk_tokens=t.args.chunk_tokens,
                     batch_sequences=t.args.per_device_eval_batch_size,
-                    kind=t.objective.evidence,
-                    top_k=t.objective.top_k,
+                    kind=kind,
+                    top_k=top_k,
                     counted=counted,
                 ).gathered(t.accelerator)
         return measured
@@ -168,8 +195,7 @@ class HeldOut:
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
-        t.rollout_engine.sync(t.forward_model(), t.state.global_step)
-        own = t.readable(t.rollout_engine.generate(prompts, sampling), prompts)
+        own = t.readable(t.samples_of_now(prompts, sampling), prompts)
         if self._teacher_text is None:
             self._teacher_text = t.readable(t.teacher.generate(prompts, sampling), prompts)
         return {"student": own, "teacher": self._teacher_text}
@@ -190,7 +216,7 @@ class HeldOut:
             reason = "" if all(p.completion for p in prompts) else "they have no completions of their own"
             if not reason:
                 try:
-                    asked = question(t.teacher, t.objective.evidence, t.objective.top_k)
+                    asked = question(t.teacher, *t.asked)
                     gather(t.teacher, completed(prompts, t.pad_id), *asked)
                 except UserError as error:
                     reason = str(error)

@@ -1,38 +1,58 @@
-"""What a method itself remembers (a schedule, a replay buffer), beside each checkpoint: one small JSON file a rank."""
+"""What a method itself remembers (schedules, replay buffers, averages), beside each checkpoint: one file a rank.
+
+``torch.save`` writes it and the loader accepts plain data and tensors only, so a checkpoint cannot run code.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
-from llmdistill.training.method import Objective
-from llmdistill.training.sequences import Sequences
+from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.student import StudentTeacher
 
 
 class MethodState:
-    """Saves and restores the state of an objective and a data policy.
+    """Saves and restores the state of a method's schedules, of the sources of its texts, and of the student as judge.
 
     Args:
         rank: of this process.
     """
 
-    def __init__(self, objective: Objective, sequences: Sequences, rank: int) -> None:
-        self.objective, self.sequences, self.rank = objective, sequences, rank
+    def __init__(self, method: Method, judges: Mapping[str, Teacher], rank: int) -> None:
+        self.method, self.rank = method, rank
+        self.judges = {name: judge for name, judge in judges.items() if isinstance(judge, StudentTeacher)}
 
     def values(self) -> dict[str, Any]:
-        schedule = self.objective.schedule
-        return {"sequences": self.sequences.state_dict(), "schedule": schedule.state_dict() if schedule else {}}
+        return {
+            "texts": {name: source.state_dict() for name, source in self.method.texts.items()},
+            "schedules": {name: schedule.state_dict() for name, schedule in self.method.schedules.items()},
+            "judges": {name: judge.state_dict() for name, judge in self.judges.items()},
+        }
 
     def save(self, checkpoint: str | Path) -> None:
-        self._file(checkpoint, self.rank).write_text(json.dumps(self.values()))
+        values = self.values()
+        if self.rank > 0 and not any(judge.sharded for judge in self.judges.values()):
+            values.pop("judges")  # the first rank's file has all of it
+        torch.save(values, self._file(checkpoint, self.rank))
 
     def restore(self, values: dict[str, Any]) -> None:
         """Takes what :meth:`values` gave."""
-        self.sequences.load_state_dict(values["sequences"])
-        if self.objective.schedule is not None:
-            self.objective.schedule.load_state_dict(values["schedule"])
+        parts: dict[str, Mapping[str, Any]] = {
+            "texts": self.method.texts,
+            "schedules": self.method.schedules,
+            "judges": self.judges,
+        }
+        for kind, own in parts.items():
+            if sorted(values[kind]) != sorted(own):
+                raise ValueError(f"{kind} {sorted(values[kind])} there, {sorted(own)} here")
+            for name, part in own.items():
+                part.load_state_dict(values[kind][name])
 
     def load(self, checkpoint: str | Path) -> None:
         """Restores what this rank saved; where there were fewer ranks, what the first one did.
@@ -43,22 +63,23 @@ class MethodState:
         files = [self._file(checkpoint, self.rank), self._file(checkpoint, 0)]
         file = next((f for f in files if f.is_file()), None)
         if file is None:
-            if any(self.values().values()):
+            if any(state for kind in self.values().values() for state in kind.values()):
                 raise UserError(
                     f"{checkpoint} has no {files[0].name}, and this method has a state that belongs to a checkpoint. "
                     "Fix: resume from one that this method wrote."
                 )
             return
         try:
-            state = json.loads(file.read_text())
-            if bool(state["schedule"]) != bool(self.values()["schedule"]):
-                raise ValueError("a schedule on one side only")
-            self.restore(state)
-        except (KeyError, TypeError, ValueError) as error:  # every run writes the file, a run of another method too
+            values = torch.load(file, weights_only=True)
+            if "judges" not in values:
+                values["judges"] = torch.load(files[1], weights_only=True)["judges"]
+            self.restore(values)
+        except Exception as error:  # torch.load raises nearly anything on bytes that are no checkpoint
+            why = next(iter(str(error).splitlines()), "")
             raise UserError(
-                f"{file} is not the state of this method ({type(error).__name__}: {error}). "
+                f"{file} is not the state of this method ({type(error).__name__}: {why}). "
                 "Fix: resume from a checkpoint that the same method wrote."
             ) from error
 
     def _file(self, checkpoint: str | Path, rank: int) -> Path:
-        return Path(checkpoint) / f"method_state_{rank}.json"
+        return Path(checkpoint) / f"method_state_{rank}.pt"

@@ -1,4 +1,4 @@
-"""The log-probs of pairs: as a loss over them at the head, and measured on held-out ones."""
+"""The log-probs of pairs: as a loss over their means, and measured on held-out ones."""
 
 from __future__ import annotations
 
@@ -10,58 +10,54 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from llmdistill.composition.term import Groups
 from llmdistill.evals.metrics import bootstrap_ci
 from llmdistill.models.heads import Head, forward_to_head, head_of
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.policy import token_logprobs
 from llmdistill.objectives.redi import sequence_means
 from llmdistill.objectives.rows import TokenRows
-from llmdistill.objectives.streaming import streamed, streamed_metrics
-from llmdistill.texts import Rollout, predicting_rows
+from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.texts.pairs import Pair, collate_pairs
+from llmdistill.texts.views import plain
 
 # loss(mean log-probs of the chosen [P], of the rejected [P]) -> scalar, the mean over pairs
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-def negative_logprob(student_logits: Tensor, token_ids: Tensor) -> Tensor:
-    """-log p(token) -> [...], in float32: an objective of the streaming engine."""
-    return -token_logprobs(student_logits, token_ids)
+@dataclass(frozen=True)
+class PairMeans:
+    """A loss of pairs that reaches the logits through the mean log-prob of each side: a group loss of two texts.
 
-
-def pair_loss_at_the_head(
-    hidden_BTH: Tensor, rollout: Rollout, head: Head, loss: PairLoss, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """(sum of a pair loss over pairs, mean log-prob of every sequence [2P]) from the hidden states of 2P sequences.
-
-    The loss reaches the logits through 2P means only. So its derivative by them, taken on tensors of that size, makes
-    a weight for every token, and the weighted negative log-probs have the exact gradient of any such loss: [N, V]
-    logits never exist. The value returned is the loss's own.
+    ``loss``: mean log-probs of the chosen [P] and of the rejected sides [P] -> scalar, the mean over pairs.
     """
-    rows_NH, counts = predicting_rows(hidden_BTH, rollout.completion_mask), rollout.row_counts
-    tokens = TokenRows(rollout.token_rows())
-    projection: dict[str, Any] = dict(
-        chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=None
-    )
-    logprobs = _logprobs(rows_NH, tokens, head, projection)
-    with torch.enable_grad():
-        means = sequence_means(logprobs, counts).requires_grad_()
-        chosen, rejected = means.chunk(2)
-        value = loss(chosen, rejected) * len(chosen)
-        (by_mean,) = torch.autograd.grad(value, means)
-    value, means = value.detach(), means.detach()
-    if not (torch.is_grad_enabled() and rows_NH.requires_grad):
-        return value, means
-    per_token = torch.cat([(-g / n).expand(n) for g, n in zip(by_mean, counts, strict=True)])
-    surrogate, _ = streamed(negative_logprob, rows_NH, head.linear, tokens, weights_N=per_token, **projection)
-    return value + (surrogate - surrogate.detach()), means
 
+    loss: PairLoss
 
-def _logprobs(rows_NH: Tensor, tokens: TokenRows, head: Head, projection: dict[str, Any]) -> Tensor:
-    def logprob(logits_nV: Tensor, ids_n: Tensor) -> dict[str, Tensor]:
-        return {"logprob": token_logprobs(logits_nV, ids_n)}
+    def values(self, student_logits: Tensor, /, *evidence: Tensor) -> Tensor:
+        (token_ids,) = evidence
+        return token_logprobs(student_logits, token_ids)
 
-    return streamed_metrics(logprob, rows_NH.detach(), head.linear, tokens, **projection)["logprob"]
+    def reduce(self, values_N: Tensor, groups: Groups) -> Tensor:
+        chosen, rejected = sequence_means(values_N, groups.counts).split(list(groups.sequences))
+        return self.loss(chosen, rejected) * len(chosen)
+
+    def count(self, groups: Groups) -> int:
+        return groups.sequences[0]
+
+    def observe(self, values_N: Tensor, groups: Groups) -> dict[str, tuple[float, float]]:
+        means = sequence_means(values_N, groups.counts).tolist()
+        pairs = self.count(groups)
+        chosen, rejected = means[:pairs], means[pairs:]
+        sums = {
+            "chosen_logp": sum(chosen),
+            "rejected_logp": sum(rejected),
+            "margin": sum(chosen) - sum(rejected),
+            "accuracy": sum(a > b for a, b in zip(chosen, rejected, strict=True)),
+            "chosen_length": sum(groups.counts[:pairs]),
+            "rejected_length": sum(groups.counts[pairs:]),
+        }
+        return {f"redi/{name}": (float(total), float(pairs)) for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -126,17 +122,20 @@ def measure_pairs(trainer: Any, pairs: Sequence[Pair], *, pad_id: int, chunk_tok
 def _measured(
     model: nn.Module, head: Head, pairs: Sequence[Pair], pad_id: int, chunk_tokens: int
 ) -> list[tuple[float, float, int, int]]:
-    rollout = collate_pairs(pairs, pad_id).to(head.linear.weight.device)
+    view = plain(collate_pairs(pairs, pad_id).to(head.linear.weight.device))
     means: list[float] = []
+
+    def logprob(logits_nV: Tensor, ids_n: Tensor) -> dict[str, Tensor]:
+        return {"logprob": token_logprobs(logits_nV, ids_n)}
 
     def at_the_head(hidden_BTH: Tensor) -> Tensor:
         projection = dict(chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap)
-        rows_NH = predicting_rows(hidden_BTH, rollout.completion_mask)
-        logprobs = _logprobs(rows_NH, TokenRows(rollout.token_rows()), head, projection)
-        means.extend(sequence_means(logprobs, rollout.row_counts).tolist())
+        rows_NH, tokens = view.rows(hidden_BTH), TokenRows(view.targets)
+        logprobs_N = streamed_metrics(logprob, rows_NH, head.linear, tokens, **projection)["logprob"]  # type: ignore[arg-type]
+        means.extend(sequence_means(logprobs_N, view.counts).tolist())
         return hidden_BTH.new_zeros(())
 
-    forward_to_head(model, head.linear, rollout, at_the_head)
+    forward_to_head(model, head.linear, view, at_the_head)
     rejected = iter(means[len(pairs) :])
     return [
         (means[i], next(rejected) if pair.rejected else float("nan"), len(pair.chosen), len(pair.rejected))

@@ -1,32 +1,29 @@
-"""PairTrainer: training on pairs of completions, without a teacher. The two sides of a pair share a micro-batch."""
+"""PairTrainer: the one loop on pairs of completions, without a teacher; its guard, and its held-out measurement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from llmdistill.composition.loss import Result
+from llmdistill.composition.method import Method
+from llmdistill.composition.term import Term
 from llmdistill.errors import UserError
-from llmdistill.models.heads import forward_to_head, head_of
-from llmdistill.recipe.config import DataConfig, DistillationConfig, require
-from llmdistill.texts import Rollout
-from llmdistill.texts.pairs import BadPairs, Pair, collate_pairs, pair_encoder
+from llmdistill.recipe.config import DataConfig, DistillationConfig
+from llmdistill.recipe.settings import require, setting
+from llmdistill.teachers.local import load_model
+from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
 from llmdistill.tokenization.special import context_length, pad_id
 from llmdistill.training.guard import Guard
-from llmdistill.training.pair_losses import PairLoss, PairMeasurement, measure_pairs, pair_loss_at_the_head
-from llmdistill.training.student_trainer import StudentTrainer, gathered_count, ready_student, split_evenly
+from llmdistill.training.pair_losses import PairLoss, PairMeans, PairMeasurement, measure_pairs
+from llmdistill.training.trainer import DistillationTrainer
 
 GUARD_STATE = "Guard"  # its place in a checkpoint's trainer_state.json
-
-
-def setting(default: Any, help: str) -> Any:
-    """A field of a recipe's section ``objective``."""
-    return field(default=default, metadata={"help": help, "section": "objective"})
 
 
 @dataclass
@@ -56,15 +53,13 @@ class PairConfig(DistillationConfig):
             )
 
 
-@dataclass
-class PairBatch:
-    """What one backward pass needs."""
-
-    pairs: list[Pair]
-    rollout: Rollout  # [2P, T]: the chosen sequences, then the rejected ones
+def pair_method(loss: PairLoss, pad: int) -> Method:
+    """One term over the texts ``chosen`` and ``rejected``."""
+    texts = {name: Side(name, pad) for name in ("chosen", "rejected")}
+    return Method((Term("pairs", group=PairMeans(loss), reads=("tokens",), text=("chosen", "rejected")),), texts)
 
 
-class PairTrainer(StudentTrainer):
+class PairTrainer(DistillationTrainer):
     """Trains ``model`` with a loss over pairs.
 
     Args:
@@ -78,7 +73,6 @@ class PairTrainer(StudentTrainer):
     """
 
     args: PairConfig
-    eval_dataset: list[Pair] | None
 
     def __init__(
         self,
@@ -86,18 +80,17 @@ class PairTrainer(StudentTrainer):
         args: PairConfig,
         *,
         loss: PairLoss,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[Any] | None = None,
-        peft_config: Any = None,
         data: DataConfig | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        **kwargs: Any,
     ) -> None:
-        model, tokenizer = ready_student(model, processing_class, args, peft_config)
-        self.pair_loss, self.pad_id = loss, pad_id(tokenizer)
+        if isinstance(model, str):
+            model, tokenizer = load_model(model, "float32", "student")
+            processing_class = processing_class or tokenizer
+        if processing_class is None:
+            raise UserError("processing_class is None; with a model object give its tokenizer too")
         self.encoder = pair_encoder(
-            tokenizer,
+            processing_class,
             data or DataConfig(),
             chosen_column=args.chosen_column,
             rejected_column=args.rejected_column,
@@ -107,69 +100,20 @@ class PairTrainer(StudentTrainer):
         )
         self.guard = Guard(args.guard_drop or math.inf, args.guard_window, args.guard_rejected_drop or math.inf)
         self.step_sums = [0.0, 0.0, 0.0]  # chosen, rejected, pairs of this process since the last optimizer step
-        super().__init__(
-            model,
-            args,
-            encode=self.encoder.prompts,
-            train_dataset=None if train_dataset is None else self._encoded(train_dataset, "data.train"),
-            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset, "data.heldout"),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        method = pair_method(loss, pad_id(processing_class))
+        super().__init__(model, args, method=method, processing_class=processing_class, data=data, **kwargs)
+        self.pair_loss = loss
         self.add_callback(_GuardCallback(self))
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Pair]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The micro-batches of the next optimizer step, and the global number of its pairs."""
-        groups = self._groups(epoch_iterator, num_batches)
-        if not groups or self.control.should_training_stop:  # resumed where the guard had stopped: nothing is trained
-            return [], None
-        # Neighbours in length share a micro-batch: less padding. Ties keep their order, so a step is reproducible.
-        pairs = sorted((pair for group in groups for pair in group), key=lambda pair: pair.num_tokens)
-        total = gathered_count(self, len(pairs), device)
-        return [self._micro_batch(pairs[a:b]) for a, b in split_evenly(len(pairs), len(groups))], total
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Sum of the pairs' losses over the global number of pairs, times the ranks gradients are averaged over."""
-        batch: PairBatch = inputs["micro_batch"]
-        head = head_of(self.model)
-        found: dict[str, Tensor] = {}
-
-        def at_the_head(hidden_BTH: Tensor) -> Tensor:
-            found["loss"], found["means"] = pair_loss_at_the_head(
-                hidden_BTH, batch.rollout, head, self.pair_loss, self.args.chunk_tokens
-            )
-            return found["loss"]
-
-        output = forward_to_head(model, head.linear, batch.rollout, at_the_head)
-        total = int(num_items_in_batch if num_items_in_batch is not None else len(batch.pairs))
-        loss = self._of_global_batch(found["loss"], output, total)
-        chosen, rejected = found["means"].chunk(2)
-        if not torch.isfinite(loss):
-            known = (chosen - rejected).isfinite().tolist()
-            bad = [p.row for p, ok in zip(batch.pairs, known, strict=True) if not ok]
-            raise self._not_finite(loss.item(), bad or [p.row for p in batch.pairs])
-        if model.training:
-            self._note(batch.pairs, chosen.tolist(), rejected.tolist())
-        return (loss, None) if return_outputs else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The metrics of training on held-out pairs, as ``{prefix}_redi/…`` with ``…_low`` and ``…_high``, the bounds
         of the 95 % interval over pairs; and ``{prefix}_loss``."""
-        pairs = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset, "eval_dataset")
+        pairs = self.eval_dataset if eval_dataset is None else self._pairs(eval_dataset, "eval_dataset")
         if not pairs:
             raise UserError("evaluate() needs held-out pairs. Fix: --data.heldout FILE, or pass eval_dataset.")
-        measured = self.measure_heldout(pairs[: self.args.heldout_sequences])
+        measured = self.measure_heldout_pairs(pairs[: self.args.heldout_sequences])
         loss = self.pair_loss(torch.tensor(measured.chosen), torch.tensor(measured.rejected)).item()
         results = {f"{metric_key_prefix}_redi/{k}": v for k, v in measured.flat().items()}
         results[f"{metric_key_prefix}_loss"] = loss
@@ -177,30 +121,22 @@ class PairTrainer(StudentTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
-    def measure_heldout(self, pairs: Sequence[Pair]) -> PairMeasurement:
-        """See :func:`~llmdistill.texts.pairs.measure_pairs`."""
+    def measure_heldout_pairs(self, pairs: Sequence[Pair]) -> PairMeasurement:
+        """See :func:`~llmdistill.training.pair_losses.measure_pairs`."""
         return measure_pairs(self, pairs, pad_id=self.pad_id, chunk_tokens=self.args.chunk_tokens)
 
-    def _micro_batch(self, pairs: list[Pair]) -> dict[str, Any]:
-        rollout = collate_pairs(pairs, self.pad_id).to(self.args.device)
-        # input_ids beside the micro-batch: transformers counts tokens and FLOPs by that key.
-        return {"micro_batch": PairBatch(pairs, rollout), "input_ids": rollout.input_ids}
-
-    def _note(self, pairs: list[Pair], chosen: list[float], rejected: list[float]) -> None:
-        won = sum(a > b for a, b in zip(chosen, rejected, strict=True))
-        for name, total in {
-            "chosen_logp": sum(chosen),
-            "rejected_logp": sum(rejected),
-            "margin": sum(chosen) - sum(rejected),
-            "accuracy": won,
-            "chosen_length": sum(len(p.chosen) for p in pairs),
-            "rejected_length": sum(len(p.rejected) for p in pairs),
-        }.items():
-            self.meters.add(f"redi/{name}", total, len(pairs))
-        for i, value in enumerate((sum(chosen), sum(rejected), len(pairs))):
+    def _log_groups(self, result: Result) -> None:
+        super()._log_groups(result)
+        (term,) = result.terms.values()
+        chosen, pairs = term.group_sums["redi/chosen_logp"]
+        rejected, _ = term.group_sums["redi/rejected_logp"]
+        for i, value in enumerate((chosen, rejected, pairs)):
             self.step_sums[i] += value
 
-    def _encoded(self, rows: Any, source: str) -> list[Pair]:
+    def _encoded(self, rows: Any, encode: Any, heldout: bool = False) -> list[Any]:
+        return self._pairs(rows, "data.heldout" if heldout else "data.train")
+
+    def _pairs(self, rows: Any, source: str) -> list[Pair]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Pair):
             return rows
         return self.encoder.encode_all(rows, source)

@@ -8,7 +8,7 @@ batch was split over micro-batches and processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import torch
@@ -129,17 +129,10 @@ class StudentTrainer(FiniteTrainer):
             return []
         return list(islice(epoch_iterator, num_batches))
 
-    def _of_global_batch(self, loss_sum: Tensor, output: Any, total: int) -> Tensor:
-        """``loss_sum`` over the global count, times the processes that gradients are averaged over."""
-        # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
-        return (loss_sum + 0 * output.logits.sum()) * (self.accelerator.num_processes / total)
 
-
-def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
-    """Bounds of ``parts`` (nearly) equal stretches of ``range(count)``."""
-    return list(pairwise(count * k // parts for k in range(parts + 1)))
-
-
-def gathered_count(trainer: Trainer, count: int, device: torch.device) -> Tensor:
-    """``count`` summed over the processes."""
-    return trainer.accelerator.gather(torch.tensor(count, device=device)).sum()  # type: ignore[union-attr]
+def gathered_sums(trainer: Trainer, numbers: list[float], device: torch.device) -> list[float]:
+    """Each of ``numbers`` summed over the processes."""
+    if trainer.accelerator.num_processes == 1:
+        return numbers
+    mine = torch.tensor(numbers, device=device, dtype=torch.float64)
+    return trainer.accelerator.reduce(mine, "sum").tolist()  # type: ignore[union-attr,no-any-return]

@@ -1,95 +1,108 @@
-"""DistillationTrainer: the one training loop of a student and its teachers: sequences × evidence × objective.
+"""DistillationTrainer: the one training loop, for every method that is a composition of texts, judges and terms.
 
-An optimizer step is one round: its prompts are gathered, the sequences made (sampled from the student, or read from
-the dataset), the teacher heard on all of them, and only then are they split into micro-batches.
+An optimizer step is one round: its prompts are gathered, the texts made (sampled from the student, or read from the
+dataset), the judges heard on all of them, and only then are they split into micro-batches.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from llmdistill.compat import generation_ready
+from llmdistill.composition.batch import Heard, MicroBatch, Text, micro_batches, row_weights, with_reads
+from llmdistill.composition.judges import Hearing
+from llmdistill.composition.loss import Result, loss_on
+from llmdistill.composition.method import Method
+from llmdistill.composition.term import Term
 from llmdistill.errors import UserError
-from llmdistill.models.heads import forward_to_head, head_of
-from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
-from llmdistill.objectives.rows import PairedRows
-from llmdistill.objectives.streaming import streamed
-from llmdistill.recipe.config import DataConfig, DistillationConfig, RolloutConfig, TeacherConfig
+from llmdistill.models import helpers
+from llmdistill.models.generation import HFRollouts
+from llmdistill.models.heads import head_of
+from llmdistill.models.helpers import attach
+from llmdistill.recipe.config import DataConfig, DistillationConfig, TeacherConfig
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, bytes_received
-from llmdistill.teachers.evidence import Evidence, gather
+from llmdistill.teachers.evidence import Kind
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows, request_seed
+from llmdistill.teachers.student import StudentTeacher
+from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import PromptEncoder, completed
+from llmdistill.texts.sources import Drawn, Round
 from llmdistill.tokenization.special import eos_ids, pad_id
-from llmdistill.training.consistency import check_parts, check_ready
+from llmdistill.training.consistency import check_hidden, check_parts, check_ready
+from llmdistill.training.contexts import build_contexts, load_functions
+from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
-from llmdistill.training.method import ARGUMENTS, MicroBatch, Objective
 from llmdistill.training.method_state import MethodState
+from llmdistill.training.progress import Progress, ProgressCallback
 from llmdistill.training.rewards import Reward, group_advantages
-from llmdistill.training.sequences import Drawn, Only, Round, Sequences
-from llmdistill.training.student_trainer import StudentTrainer, gathered_count, ready_student, split_evenly
-from llmdistill.training.support import likeliest_ids
+from llmdistill.training.student_trainer import StudentTrainer, gathered_sums, ready_student
+from llmdistill.training.surveys import survey, survey_hidden
+
+HELPERS_FILE = "helpers.safetensors"  # in a checkpoint
 
 
 class DistillationTrainer(StudentTrainer):
-    """Trains ``model`` on what ``teacher`` says about its sequences.
+    """Trains ``model`` with a :class:`~llmdistill.composition.method.Method`.
 
     Args:
         model: the student, or a folder or hub name.
         args: a :class:`~llmdistill.recipe.config.DistillationConfig`.
-        teacher: a Teacher, a model (scored in this process), or a folder or hub name.
-        objective: per-token loss and the evidence it needs.
+        teacher: a Teacher, a model (scored in this process), or a folder or hub name; None where no term asks it.
+        method: terms, where their texts come from, schedules.
         train_dataset, eval_dataset: rows with a prompt; with a completion too where the dataset is trained
             on (held-out rows need it only where the teacher does not answer: see ``HeldOut``).
         processing_class: the student's tokenizer; loaded from the model's folder when absent.
         peft_config: trains an adapter instead of the weights.
-        sequences: where the text comes from: ``student``, ``dataset``, ``teacher``, or a policy of
-            :mod:`llmdistill.training.sequences`.
-        reference: another model the objective reads, as ``teacher`` may be given.
-        reward, reward_weight: the task reward of a completion, added to the advantage of every token it has.
-        rollout_engine: samples from the student; by default transformers' generate.
+        judges: other models that terms ask, by name, given as ``teacher`` may be.
+        contexts: the context of a row (``data.contexts``) that a judge reads its completions in, by the judge's name.
+        reward: the task reward of a completion, for terms that read its advantage.
+        rollout_engine: samples from the student; by default what ``args.rollouts`` names.
         data: names of the columns and the limits.
     """
 
-    eval_dataset: list[Prompt] | None
-    objective: Objective
+    eval_dataset: list[Any] | None
 
     def __init__(
         self,
         model: str | PreTrainedModel,
         args: DistillationConfig,
-        teacher: Teacher | PreTrainedModel | str,
+        teacher: Teacher | PreTrainedModel | str | None = None,
         *,
-        objective: Objective,
+        method: Method,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[Any] | None = None,
         peft_config: Any = None,
-        sequences: Sequences | str = "student",
-        reference: Teacher | PreTrainedModel | str | None = None,
+        judges: Mapping[str, Teacher | PreTrainedModel | str] | None = None,
+        contexts: Mapping[str, str] | None = None,
         reward: Reward | None = None,
-        reward_weight: float = 0.0,
         rollout_engine: RolloutEngine | None = None,
         data: DataConfig | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         model, tokenizer = ready_student(model, processing_class, args, peft_config)
-        self.objective, self.data_config = objective, data or DataConfig()
-        self.data_policy = Only(sequences) if isinstance(sequences, str) else sequences
-        self.reward, self.reward_weight = reward, reward_weight if reward else 0.0
+        self.method, self.data_config, self.reward = method.in_contexts(contexts or {}), data or DataConfig(), reward
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
+        given = {**({} if teacher is None else {"teacher": teacher}), **(judges or {})}
+        self.judges = {name: self._as_teacher(judge, tokenizer, args.device) for name, judge in given.items()}
+        self.helpers = attach(model, method.helpers, check_hidden(self.method, model, self.judges), args.seed)
         encode = PromptEncoder(tokenizer, self.data_config)
+        self.progress = Progress(self.method)
         super().__init__(
             model,
             args,
@@ -100,15 +113,16 @@ class DistillationTrainer(StudentTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teacher = self._as_teacher(teacher, tokenizer)
-        self.reference = None if reference is None else self._as_teacher(reference, tokenizer)
-        judges = [t for t in (self.teacher, self.reference) if t is not None]
-        self.vocab_size = min(head_of(self.model).vocab_size, *(judge.info().vocab_size for judge in judges))
+        for judge in self.judges.values():
+            if isinstance(judge, StudentTeacher):
+                size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
+                parts = (self.model, tokenizer, self.forward_model)
+                judge.bind(*parts, batch_sequences=size, chunk_tokens=args.chunk_tokens)
+        widths = [judge.info().vocab_size for judge in self.judges.values()]
+        self.vocab_size = min(head_of(self.model).vocab_size, *widths) if widths else head_of(self.model).vocab_size
         self.heldout = HeldOut(self)
         self.rollout_engine = rollout_engine or make_rollout_engine(
-            args.rollouts
-            if self.on_policy
-            else RolloutConfig(),  # the dataset's completions need no engine of their own
+            args.rollouts,
             self.model,
             self.accelerator,
             eos_ids=self.eos_ids,
@@ -116,39 +130,59 @@ class DistillationTrainer(StudentTrainer):
             longest=self.data_config.max_prompt_tokens + args.rollouts.max_new_tokens,
             seed=args.seed,
         )
-        self._pushed = -1  # the stretch of push_every steps in which weights were last pushed
-        self._step_loss = 0.0  # of the micro-batches of this optimizer step, on this rank
-        self._step_tokens = 0  # and the tokens they count, of all ranks
-        self.add_callback(_Schedule(self))
+        self._pushed: tuple[int, int] = (-1, -1)  # the stretch of push_every steps, and the step, last pushed
+        self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
+        self.context_functions = load_functions(encode.built_later)
         self._method_start = copy.deepcopy(self._method_state().values())
         check_parts(self)
 
-    # ---------------------------------------------------------------- sequences and evidence
+    # ---------------------------------------------------------------- the parts
+
+    @property
+    def teacher(self) -> Teacher:
+        """The judge that the student is measured against.
+
+        Raises:
+            UserError: the method asks none.
+        """
+        judge = self.judges.get("teacher") or next(iter(self.judges.values()), None)
+        if judge is None:
+            raise UserError(
+                "this method asks no teacher, and there is none. Fix: teacher=MODEL to measure against one."
+            )
+        return judge
+
+    @property
+    def asked(self) -> tuple[Kind, int]:
+        """Kind of evidence the method hears from the teacher, and how many tokens it lists."""
+        term = self.method.primary
+        return (term.asks[0].kind, term.top_k) if term is not None else ("full", 0)
 
     @property
     def on_policy(self) -> bool:
         """The student may be sampled."""
-        return "student" in self.data_policy.uses
+        return "student" in self.method.uses
 
-    def draw(self, prompts: Sequence[Prompt]) -> Drawn:
-        """The sequences of a round, and the prompt of each."""
-        r = self.args.rollouts
-        sampling = self._sampling(self.state.global_step)
+    # ---------------------------------------------------------------- texts
+
+    def draw(self, examples: Sequence[Any]) -> dict[str, Text]:
+        """The texts of a round."""
+        step, sampling = self.state.global_step, self._sampling(self.state.global_step)
 
         def each(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
             n = len(rollout) // len(of)
             return rollout, [p for p in of for _ in range(n)]
 
         def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # what no student wrote is neither stale nor off
-            return each(replace(rollout, policy_version=self.state.global_step, behavior_logprobs=None), of)
+            return each(replace(rollout, policy_version=step, behavior_logprobs=None), of)
 
         round_ = Round(
-            prompts,
-            self.state.global_step,
+            examples,
+            step,
             self.state.max_steps,
             self.args.seed,
             self.accelerator.process_index,
-            r.samples_per_prompt,
+            self.args.rollouts.samples_per_prompt,
             self.pad_id,
             {
                 "student": lambda of: each(self._student_samples(of, sampling), of),
@@ -156,8 +190,11 @@ class DistillationTrainer(StudentTrainer):
                 "teacher": lambda of: others(self.teacher.generate(of, sampling), of),
             },
         )
-        rollout, per_sequence = self.data_policy.draw(round_)
-        return self.readable(rollout, prompts), per_sequence
+        return {name: self._text(round_, source) for name, source in self.method.texts.items()}
+
+    def _text(self, round_: Round, source: Any) -> Text:
+        rollout, prompts = source.draw(round_)
+        return Text(self.readable(rollout, prompts), prompts, author=round_.last_author)
 
     def readable(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Rollout:
         """The rollout with completions ended before an id that one of the models has no column for.
@@ -183,105 +220,155 @@ class DistillationTrainer(StudentTrainer):
         # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.
         # In stretches and not at the multiples alone: the student need not be the one who writes there.
         stretch = self.state.global_step // self.args.rollouts.push_every
-        if self._pushed != stretch:
-            self.rollout_engine.sync(self.forward_model(), self.state.global_step)
-            self._pushed = stretch
+        if self._pushed[0] != stretch:
+            self._push(stretch)
         return self.rollout_engine.generate(prompts, sampling)
 
-    def _rewards(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[float] | None:
+    def sync_engine(self) -> None:
+        """Puts the weights of now into the rollout engine for a measurement, unless they are there."""
+        if self._pushed[1] != self.state.global_step:
+            self._push(-1)
+
+    def samples_of_now(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        """What the student writes with the weights of now, for a measurement."""
+        step, every = self.state.global_step, self.args.rollouts.push_every
+        if self.is_in_train and self._pushed[0] == step // every and self._pushed[1] != step:
+            # The engine writes the rest of its stretch with the weights it has: looking does not change what is
+            # trained on.
+            beside = HFRollouts(eos_ids=self.eos_ids, pad_id=self.pad_id, ready=self._generating)
+            beside.sync(self.forward_model(), step)
+            return beside.generate(prompts, sampling)
+        self.sync_engine()
+        return self.rollout_engine.generate(prompts, sampling)
+
+    def _generating(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return generation_ready(model, self.accelerator)
+
+    def _push(self, stretch: int) -> None:
+        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
+        self._pushed = (stretch, self.state.global_step)
+
+    def _rewards(self, text: Text) -> Text:
+        """The text with the task reward of every sequence, and its advantage over the samples of a prompt."""
         if self.reward is None:
-            return None
+            return text
         with self.meters.timed("time/reward"):
-            rewards = [
-                float(r) for r in self.reward(prompts, self._completions(rollout, prompts, skip_special_tokens=True))
-            ]
-        if len(rewards) != len(rollout):
-            raise UserError(f"the reward returned {len(rewards)} numbers for {len(rollout)} completions")
-        if bad := [(p.row, r) for p, r in zip(prompts, rewards, strict=True) if not math.isfinite(r)]:
+            written = self._completions(text.rollout, text.prompts, skip_special_tokens=True)
+            rewards = [float(r) for r in self.reward(text.prompts, written)]
+        if len(rewards) != len(text):
+            raise UserError(f"the reward returned {len(rewards)} numbers for {len(text)} completions")
+        if bad := [(p.row, r) for p, r in zip(text.prompts, rewards, strict=True) if not math.isfinite(r)]:
             raise UserError(f"the reward is {bad[0][1]} on row {bad[0][0]}; it must be a finite number. Fix: return 0.")
         self.meters.add("rollout/reward", sum(rewards), len(rewards))
-        return rewards
+        group = self.args.rollouts.samples_per_prompt
+        compared = any("advantage" in term.reads for term in self.method.terms)
+        advantages = group_advantages(rewards, group) if compared else [0.0] * len(rewards)
+        return replace(text, rewards=rewards, advantages=advantages)
+
+    def _in_new_contexts(self, text: Text) -> Text:
+        """The text with the contexts that are built from what was sampled and how it was rewarded."""
+        if not self.context_functions:
+            return text
+        return build_contexts(
+            text, self.context_functions, self.encode, self.args.rollouts.samples_per_prompt, self._completions
+        )
+
+    # ---------------------------------------------------------------- a round
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[list[Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """One round: all micro-batches of the next optimizer step, and the global number of counted tokens."""
         groups = self._groups(epoch_iterator, num_batches)
-        if not groups:
+        if not groups or self.control.should_training_stop:  # resumed where a guard had stopped: nothing is trained
             return [], None
-        prompts = [p for group in groups for p in group]
+        examples = [example for group in groups for example in group]
         with self.meters.timed("time/rollout"):
-            rollout, per_sequence = self.draw(prompts)
-        rewards = self._rewards(rollout, per_sequence)  # of what was written, whatever the loss then leaves out
-        if self.args.rollouts.mask_truncated and rollout.finish:
-            rollout = rollout.without_truncated()
-        # Neighbours in length share a micro-batch: less padding. Ties keep their order, so a round is reproducible.
-        lengths = rollout.attention_mask.sum(1).tolist()
-        order = sorted(range(len(rollout)), key=lambda i: lengths[i])
-        scored = None
-        if rewards is not None:
-            group = self.args.rollouts.samples_per_prompt
-            advantages = group_advantages(rewards, group) if self.reward_weight else [0.0] * len(rewards)
-            scored = [(advantages[i], rewards[i]) for i in order]
-        rollout, per_sequence = rollout.sequences(order), [per_sequence[i] for i in order]
-        with self.meters.timed("time/student", 0):  # a part of it
-            chosen = self.chosen_ids(rollout)
-        received = bytes_received(self.teacher)
-        with self.meters.timed("time/teacher"):
-            evidence = self.evidence(rollout, chosen)
+            texts = self.draw(examples)
+        name = next(iter(texts))
+        texts[name] = self._rewards(texts[name])  # of what was written, whatever the loss then leaves out
+        texts[name] = self._in_new_contexts(texts[name])
+        if self.args.rollouts.mask_truncated:
+            texts = {n: replace(t, rollout=t.rollout.without_truncated()) for n, t in texts.items()}
+        texts = self._in_order(texts)
+        received = bytes_received(self.teacher) if self.judges else None
+        batches = self.batches(texts, len(groups))
         if received is not None:
-            self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rollout.num_rows)
-        self._note_round(rollout)
-        total = gathered_count(self, rollout.num_rows, device)
-        return self._split(rollout, evidence, per_sequence, scored, len(groups)), total
+            rows = sum(text.rollout.num_rows for text in texts.values())
+            self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rows)
+        self._note_round(texts)
+        # input_ids beside the micro-batch: transformers counts tokens and FLOPs by that key.
+        inputs = [{"micro_batch": b, "input_ids": b.rollout.input_ids} for b in batches]
+        return inputs, torch.tensor(batches[0].total, device=device)
 
-    def evidence(self, rollout: Rollout, chosen: Tensor | None = None, teacher: Teacher | None = None) -> Evidence:
-        """What the teacher (or another one, then in the reference's place too) says about ``rollout``."""
-        wanted, device = self.objective, self.args.device
-        listed = 0 if wanted.support == "student" else wanted.top_k
-        said = gather(teacher or self.teacher, rollout, wanted.evidence, listed, device, chosen)
-        if not wanted.reference:
-            return said
-        assert self.reference is not None
-        return PairedRows((said, gather(teacher or self.reference, rollout, wanted.evidence, listed, device)))
+    def batches(
+        self, texts: Mapping[str, Text], parts: int, judges: Mapping[str, Teacher] | None = None
+    ) -> list[MicroBatch]:
+        """The texts of a round as micro-batches, with all that their terms read, over the counts of all processes."""
+        heard = self.hear(texts, judges)
+        totals = self._totals(heard, self.args.device)
+        return micro_batches(texts, self.method.terms, heard, totals, parts, self.pad_id, self.args.device)
 
-    def chosen_ids(self, rollout: Rollout) -> Tensor | None:
-        """The student's likeliest tokens, where the teacher is asked about those."""
-        if self.objective.evidence != "top_k" or self.objective.support == "teacher":
-            return None
+    def _in_order(self, texts: dict[str, Text]) -> dict[str, Text]:
+        """Neighbours in length share a micro-batch: less padding. Texts that a term reads together keep together.
+
+        Ties keep their order, so a round is reproducible.
+        """
+        together = {name: term.texts for term in self.method.terms for name in term.texts if len(term.texts) > 1}
+        ordered = {}
+        for name, text in texts.items():
+            lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in together.get(name, (name,))]
+            longest = [max(column) for column in zip(*lengths, strict=True)]
+            ordered[name] = text.reorder(sorted(range(len(text)), key=lambda i: longest[i]))
+        return ordered
+
+    def hear(self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None) -> dict[str, Heard]:
+        """What every term reads about the texts: of its judges, of the rows themselves, of its survey."""
+        with self.meters.timed("time/teacher"):
+            hearing = Hearing(judges or self.judges, self.likeliest, self.args.device, self.pad_id)
+            answers = {t.name: [hearing.of(t, n, texts[n]) for n in t.texts] for t in self.method.terms}
+        heard = {}
+        for term in self.method.terms:
+            on = [texts[name] for name in term.texts]
+            given = row_weights(term, on, self.args.domain_weights, self.pad_id)
+            derived: Mapping[str, Tensor] = {}
+            if term.survey is not None and term.hidden is not None:
+                derived = survey_hidden(self, term, on, answers[term.name])
+            elif term.survey is not None:
+                with self.meters.timed("time/student", 0):  # a part of it
+                    derived = survey(self, term, on, answers[term.name])
+            if "weight" in derived:
+                given = given.times(derived["weight"].cpu())
+            given.evidence = with_reads(term, on, answers[term.name], derived, self.args.device)
+            heard[term.name] = given
+        return heard
+
+    def likeliest(self, rollout: Rollout, k: int) -> Tensor:
+        """The student's likeliest tokens, which a judge is then asked about."""
         size = self.args.per_device_train_batch_size * self.args.rollouts.samples_per_prompt
-        with self.accelerator.autocast():
+        with self.meters.timed("time/student", 0), self.accelerator.autocast():
             return likeliest_ids(
                 self.forward_model(),
                 head_of(self.model),
                 rollout,
-                self.objective.top_k,
+                k,
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.args.chunk_tokens,
                 batch_sequences=size,
             )
 
-    def _split(
-        self,
-        rollout: Rollout,
-        evidence: Evidence,
-        prompts: list[Prompt],
-        scored: list[tuple[float, float]] | None,
-        parts: int,
-    ) -> list[dict[str, Any]]:
-        """Micro-batches of (nearly) equally many sequences, with the rows of evidence that belong to them."""
-        rows = [0]
-        for count in rollout.row_counts:
-            rows.append(rows[-1] + count)
-        batches = []
-        for a, b in split_evenly(len(rollout), parts):
-            part = rollout.sequences(range(a, b)).to(self.args.device)
-            micro = MicroBatch(part, evidence[rows[a] : rows[b]], prompts[a:b])
-            if scored is not None:
-                micro.advantages, micro.rewards = [x for x, _ in scored[a:b]], [r for _, r in scored[a:b]]
-            # input_ids beside the micro-batch: transformers counts tokens and FLOPs by that key.
-            batches.append({"micro_batch": micro, "input_ids": part.input_ids})
-        return batches
+    def _totals(self, heard: Mapping[str, Heard], device: torch.device) -> dict[str, float]:
+        """The denominator of every term: over all processes, gathered at once."""
+        terms, counts = self.method.terms, list[float]()
+        for term in terms:
+            h = heard[term.name]
+            counts += [h.count, *h.effective]
+        sums = gathered_sums(self, counts, device)
+        for i, term in enumerate(terms):
+            weight, squared = sums[3 * i + 1], sums[3 * i + 2]
+            if squared > 0 and term.group is None:
+                self.meters.add(f"{self._prefix(term)}effective_rows", weight * weight / squared)
+        return {term.name: sums[3 * i] for i, term in enumerate(terms)}
 
     def _sampling(self, step: int) -> Sampling:
         r = self.args.rollouts
@@ -297,58 +384,70 @@ class DistillationTrainer(StudentTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum of the per-token losses over the global count of tokens, times the ranks gradients are averaged over."""
-        micro: MicroBatch = inputs["micro_batch"]
-        rollout = micro.rollout
-        head, logging, watch = head_of(self.model), self._logs_this_step(), self.objective.watch
-        objective, rows = micro.rows(self.objective, self.reward_weight)
-        per_token: list[Tensor] = []
-        watched: set[str] = set()
-        found: dict[str, Any] = {}
-
-        def observe(student_nV: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
-            values = watch(student_nV, *evidence[: self.objective.arguments]) if watch else {}
-            watched.update(values)
-            if logging:
-                values |= self._metrics(student_nV, *evidence[: ARGUMENTS[self.objective.evidence]])
-                per_token.append(values["reverse_kl"].cpu())
-            return values
-
-        def at_the_head(hidden_BTH: Tensor) -> Tensor:
-            found["loss"], found["sums"] = streamed(
-                objective,
-                predicting_rows(hidden_BTH, rollout.completion_mask),
-                head.linear,
-                rows,
-                chunk_tokens=self.args.chunk_tokens,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                vocab_size=self.vocab_size,
-                metrics=observe if logging or watch else None,
-            )
-            return found["loss"]
-
-        output = forward_to_head(model, head.linear, rollout, at_the_head)
-        total = max(int(num_items_in_batch if num_items_in_batch is not None else rollout.num_rows), 1)
-        loss = self._of_global_batch(found["loss"], output, total)
-        if not torch.isfinite(loss):
-            raise self._not_finite(loss.item(), (p.row for p in micro.prompts))
-        if self.objective.schedule is not None and self.model.training:
-            sums = [found["loss"].detach(), *(found["sums"][name] for name in watched)]
-            self._step_loss += sum(map(float, sums)) / total
-            self._step_tokens = total if num_items_in_batch is None else int(num_items_in_batch)
+        """The micro-batch's share of the loss of the global batch, times the ranks gradients are averaged over."""
+        batch: MicroBatch = inputs["micro_batch"]
+        logging = self._logs_this_step()
+        result = loss_on(
+            model,
+            batch,
+            head=head_of(self.model),
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.args.chunk_tokens,
+            scale=self.accelerator.num_processes,
+            metrics=logging,
+            helpers=self.helpers,  # type: ignore[arg-type]
+        )
+        if not torch.isfinite(result.loss):
+            raise self._not_finite(result.loss.item(), self._rows_without_number(batch, result))
+        if self.model.training:
+            self.progress.note(batch, result)
+            self._log_groups(result)
         if logging:
-            self.meters.add_all(found["sums"], rollout.num_rows, "distill/")
-            self._log_completions(micro, torch.cat(per_token) if per_token else torch.zeros(0))
-        return (loss, None) if return_outputs else loss
+            self._log_terms(batch, result)
+        return (result.loss, None) if return_outputs else result.loss
 
-    def _metrics(self, student_nV: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
-        kind = self.objective.evidence
-        if kind == "sampled":
-            return sampled_metrics(student_nV, *evidence)
-        if len(evidence) == 1:
-            return dense_metrics(student_nV, *evidence)
-        return sparse_metrics(student_nV, *evidence)
+    def _rows_without_number(self, batch: MicroBatch, result: Result) -> list[int]:
+        """The dataset rows whose losses are no number; of all of the micro-batch where none of them stands out."""
+        every = [p.row for text in batch.texts.values() for p in text.prompts]
+        found = list[int]()
+        for s in batch.slices:
+            term = result.terms.get(s.term.name)
+            prompts = [p for name in s.term.texts if name in batch.texts for p in batch.texts[name].prompts]
+            if term is None or s.term.group is None:
+                continue
+            for prompt, values in zip(prompts, term.row_losses.split(list(s.groups.counts)), strict=True):
+                if not bool(values.isfinite().all()):
+                    found.append(prompt.row)
+        return found or every
+
+    def _prefix(self, term: Term) -> str:
+        return "distill/" if len(self.method.terms) == 1 else f"distill/{term.name}/"
+
+    def _log_groups(self, result: Result) -> None:
+        for term in result.terms.values():
+            for name, (total, count) in term.group_sums.items():
+                self.meters.add(name, total, count)
+
+    def _log_terms(self, batch: MicroBatch, result: Result) -> None:
+        several = len(self.method.terms) > 1
+        for s in batch.slices:
+            if (found := result.terms.get(s.term.name)) is None:
+                continue
+            prefix, rows = self._prefix(s.term), s.rows.stop - s.rows.start
+            count = s.term.group.count(s.groups) if s.term.group else rows
+            weight = float(s.weights_N.sum()) if s.weights_N is not None else count
+            measured = {k: v for k, v in found.metric_sums.items() if not k.startswith("watch/")}
+            self.meters.add_all(measured, weight, prefix)
+            if several:
+                self.meters.add(f"{prefix}loss", found.loss_sum, weight)
+                self.meters.add_root(f"{prefix}grad_norm", found.squared_norm)
+        if result.router_balance is not None:
+            self.meters.add("distill/router_balance", result.router_balance)
+        shown = next((s for s in batch.slices if s.term.name in result.per_token and len(s.term.texts) == 1), None)
+        if shown is not None:
+            self._log_completions(batch.texts[shown.term.texts[0]], torch.cat(result.per_token[shown.term.name]))
+        elif batch.slices and len(self.method.terms[0].texts) == 1:
+            self._log_completions(next(iter(batch.texts.values())), None)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -371,12 +470,13 @@ class DistillationTrainer(StudentTrainer):
             loss = next(results[text] for text in texts if text in results)
             results[f"{metric_key_prefix}_loss"] = loss  # metric_for_best_model's default
             if eval_dataset is None and self.is_in_train:  # looking does not move a schedule
-                self.data_policy.evaluated(loss)
+                for source in self.method.texts.values():
+                    source.evaluated(loss)
             self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
-    def measure_heldout(self, prompts: Sequence[Prompt]) -> dict[str, Measurement]:
+    def measure_heldout(self, prompts: Sequence[Any]) -> dict[str, Measurement]:
         """See :class:`~llmdistill.training.measure.HeldOut`."""
         return self.heldout.measure(prompts)
 
@@ -391,15 +491,37 @@ class DistillationTrainer(StudentTrainer):
         else:  # again, or after a run that broke off: from where the method starts
             self._method_state().restore(copy.deepcopy(self._method_start))
         check_ready(self)
-        self._step_loss, self._step_tokens, self._pushed = 0.0, 0, -1  # nothing of a run that broke off
+        self.progress.forget()  # nothing of a run that broke off
+        self._pushed = (-1, -1)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def close(self) -> None:
-        """Frees what engine, teacher and reference hold. The trainer is not used afterwards."""
+        """Frees what engine and judges hold. The trainer is not used afterwards."""
         self.rollout_engine.close()
-        self.teacher.close()
-        if self.reference is not None:
-            self.reference.close()
+        for judge in self.judges.values():
+            judge.close()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, with the helpers at their learning rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh:
+            helpers.with_learning_rate(optimizer, self.helpers, self.method.helper_learning_rate)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not len(self.helpers):
+            return super()._save(output_dir, state_dict)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, helpers.without(state))
+        if self.args.should_save and output_dir is not None and Path(output_dir).name.startswith("checkpoint-"):
+            save_file(helpers.own(state), Path(output_dir) / HELPERS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / HELPERS_FILE
+        if len(self.helpers) and file.is_file():  # DeepSpeed keeps them in its own files
+            self.helpers.load_state_dict(load_file(file))
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Where transformers writes the random states: in every rank, and before trainer_state.json, which says that a
@@ -408,14 +530,19 @@ class DistillationTrainer(StudentTrainer):
         self._method_state().save(output_dir)
 
     def _method_state(self) -> MethodState:
-        return MethodState(self.objective, self.data_policy, self.args.process_index)
+        return MethodState(self.method, self.judges, self.args.process_index)
 
-    def _note_round(self, rollout: Rollout) -> None:
-        tokens = rollout.num_rows
-        self.meters.add("rollout/mean_length", tokens, len(rollout))
-        if rollout.finish:
-            self.meters.add("rollout/truncated_fraction", sum(f == "length" for f in rollout.finish), len(rollout))
-        self.meters.add("rollout/staleness", self.state.global_step - rollout.policy_version)
+    def _note_round(self, texts: Mapping[str, Text]) -> None:
+        rollouts = [text.rollout for text in texts.values()]
+        tokens = sum(r.num_rows for r in rollouts)
+        self.meters.add("rollout/mean_length", tokens, sum(map(len, rollouts)))
+        for r in rollouts:
+            if r.finish:
+                self.meters.add("rollout/truncated_fraction", sum(f == "length" for f in r.finish), len(r))
+            self.meters.add("rollout/staleness", self.state.global_step - r.policy_version)
+        for source in self.method.texts.values():
+            for name, value in source.numbers().items():
+                self.meters.add(f"rollout/{name}", value)
         for rate, clock in (
             ("rollout/tokens_per_second", "time/rollout"),
             ("teacher/positions_per_second", "time/teacher"),
@@ -423,13 +550,14 @@ class DistillationTrainer(StudentTrainer):
             sums, processes = self.meters.sums, self.accelerator.num_processes
             sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[clock][0]]
 
-    def _log_completions(self, micro: MicroBatch, reverse_kl_N: Tensor) -> None:
+    def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
         if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up
             return
-        rollout, rows = micro.rollout, reverse_kl_N.split(micro.rollout.row_counts)
+        rollout = text.rollout
+        rows = [None] * len(text) if reverse_kl_N is None else reverse_kl_N.split(rollout.row_counts)
         finish = rollout.finish or ("stop",) * len(rollout)
-        rewards: Sequence[float | None] = micro.rewards or [None] * len(rollout)
-        every = zip(micro.prompts, self._completions(rollout, micro.prompts), finish, rewards, rows, strict=True)
+        rewards: Sequence[float | None] = text.rewards or [None] * len(rollout)
+        every = zip(text.prompts, self._completions(rollout, text.prompts), finish, rewards, rows, strict=True)
         for prompt, completion, reason, reward, values in every:
             self.run_folder.add_completion(
                 step=self.state.global_step + 1,
@@ -438,7 +566,7 @@ class DistillationTrainer(StudentTrainer):
                 domain=prompt.domain,
                 finish=reason,
                 **({} if reward is None else {"reward": reward}),
-                reverse_kl=values.tolist(),
+                reverse_kl=[] if values is None else values.tolist(),
             )
 
     def _completions(self, rollout: Rollout, prompts: Sequence[Prompt], skip_special_tokens: bool = False) -> list[str]:
@@ -451,32 +579,20 @@ class DistillationTrainer(StudentTrainer):
         step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)
         return self.model.training and (step % every == 0 or (step == 1 and self.args.logging_first_step))
 
-    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Prompt]:
+    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
-        optional = heldout and not all(row.get(self.data_config.completion_column) for row in rows)
-        return encode.encode_all(rows, completions="dataset" in self.data_policy.uses and not optional)
+        wanted = "dataset" in self.method.uses
+        lacking = heldout and not all(row.get(self.data_config.completion_column) for row in rows)
+        optional = all(getattr(s, "optional", False) for s in self.method.texts.values() if "dataset" in s.uses)
+        return encode.encode_all(rows, completions=wanted and not lacking, optional=optional)
 
-    def _as_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+    @staticmethod
+    def _as_teacher(teacher: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
+        if isinstance(teacher, StudentTeacher):
+            return teacher  # bound when the student is ready
         if isinstance(teacher, str):
-            return LocalTeacher.load(TeacherConfig(model=teacher), self.args.device)
+            return LocalTeacher.load(TeacherConfig(model=teacher), device)
         if isinstance(teacher, nn.Module):
-            return LocalTeacher(teacher.to(self.args.device), tokenizer)  # type: ignore[arg-type]
+            return LocalTeacher(teacher.to(device), tokenizer)  # type: ignore[arg-type]
         return teacher  # type: ignore[no-any-return]
-
-
-class _Schedule(TrainerCallback):
-    """Moves the objective's schedule: once per optimizer step, by the loss of the global batch, alike on every rank."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        t, schedule = self.trainer, self.trainer.objective.schedule
-        if schedule is None:
-            return
-        loss = t.accelerator.reduce(torch.tensor(t._step_loss, dtype=torch.float64, device=t.args.device))
-        counted, t._step_loss, t._step_tokens = t._step_tokens, 0.0, 0
-        if not counted:  # of no rank, for all have the same count: there is no loss to move by
-            return
-        t.meters.add("distill/schedule", schedule.update(float(loss), state.global_step))

@@ -12,7 +12,6 @@ from llmdistill.objectives.metrics import target_entropy
 from llmdistill.objectives.rows import HiddenRows, LogitRows, PairedRows, RoutedRows, TokenRows
 from llmdistill.objectives.streaming import streamed
 from llmdistill.objectives.taid import TAIDSchedule, sparse_taid, taid
-from llmdistill.objectives.topk_policy import topk_policy
 
 SCALES = [0.0, 0.5, 1.0, 1.25, 1.5]
 INF = float("inf")
@@ -191,18 +190,6 @@ class TestReferencesInFloat32:
         _, grad = value_and_grad(lambda z: policy.sampled_token(z, tokens, teacher_lp)[mask].mean(), student)
         near(grad, data["sampled_token"]["grad_student_logits"])
 
-    @pytest.mark.parametrize("case", golden("opd_estimators")["thunlp_topk_cases"], ids=lambda case: case["name"])
-    def test_opd_top_k(self, case):
-        i = golden("opd_estimators")["inputs"]
-        support = {"only_stu": "student", "only_tch": "teacher"}.get(case["strategy"], case["strategy"])
-        weighting = {"student_p": "student", "teacher_p": "teacher"}.get(case["weight_mode"], case["weight_mode"])
-        loss = partial(topk_policy, k=case["top_k"], support=support, weighting=weighting)
-        value, grad = value_and_grad(
-            lambda z: loss(z, i["teacher_logits"].float())[i["mask"]].mean(), i["student_logits"].float()
-        )
-        assert value.item() == pytest.approx(case["loss_value_at_ratio1"], rel=1e-5)
-        near(grad, case["grad_student_logits"])
-
     @pytest.mark.parametrize("case", golden("taid")["loss_cases"], ids=lambda case: case["name"])
     def test_taid_dense_and_listed(self, case):
         """Loss, gradient, and with `target_entropy` the cross-entropy of the released code."""
@@ -267,6 +254,78 @@ class TestExtrapolation:
         teacher[0, 3] = reference[1, 3] = torch.nan
         value = extrapolated(divergences.reverse_kl, 1.25)(student, teacher, reference)
         assert value[:2].isnan().all() and value[2].isfinite()
+
+
+class TestPlausibility:
+    """Rows as large vocabularies have them: a head that matters, and a tail where both models are noise."""
+
+    def rows(self, width: int = 2000):
+        """A head of four tokens; in the tail T is below 1e-4 and R up to e^30 times smaller."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(20, width, generator=generator, dtype=torch.float64)
+        teacher, reference = -13.0 + 1.5 * noise, -13.0 + 1.5 * noise
+        reference[:, 4:] -= 30 * torch.rand(20, width - 4, generator=generator, dtype=torch.float64)
+        teacher[:, :4] = torch.tensor([2.0, 1.5, 1.0, 0.5]) + 0.3 * noise[:, :4]
+        reference[:, :4] = torch.tensor([1.5, 2.0, 0.5, 1.0]) - 0.3 * noise[:, :4]
+        return teacher, reference
+
+    @pytest.mark.parametrize("scale", [1.25, 1.5, 3.0])
+    @pytest.mark.parametrize("alpha", [0.1, 0.5])
+    def test_the_tail_keeps_its_mass_and_the_likeliest_token_is_plausible(self, scale, alpha):
+        """With h the head's mass, Z >= h^scale + 1 - h by Jensen, so the tail gains at most the inverse of that.
+
+        Without the constraint the same rows put a tail token on top, or most of the mass there.
+        """
+        teacher, reference = self.rows()
+        t = teacher.softmax(-1)
+        head = t >= alpha * t.amax(-1, keepdim=True)
+        h = (t * head).sum(-1)
+        tail = t < 1e-4
+        assert tail.sum(-1).min() > 1900 and not (tail & head).any()
+
+        def tail_growth(target):
+            return (target.softmax(-1) * tail).sum(-1) / (t * tail).sum(-1)
+
+        target = extrapolated_logits(teacher, reference, scale, plausibility=alpha)
+        assert target.isfinite().all()
+        assert (tail_growth(target) <= 1 / (h**scale + 1 - h) * (1 + 1e-9)).all()
+        assert head.gather(-1, target.argmax(-1, keepdim=True)).all()
+        torch.testing.assert_close(target[~head], teacher.log_softmax(-1)[~head])
+        plain = extrapolated_logits(teacher, reference, scale)
+        torch.testing.assert_close(target[head], plain[head])
+        assert tail_growth(plain).min() > 10
+        if scale >= 1.5:
+            assert not head.gather(-1, plain.argmax(-1, keepdim=True)).any()
+
+    def test_the_bounds_of_the_docstring(self):
+        """1 / min_h (h^scale + 1 - h)."""
+        h = torch.linspace(0, 1, 10001, dtype=torch.float64)
+        for scale, factor in ((1.25, 1.09), (1.5, 1.18)):
+            assert factor - 0.01 < (1 / (h**scale + 1 - h)).max() < factor
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_it_constrains_extrapolation_only_and_0_is_none(self, scale):
+        _, teacher, reference = models()
+        plain = extrapolated_logits(teacher, reference, scale)
+        assert torch.equal(extrapolated_logits(teacher, reference, scale, plausibility=0.0), plain)
+        assert torch.equal(extrapolated_logits(teacher, reference, scale, plausibility=0.1), plain) == (scale <= 1)
+
+    def test_excluded_tokens_and_a_reference_that_is_the_teacher(self):
+        student, teacher, reference = models()
+        teacher[:, 2] = -INF
+        reference[:, 4] = -INF
+        target = extrapolated_logits(teacher, reference, 1.25, plausibility=0.1)
+        assert (target[:, 2] == -INF).all() and target[:, [0, 1, 3, 4, 5, 6]].isfinite().all()
+        loss = extrapolated(divergences.reverse_kl, 1.25, plausibility=0.1)
+        found = value_and_grad(lambda z: loss(z, student, student), teacher)
+        torch.testing.assert_close(found, value_and_grad(lambda z: divergences.reverse_kl(z, student), teacher))
+        value, grad = value_and_grad(lambda z: loss(z, teacher + 1.0, teacher), teacher)
+        assert value.abs().max() < 1e-12 and grad.abs().max() < 1e-12
+
+    def test_it_is_a_share(self):
+        for alpha in (-0.1, 1.5):
+            with pytest.raises(ValueError, match="plausibility is"):
+                extrapolated(divergences.reverse_kl, 1.25, plausibility=alpha)
 
 
 class TestOnSamples:

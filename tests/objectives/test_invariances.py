@@ -13,7 +13,10 @@ from objective_cases import CASES, logits, value_and_grad
 from torch import Tensor
 
 from llmdistill.objectives import divergences, policy
+from llmdistill.objectives.baseline import kl_baseline, optimal_baseline, with_baseline
 from llmdistill.objectives.composed import extrapolated, extrapolated_sampled, on_samples
+from llmdistill.objectives.f_policy import sampled_f
+from llmdistill.objectives.power import power_sampled
 from llmdistill.objectives.rows import LogitRows, PairedRows, SparseRows, TeacherRows, TokenRows
 from llmdistill.objectives.streaming import streamed
 from llmdistill.objectives.taid import sparse_taid, taid
@@ -51,6 +54,10 @@ def with_reference(rows):
     return lambda teacher, reference, *rest: PairedRows((rows(teacher, None, *rest), rows(reference, None, *rest)))
 
 
+def with_rows(*kinds):
+    return lambda *about: PairedRows(tuple(rows(*about) for rows in kinds))
+
+
 def with_samples(rows):
     def both(teacher, reference, behavior, ids, advantage):
         samples = TokenRows(ids, policy.token_logprobs(behavior, ids), advantage)
@@ -67,10 +74,17 @@ OBJECTIVES = [
         for x in (0.0, 0.5, 1.0, 1.25, 1.5)
     ),
     Composed("opd_sampled", policy.sampled_token, drawn),
+    Composed("opd_nucleus", partial(policy.sampled_token, temperature=0.6, top_k=9, top_p=0.9), drawn),
+    Composed("exopd_nucleus", extrapolated_sampled(1.25, 0.6, top_p=0.9), with_reference(drawn)),
     *(
         Composed(f"exopd_sampled_{x}", extrapolated_sampled(x), with_reference(drawn))
         for x in (0.0, 0.5, 1.0, 1.25, 1.5)
     ),
+    Composed("plausible_exopd", extrapolated(divergences.reverse_kl, 1.25, plausibility=0.1), with_reference(dense)),
+    *(Composed(f"f_sampled_{n}", partial(sampled_f, name=n), drawn) for n in ("kl_forward", "jensen_shannon")),
+    Composed("power_sampled", partial(power_sampled, alpha=0.5), drawn),
+    Composed("vopd", with_baseline(kl_baseline), with_rows(drawn, dense)),
+    Composed("vopd_optimal", with_baseline(optimal_baseline), with_rows(drawn, dense)),
     *(Composed(f"weighed_{c.name}", on_samples(c.dense, cap=2.0), with_samples(dense)) for c in CASES),
     Composed("weighed_taid", on_samples(partial(taid, t=0.4), cap=2.0), with_samples(dense)),
     Composed("weighed_sparse_taid", on_samples(partial(sparse_taid, t=0.4), cap=2.0), with_samples(listed(6))),

@@ -6,17 +6,14 @@ student does not do right yet (METHODS 2.1: the support of the top-k estimator i
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.objectives.streaming import streamed_metrics
-from llmdistill.texts import Rollout, predicting_rows
-
-Support = Literal["teacher", "student", "union"]
+from llmdistill.texts import Rollout
+from llmdistill.texts.views import View, plain
 
 
 @torch.no_grad()
@@ -34,13 +31,15 @@ def likeliest_ids(
     for start in range(0, len(rollout), batch_sequences):
         part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(device)
 
-        def at_the_head(hidden_BTH: Tensor, part: Rollout = part) -> Tensor:
-            rows_NH = predicting_rows(hidden_BTH, part.completion_mask)
+        view = plain(part)
+
+        def at_the_head(hidden_BTH: Tensor, view: View = view) -> Tensor:
+            rows_NH = view.rows(hidden_BTH)
             listed = streamed_metrics(
                 lambda logits_nV, ids: {"ids": logits_nV.topk(k, dim=-1).indices},
                 rows_NH,
                 head.linear,
-                TokenRows(part.token_rows()),
+                TokenRows(view.targets),
                 chunk_tokens=chunk_tokens,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
@@ -49,6 +48,6 @@ def likeliest_ids(
             found.append(listed["ids"].cpu())
             return rows_NH.new_zeros(())
 
-        forward_to_head(model, head.linear, part, at_the_head)
+        forward_to_head(model, head.linear, view, at_the_head)
     model.train(was_training)
     return torch.cat(found)

@@ -1,0 +1,229 @@
+"""The texts of a round, the weights of their rows, and how both are split into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmdistill.composition.term import Groups, Term, in_turn
+from llmdistill.objectives.rows import PairedRows, RoutedRows, TeacherRows, TensorRows
+from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.views import in_context, stacked
+
+
+@dataclass
+class ContextView:
+    """A text under another context, and which of its sequences have that context, [B] bool."""
+
+    rollout: Rollout
+    has: Tensor
+
+
+@dataclass
+class Text:
+    """One text of a round: sequences, the prompt of each, and what is known of them. B sequences, N rows."""
+
+    rollout: Rollout
+    prompts: list[Prompt]
+    rewards: list[float] | None = None
+    advantages: list[float] | None = None
+    author: str = ""
+
+    def __post_init__(self) -> None:
+        self._contexts: dict[str, ContextView] = {}
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    def view(self, context: str, pad_id: int) -> ContextView:
+        """As a judge reads it: under the prompt, or under a context of the rows."""
+        if not context:
+            return ContextView(self.rollout, torch.ones(len(self), dtype=torch.bool))
+        if context not in self._contexts:
+            self._contexts[context] = ContextView(*in_context(self.rollout, self.prompts, context, pad_id))
+        return self._contexts[context]
+
+    def reorder(self, order: Sequence[int]) -> Text:
+        """The same sequences in another order."""
+
+        def each(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[i] for i in order]
+
+        return Text(
+            self.rollout.sequences(order),
+            [self.prompts[i] for i in order],
+            each(self.rewards),
+            each(self.advantages),
+            self.author,
+        )
+
+    @cached_property
+    def own(self) -> dict[str, Tensor]:
+        """The tensors of the rows that a term may read by name, [N] each."""
+        r, counts = self.rollout, torch.tensor(self.rollout.row_counts)
+        tokens_N, mask = r.token_rows(), r.completion_mask[:, 1:]
+        nan_N = torch.full(tokens_N.shape, torch.nan)
+        starts = r.attention_mask.long().argmax(1).cpu() + torch.tensor([len(p.ids) for p in self.prompts])
+        places = torch.arange(1, r.input_ids.shape[1]).expand(len(r), -1)[mask.cpu()]
+        return {
+            "tokens": tokens_N,
+            "behavior": nan_N if r.behavior_logprobs is None else r.behavior_logprobs[:, 1:][mask],
+            "advantage": torch.tensor(self.advantages or [0.0] * len(r)).repeat_interleave(counts),
+            "position": places - starts.repeat_interleave(counts),
+        }
+
+    def weights(self, domain_weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
+        """(weight of every sequence [B], of every row within its sequence [N]); None where all are 1."""
+        prompts = self.prompts
+        plain = all(isinstance(p.weight, float | int) and p.weight == 1 for p in prompts)
+        if plain and not domain_weights:
+            return None
+        scalar = [1.0 if isinstance(p.weight, tuple) else float(p.weight) for p in prompts]
+        domain = [domain_weights.get(p.domain or "", 1.0) for p in prompts]
+        positions = self.own["position"].split(self.rollout.row_counts)
+        within = [
+            torch.tensor(p.weight)[at] if isinstance(p.weight, tuple) else torch.ones(len(at))
+            for p, at in zip(prompts, positions, strict=True)
+        ]
+        return torch.tensor(scalar) * torch.tensor(domain), torch.cat(within) if within else torch.zeros(0)
+
+
+@dataclass
+class Heard:
+    """What one term reads about its texts in this round, in the order of their rows. N rows of all its texts."""
+
+    evidence: TeacherRows
+    weights_N: Tensor | None  # of the rows in the loss, sequence means included; None: 1
+    count: float  # what this process adds to the denominator
+    effective: tuple[float, float] = (0.0, 0.0)  # sums of w and w squared, where rows are weighted
+
+    def times(self, weights_N: Tensor) -> Heard:
+        """With the rows' weights multiplied; the denominator is then the sum of the products."""
+        product = weights_N.float() if self.weights_N is None else self.weights_N * weights_N.float()
+        return Heard(
+            self.evidence, product, float(product.sum()), (float(product.sum()), float(product.square().sum()))
+        )
+
+
+@dataclass
+class Slice:
+    """The part of a term that lies in one micro-batch."""
+
+    term: Term
+    evidence: TeacherRows
+    rows: slice  # among the rows of the micro-batch
+    weights_N: Tensor | None
+    groups: Groups
+    total: float = 0.0  # the denominator, of the global batch
+
+
+@dataclass
+class MicroBatch:
+    """What one backward pass needs: texts stacked into one batch of sequences, and the terms on its rows."""
+
+    rollout: Rollout
+    texts: dict[str, Text]
+    slices: list[Slice]
+    total: float = 0.0  # the denominator of the method's first term
+
+
+def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, float], pad_id: int) -> Heard:
+    """The weights of a term's rows before evidence is there: of samples, tokens, domains, contexts, sequence means."""
+    pieces, count, weighted = list[Tensor](), 0.0, False
+    for text in texts:
+        rows = torch.tensor(text.rollout.row_counts)
+        given = text.weights(domain_weights)
+        per_sequence, per_row = given if given else (torch.ones(len(text)), torch.ones(int(rows.sum())))
+        if term.select is not None:
+            per_row = per_row * term.select(text.own).float()
+        has = torch.stack(
+            [text.view(ask.context, pad_id).has for ask in term.asks if ask.context]
+            or [torch.ones(len(text), dtype=torch.bool)]
+        ).all(0)
+        per_sequence = per_sequence * has
+        weighted |= given is not None or term.select is not None or not bool(has.all()) or term.mean == "sequence"
+        if term.mean == "sequence":
+            sums = torch.stack([w.sum() for w in per_row.split(rows.tolist())]) if len(rows) else torch.zeros(0)
+            per_row = per_row / sums.repeat_interleave(rows).clamp_min(1e-30)
+            count += float(per_sequence[sums > 0].sum())
+        pieces.append(per_row * per_sequence.repeat_interleave(rows))
+    weights_N = torch.cat(pieces) if pieces else torch.zeros(0)
+    if term.mean == "token":
+        count = float(weights_N.sum()) if weighted else float(len(weights_N))
+    if term.group is not None:
+        counts = tuple(c for text in texts for c in text.rollout.row_counts)
+        count = float(term.group.count(Groups(counts, tuple(len(text) for text in texts))))
+    effective = (float(weights_N.sum()), float(weights_N.square().sum())) if weighted else (0.0, 0.0)
+    return Heard(TensorRows((), len(weights_N)), weights_N if weighted else None, count, effective)
+
+
+def with_reads(
+    term: Term, texts: Sequence[Text], answers: Sequence[TeacherRows | None], derived: Mapping[str, Tensor], device: Any
+) -> TeacherRows:
+    """Judges' answers and the rows' own tensors as one: what the term's loss is given, text after text."""
+    parts = list[TeacherRows]()
+    counts = [text.rollout.num_rows for text in texts]
+    for text, answer, place in zip(texts, answers, in_turn(counts), strict=True):
+        own = tuple((derived[name][place] if name in derived else text.own[name]).to(device) for name in term.reads)
+        reads = TensorRows(own, text.rollout.num_rows)
+        parts.append(reads if answer is None else answer if not own else PairedRows((answer, reads)))
+    if len(parts) == 1:
+        return parts[0]
+    places = tuple(torch.arange(place.start, place.stop) for place in in_turn(counts))
+    return RoutedRows(tuple(parts), places)
+
+
+def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
+    """Bounds of ``parts`` (nearly) equal stretches of ``range(count)``."""
+    return list(pairwise(count * k // parts for k in range(parts + 1)))
+
+
+def micro_batches(
+    texts: Mapping[str, Text],
+    terms: Sequence[Term],
+    heard: Mapping[str, Heard],
+    totals: Mapping[str, float],
+    parts: int,
+    pad_id: int,
+    device: Any,
+) -> list[MicroBatch]:
+    """Micro-batches of (nearly) equally many sequences of every text, with the rows of evidence that belong to them."""
+    names = list(texts)
+    bounds = {name: split_evenly(len(texts[name]), parts) for name in names}
+    starts = {name: torch.tensor([0, *texts[name].rollout.row_counts]).cumsum(0).tolist() for name in names}
+    batches = []
+    for k in range(parts):
+        own = {n: texts[n].reorder(range(*bounds[n][k])) for n in names if bounds[n][k][0] < bounds[n][k][1]}
+        shares = dict(zip(own, in_turn([text.rollout.num_rows for text in own.values()]), strict=True))
+        slices = []
+        for term in terms:
+            mine = [name for name in term.texts if name in own]
+            if not mine:
+                continue
+            index, at = list[Tensor](), 0
+            for name in term.texts:
+                a, b = bounds[name][k]
+                index.append(torch.arange(at + starts[name][a], at + starts[name][b]))
+                at += starts[name][-1]
+            rows: Any = (
+                torch.cat(index)
+                if len(index) > 1
+                else slice(int(index[0][0]), int(index[0][-1]) + 1)
+                if len(index[0])
+                else slice(0, 0)
+            )
+            h = heard[term.name]
+            counts = tuple(c for name in mine for c in own[name].rollout.row_counts)
+            groups = Groups(counts, tuple(len(own[name]) for name in mine))
+            span = slice(shares[mine[0]].start, shares[mine[-1]].stop)
+            weights = None if h.weights_N is None else h.weights_N[rows].to(device)
+            slices.append(Slice(term, h.evidence[rows], span, weights, groups, totals[term.name]))
+        rollout = stacked([text.rollout for text in own.values()], pad_id).to(device)
+        batches.append(MicroBatch(rollout, own, slices, totals[terms[0].name]))
+    return batches

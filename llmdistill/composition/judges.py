@@ -1,0 +1,94 @@
+"""Judges: the named models of a run, and what each term hears from them about the texts of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmdistill.composition.batch import Text
+from llmdistill.composition.term import Ask, Term
+from llmdistill.errors import UserError
+from llmdistill.objectives.rows import PairedRows, SparseRows, TeacherRows, TensorRows
+from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.evidence import gather
+from llmdistill.texts import Rollout
+
+Likeliest = Callable[[Rollout, int], Tensor]  # the student's so many likeliest ids at every row, [N, K]
+
+
+@dataclass
+class Hearing:
+    """Asks the judges about the texts of one round. What several terms ask alike is asked once."""
+
+    judges: Mapping[str, Teacher]
+    likeliest: Likeliest
+    device: torch.device | str
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        self._heard: dict[object, TeacherRows] = {}
+        self._lists: dict[object, Tensor] = {}
+
+    def of(self, term: Term, name: str, text: Text) -> TeacherRows | None:
+        """What the judges of ``term`` say about a text, in the order of its asks; None where it asks none."""
+        if not term.asks:
+            return None
+        parts = [self._answer(term, ask, name, text) for ask in term.asks]
+        return parts[0] if len(parts) == 1 else PairedRows(tuple(parts))
+
+    def _answer(self, term: Term, ask: Ask, name: str, text: Text) -> TeacherRows:
+        listed = ask.kind == "top_k"
+        first = next((a for a in term.asks if a.kind == "top_k"), ask)  # whose list the others are asked about
+        key = (name, ask, (term.top_k, term.support, first) if listed else None, term.hidden and term.hidden.judge)
+        if key not in self._heard:
+            judge, rollout = self.judges[ask.judge], text.view(ask.context, self.pad_id).rollout
+            if term.hidden is not None:
+                self._heard[key] = hidden_rows(judge, rollout, term.hidden.judge, ask.judge)
+                return self._heard[key]
+            if not listed:
+                self._heard[key] = gather(judge, rollout, ask.kind, 0, self.device)
+            elif ask == first:
+                own = 0 if term.support == "student" else term.top_k
+                self._heard[key] = gather(judge, rollout, "top_k", own, self.device, self._chosen(term, name, text))
+            else:
+                lead = self._answer(term, first, name, text)
+                assert isinstance(lead, SparseRows)
+                said = gather(judge, rollout, "top_k", 0, self.device, lead.topk_ids_NK.cpu())
+                assert isinstance(said, SparseRows)
+                self._heard[key] = in_order(said, lead.topk_ids_NK)
+        return self._heard[key]
+
+    def _chosen(self, term: Term, name: str, text: Text) -> Tensor | None:
+        if term.support == "teacher":
+            return None
+        key = (name, term.top_k)
+        if key not in self._lists:
+            self._lists[key] = self.likeliest(text.rollout, term.top_k)
+        return self._lists[key]
+
+
+def hidden_rows(judge: Teacher, rollout: Rollout, layers: tuple[int, ...], name: str) -> TensorRows:
+    """Hidden states of a judge's layers at the counted tokens.
+
+    Raises:
+        UserError: it does not live in this process as a transformers model.
+    """
+    read = getattr(judge, "hidden_layers", None)
+    if read is None:
+        raise UserError(
+            f"a term reads hidden states of {name} {judge.info().name!r}, which is a {type(judge).__name__}; only a "
+            "model in this process has them. Fix: teacher.engine hf with teacher.model."
+        )
+    return TensorRows(tuple(read(rollout, layers)), rollout.num_rows)
+
+
+def in_order(rows: SparseRows, ids_NK: Tensor) -> SparseRows:
+    """The same log-probs in the order of ``ids_NK``, which names all of them; -1 pads."""
+    if rows.topk_ids_NK.shape == ids_NK.shape and bool((rows.topk_ids_NK == ids_NK).all()):
+        return rows
+    place_NK = (rows.topk_ids_NK[:, None, :] == ids_NK[:, :, None]).long().argmax(-1)
+    logprobs_NK = rows.topk_logprobs_NK.gather(1, place_NK)
+    return SparseRows(ids_NK, logprobs_NK.masked_fill(ids_NK < 0, -torch.inf))

@@ -1,0 +1,215 @@
+"""The loss of a method on one micro-batch: one forward, one pass through the head, whatever the number of terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.composition.batch import MicroBatch, Slice
+from llmdistill.models.heads import Head, forward_to_head
+from llmdistill.models.layers import captured
+from llmdistill.models.router import balance_loss, router_inputs
+from llmdistill.objectives.streaming import Part, streamed_metrics, streamed_parts
+from llmdistill.texts.views import plain
+
+
+@dataclass
+class TermResult:
+    """What one term came to on a micro-batch."""
+
+    loss_sum: float  # weighted, before weight and denominator
+    metric_sums: Mapping[str, Tensor]  # over its rows, weighted as the loss is
+    row_losses: Tensor  # [n], unweighted; of a group loss the numbers it is made of
+    group_sums: Mapping[str, tuple[float, float]]
+    watched: Mapping[str, float] = field(default_factory=dict)  # sums of what the term watches, weighted as its loss
+    squared_norm: float = 0.0  # of its scaled gradient at the hidden states it reads
+
+
+@dataclass
+class Result:
+    """What :func:`loss_on` found."""
+
+    loss: Tensor  # of the micro-batch's share of the global batch, with gradient
+    terms: dict[str, TermResult] = field(default_factory=dict)
+    per_token: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # term -> its metric of the same name, in row order
+    router_balance: float | None = None
+
+
+def loss_on(
+    model: nn.Module,
+    batch: MicroBatch,
+    *,
+    head: Head,
+    vocab_size: int | None,
+    chunk_tokens: int,
+    scale: float = 1.0,
+    metrics: bool = False,
+    helpers: Mapping[str, nn.Module] | None = None,
+    keep: str = "reverse_kl",
+) -> Result:
+    """The loss of ``batch`` under ``model``: sum over terms of weight * sum / total, times ``scale``.
+
+    Args:
+        model: as it is called in training, whatever wraps it; ``head`` is its output layer.
+        scale: processes that gradients are averaged over.
+        helpers: the method's own modules, for terms on hidden states.
+        metrics: also measure the student against each term's first judge, and the norm of each term's gradient.
+        keep: the metric whose values per row are handed back, where a term has it.
+    """
+    view, result = plain(batch.rollout), Result(torch.zeros(()))
+    every = [(s, s.term.weight_now / s.total) for s in batch.slices if s.total > 0]
+    largest = max((abs(share) for _, share in every), default=1.0) or 1.0
+    on_layers = [(s, share) for s, share in every if s.term.hidden is not None]
+    active = [s for s, _ in every if s.term.hidden is None]
+    shares = [share for s, share in every if s.term.hidden is None]
+    options: dict[str, Any] = dict(
+        chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
+    )
+    found: dict[str, Any] = {}
+    watched: dict[tuple[str, str], list[Tensor]] = {}  # (term, name) -> values of its rows, chunk by chunk
+
+    def at_the_head(hidden_BTH: Tensor) -> Tensor:
+        rows_NH = view.rows(hidden_BTH)
+        parts, values = list[Part](), list[Tensor | None]()
+        for s, share in zip(active, shares, strict=True):
+            weights, value = (s.weights_N, None) if s.term.group is None else _group(s, rows_NH, head, options, result)
+            # Relative to the largest: the gradient that is kept at the head's input then suits 16 bits too.
+            part_scale = share / largest
+            observe = _observer(s, metrics, keep, result, watched)
+            weighted = s.term.group is None
+            parts.append(Part(s.term.per_row, s.evidence, s.rows, weights, part_scale, observe, weighted))
+            values.append(value)
+        if parts:
+            streamed = streamed_parts(parts, rows_NH, head.linear, norms=metrics, **options)
+            _note(active, values, streamed, largest, result, watched)
+            found["loss"] = _valued(streamed.total, parts, values, streamed.sums)
+        else:
+            found["loss"] = rows_NH.float().sum() * 0.0
+        for s, share in on_layers:
+            assert s.term.hidden is not None
+            states = [view.rows(states_by_layer[layer])[s.rows] for layer in s.term.hidden.student]
+            value = _hidden(s, states, helpers or {}, result) * (share / largest)
+            if metrics and value.requires_grad:
+                gradients = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
+                norms = [float(g.float().square().sum()) for g in gradients if g is not None]
+                result.terms[s.term.name].squared_norm = sum(norms) * largest**2
+            found["loss"] = found["loss"] + value
+        return found["loss"]
+
+    layers = [layer for s, _ in on_layers if s.term.hidden is not None for layer in s.term.hidden.student]
+    with captured(model, layers) as states_by_layer:
+        output = forward_to_head(model, head.linear, view, at_the_head, **router_inputs(model))
+    # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
+    loss = (found["loss"] + 0 * output.logits.sum()) * (scale * largest)
+    if (balance := balance_loss(model, output)) is not None:
+        share = _share([s for s, _ in every], batch)
+        loss = loss + balance * share * scale
+        result.router_balance = float(balance.detach())
+    result.loss = loss
+    return result
+
+
+def _group(s: Slice, rows_NH: Tensor, head: Head, options: Mapping[str, Any], result: Result) -> tuple[Tensor, Tensor]:
+    """A group loss's first pass: (the derivative by the number of every row [n], its value)."""
+    group = s.term.group
+    assert group is not None
+    mine = rows_NH[s.rows].detach()
+    measured = streamed_metrics(
+        lambda logits, *evidence: {"v": group.values(logits, *evidence)}, mine, head.linear, s.evidence, **options
+    )
+    with torch.enable_grad():
+        values_N = measured["v"].requires_grad_()
+        value = group.reduce(values_N, s.groups)
+        (weights_N,) = torch.autograd.grad(value, values_N)
+    observed = group.observe(values_N.detach(), s.groups)
+    result.terms[s.term.name] = TermResult(float(value.detach()), {}, values_N.detach(), observed)
+    if s.weights_N is not None:
+        weights_N = weights_N * s.weights_N
+    return weights_N, value.detach()
+
+
+def _hidden(s: Slice, states: list[Tensor], helpers: Mapping[str, nn.Module], result: Result) -> Tensor:
+    """The weighted sum of a loss on hidden states."""
+    assert s.term.hidden is not None
+    count = s.rows.stop - s.rows.start
+    with torch.autocast(states[0].device.type, enabled=False):  # losses are in float32 whatever the model's dtype
+        evidence = s.evidence.chunk(slice(0, count), None)
+        losses_n = s.term.hidden.loss([x.float() for x in states], *evidence, helpers=helpers)
+    losses_n = losses_n if s.weights_N is None else losses_n * s.weights_N
+    result.terms[s.term.name] = TermResult(float(losses_n.detach().sum()), {}, losses_n.detach(), {})
+    return losses_n.sum()
+
+
+def _observer(
+    s: Slice, metrics: bool, keep: str, result: Result, watched: dict[tuple[str, str], list[Tensor]]
+) -> Callable[..., dict[str, Tensor]] | None:
+    watch = s.term.watch
+    if not (metrics or watch):
+        return None
+
+    def observe(student_nV: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
+        values = {name: function(student_nV, *evidence) for name, function in watch.items()}
+        for name, values_n in values.items():
+            watched.setdefault((s.term.name, name), []).append(values_n)
+        if not metrics:
+            return {}
+        measured = s.term.metrics(student_nV, *evidence)
+        if keep in measured:
+            result.per_token.setdefault(s.term.name, []).append(measured[keep].cpu())
+        return values | measured
+
+    return observe
+
+
+def _note(
+    active: list[Slice],
+    values: list[Tensor | None],
+    streamed: Any,
+    largest: float,
+    result: Result,
+    watched: Mapping[tuple[str, str], list[Tensor]],
+) -> None:
+    for k, s in enumerate(active):
+        norm = 0.0 if streamed.squared_norms is None else float(streamed.squared_norms[k]) * largest**2
+        if values[k] is None:
+            sums = {name: _weighted_sum(watched.get((s.term.name, name), []), s.weights_N) for name in s.term.watch}
+            result.terms[s.term.name] = TermResult(
+                float(streamed.sums[k]), streamed.metric_sums[k], streamed.row_losses[k], {}, sums, norm
+            )
+        else:
+            result.terms[s.term.name].squared_norm = norm
+
+
+def _weighted_sum(pieces: list[Tensor], weights_N: Tensor | None) -> float:
+    if not pieces:  # none of the term's rows is in this micro-batch
+        return 0.0
+    values_N = torch.cat(pieces).double()
+    return float((values_N if weights_N is None else values_N * weights_N).sum())
+
+
+def _valued(total: Tensor, parts: list[Part], values: list[Tensor | None], sums: Tensor) -> Tensor:
+    """``total`` with the value of each group loss in place of its surrogate's; the gradient is the surrogate's."""
+    if all(value is None for value in values):
+        return total
+    true = total.new_zeros(())
+    for part, value, own in zip(parts, values, sums, strict=True):
+        own = own if value is None else value
+        true = true + (own if part.scale == 1.0 else own * part.scale)
+    return true + (total - total.detach())
+
+
+def _share(active: list[Slice], batch: MicroBatch) -> float:
+    """This micro-batch's share of the global batch, by the rows of its first term."""
+    if not active:
+        return 0.0
+    s = active[0]
+    if s.term.group is not None:
+        return s.term.group.count(s.groups) / s.total
+    own = float(s.weights_N.sum()) if s.weights_N is not None else float(s.rows.stop - s.rows.start)
+    return own / s.total

@@ -1,0 +1,174 @@
+"""A term: a loss on the student's rows of a text, and the evidence of its judges that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
+from llmdistill.teachers.evidence import Kind
+
+Support = Literal["teacher", "student", "union"]
+Mean = Literal["token", "sequence"]
+Reads = Literal["tokens", "behavior", "advantage", "position"]
+ARGUMENTS: dict[Kind, int] = {"full": 1, "top_k": 2, "sampled": 2}  # tensors of evidence from one judge
+METRICS: dict[Kind, Callable[..., dict[str, Tensor]]] = {
+    "full": dense_metrics,
+    "top_k": sparse_metrics,
+    "sampled": sampled_metrics,
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a term hears from one judge.
+
+    ``full``: logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and their log-probs [n]. All
+    that a term hears as ``top_k`` is about one list of ids, whoever is asked.
+    """
+
+    judge: str = "teacher"
+    kind: Kind = "full"
+    context: str = ""  # the judge reads the completion under this one of the row's contexts; empty: the prompt
+
+
+class HiddenLoss(Protocol):
+    """A loss on hidden states of the student's layers, in ordinary autograd: no logits are formed for it."""
+
+    def __call__(self, states: Sequence[Tensor], *evidence: Tensor, helpers: Mapping[str, nn.Module]) -> Tensor:
+        """[n] from the student's states [n, H], a tensor for each of ``student_layers``, and the evidence."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Which layers' hidden states a term reads: of the student, and of its judges, who live in this process.
+
+    Numbers count decoder layers from 0, or from the last, -1; a state is what the layer puts out, before the model's
+    final norm. The evidence of a judge is a tensor [n, H] for each of ``judge``.
+    """
+
+    loss: HiddenLoss
+    student: tuple[int, ...]
+    judge: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How the rows of a micro-batch fall into sequences, text by text: what a reduction over groups is told."""
+
+    counts: tuple[int, ...]  # counted rows of every sequence, in row order
+    sequences: tuple[int, ...]  # sequences of every text, in the order of the term's texts
+
+
+class GroupLoss(Protocol):
+    """A loss of groups of rows, which reaches the logits through a number per row only.
+
+    So its derivative by those numbers makes a weight for every row, and the weighted numbers have its exact gradient:
+    two passes over the projection, and [N, V] logits never exist.
+    """
+
+    def values(self, student_logits: Tensor, /, *evidence: Tensor) -> Tensor:
+        """The number of every row, [n]; differentiable."""
+        ...
+
+    def reduce(self, values_N: Tensor, groups: Groups) -> Tensor:
+        """The sum of the loss over the groups of a micro-batch, a scalar; differentiable."""
+        ...
+
+    def count(self, groups: Groups) -> int:
+        """By how many the sum is divided in the end."""
+        ...
+
+    def observe(self, values_N: Tensor, groups: Groups) -> Mapping[str, tuple[float, float]]:
+        """What is logged: name -> (sum, count)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of the rows of a whole round, before the first backward pass: those of this process, and of all."""
+
+    values: Mapping[str, Tensor]  # name -> [N] of this process
+    everywhere: Mapping[str, Tensor]  # name -> [N of all processes], in rank order
+    counts: tuple[int, ...]  # rows of each sequence of this process
+    counts_everywhere: tuple[int, ...]  # of all processes, in rank order
+    first: int  # of this process's rows among all
+
+
+class Survey(Protocol):
+    """Looks at the global batch before it is trained on: selections, thresholds, a number per sequence."""
+
+    def measure(self, student_logits: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
+        """Numbers of every row [n], without gradient. Called as the term's loss is, chunk by chunk."""
+        ...
+
+    def derive(self, rows: Rows) -> Mapping[str, Tensor]:
+        """Tensors [N] of this process: ``weight`` multiplies the rows' weights, others are read by their names."""
+        ...
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss on the student's rows of one text (a group loss: of several), with what it reads.
+
+    ``loss(student_logits [n, V], *evidence) -> [n]``: after the student's logits come the answers of ``asks``, one
+    judge after another, then the rows' own tensors that ``reads`` names: ``tokens`` (the ids, int64), ``behavior``
+    (log-probs under the policy that drew them, NaN where nobody did), ``advantage`` (of the task reward), ``position``
+    (in the completion, 0 is its first token), or what the survey derives.
+
+    The loss of the global batch is weight * sum(w l) / sum(w) over its rows, or with ``mean`` sequence the mean over
+    sequences of their own weighted means. A group loss divides by its own count.
+    """
+
+    name: str
+    loss: Callable[..., Tensor] | None = None
+    asks: tuple[Ask, ...] = ()
+    reads: tuple[str, ...] = ()
+    text: str | tuple[str, ...] = "main"
+    top_k: int = 0
+    support: Support = "teacher"  # whose likeliest tokens ``top_k`` lists
+    weight: float | Callable[[], float] = 1.0
+    mean: Mean = "token"
+    group: GroupLoss | None = None
+    hidden: Hidden | None = None
+    survey: Survey | None = None
+    select: Callable[[Mapping[str, Tensor]], Tensor] | None = None  # weights [N] from the rows' own tensors, by name
+    watch: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)  # name -> what a schedule hears, [n]
+    vanishes: bool = True  # 0, and its gradient too, where the student says what its judges say
+    on_student: bool = False  # its expectation is over tokens the student drew: other text is refused
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @property
+    def weight_now(self) -> float:
+        return self.weight() if callable(self.weight) else self.weight
+
+    @property
+    def ask(self) -> Ask | None:
+        """Of its first judge, whose divergence from the student is what is logged."""
+        return self.asks[0] if self.asks else None
+
+    def metrics(self, student_logits: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
+        """How far the student is from the first judge, per row; nothing where there is none."""
+        if self.ask is None or self.hidden is not None:
+            return {}
+        return METRICS[self.ask.kind](student_logits, *evidence[: ARGUMENTS[self.ask.kind]])
+
+    def per_row(self, student_logits: Tensor, *evidence: Tensor) -> Tensor:
+        """The loss that the streaming engine runs."""
+        function = self.group.values if self.group is not None else self.loss
+        assert function is not None
+        return function(student_logits, *evidence)
+
+
+def in_turn(groups: Sequence[int]) -> list[slice]:
+    """Stretches of so many, one after another."""
+    ends = torch.tensor([0, *groups]).cumsum(0).tolist()
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]

@@ -1,0 +1,56 @@
+"""SDPO: the student's text, judged by the student that has seen a success (lasgroup/SDPO, METHODS 2.3, 2026 9.2.2).
+
+    accelerate launch -m llmdistill.opd --config recipes/sdpo.yaml
+
+Several samples of a prompt are verified (``objective.reward``). The judge is an average of the student
+(``teacher.student: ema``, decay .95) that reads, beside the problem, the first *other* sample that succeeded
+(:func:`sibling`, as ``data.contexts``); a sample without such a sibling is left out. Generalised JSD over the student's
+100 likeliest tokens and one bucket for the rest, times min(S_now(y)/S_then(y), 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from llmdistill.composition.method import Method
+from llmdistill.composition.term import Ask, Term
+from llmdistill.objectives import sparse
+from llmdistill.objectives.composed import on_samples
+from llmdistill.recipe.settings import setting
+
+SUCCESS = 0.5  # a reward from here on is one
+
+
+@dataclass
+class Settings:
+    """Settings of SDPO."""
+
+    beta: float = setting(0.5, "weight of the judge in the mixture; the authors' alpha", at_least=0, at_most=1)
+    top_k: int = setting(100, "tokens of the student's list; the rest is one bucket", at_least=1)
+    importance_cap: float = setting(2.0, "weigh tokens by min(student/sampler, cap); 0: no", at_least=0)
+    reward: str = setting(
+        "math", "what makes a success: math (verifies data.answer_column), or package.module:function"
+    )
+
+
+def build(args: Any) -> Method:
+    """One term. Judge and context are the recipe's."""
+    loss = on_samples(
+        partial(sparse.jsd, beta=args.beta), cap=args.importance_cap, temperature=args.sampler["temperature"]
+    )
+    reads = ("tokens", "behavior", "advantage")
+    term = Term(
+        "divergence", loss, (Ask("teacher", "top_k"),), reads, top_k=args.top_k, support="student", on_student=True
+    )
+    return Method((term,))
+
+
+def sibling(row: dict[str, Any], completions: list[str], rewards: list[float] | None) -> list[str | None]:
+    """For every sample of a prompt the first other one that succeeded, as a solution to learn from; else None."""
+    right = [i for i, reward in enumerate(rewards or []) if reward >= SUCCESS]
+    chosen = [next((j for j in right if j != i), None) for i in range(len(completions))]
+    return [
+        None if j is None else f"A correct solution:\n\n{completions[j].strip()}\n\nSolve it yourself." for j in chosen
+    ]

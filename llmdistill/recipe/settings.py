@@ -1,0 +1,107 @@
+"""A setting's declaration: default, help, range, readers and conflicts; and the one place where they are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Settings that do not go together: ``when(settings)`` says so, and the message says what to change."""
+
+    when: Callable[[Any], bool]
+    message: str  # with {name} for a setting's value
+    fix: str
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    read_by: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """A field of a recipe's section ``objective``.
+
+    Args:
+        at_least, above, at_most, below: its range; None as value is never out of it.
+        read_by: other setting -> its values for which this one is read. Elsewhere anything but the default is refused.
+    """
+    rules = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "read_by": read_by}
+    metadata = {"help": help, "section": "objective", **{k: v for k, v in rules.items() if v is not None}}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_settings(settings: Any, section: str = "objective") -> None:
+    """Checks every declaration of a dataclass, and the ``conflicts`` of its class.
+
+    Raises:
+        UserError: a value out of its range, one that nothing reads, or two that contradict each other.
+    """
+    for f in dataclasses.fields(settings):
+        _check_range(f, getattr(settings, f.name), section)
+    for f in dataclasses.fields(settings):
+        _check_readers(f, settings, section)
+    for conflict in getattr(type(settings), "conflicts", ()):
+        if conflict.when(settings):
+            raise UserError(f"{conflict.message.format_map(_Values(settings))}. Fix: {conflict.fix}.")
+
+
+def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:
+    """Raises a :class:`UserError` in the house form unless ``ok``."""
+    if not ok:
+        raise UserError(f"{setting} is {value!r}; it must be {needed}. Fix: {fix}.")
+
+
+class _Values(dict[str, Any]):
+    """A settings object as what a message is filled from."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def __missing__(self, name: str) -> Any:
+        value = getattr(self.settings, name)
+        return f"{value:g}" if isinstance(value, float) else value
+
+
+def _check_range(f: Any, value: Any, section: str) -> None:
+    limits = {
+        "at_least": (">=", lambda x, limit: x >= limit),
+        "above": (">", lambda x, limit: x > limit),
+        "at_most": ("<=", lambda x, limit: x <= limit),
+        "below": ("<", lambda x, limit: x < limit),
+    }
+    given = {name: f.metadata[name] for name in limits if name in f.metadata}
+    if value is None or not given:
+        return
+    numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    needed = " and ".join(f"{limits[name][0]} {limit:g}" for name, limit in given.items())
+    default = f.default if f.default is not dataclasses.MISSING else None
+    fix = f"use {default}" if default is not None else "leave it out"
+    for x in numbers:
+        inside = all(limits[name][1](x, limit) for name, limit in given.items())
+        require(inside, f"{section}.{f.name}", value, needed, fix)
+
+
+def _check_readers(f: Any, settings: Any, section: str) -> None:
+    default = f.default_factory() if f.default is dataclasses.MISSING and callable(f.default_factory) else f.default
+    value = getattr(settings, f.name)
+    if value == default:
+        return
+    for other, readers in f.metadata.get("read_by", {}).items():
+        if (chosen := getattr(settings, other)) not in readers:
+            raise UserError(
+                f"{section}.{f.name} is {value}, and {section}.{other} {chosen} does not read it. "
+                f"Fix: leave it out, or --{other} {readers[0]}."
+            )

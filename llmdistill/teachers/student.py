@@ -1,0 +1,215 @@
+"""The student as its own judge: as it is now, as it began, or as an average over its steps. Never with gradient.
+
+It is worth asking where it reads another context than the student does (OPSD, SDPO, context distillation), or where it
+is not the student of now (a trust region around its start).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llmdistill.errors import UserError
+from llmdistill.models.heads import forward_to_head, head_of
+from llmdistill.models.helpers import NAME as HELPERS
+from llmdistill.models.layers import captured, no_rows
+from llmdistill.models.modes import evaluating
+from llmdistill.models.weights import gathered
+from llmdistill.objectives.rows import HiddenRows
+from llmdistill.teachers.base import TeacherInfo
+from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.texts.views import plain
+from llmdistill.tokenization.special import context_length, eos_ids
+from llmdistill.wire.blocks import ScoreBlock
+
+Which = Literal["live", "initial", "ema"]
+
+
+class StudentTeacher:
+    """Implements :class:`~llmdistill.teachers.base.Teacher` over the student of a trainer, which binds it.
+
+    Args:
+        which: ``live``: the weights of now. ``initial``: those before training; for a student with an adapter the model
+            below it, else a copy. ``ema``: the average theta' <- decay theta' + (1 - decay) theta, once per step.
+        decay: of ``ema``.
+    """
+
+    live = True  # it answers for any text
+
+    def __init__(self, which: Which, decay: float = 0.999) -> None:
+        self.which, self.decay = which, decay
+        self.model: PreTrainedModel | None = None
+
+    def bind(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        forward_model: Callable[[], nn.Module],
+        *,
+        batch_sequences: int,
+        chunk_tokens: int,
+    ) -> None:
+        """Told by the trainer whose student it is.
+
+        Args:
+            forward_model: the student as it is called in training, so that sharded weights are gathered.
+            batch_sequences: of one forward pass; the same on every rank, for ZeRO-3 gathers parameters in each.
+        """
+        self.model, self.tokenizer, self.forward_model = model, tokenizer, forward_model
+        self.batch_sequences, self.chunk_tokens = batch_sequences, chunk_tokens
+        self.average: dict[str, Tensor] = {}  # of this rank's part of every trained weight, float32
+        adapted = hasattr(model, "disable_adapter")
+        if self.which == "ema" or (self.which == "initial" and not adapted):
+            self.average = {name: _own(p).detach().float().clone() for name, p in self._trained()}
+        self._adapter_off = self.which == "initial" and adapted
+
+    # ---------------------------------------------------------------- Teacher
+
+    @torch.no_grad()
+    def dense(self, rollout: Rollout) -> HiddenRows:
+        """Hidden rows of the counted tokens, [N, H], with the head they belong to."""
+        head, rows = head_of(self._bound), list[Tensor]()
+        with self._as_judge():
+            for start in range(0, len(rollout), self.batch_sequences):
+                part = rollout.sequences(range(start, min(start + self.batch_sequences, len(rollout))))
+                view = plain(part.to(head.linear.weight.device))
+
+                def keep(hidden_BTH: Tensor, view: Any = view) -> Tensor:
+                    rows.append(view.rows(hidden_BTH))
+                    return hidden_BTH.new_zeros(())
+
+                forward_to_head(self.forward_model(), head.linear, view, keep)
+            linear = self._head_now(head.linear)
+        hidden_NH = torch.cat(rows) if rows else head.linear.weight.new_zeros(0, head.linear.in_features)
+        return HiddenRows(hidden_NH, linear, head.logit_scale, head.softcap)
+
+    @torch.no_grad()
+    def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
+        rows, head = [[empty] for empty in no_rows(self._bound, layers)], head_of(self._bound)
+        with self._as_judge(), captured(self._bound, layers) as found:
+            for start in range(0, len(rollout), self.batch_sequences):
+                part = rollout.sequences(range(start, min(start + self.batch_sequences, len(rollout))))
+                view = plain(part.to(head.linear.weight.device))
+                forward_to_head(self.forward_model(), head.linear, view, lambda hidden: hidden.new_zeros(()))
+                for own, layer in zip(rows, layers, strict=True):
+                    own.append(view.rows(found[layer]))
+        return [torch.cat([piece.to(own[-1]) for piece in own]) for own in rows]
+
+    def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
+        """As :meth:`~llmdistill.teachers.local.LocalTeacher.score`."""
+        with gathered([p for p in head_of(self._bound).linear.parameters()]):
+            return LocalTeacher.score(self, rollout, top_k, chosen)  # type: ignore[arg-type]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        """Refused: what the student writes comes from the rollout engine.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"teacher.student is {self.which}: the student judges texts, and its own come from rollouts.engine. "
+            "Fix: --sequences student or dataset."
+        )
+
+    def info(self) -> TeacherInfo:
+        model = self._bound
+        return TeacherInfo(
+            name=f"student ({self.which})",
+            fingerprint=f"student-{self.which}",
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            vocab_size=head_of(model).vocab_size,
+            eos_ids=eos_ids(model, self.tokenizer),
+            context_length=context_length(model.config),
+            template=template_hash(self.tokenizer),
+        )
+
+    def close(self) -> None:
+        """The model is the trainer's."""
+
+    # ---------------------------------------------------------------- its weights
+
+    @property
+    def head(self) -> Any:
+        """Of the student, for scoring."""
+        return head_of(self._bound)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the average after an optimizer step."""
+        if self.which == "ema":
+            for name, parameter in self._trained():
+                self.average[name].lerp_(_own(parameter).float(), 1.0 - self.decay)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank has only its part of the weights."""
+        return any(hasattr(p, "ds_id") or hasattr(p, "to_local") for _, p in self._trained())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average: of this rank's part where weights are sharded, else of all."""
+        return {"which": self.which, "average": self.average} if self.average else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for an average of other weights, or of other shards."""
+        shapes = {name: tuple(x.shape) for name, x in state.get("average", {}).items()}
+        if shapes != {name: tuple(x.shape) for name, x in self.average.items()}:
+            raise ValueError("its average of the student has other weights, or those of other shards")
+        for name, value in state.get("average", {}).items():
+            self.average[name].copy_(value)
+
+    @property
+    def _bound(self) -> PreTrainedModel:
+        assert self.model is not None, "bind() comes first"
+        return self.model
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        named = self._bound.named_parameters()
+        return [(name, p) for name, p in named if p.requires_grad and f"{HELPERS}." not in name]
+
+    @contextmanager
+    def _as_judge(self) -> Iterator[None]:
+        """The student in evaluation mode with the weights it judges with; put back as it was, bit for bit."""
+        model = self._bound
+        off = model.disable_adapter() if self._adapter_off else nullcontext()  # type: ignore[operator]
+        with evaluating(model), off:
+            if not self.average:
+                yield
+                return
+            kept = {name: _own(p).detach().clone() for name, p in self._trained()}
+            try:
+                for name, parameter in self._trained():
+                    _own(parameter).data.copy_(self.average[name])
+                yield
+            finally:
+                for name, parameter in self._trained():
+                    _own(parameter).data.copy_(kept[name])
+
+    def _head_now(self, linear: nn.Linear) -> nn.Linear:
+        """The head of the judge: the student's, or a copy where other weights are only there for a while."""
+        if not self.average or not linear.weight.requires_grad:
+            return linear
+        with gathered(list(linear.parameters())):
+            copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+            copy.weight = nn.Parameter(_whole(linear.weight), requires_grad=False)
+            if linear.bias is not None:
+                copy.bias = nn.Parameter(_whole(linear.bias), requires_grad=False)
+        return copy
+
+
+def _own(parameter: Tensor) -> Tensor:
+    """This rank's part of a weight: ZeRO-3's shard, FSDP2's, else all of it. Shares its storage."""
+    part = getattr(parameter, "ds_tensor", parameter)
+    return part.to_local() if hasattr(part, "to_local") else part  # type: ignore[no-any-return]
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()  # type: ignore[no-any-return]

@@ -1,0 +1,109 @@
+"""What an optimizer step came to, summed over micro-batches and ranks, and the schedules that hear of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from llmdistill.composition.batch import MicroBatch, Slice
+from llmdistill.composition.loss import Result, TermResult
+from llmdistill.composition.method import Measured, Method
+from llmdistill.record.meters import Meters
+from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.student import StudentTeacher
+
+Sums = dict[tuple[str, str, str], list[float]]  # (term, axis, label) -> [sum of losses, rows]
+
+
+class Progress:
+    """Adds up the micro-batches of an optimizer step; hands the schedules what they came to, alike on every rank."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing of a step that broke off counts for the next one."""
+        self.losses: dict[str, float] = defaultdict(float)  # of this rank, each over the global denominator
+        self.watched: dict[tuple[str, str], float] = defaultdict(float)
+        self.groups: Sums = defaultdict(lambda: [0.0, 0.0])
+        self.counted: set[str] = set()  # terms that the global batch has something of
+
+    def note(self, batch: MicroBatch, result: Result) -> None:
+        """Takes one micro-batch in training."""
+        if not self.method.schedules:
+            return
+        for s in batch.slices:
+            if (found := result.terms.get(s.term.name)) is None:
+                continue
+            self.counted.add(s.term.name)
+            self.losses[s.term.name] += found.loss_sum / s.total
+            for name, total in found.watched.items():
+                self.watched[s.term.name, name] += total / s.total
+            if s.term.group is None:
+                self._note_groups(batch, s, found)
+
+    def _note_groups(self, batch: MicroBatch, s: Slice, found: TermResult) -> None:
+        losses = found.row_losses if s.weights_N is None else found.row_losses * s.weights_N
+        weights = torch.ones_like(losses) if s.weights_N is None else s.weights_N
+        counts = list(s.groups.counts)
+        sums = [float(x.sum()) for x in losses.split(counts)]
+        rows = [float(x.sum()) for x in weights.split(counts)]
+        of = [(batch.texts[n].author, p) for n in s.term.texts if n in batch.texts for p in batch.texts[n].prompts]
+        for (author, prompt), total, count in zip(of, sums, rows, strict=True):
+            for axis, label in (("author", author), ("domain", prompt.domain or "")):
+                pair = self.groups[s.term.name, axis, label]
+                pair[0], pair[1] = pair[0] + total, pair[1] + count
+
+    def step_done(self, step: int, accelerator: Any) -> None:
+        """Moves the schedules. Every rank calls it; all have the same counts, so all or none have something to say."""
+        if self.method.schedules and self.counted:
+            for schedule in self.method.schedules.values():
+                schedule.update(self._measured(step, accelerator))
+        self.forget()
+
+    def _measured(self, step: int, accelerator: Any) -> Measured:
+        mine = (
+            {n: self.losses[n] for n in self.counted},
+            dict(self.watched),
+            {k: list(v) for k, v in self.groups.items()},
+        )
+        parts = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+        losses: dict[str, float] = defaultdict(float)
+        watched: dict[tuple[str, str], float] = defaultdict(float)
+        groups: Sums = defaultdict(lambda: [0.0, 0.0])
+        for some_losses, some_watched, some_groups in parts:
+            for name, value in some_losses.items():
+                losses[name] += value
+            for key, value in some_watched.items():
+                watched[key] += value
+            for label, (total, count) in some_groups.items():
+                groups[label][0] += total
+                groups[label][1] += count
+        return Measured(step, dict(losses), dict(watched), {k: (a, b) for k, (a, b) in groups.items()})
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells schedules how long the run is, and of every optimizer step."""
+
+    def __init__(self, progress: Progress, meters: Meters, accelerator: Any, judges: Mapping[str, Teacher]) -> None:
+        self.progress, self.meters, self.accelerator, self.judges = progress, meters, accelerator, judges
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for schedule in self.progress.method.schedules.values():
+            schedule.start(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for judge in self.judges.values():
+            if isinstance(judge, StudentTeacher):
+                judge.step()
+        self.progress.step_done(state.global_step, self.accelerator)
+        schedules = self.progress.method.schedules
+        for name, schedule in schedules.items():
+            for key, value in schedule.numbers().items():
+                self.meters.add(f"distill/{key}" if len(schedules) == 1 else f"distill/{name}/{key}", value)
