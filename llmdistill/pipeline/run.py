@@ -57,7 +57,8 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
             if main_process:
                 finding.show(console)
         inputs["student"] = weights_fingerprint(recipe.student.model)
-        inputs["teacher"] = trainer.teacher.info().fingerprint
+        if "teacher" in trainer.judges:  # a method may ask none
+            inputs["teacher"] = trainer.judges["teacher"].info().fingerprint
         if started:
             check_inputs(folder, started, given, inputs)
         # After the checks: a refused command touches no earlier run.
