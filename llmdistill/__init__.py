@@ -19,7 +19,7 @@ _PUBLIC = {
     "Term": "llmdistill.composition.term",
     "OPDConfig": "llmdistill.opd",
     "OPDTrainer": "llmdistill.opd",
-    "REDIConfig": "llmdistill.redi",
+    "REDIConfig": "llmdistill.methods.redi_config",
     "REDITrainer": "llmdistill.redi",
     "TAIDConfig": "llmdistill.taid",
     "TAIDTrainer": "llmdistill.taid",
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from llmdistill.composition.term import Ask as Ask
     from llmdistill.composition.term import Term as Term
     from llmdistill.errors import UserError as UserError
+    from llmdistill.methods.redi_config import REDIConfig as REDIConfig
     from llmdistill.opd import OPDConfig as OPDConfig
     from llmdistill.opd import OPDTrainer as OPDTrainer
     from llmdistill.recipe.config import DataConfig as DataConfig
     from llmdistill.recipe.config import DistillationConfig as DistillationConfig
     from llmdistill.recipe.config import RolloutConfig as RolloutConfig
-    from llmdistill.redi import REDIConfig as REDIConfig
     from llmdistill.redi import REDITrainer as REDITrainer
     from llmdistill.taid import TAIDConfig as TAIDConfig
     from llmdistill.taid import TAIDTrainer as TAIDTrainer

@@ -96,7 +96,7 @@ class TAIDConfig(TokenConfig):
 
 @dataclass
 class Interpolation(Schedule):
-    """TAID's t as a method's schedule: moved by KL(p_t || S), or by the cross-entropy, which has p_t's entropy in it."""
+    """TAID's t as a method's schedule: moved by KL(p_t || S), or by the cross-entropy: p_t's entropy added."""
 
     schedule: TAIDSchedule
     by_cross_entropy: bool = False

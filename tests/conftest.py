@@ -17,6 +17,20 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from tests import tiny
 
 
+@pytest.fixture(autouse=True)
+def without_preflight(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Trainers of tests train at once; the preflight has its own tests, and runs where ``preflight=True`` is said."""
+    from llmdistill.training.trainer import DistillationTrainer
+
+    asked = DistillationTrainer._preflight
+
+    def only_where_asked(trainer: DistillationTrainer) -> None:
+        if trainer.wants_preflight:
+            asked(trainer)
+
+    monkeypatch.setattr(DistillationTrainer, "_preflight", only_where_asked)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``student``, ``teacher`` (different weights, one tokenizer), train.jsonl and heldout.jsonl."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmdistill.redi import OF_STAGE_1
+from llmdistill.methods.redi_config import OF_STAGE_1
 from tests import tiny
 from tests.trainer.pair_cases import by_hand, pair_rows
 

@@ -2,8 +2,8 @@
 
     accelerate launch -m llmdistill.opd --config recipes/layers.yaml
 
-``cosine`` as in DistilBERT (arXiv 1910.01108), ``mse`` as in TinyBERT (arXiv 1909.10351, eq. 8), each per token and averaged
-over the pairs of layers; ``mi_alpha`` as in DISTILLER (METHODS 5.11): minus a lower bound of the mutual information of
+``cosine`` as in DistilBERT (arXiv 1910.01108), ``mse`` as in TinyBERT (arXiv 1909.10351, eq. 8), each per token and
+averaged over the pairs of layers; ``mi_alpha`` as in DISTILLER (METHODS 5.11): minus a lower bound of the mutual information of
 student and teacher states, with a bilinear critic over the global batch's tokens. Row i of its scores needs the student's
 state i and the teacher's states of everybody, which are known before the first backward pass: so it is a mean over rows
 like any other loss, and does not depend on micro-batches or ranks.
@@ -45,7 +45,7 @@ class Settings:
     conflicts = (
         Conflict(
             lambda s: len(s.student_layers) != len(s.teacher_layers) or not s.student_layers,
-            "objective.student_layers is {student_layers} and objective.teacher_layers {teacher_layers}; they are pairs",
+            "objective.student_layers is {student_layers}, objective.teacher_layers {teacher_layers}; they are pairs",
             "as many of one as of the other, at least one",
         ),
     )

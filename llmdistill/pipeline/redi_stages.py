@@ -14,10 +14,10 @@ in ``redi_trl``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from huggingface_hub import constants
 from rich.console import Console
@@ -26,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from llmdistill.errors import UserError
+from llmdistill.methods.redi_config import REDIConfig
 from llmdistill.pipeline.redi_trl import TRLCallback, direct_preference, fine_tuning
 from llmdistill.pipeline.run import (
     add_evaluations,
@@ -35,6 +36,7 @@ from llmdistill.pipeline.run import (
     quiet,
     save_student,
 )
+from llmdistill.pipeline.stage import Stage
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
@@ -46,25 +48,7 @@ from llmdistill.tokenization.special import context_length, pad_id
 from llmdistill.training.pair_losses import measure_pairs
 from llmdistill.training.pair_trainer import PairTrainer
 
-if TYPE_CHECKING:  # it runs as __main__: its classes are not those that an import here would see
-    from llmdistill.redi import REDIConfig
-
 SHOWN = ("chosen_logp", "rejected_logp", "margin", "accuracy")
-
-
-@dataclass
-class Stage:
-    """What a stage's trainer is made of."""
-
-    recipe: Recipe
-    folder: RunFolder
-    model: Any
-    tokenizer: Any
-    heldout: list[Pair]
-
-    @property
-    def args(self) -> REDIConfig:
-        return cast("REDIConfig", self.recipe.args)
 
 
 def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int:
@@ -76,7 +60,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     quiet()
     constants.HF_HUB_DISABLE_TELEMETRY = True  # else TRL's trainers report to their makers when they are built
     _refuse(recipe)
-    args = cast("REDIConfig", recipe.args)
+    args = cast(REDIConfig, recipe.args)
     console, folder = Console(stderr=True), RunFolder(args.output_dir or "runs/default")
     first = folder if args.method == "sft" else RunFolder(folder.path / "stage1")
     tuned = replace(recipe.student, model=str(first.path / "student"))
@@ -158,7 +142,7 @@ def _finished(folder: RunFolder) -> bool:
 
 def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair], list[Pair]]:
     """(pairs of stage 2, positives of stage 1, held-out pairs)."""
-    args, data = cast("REDIConfig", recipe.args), recipe.data
+    args, data = cast(REDIConfig, recipe.args), recipe.data
     rows = load_rows(data.train, data, "data.train")
     pairs: list[Pair] = [] if args.method == "sft" else encoder.encode_all(rows, "data.train")
     positives = pairs

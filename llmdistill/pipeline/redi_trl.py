@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from llmdistill.methods.redi_config import REDIConfig
 from llmdistill.pipeline.run import lora_config
+from llmdistill.pipeline.stage import Stage
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
 from llmdistill.texts import Prompt
@@ -25,10 +27,6 @@ from llmdistill.texts.pairs import Pair, collate_pairs
 from llmdistill.tokenization.special import pad_id
 from llmdistill.training.finite import FiniteTrainer
 from llmdistill.training.student_trainer import freeze_embeddings
-
-if TYPE_CHECKING:
-    from llmdistill.pipeline.redi_stages import Stage
-    from llmdistill.redi import REDIConfig
 
 
 class _TRLTrainer(FiniteTrainer):

@@ -53,6 +53,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     trainer = build(recipe, trainer_class, data)
     main_process = trainer.is_world_process_zero()
     try:
+        trainer.wants_preflight = False  # here, with what the recipe says
         for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
             if main_process:
                 finding.show(console)
@@ -137,14 +138,14 @@ def contexts_of(recipe: Recipe) -> dict[str, str]:
     named = sorted({config.context for config in recipe.teachers})
     if len(named) > 1:
         raise UserError(
-            f"teachers have the contexts {', '.join(map(repr, named))}; all read in the same one. Fix: give all the same."
+            f"teachers have the contexts {', '.join(map(repr, named))}; all read in one. Fix: give all the same."
         )
     if not named[0]:
         return {}
     if named[0] not in recipe.data.contexts:
         raise UserError(
             f"teacher.context is {named[0]!r}, and data.contexts has {sorted(recipe.data.contexts) or 'nothing'}. "
-            f"Fix: --data.contexts '{{\"{named[0]}\": \"COLUMN\"}}'."
+            f'Fix: --data.contexts \'{{"{named[0]}": "COLUMN"}}\'.'
         )
     return {"teacher": named[0]}
 

@@ -13,9 +13,8 @@ from dataclasses import replace
 from llmdistill.compat import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.preflight import machine, models, tokens
-from llmdistill.preflight.finding import STYLE, Finding, Subject, fail, notice
+from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
 from llmdistill.recipe.command_line import Recipe
-from llmdistill.training.trainer import DistillationTrainer
 
 __all__ = ["CHECKS", "STYLE", "Finding", "examine", "preflight"]
 
@@ -42,7 +41,7 @@ def name_of(check: Check) -> str:
     return check.__name__.rstrip("_").replace("_", "-")
 
 
-def preflight(trainer: DistillationTrainer, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
+def preflight(trainer: Run, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
     """Runs every check but those in ``skip`` and returns what they found. Random states are left as they were.
 
     Raises:
@@ -56,7 +55,7 @@ def preflight(trainer: DistillationTrainer, recipe: Recipe | None = None, skip: 
     return findings
 
 
-def examine(trainer: DistillationTrainer, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
+def examine(trainer: Run, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
     """As :func:`preflight`, with failures among what is returned."""
     known = [name_of(check) for check in CHECKS]
     for name in skip:

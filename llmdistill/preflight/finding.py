@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.composition.method import Method
 from llmdistill.models.heads import head_of
 from llmdistill.recipe.command_line import Recipe
-from llmdistill.recipe.config import DistillationConfig
+from llmdistill.recipe.config import DataConfig, DistillationConfig
+from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
+from llmdistill.teachers.evidence import Kind
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
-from llmdistill.texts import Prompt
+from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.tokenization.compare import tokens_by_id
-from llmdistill.training.trainer import DistillationTrainer
 
 Level = Literal["ok", "notice", "fail"]
 STYLE = {"ok": "green", "notice": "yellow", "fail": "bold red"}
@@ -83,10 +85,42 @@ class Side:
         )
 
 
+class Run(Protocol):
+    """What of a trainer the checks look at."""
+
+    args: Any
+    model: Any
+    method: Method
+    judges: dict[str, Teacher]
+    encode: PromptEncoder
+    data_config: DataConfig
+    train_dataset: Any
+    eval_dataset: Any
+    reward: Any
+    heldout: Any
+    rollout_engine: RolloutEngine
+    pad_id: int
+    eos_ids: Any
+    vocab_size: int
+
+    @property
+    def teacher(self) -> Teacher: ...
+
+    @property
+    def asked(self) -> tuple[Kind, int]: ...
+
+    @property
+    def on_policy(self) -> bool: ...
+
+    def likeliest(self, rollout: Rollout, k: int) -> Tensor: ...
+
+    def sync_engine(self) -> None: ...
+
+
 class Subject:
     """The run that is looked at, in the terms of the checks."""
 
-    def __init__(self, trainer: DistillationTrainer, recipe: Recipe | None) -> None:
+    def __init__(self, trainer: Run, recipe: Recipe | None) -> None:
         self.trainer, self.recipe = trainer, recipe
         self.args: DistillationConfig = trainer.args  # type: ignore[assignment]
         self.method: Method = trainer.method

@@ -21,11 +21,10 @@ from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.models.modes import evaluating
 from llmdistill.objectives.projection import Projection
 from llmdistill.objectives.rows import TeacherRows
-from llmdistill.preflight.finding import Subject
+from llmdistill.preflight.finding import Run, Subject
 from llmdistill.teachers.base import Teacher
 from llmdistill.texts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
 from llmdistill.texts.prompts import completed
-from llmdistill.training.trainer import DistillationTrainer
 
 PROMPTS = 2
 KNOWN = ("tokens", "behavior", "advantage", "position")  # reads that are there without a survey
@@ -64,7 +63,7 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> tuple[Rollout, lis
     return trainer.rollout_engine.generate(chosen, sampling), chosen
 
 
-def heard(trainer: DistillationTrainer, rollout: Rollout, prompts: Sequence[Prompt]) -> list[TeacherRows]:
+def heard(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt]) -> list[TeacherRows]:
     """What the judges of every term would say about the sequences."""
     text = Text(rollout, list(prompts))
     hearing = Hearing(trainer.judges, trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]
@@ -72,9 +71,7 @@ def heard(trainer: DistillationTrainer, rollout: Rollout, prompts: Sequence[Prom
     return [answer for answer in answers if answer is not None]
 
 
-def comparison(
-    trainer: DistillationTrainer, rollout: Rollout, prompts: Sequence[Prompt], teacher: Teacher
-) -> MicroBatch:
+def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teacher: Teacher) -> MicroBatch:
     """The sequences as a micro-batch of the terms that compare the student with judges; ``teacher`` is all of them.
 
     Contexts are left out: what is to vanish is the distance of a model from itself on the same text.
@@ -102,7 +99,7 @@ def comparison(
 
 
 @torch.no_grad()
-def engine_gap(trainer: DistillationTrainer, student: nn.Module, rollout: Rollout) -> float | None:
+def engine_gap(trainer: Run, student: nn.Module, rollout: Rollout) -> float | None:
     """Mean difference, in nats, between the log-probs an engine drew with and those of the student itself.
 
     None where the engine reports none, or where the sampling (greedy, top-p, top-k) reshapes them.
@@ -168,7 +165,7 @@ class SelfDistance:
 
 
 def self_distance(
-    trainer: DistillationTrainer,
+    trainer: Run,
     teacher: Teacher,
     teacher_model: nn.Module,
     rollout: Rollout,

@@ -10,7 +10,6 @@ from llmdistill.teachers.mixture import UNKNOWN_FIX
 from llmdistill.texts import Prompt
 from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.special import context_length
-from llmdistill.training.rewards import math_reward
 
 SHOWN = 3  # examples in a message
 
@@ -181,7 +180,7 @@ def prompts(s: Subject) -> Iterator[Finding]:
         yield fail(f"{len(empty)} prompts have no token (first: row {empty[0]})", "remove them")
     if "dataset" in s.trainer.method.uses and (bare := [p.row for p in s.prompts if not p.completion]):
         yield fail(f"{len(bare)} rows have no completion (first: row {bare[0]})", "--data.completion_column NAME")
-    bare = [p.row for p in s.prompts if not p.answer] if s.trainer.reward is math_reward else []
+    bare = [p.row for p in s.prompts if not p.answer] if getattr(s.trainer.reward, "reads_answers", False) else []
     if bare:
         yield fail(f"{len(bare)} rows have no answer to verify (first: row {bare[0]})", "--data.answer_column NAME")
     limit = s.trainer.data_config.max_prompt_tokens

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -368,12 +367,13 @@ class _Parser(HfArgumentParser):
 def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> Any:
     """An instance of ``cls``, its values coerced to the types of its fields."""
     words: list[str] = []
-    lists: dict[str, Any] = {}
+    lists: dict[str, Any] = {}  # what the parser cannot read: as it is
+    types = get_type_hints(cls)
     for key, value in values.items():
-        if value is None or isinstance(value, list) or key == "report_to":
+        if value is None or isinstance(value, list | dict) or key == "report_to":
             lists[key] = value
-        elif isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
+        elif get_origin(types[key]) is dict:
+            lists[key] = _mapping(value, f"{section}.{key}")
         else:
             words += [f"--{key}", str(value)]
     try:
@@ -392,6 +392,17 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{section}: {error}".splitlines()[0]) from error
+
+
+def _mapping(text: Any, setting: str) -> dict[str, Any]:
+    """Of the command line, in YAML or JSON."""
+    try:
+        value = yaml.safe_load(str(text))
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{setting} is {text!r}; it must be a mapping. Fix: --{setting} '{{NAME: VALUE}}'.")
+    return value
 
 
 def _flat(cls: type) -> Any:

@@ -123,7 +123,7 @@ class PromptEncoder:
         numbers = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(x, int | float) and math.isfinite(x) and x >= 0 for x in numbers):
             raise UserError(
-                f"row {index}: {column} is {value!r}; a weight is a finite number >= 0, or a list of them, one for each "
+                f"row {index}: {column} is {value!r}; a weight is a finite number >= 0, or a list of one for each "
                 "token of the completion. Fix: mend the row, or leave data.weight_column out."
             )
         return tuple(map(float, numbers)) if isinstance(value, list | tuple) else float(numbers[0])  # type: ignore[arg-type]

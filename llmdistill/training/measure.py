@@ -11,11 +11,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llmdistill.errors import UserError
-from llmdistill.evals.metrics import bootstrap_ci
 from llmdistill.models.heads import Head, forward_to_head, head_of
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
+from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed

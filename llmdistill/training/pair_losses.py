@@ -11,13 +11,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llmdistill.composition.term import Groups
-from llmdistill.evals.metrics import bootstrap_ci
 from llmdistill.models.heads import Head, forward_to_head, head_of
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.policy import token_logprobs
 from llmdistill.objectives.redi import sequence_means
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.objectives.streaming import streamed_metrics
+from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.texts.pairs import Pair, collate_pairs
 from llmdistill.texts.views import plain
 

@@ -7,6 +7,7 @@ dataset), the judges heard on all of them, and only then are they split into mic
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ from llmdistill.models import helpers
 from llmdistill.models.generation import HFRollouts
 from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import attach
+from llmdistill.preflight import preflight
 from llmdistill.recipe.config import DataConfig, DistillationConfig, TeacherConfig
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.rollouts.engine import RolloutEngine
@@ -53,6 +55,8 @@ from llmdistill.training.student_trainer import StudentTrainer, gathered_sums, r
 from llmdistill.training.surveys import survey, survey_hidden
 
 HELPERS_FILE = "helpers.safetensors"  # in a checkpoint
+_EXAMINED: set[tuple[str, ...]] = set()  # kinds of runs that the preflight has seen in this process
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(StudentTrainer):
@@ -72,6 +76,7 @@ class DistillationTrainer(StudentTrainer):
         reward: the task reward of a completion, for terms that read its advantage.
         rollout_engine: samples from the student; by default what ``args.rollouts`` names.
         data: names of the columns and the limits.
+        preflight: whether :meth:`train` begins with the start-up checks; None: once per process and kind of run.
     """
 
     eval_dataset: list[Any] | None
@@ -94,7 +99,9 @@ class DistillationTrainer(StudentTrainer):
         rollout_engine: RolloutEngine | None = None,
         data: DataConfig | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        preflight: bool | None = None,
     ) -> None:
+        self.wants_preflight = preflight
         model, tokenizer = ready_student(model, processing_class, args, peft_config)
         self.method, self.data_config, self.reward = method.in_contexts(contexts or {}), data or DataConfig(), reward
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
@@ -491,9 +498,22 @@ class DistillationTrainer(StudentTrainer):
         else:  # again, or after a run that broke off: from where the method starts
             self._method_state().restore(copy.deepcopy(self._method_start))
         check_ready(self)
+        self._preflight()
         self.progress.forget()  # nothing of a run that broke off
         self._pushed = (-1, -1)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _preflight(self) -> None:
+        """The start-up checks, where they are due: what they find is logged, and a failed one stops the run."""
+        prompts = self.train_dataset or []
+        if self.wants_preflight is False or not self.judges or not prompts or not isinstance(prompts[0], Prompt):
+            return
+        kind = (type(self.model).__name__, self.teacher.info().name, *(term.name for term in self.method.terms))
+        if self.wants_preflight is None and kind in _EXAMINED:
+            return
+        _EXAMINED.add(kind)
+        for finding in preflight(self):
+            logger.log(logging.WARNING if finding.level == "notice" else logging.INFO, "preflight: %s", finding)
 
     def close(self) -> None:
         """Frees what engine and judges hold. The trainer is not used afterwards."""

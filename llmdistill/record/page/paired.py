@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmdistill.evals.metrics import paired_bootstrap, paired_permutation
+from llmdistill.record.intervals import paired_bootstrap, paired_permutation
 from llmdistill.record.page.load import as_dict, as_list, finite
 
 LEVEL = 0.05

@@ -1,0 +1,136 @@
+"""Settings of REDI and of what it is compared with: the loss over pairs, both stages, the guard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Literal
+
+from llmdistill.errors import UserError
+from llmdistill.objectives.redi import redi_loss, simpo_loss
+from llmdistill.recipe.settings import require, setting
+from llmdistill.training.pair_losses import PairLoss
+from llmdistill.training.pair_trainer import PairConfig
+
+Method = Literal["redi", "sft", "symmetric", "dpo", "simpo"]
+# What a method reads, and its value where none is given: those of the paper.
+PARAMETERS: dict[str, dict[str, float]] = {
+    "redi": {"alpha": 0.8, "gamma": 0.0},
+    "symmetric": {"gamma": 0.0},
+    "simpo": {"beta": 2.0, "margin": 1.0},
+    "dpo": {"beta": 0.001},
+    "sft": {},
+}
+# Settings of stage 2, and those that say the same of stage 1.
+OF_STAGE_1 = {
+    "learning_rate": "stage1_learning_rate",
+    "max_steps": "stage1_steps",
+    "num_train_epochs": "stage1_epochs",
+    "per_device_train_batch_size": "stage1_batch_size",
+    "gradient_accumulation_steps": "stage1_accumulation",
+}
+GUARD = ("guard_drop", "guard_rejected_drop", "guard_stop", "guard_window")
+
+
+@dataclass
+class REDIConfig(PairConfig):
+    """Settings of REDI and its baselines. Those of the section ``train`` are stage 2's; stage 1 shares all of them
+    that have no ``stage1_`` setting of their own (warm-up, weight decay, precision, checkpoints, seed)."""
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "peak learning rate of stage 2"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "epochs of stage 2"})
+
+    method: Method = setting("redi", "redi, symmetric, simpo or dpo on pairs after stage 1; sft: stage 1 alone")
+    alpha: float | None = setting(None, "redi: weight of the rejected side, default 0.8; 0: none")
+    gamma: float | None = setting(
+        None, "redi, symmetric: exp(gamma b) on the rejected side's mean log-prob b, default 0"
+    )
+    beta: float | None = setting(None, "simpo: slope, default 2; dpo: strength of the reference, default 0.001")
+    margin: float | None = setting(None, "simpo: margin to be reached, default 1")
+    positives: str = setting(
+        "", "file or hub dataset of stage 1: prompts with a chosen side; empty: that of data.train"
+    )
+    stage1_epochs: float = setting(3.0, "epochs of stage 1; 0: skipped, the student is an SFT checkpoint already")
+    stage1_steps: int = setting(0, "optimizer steps of stage 1 in place of epochs; 0: as stage1_epochs says")
+    stage1_learning_rate: float = setting(5e-5, "peak learning rate of stage 1")
+    stage1_batch_size: int = setting(8, "sequences of a micro-batch of stage 1, per process (the paper: 128 a step)")
+    stage1_accumulation: int = setting(1, "micro-batches of an optimizer step of stage 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reads = PARAMETERS[self.method]
+        self._refuse_unread()
+        for name, default in reads.items():
+            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
+        if self.alpha is not None:
+            require(0 <= self.alpha <= 1, "objective.alpha", self.alpha, "in [0, 1]", "use 0.8")
+        if self.gamma is not None:
+            require(self.gamma >= 0, "objective.gamma", self.gamma, ">= 0", "use 0")
+        if self.beta is not None:
+            require(self.beta > 0, "objective.beta", self.beta, "> 0", f"use {reads['beta']:g}")
+        for name in ("stage1_epochs", "stage1_steps"):
+            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), ">= 0", "use 0")
+        for name in ("stage1_batch_size", "stage1_accumulation"):
+            require(getattr(self, name) >= 1, f"objective.{name}", getattr(self, name), ">= 1", "use 1")
+        if not self.has_stage1 and self.method == "sft":
+            raise UserError(
+                "objective.method sft is stage 1 alone, and objective.stage1_epochs 0 skips it. Fix: use 3."
+            )
+        if not self.has_stage1 and self.positives:
+            raise UserError(
+                f"objective.positives is {self.positives!r}, and objective.stage1_epochs 0 skips the stage that reads "
+                "it. Fix: leave one of them out."
+            )
+
+    def _refuse_unread(self) -> None:
+        """Settings that the method does not read, and that are not what some method has anyway: a recipe for one
+        method runs with another, unless it asks for something that the other has not."""
+        reads = PARAMETERS[self.method]
+        for name in sorted({name for known in PARAMETERS.values() for name in known} - set(reads)):
+            if getattr(self, name) not in (None, *(known[name] for known in PARAMETERS.values() if name in known)):
+                raise UserError(
+                    f"objective.{name} is set, and objective.method {self.method} does not read it. "
+                    f"Fix: leave {name} out, or choose a method that has it."
+                )
+            setattr(self, name, None)
+        if self.guard_stop and not self.on_pairs:  # who counts on it would train past where it should have stopped
+            raise UserError(
+                f"objective.guard_stop is true, and objective.method {self.method} has no guard: its loss is bounded. "
+                "Fix: leave guard_stop out."
+            )
+
+    def not_read(self) -> list[str]:
+        """What is set and means nothing to the method. No error: a recipe for all methods has some of it."""
+        defaults = {f.name: f.default for f in fields(self)}
+        unguarded = () if self.on_pairs else GUARD
+        found = [f"objective.{n} (it has no guard)" for n in unguarded if getattr(self, n) != defaults[n]]
+        for name, own in OF_STAGE_1.items() if self.method == "sft" else ():
+            if getattr(self, name) != defaults[name]:
+                found.append(f"train.{name} (stage 2's; objective.{own} is read)")
+        return found
+
+    @property
+    def has_stage1(self) -> bool:
+        return self.stage1_epochs > 0 or self.stage1_steps > 0
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether stage 2 is :class:`REDITrainer`'s: ``dpo`` is TRL's, ``sft`` has none."""
+        return self.method not in ("dpo", "sft")
+
+    def loss(self) -> PairLoss:
+        """The pair loss these settings name.
+
+        Raises:
+            UserError: a method that is trained by TRL.
+        """
+        if not self.on_pairs:
+            raise UserError(
+                f"objective.method is {self.method}, which TRL trains: REDITrainer takes redi, symmetric and simpo. "
+                "Fix: accelerate launch -m llmdistill.redi."
+            )
+        if self.method == "simpo":
+            assert self.beta is not None and self.margin is not None
+            return partial(simpo_loss, beta=self.beta, margin=self.margin)
+        alpha = 1.0 if self.method == "symmetric" else self.alpha
+        return partial(redi_loss, alpha=alpha, gamma=self.gamma)  # type: ignore[arg-type]
