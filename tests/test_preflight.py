@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from llmdistill import DistillationTrainer, Objective, OPDConfig, OPDTrainer, RolloutConfig, UserError
+from llmdistill import Ask, DistillationTrainer, Method, OPDConfig, OPDTrainer, RolloutConfig, Term, UserError
 from llmdistill.objectives import divergences
 from llmdistill.preflight import CHECKS, Finding, examine, machine, name_of, preflight
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher
 from llmdistill.texts import Prompt
 from llmdistill.texts.prompts import completed
+from llmdistill.texts.sources import Only
 from llmdistill.tokenization.compare import compare_tokenizers
 from tests import tiny
 
@@ -384,9 +385,9 @@ def test_self_sees_rows_that_are_shifted(make_trainer: Make, monkeypatch: pytest
 
 def test_self_sees_an_objective_with_an_offset_and_one_without_gradient(make_trainer: Make) -> None:
     trainer = make_trainer()
-    trainer.objective = Objective(lambda s, t: divergences.forward_kl(s, t) + 1.0)
+    trainer.method = Method(Term("offset", lambda s, t: divergences.forward_kl(s, t) + 1.0, (Ask(),)))
     assert "an offset" in message(trainer, "self", "notice")
-    trainer.objective = Objective(lambda s, t: divergences.forward_kl(s, t) * 0)
+    trainer.method = Method(Term("nothing", lambda s, t: divergences.forward_kl(s, t) * 0, (Ask(),)))
     assert "no gradient" in message(trainer, "self")
 
 
@@ -563,9 +564,8 @@ def test_it_works_off_policy(tmp_path: Any) -> None:
         tiny.llama(1),
         args,
         tiny.llama(2),
-        objective=args.objective(),
+        method=args.build(Only("dataset")),
         train_dataset=tiny.rows(4),
         processing_class=tiny.tokenizer(),
-        sequences="dataset",
     )
     assert not [f for f in preflight(trainer) if f.level == "fail"]

@@ -185,7 +185,7 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(
     place: Path, undisturbed: Any, tmp_path: Path, where: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same losses and the same weights as the undisturbed run."""
-    from llmdistill import redi_stages
+    from llmdistill.pipeline import redi_stages
     from llmdistill.record.run_folder import RunFolder, RunFolderCallback
 
     whole, torn = undisturbed(method), tmp_path / "torn"

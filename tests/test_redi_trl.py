@@ -85,7 +85,7 @@ def test_a_loss_of_trl_that_is_no_number_names_step_rows_and_the_last_good_check
     place: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 5 alone is bad, whenever it comes up; the message comes at that step, not at the next line of the log."""
-    from llmdistill import redi_trl
+    from llmdistill.pipeline import redi_trl
 
     (base,) = redi_trl._FineTuning.__bases__[1:] if method == "sft" else redi_trl._DirectPreference.__bases__[1:]
     ids = encoded(pair_rows(16))[5].prompt.ids
