@@ -182,9 +182,9 @@ class ScheduleEnd(TrainerCallback):
         self.trainer, self.steps = trainer, steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = self.trainer.objective.schedule  # type: ignore[attr-defined]
-        if schedule is not None:
-            schedule.num_steps = self.steps
+        interpolation = self.trainer.method.schedules.get("t")  # type: ignore[attr-defined]
+        if interpolation is not None:
+            interpolation.schedule.num_steps = self.steps
 
 
 def trl_distillation(s: Setting) -> Trainer:

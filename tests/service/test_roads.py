@@ -26,8 +26,9 @@ from llmdistill.teachers.local import LocalTeacher, load_model
 from llmdistill.teachers.remote import connect
 from llmdistill.teachers.stored import StoredTeacher
 from llmdistill.texts import Prompt, Rollout, Sampling
-from llmdistill.training.method import MicroBatch
+from llmdistill.texts.sources import Only
 from tests.service.process import ServiceProcess
+from tests.trainer.batches import micro_batch
 
 pytestmark = pytest.mark.slow
 
@@ -177,21 +178,19 @@ ROADS: dict[str, Road] = {
 def opd_loss(student: Any, tokenizer: Any, teacher: Teacher, rollout: Rollout, asked: str, folder: Path) -> float:
     """The loss of one step of the trainer on fixed completions; ``asked``: an estimator, or whose tokens it lists."""
     settings: dict[str, Any] = {"estimator": asked} if asked in ("top_k", "sampled") else {"support": asked}
-    # The text is the same for all: who drew it is not in question here.
     settings = {"estimator": "top_k", "top_k": TOP_K, "importance_cap": 0.0, **settings}
     args = OPDConfig(output_dir=str(folder / "run"), **settings)
     trainer = DistillationTrainer(
         student,
         args,
         teacher,
-        objective=args.objective(),
+        # The text is the same for all: who drew it is not in question here.
+        method=args.build(Only("student" if asked == "sampled" else "dataset")),
         train_dataset=[{"prompt": "x", "completion": "y"}],
         processing_class=tokenizer,
-        sequences="dataset",
     )
     trainer.model.train()
-    evidence = trainer.evidence(rollout, trainer.chosen_ids(rollout))
-    return trainer.compute_loss(trainer.model, {"micro_batch": MicroBatch(rollout, evidence)}).item()  # type: ignore[no-any-return]
+    return trainer.compute_loss(trainer.model, {"micro_batch": micro_batch(trainer, rollout)}).item()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

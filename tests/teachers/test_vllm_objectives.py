@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmdistill import DistillationTrainer, OPDConfig
+from llmdistill.texts.sources import Only
 from tests import tiny
 from tests.trainer.test_loss import SEQUENCES, batch, loss_and_gradients
 
@@ -33,10 +34,9 @@ def loss_of(folder: Path, estimator: Any, student_seed: int, source: Any) -> tup
         tiny.llama(student_seed),
         args,
         source,
-        objective=args.objective(),
+        method=args.build(Only("student" if estimator == "sampled" else "dataset")),
         train_dataset=tiny.rows(4),
         processing_class=tiny.tokenizer(),
-        sequences="dataset",
     )
     return loss_and_gradients(trainer, batch(SEQUENCES))
 
