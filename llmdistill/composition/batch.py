@@ -84,11 +84,13 @@ class Text:
         plain = all(isinstance(p.weight, float | int) and p.weight == 1 for p in prompts)
         if plain and not domain_weights:
             return None
+        # Weights of tokens are those of the row's own completion: on what others wrote they would lie anywhere.
+        own_text = self.author in ("", "dataset")
         scalar = [1.0 if isinstance(p.weight, tuple) else float(p.weight) for p in prompts]
         domain = [domain_weights.get(p.domain or "", 1.0) for p in prompts]
         positions = self.own["position"].split(self.rollout.row_counts)
         within = [
-            torch.tensor(p.weight)[at] if isinstance(p.weight, tuple) else torch.ones(len(at))
+            torch.tensor(p.weight)[at] if own_text and isinstance(p.weight, tuple) else torch.ones(len(at))
             for p, at in zip(prompts, positions, strict=True)
         ]
         return torch.tensor(scalar) * torch.tensor(domain), torch.cat(within) if within else torch.zeros(0)

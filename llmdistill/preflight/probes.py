@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llmdistill.composition.batch import MicroBatch, Text, micro_batches, row_weights, with_reads
 from llmdistill.composition.judges import Hearing
 from llmdistill.composition.loss import loss_on
+from llmdistill.composition.term import Term
 from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.models.modes import evaluating
 from llmdistill.objectives.projection import Projection
@@ -71,22 +72,27 @@ def heard(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt]) -> list[Tea
     return [answer for answer in answers if answer is not None]
 
 
+def comparable(trainer: Run) -> list[Term]:
+    """The terms that a judge in the student's place would make 0: they read logits, and nothing that a survey derives
+    from a whole round."""
+    every = [t for t in trainer.method.terms if t.asks and t.vanishes and not isinstance(t.text, tuple)]
+    return [t for t in every if t.hidden is None and set(t.reads) <= set(KNOWN)]
+
+
 def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teacher: Teacher) -> MicroBatch:
     """The sequences as a micro-batch of the terms that compare the student with judges; ``teacher`` is all of them.
 
     Contexts are left out: what is to vanish is the distance of a model from itself on the same text.
     """
-    asking = [t for t in trainer.method.terms if t.asks and t.vanishes and not isinstance(t.text, tuple)]
     terms = [
         replace(
             t,
             text="main",
             survey=None,
             weight=1.0,
-            reads=tuple(r for r in t.reads if r in KNOWN),
             asks=tuple(replace(a, context="") for a in t.asks),
         )
-        for t in asking
+        for t in comparable(trainer)
     ]
     text = Text(rollout, list(prompts))
     hearing = Hearing(dict.fromkeys(trainer.judges, teacher), trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]

@@ -178,7 +178,8 @@ def prompts(s: Subject) -> Iterator[Finding]:
     empty = [p.row for p in s.prompts + s.heldout if not p.ids]
     if empty:
         yield fail(f"{len(empty)} prompts have no token (first: row {empty[0]})", "remove them")
-    if "dataset" in s.trainer.method.uses and (bare := [p.row for p in s.prompts if not p.completion]):
+    needed = [t for t in s.trainer.method.texts.values() if "dataset" in t.uses and not getattr(t, "optional", False)]
+    if needed and (bare := [p.row for p in s.prompts if not p.completion]):
         yield fail(f"{len(bare)} rows have no completion (first: row {bare[0]})", "--data.completion_column NAME")
     bare = [p.row for p in s.prompts if not p.answer] if getattr(s.trainer.reward, "reads_answers", False) else []
     if bare:

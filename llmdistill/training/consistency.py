@@ -81,9 +81,16 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
 
     Raises:
         UserError: a context that no row has, a live student that judges itself where it stands, a context for a teacher
-            that only replays, or a text without anything to count.
+            that only replays, a text without anything to count, or weights of tokens that
+            nothing is trained on.
     """
     later = {name for name, where in trainer.data_config.contexts.items() if ":" in where}
+    by_token = [p.row for p in prompts if isinstance(p.weight, tuple)]
+    if by_token and "dataset" not in trainer.method.uses:
+        raise UserError(
+            f"row {by_token[0]} has a weight for each token of its completion, and no term is on the dataset's "
+            "completions. Fix: one number for a row, or sequences dataset."
+        )
     for term in trainer.method.terms:
         for ask in term.asks:
             judge = trainer.judges.get(ask.judge)
