@@ -29,6 +29,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -473,6 +474,38 @@ def resume_at_present_rate(trainer: Any) -> None:
         scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]  # what the log shows
 
     trainer._load_optimizer_and_scheduler = loaded
+
+
+def save_without(trainer: Any, part: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], file: str) -> None:
+    """Whatever transformers' trainer saves as the model is without ``part(state_dict)``.
+
+    In a checkpoint that part stands beside it in ``file``, by the names that ``part`` gives its tensors.
+    """
+    save = trainer._save
+
+    def saved(output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        from safetensors.torch import save_file
+
+        state = dict(trainer.model.state_dict() if state_dict is None else state_dict)
+        taken = part(state)
+        theirs = {id(tensor) for tensor in taken.values()}
+        save(output_dir, {name: tensor for name, tensor in state.items() if id(tensor) not in theirs})
+        folder = Path(output_dir or trainer.args.output_dir)
+        if trainer.args.should_save and folder.name.startswith("checkpoint-"):
+            save_file({name: tensor.contiguous() for name, tensor in taken.items()}, folder / file)
+
+    trainer._save = saved
+
+
+def after_weights_are_loaded(trainer: Any, read: Callable[[str], None]) -> None:
+    """``read(checkpoint)`` once transformers' trainer has loaded a checkpoint's weights."""
+    load = trainer._load_from_checkpoint
+
+    def loaded(checkpoint: str, model: Any = None) -> None:
+        load(checkpoint, model)
+        read(checkpoint)
+
+    trainer._load_from_checkpoint = loaded
 
 
 def first_step(trainer: Any) -> int:

@@ -103,7 +103,7 @@ class Heard:
     evidence: TeacherRows
     weights_N: Tensor | None  # of the rows in the loss, sequence means included; None: 1
     count: float  # what this process adds to the denominator
-    effective: tuple[float, float] = (0.0, 0.0)  # sums of w and w squared, where rows are weighted
+    effective: tuple[float, float] = (0.0, 0.0)  # sums of w and of w squared
 
     def times(self, weights_N: Tensor) -> Heard:
         """With the rows' weights multiplied; the denominator is then the sum of the products."""
@@ -161,7 +161,7 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
     if term.group is not None:
         counts = tuple(c for text in texts for c in text.rollout.row_counts)
         count = float(term.group.count(Groups(counts, tuple(len(text) for text in texts))))
-    effective = (float(weights_N.sum()), float(weights_N.square().sum())) if weighted else (0.0, 0.0)
+    effective = (float(weights_N.sum()), float(weights_N.square().sum()))
     return Heard(TensorRows((), len(weights_N)), weights_N if weighted else None, count, effective)
 
 

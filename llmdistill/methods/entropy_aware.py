@@ -19,7 +19,7 @@ from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.entropy_aware import entropy_aware
 from llmdistill.objectives.selection import entropy
-from llmdistill.recipe.settings import setting
+from llmdistill.recipe.settings import GREEDY, setting
 
 
 @dataclass
@@ -29,6 +29,8 @@ class Settings:
     threshold: float = setting(0.8, "teacher entropy, in nats, from which the forward KL is added", at_least=0)
     top_k: int = setting(16, "the teacher's likeliest tokens that it is over", at_least=1)
     importance_cap: float = setting(5.0, "weigh tokens by min(student/sampler, cap); 0: no", at_least=0)
+
+    conflicts = (GREEDY,)
 
 
 def build(args: Any) -> Method:

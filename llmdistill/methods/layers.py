@@ -3,10 +3,10 @@
     accelerate launch -m llmdistill.opd --config recipes/layers.yaml
 
 ``cosine`` as in DistilBERT (arXiv 1910.01108), ``mse`` as in TinyBERT (arXiv 1909.10351, eq. 8), each per token and
-averaged over the pairs of layers; ``mi_alpha`` as in DISTILLER (METHODS 5.11): minus a lower bound of the mutual information of
-student and teacher states, with a bilinear critic over the global batch's tokens. Row i of its scores needs the student's
-state i and the teacher's states of everybody, which are known before the first backward pass: so it is a mean over rows
-like any other loss, and does not depend on micro-batches or ranks.
+averaged over the pairs of layers; ``mi_alpha`` as in DISTILLER (METHODS 5.11): minus a lower bound of the mutual
+information of student and teacher states, with a bilinear critic over the tokens of the global batch. Row i of its
+scores needs the state i of the student and the teacher states of everybody, which are known before the first backward
+pass: so it is a mean over rows like any other loss, and does not depend on micro-batches or ranks.
 
 A linear projector for each pair of layers maps the student's width to the teacher's; it is trained with the student, at
 its own rate, and is no part of what is saved as the student.

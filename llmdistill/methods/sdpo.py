@@ -18,7 +18,7 @@ from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives import sparse
 from llmdistill.objectives.composed import on_samples
-from llmdistill.recipe.settings import setting
+from llmdistill.recipe.settings import GREEDY, Conflict, setting
 
 SUCCESS = 0.5  # a reward from here on is one
 
@@ -34,12 +34,20 @@ class Settings:
         "math", "what makes a success: math (verifies data.answer_column), or package.module:function"
     )
 
+    conflicts = (
+        Conflict(
+            lambda s: s.rollouts.samples_per_prompt < 2,
+            "objective.reward compares the samples of a prompt, and rollouts.samples_per_prompt is "
+            "{rollouts.samples_per_prompt}",
+            "--samples_per_prompt 8",
+        ),
+        Conflict(lambda s: s.importance_cap and GREEDY.when(s), GREEDY.message, GREEDY.fix),
+    )
+
 
 def build(args: Any) -> Method:
     """One term. Judge and context are the recipe's."""
-    loss = on_samples(
-        partial(sparse.jsd, beta=args.beta), cap=args.importance_cap, temperature=args.sampler["temperature"]
-    )
+    loss = on_samples(partial(sparse.jsd, beta=args.beta), cap=args.importance_cap, **args.sampler)
     reads = ("tokens", "behavior", "advantage")
     term = Term(
         "divergence", loss, (Ask("teacher", "top_k"),), reads, top_k=args.top_k, support="student", on_student=True

@@ -16,7 +16,7 @@ from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.baseline import optimal_baseline, topk_kl_baseline, with_baseline
 from llmdistill.objectives.composed import on_samples
-from llmdistill.recipe.settings import setting
+from llmdistill.recipe.settings import GREEDY, setting
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Settings:
     baseline: Literal["kl", "optimal"] = setting("kl", "what is taken from the advantage: -KL on a list, or the best b")
     top_k: int = setting(100, "kl: tokens of the student's list", at_least=1, read_by={"baseline": ("kl",)})
     importance_cap: float = setting(5.0, "weigh tokens by min(student/sampler, cap); 0: no", at_least=0)
+
+    conflicts = (GREEDY,)
 
 
 def build(args: Any) -> Method:

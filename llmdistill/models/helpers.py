@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import set_seed
 
 from llmdistill.errors import UserError
 
@@ -25,6 +24,8 @@ def attach(model: nn.Module, factories: Mapping[str, Factory], sizes: tuple[int,
         UserError: one of them has nothing to train.
     """
     if factories:
+        from transformers import set_seed
+
         set_seed(seed)
     helpers = nn.ModuleDict({name: make(*sizes) for name, make in factories.items()})
     for name, helper in helpers.items():

@@ -28,6 +28,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llmdistill.errors import UserError
 from llmdistill.methods.redi_config import REDIConfig
 from llmdistill.pipeline.redi_trl import TRLCallback, direct_preference, fine_tuning
+from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.run import (
     add_evaluations,
     checkpoint_to_resume,
@@ -42,6 +43,7 @@ from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder
+from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
 from llmdistill.texts.prompts import load_rows
 from llmdistill.tokenization.special import context_length, pad_id
@@ -62,6 +64,9 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     _refuse(recipe)
     args = cast(REDIConfig, recipe.args)
     console, folder = Console(stderr=True), RunFolder(args.output_dir or "runs/default")
+    given = given_start(recipe, leave_out=args.unread)
+    started = read_start(folder) if recipe.flags.resume else None
+    changed = check_settings(recipe, folder, started, given) if started else {}
     first = folder if args.method == "sft" else RunFolder(folder.path / "stage1")
     tuned = replace(recipe.student, model=str(first.path / "student"))
     skip = not args.has_stage1 or (recipe.flags.resume and args.method != "sft" and _finished(first))
@@ -76,7 +81,10 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
         bad_pairs=args.bad_pairs,
     )
     # All of it before anything is trained or an earlier run is moved: a bad row costs no stage 1.
-    pairs, positives, heldout = _data(recipe, encoder)
+    pairs, positives, heldout, inputs = _data(recipe, encoder)
+    inputs["student"] = weights_fingerprint(recipe.student.model)
+    if started:
+        check_inputs(folder, started, given, inputs)
     _check_evaluations(recipe, model, tokenizer)
     checkpoint = checkpoint_to_resume(recipe, folder if skip else first if recipe.flags.resume else folder, console)
     main_process = args.process_index == 0
@@ -85,7 +93,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
             console.print(f"method {args.method} does not read {said}", markup=False)
         if skip and args.has_stage1:
             console.print(f"stage 1 is finished, in {first.path}; this is stage 2")
-        folder.write_config({k: v for k, v in recipe.resolved().items() if k not in args.unread})
+        record_start(folder, given, inputs, started, changed)
     if not skip:
         stage = Stage(recipe, first, model, tokenizer, heldout)
         trainer: Any = fine_tuning(stage, positives)
@@ -140,23 +148,26 @@ def _finished(folder: RunFolder) -> bool:
     return (folder.path / "summary.json").is_file()
 
 
-def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """(pairs of stage 2, positives of stage 1, held-out pairs)."""
+def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair], list[Pair], dict[str, str]]:
+    """(pairs of stage 2, positives of stage 1, held-out pairs, what all of them say: setting -> hash)."""
     args, data = cast(REDIConfig, recipe.args), recipe.data
     rows = load_rows(data.train, data, "data.train")
+    read = {"data.train": rows_hash(rows)}
     pairs: list[Pair] = [] if args.method == "sft" else encoder.encode_all(rows, "data.train")
     positives = pairs
     if args.has_stage1 and args.positives:
         source = load_rows(args.positives, data, "objective.positives")
+        read["objective.positives"] = rows_hash(source)
         positives = encoder.encode_all(source, "objective.positives", positive=True)
     elif args.method == "sft":
         positives = encoder.encode_all(rows, "data.train", positive=True)
     heldout: list[Pair] = []
     if data.heldout:
         rows = load_rows(data.heldout, data, "data.heldout")
+        read["data.heldout"] = rows_hash(rows)
         alone = args.method == "sft" and args.rejected_column not in rows.column_names  # measured where there is one
         heldout = encoder.encode_all(rows, "data.heldout", positive=alone)
-    return pairs, positives, heldout[: args.heldout_sequences]
+    return pairs, positives, heldout[: args.heldout_sequences], read
 
 
 # ---------------------------------------------------------------- the trainers

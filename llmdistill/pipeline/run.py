@@ -25,7 +25,7 @@ from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.page.paired import TOKENS, Change, change
 from llmdistill.record.run_folder import RunFolder
-from llmdistill.teachers.base import is_live
+from llmdistill.teachers.base import writes
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import load_model
@@ -200,7 +200,7 @@ def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
     shown = heldout[:SHOWN_PROMPTS]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
     trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
-    live = is_live(trainer.teacher)  # one that is only stored has nothing new to say
+    live = writes(trainer.teacher)  # one that is only stored has nothing new to say
     return {
         "step": trainer.state.global_step,
         **({name: m.flat() for name, m in measured.items()} or {"not_measured": trainer.heldout.lacking(chosen)}),

@@ -19,6 +19,14 @@ class Conflict:
     fix: str
 
 
+# Of methods that weigh sampled tokens: greedy ones were drawn from no distribution.
+GREEDY = Conflict(
+    lambda s: s.rollouts.temperature == 0,
+    "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with",
+    "--rollouts.temperature 1",
+)
+
+
 def setting(
     default: Any,
     help: str,

@@ -70,6 +70,11 @@ def max_top_k(teacher: Teacher) -> int:
     return vocab if limit is None else min(limit, vocab)
 
 
+def writes(teacher: Teacher) -> bool:
+    """Whether it can be asked for completions: not one that only replays, nor the student as its own judge."""
+    return is_live(teacher) and bool(getattr(teacher, "writes", True))
+
+
 def bytes_received(teacher: Teacher) -> int | None:
     """Over the wire so far, also by the teacher behind a cache; None where nothing comes over a wire."""
     behind = getattr(teacher, "teacher", None)

@@ -42,6 +42,7 @@ class StudentTeacher:
     """
 
     live = True  # it answers for any text
+    writes = False  # what the student writes comes from the rollout engine
 
     def __init__(self, which: Which, decay: float = 0.999) -> None:
         self.which, self.decay = which, decay

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from llmdistill.texts.rollout import Finish, Prompt, Rollout, collate
 
@@ -80,11 +82,35 @@ class ReplayBuffer:
         return rollout, [s.prompt for s in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for a checkpoint."""
-        return {"samples": [asdict(sample) for sample in self.samples]}
+        """For a checkpoint: ids and log-probs end to end as tensors, 8 bytes a token, and what else a sample has."""
+        samples = self.samples
+        return {
+            "ids": torch.tensor([i for s in samples for i in (*s.prompt.ids, *s.completion)], dtype=torch.int32),
+            "lengths": [(len(s.prompt.ids), len(s.completion)) for s in samples],
+            "logprobs": torch.tensor([x for s in samples for x in s.logprobs or ()]),
+            "drawn": [s.logprobs is not None for s in samples],
+            "finish": [s.finish for s in samples],
+            "policy_version": [s.policy_version for s in samples],
+            "prompts": [asdict(replace(s.prompt, ids=[], record=None)) for s in samples],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.samples = [Sample(**{**entry, "prompt": _prompt(entry["prompt"])}) for entry in state["samples"]]
+        self.samples, ids, logprobs = [], state["ids"].tolist(), state["logprobs"].tolist()
+        at = drawn_at = 0
+        for k, (prompt, completion) in enumerate(state["lengths"]):
+            written = ids[at + prompt : at + prompt + completion]
+            own = logprobs[drawn_at : drawn_at + completion] if state["drawn"][k] else None
+            drawn_at += completion if own is not None else 0
+            self.samples.append(
+                Sample(
+                    _prompt({**state["prompts"][k], "ids": ids[at : at + prompt]}),
+                    written,
+                    own,
+                    state["finish"][k],
+                    state["policy_version"][k],
+                )
+            )
+            at += prompt + completion
 
 
 def _prompt(entry: dict[str, Any]) -> Prompt:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from llmdistill import compat
 from llmdistill.errors import UserError
 from llmdistill.record.run_folder import RunFolder
 
@@ -25,6 +26,11 @@ class FiniteTrainer(Trainer):
 
     rate = "train.learning_rate"  # the setting that messages name
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        compat.before_checkpoints(self, self._refuse_lost_weights)
+        compat.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own.
 
@@ -34,23 +40,6 @@ class FiniteTrainer(Trainer):
         result = super().train(*args, **kwargs)
         self._refuse_lost_weights()
         return result
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers' own, at the learning rate of now: a run that is resumed may have been given a lower one."""
-        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        wanted = list(getattr(scheduler, "base_lrs", ()))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        restored = list(getattr(scheduler, "base_lrs", ()))
-        if wanted == restored or not all(restored) or self.optimizer is None:
-            return
-        scheduler.base_lrs = wanted
-        for group, now, then in zip(self.optimizer.param_groups, wanted, restored, strict=True):
-            group["lr"], group["initial_lr"] = group["lr"] * now / then, now
-        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._refuse_lost_weights()
-        super()._save_checkpoint(model, trial)
 
     def _all_steps_done(self) -> bool:
         """Resumed where there is nothing left to train: transformers would go on, in the middle of an epoch."""
@@ -74,7 +63,7 @@ class FiniteTrainer(Trainer):
     def _lost(self, before: str, behind: str) -> UserError:
         step = self.state.global_step
         said = f"{before}the weights are NaN, inf or too large to be squared"
-        if step > getattr(self, "_initial_global_step", 0):
+        if step > compat.first_step(self):
             return self._stopped(f"{said} since the update of step {step}{behind}")
         return self._stopped(f"{said} as they were loaded{behind}", "start from other weights, ")
 

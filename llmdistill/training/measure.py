@@ -16,11 +16,11 @@ from llmdistill.models.weights import gathered
 from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.record.intervals import bootstrap_ci
-from llmdistill.teachers.base import DenseTeacher, Teacher, is_live
+from llmdistill.teachers.base import DenseTeacher, Teacher, is_live, max_top_k, writes
 from llmdistill.teachers.evidence import Evidence, Kind, gather
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
-from llmdistill.texts.views import View, plain
+from llmdistill.texts.views import View, in_context, plain
 
 # What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
 UNLISTED_TOP_K = 64
@@ -62,7 +62,7 @@ class Measurement:
 def question(teacher: Teacher, kind: Kind, top_k: int) -> tuple[Kind, int]:
     """What is asked of the teacher for measuring, given what the objective asks: never less."""
     dense = kind == "full" or isinstance(teacher, DenseTeacher)
-    return "full" if dense else "top_k", top_k or UNLISTED_TOP_K
+    return "full" if dense else "top_k", top_k or min(UNLISTED_TOP_K, max_top_k(teacher))
 
 
 @torch.no_grad()
@@ -78,11 +78,13 @@ def measure(
     kind: Kind = "full",
     top_k: int = 0,
     counted: Sequence[bool] | None = None,
+    heard: Rollout | None = None,
 ) -> Measurement:
     """reverse_kl, forward_kl, top1_agreement, acceptance and entropy of ``model`` against ``teacher`` on ``rollout``.
 
     ``kind`` and ``top_k`` say what is asked of a teacher that does not live in this process; the KLs of its top-k and
     tail are lower bounds.
+    ``heard`` is what the teacher reads instead: the same completions in another context.
     ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
     """
     asked, listed = question(teacher, kind, top_k)
@@ -95,8 +97,10 @@ def measure(
     was_training = model.training
     model.eval()
     for start in range(0, len(rollout), batch_sequences):
-        part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(head.linear.weight.device)
-        evidence = gather(teacher, part, asked, listed, head.linear.weight.device)
+        index, device = range(start, min(start + batch_sequences, len(rollout))), head.linear.weight.device
+        part = rollout.sequences(index).to(device)
+        read = part if heard is None else heard.sequences(index).to(device)
+        evidence = gather(teacher, read, asked, listed, device)
         view, found = plain(part), dict[str, Tensor]()
 
         def at_the_head(
@@ -136,6 +140,11 @@ class Measurable(Protocol):
         """Kind of evidence the objective hears from the teacher, and how many tokens it lists."""
         ...
 
+    @property
+    def asked_context(self) -> str:
+        """The context that the teacher reads completions in; empty: the prompt."""
+        ...
+
     def forward_model(self) -> nn.Module: ...
 
     def samples_of_now(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -173,6 +182,7 @@ class HeldOut:
         for name, rollout in self._texts(mine).items():
             # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
             sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
+            heard, has = self._in_context(rollout, mine)
             with t.accelerator.autocast(), gathered(sharded):
                 measured[name] = measure(
                     t.forward_model(),
@@ -184,7 +194,8 @@ class HeldOut:
                     batch_sequences=t.args.per_device_eval_batch_size,
                     kind=kind,
                     top_k=top_k,
-                    counted=counted,
+                    counted=[c and h for c, h in zip(counted, has, strict=True)],
+                    heard=heard,
                 ).gathered(t.accelerator)
         return measured
 
@@ -196,9 +207,19 @@ class HeldOut:
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
         own = t.readable(t.samples_of_now(prompts, sampling), prompts)
+        if not writes(t.teacher):
+            return {"student": own}
         if self._teacher_text is None:
             self._teacher_text = t.readable(t.teacher.generate(prompts, sampling), prompts)
         return {"student": own, "teacher": self._teacher_text}
+
+    def _in_context(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout | None, list[bool]]:
+        """The sequences as the teacher is asked about them in training, and which of them it can be asked about."""
+        context = self.trainer.asked_context
+        if not any(context in p.contexts for p in prompts):
+            return None, [True] * len(prompts)
+        heard, has = in_context(rollout, prompts, context, self.trainer.pad_id)
+        return heard, has.tolist()
 
     def lacking(self, prompts: Sequence[Prompt]) -> str:
         """Why a teacher that is not live cannot judge these rows, or nothing. Every rank has the same answer."""

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from llmdistill import compat
 from llmdistill.compat import generation_ready
 from llmdistill.composition.batch import Heard, MicroBatch, Text, micro_batches, row_weights, with_reads
 from llmdistill.composition.judges import Hearing
@@ -136,10 +137,15 @@ class DistillationTrainer(StudentTrainer):
             pad_id=self.pad_id,
             longest=self.data_config.max_prompt_tokens + args.rollouts.max_new_tokens,
             seed=args.seed,
+            lazy=not self.on_policy,
         )
         self._pushed: tuple[int, int] = (-1, -1)  # the stretch of push_every steps, and the step, last pushed
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
         self.context_functions = load_functions(encode.built_later)
+        compat.beside_random_states(self, lambda folder: self._method_state().save(folder))
+        if len(self.helpers):
+            compat.save_without(self, helpers.own, HELPERS_FILE)
+            compat.after_weights_are_loaded(self, self._load_helpers)
         self._method_start = copy.deepcopy(self._method_state().values())
         check_parts(self)
 
@@ -164,6 +170,12 @@ class DistillationTrainer(StudentTrainer):
         """Kind of evidence the method hears from the teacher, and how many tokens it lists."""
         term = self.method.primary
         return (term.asks[0].kind, term.top_k) if term is not None else ("full", 0)
+
+    @property
+    def asked_context(self) -> str:
+        """The context that the teacher reads completions in; empty: the prompt."""
+        term = self.method.primary
+        return term.asks[0].context if term is not None else ""
 
     @property
     def on_policy(self) -> bool:
@@ -317,11 +329,11 @@ class DistillationTrainer(StudentTrainer):
         return micro_batches(texts, self.method.terms, heard, totals, parts, self.pad_id, self.args.device)
 
     def _in_order(self, texts: dict[str, Text]) -> dict[str, Text]:
-        """Neighbours in length share a micro-batch: less padding. Texts that a term reads together keep together.
+        """Neighbours in length share a micro-batch: less padding. Texts that a group loss reads keep together.
 
         Ties keep their order, so a round is reproducible.
         """
-        together = {name: term.texts for term in self.method.terms for name in term.texts if len(term.texts) > 1}
+        together = {name: term.texts for term in self.method.terms if term.group is not None for name in term.texts}
         ordered = {}
         for name, text in texts.items():
             lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in together.get(name, (name,))]
@@ -369,13 +381,13 @@ class DistillationTrainer(StudentTrainer):
         terms, counts = self.method.terms, list[float]()
         for term in terms:
             h = heard[term.name]
-            counts += [h.count, *h.effective]
+            counts += [h.count, *h.effective, float(h.weights_N is not None)]
         sums = gathered_sums(self, counts, device)
         for i, term in enumerate(terms):
-            weight, squared = sums[3 * i + 1], sums[3 * i + 2]
-            if squared > 0 and term.group is None:
+            weight, squared, weighted = sums[4 * i + 1 : 4 * i + 4]
+            if weighted and squared > 0 and term.group is None:  # on any process: those of all count
                 self.meters.add(f"{self._prefix(term)}effective_rows", weight * weight / squared)
-        return {term.name: sums[3 * i] for i, term in enumerate(terms)}
+        return {term.name: sums[4 * i] for i, term in enumerate(terms)}
 
     def _sampling(self, step: int) -> Sampling:
         r = self.args.rollouts
@@ -529,25 +541,10 @@ class DistillationTrainer(StudentTrainer):
             helpers.with_learning_rate(optimizer, self.helpers, self.method.helper_learning_rate)
         return optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not len(self.helpers):
-            return super()._save(output_dir, state_dict)
-        state = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, helpers.without(state))
-        if self.args.should_save and output_dir is not None and Path(output_dir).name.startswith("checkpoint-"):
-            save_file(helpers.own(state), Path(output_dir) / HELPERS_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / HELPERS_FILE
-        if len(self.helpers) and file.is_file():  # DeepSpeed keeps them in its own files
+    def _load_helpers(self, checkpoint: str) -> None:
+        file = Path(checkpoint) / HELPERS_FILE
+        if file.is_file():  # DeepSpeed keeps them in its own files
             self.helpers.load_state_dict(load_file(file))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # Where transformers writes the random states: in every rank, and before trainer_state.json, which says that a
-        # checkpoint is complete.
-        super()._save_rng_state(output_dir)
-        self._method_state().save(output_dir)
 
     def _method_state(self) -> MethodState:
         return MethodState(self.method, self.judges, self.args.process_index)

@@ -234,7 +234,9 @@ def test_adaptive_resumed_is_the_undisturbed_run_and_replays_what_was_written(
     again = watch(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
     assert [name for name, *_ in again] == [name for name, *_ in rounds[5:]]
-    assert resumed.method.texts["main"].state_dict() == whole.method.texts["main"].state_dict()
+    one, other = resumed.method.texts["main"], whole.method.texts["main"]
+    assert one.buffer.samples == other.buffer.samples  # type: ignore[attr-defined]
+    assert (one.phi, one.last_loss) == (other.phi, other.last_loss)  # type: ignore[attr-defined]
     assert bitwise(weights(resumed.model), weights(whole.model))
     assert len(whole.method.texts["main"].buffer) <= 4 * samples  # type: ignore[attr-defined]
 
