@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -370,7 +370,10 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
     lists: dict[str, Any] = {}  # what the parser cannot read: as it is
     types = get_type_hints(cls)
     for key, value in values.items():
-        if value is None or isinstance(value, list | dict) or key == "report_to":
+        if get_origin(types[key]) is list and (isinstance(value, list) or str(value).startswith("[")):
+            home = "objective" if section == "train" and key in _own_fields(cls) else section
+            lists[key] = _list(value, f"{home}.{key}", get_args(types[key])[0])
+        elif value is None or isinstance(value, list | dict) or key == "report_to":
             lists[key] = value
         elif get_origin(types[key]) is dict:
             lists[key] = _mapping(value, f"{section}.{key}")
@@ -392,6 +395,21 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{section}: {error}".splitlines()[0]) from error
+
+
+def _list(given: Any, setting: str, kind: type) -> list[Any]:
+    """As a recipe has it, or of the command line, in YAML or JSON."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = yaml.safe_load(given)
+        except yaml.YAMLError:
+            value = None
+    sound = isinstance(value, list) and (kind is not int or all(type(x) is int for x in value))
+    if not sound:
+        what = "whole numbers" if kind is int else "values"
+        raise UserError(f"{setting} is {given!r}; it must be a list of {what}. Fix: --{setting} '[A, B]'.")
+    return value
 
 
 def _mapping(text: Any, setting: str) -> dict[str, Any]:
