@@ -391,6 +391,13 @@ def test_self_sees_an_objective_with_an_offset_and_one_without_gradient(make_tra
     assert "no gradient" in message(trainer, "self")
 
 
+@pytest.mark.parametrize("weight", [0.0, (1.0, 2.0)])
+def test_weights_of_rows_are_not_in_the_way_of_self(make_trainer: Make, weight: Any) -> None:
+    """The check counts other tokens than the row's completion, of which the weights are."""
+    rows = [Prompt(list(range(4, 30)), "x", weight=weight), Prompt([5, 6, 7, 8], "y", row=1, weight=weight)]
+    assert levels(make_trainer(train=rows), "self") == {"ok"}
+
+
 def test_self_says_when_it_cannot_look(make_trainer: Make) -> None:
     assert "another engine" in message(make_trainer(teacher=Elsewhere(local())), "self", "notice")
 

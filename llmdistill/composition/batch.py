@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.composition.term import Groups, Term, in_turn
+from llmdistill.errors import UserError
 from llmdistill.objectives.rows import PairedRows, RoutedRows, TeacherRows, TensorRows
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.views import in_context, stacked
@@ -159,6 +160,11 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
     if term.mean == "token":
         count = float(weights_N.sum()) if weighted else float(len(weights_N))
     if term.group is not None:
+        if weighted:
+            raise UserError(
+                f"term {term.name!r} is a loss of groups of rows, and rows have weights, which it would not read. Fix: "
+                "leave data.weight_column and objective.domain_weights out."
+            )
         counts = tuple(c for text in texts for c in text.rollout.row_counts)
         count = float(term.group.count(Groups(counts, tuple(len(text) for text in texts))))
     effective = (float(weights_N.sum()), float(weights_N.square().sum()))

@@ -129,8 +129,6 @@ def _group(s: Slice, rows_NH: Tensor, head: Head, options: Mapping[str, Any], re
         (weights_N,) = torch.autograd.grad(value, values_N)
     observed = group.observe(values_N.detach(), s.groups)
     result.terms[s.term.name] = TermResult(float(value.detach()), {}, values_N.detach(), observed)
-    if s.weights_N is not None:
-        weights_N = weights_N * s.weights_N
     return weights_N, value.detach()
 
 

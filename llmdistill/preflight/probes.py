@@ -41,7 +41,8 @@ def forced_rollout(prompts: Sequence[Prompt], pad: int) -> tuple[Rollout, list[P
     cut = list(zip(pieces, halves, strict=True))
     domains = [p.domain for p in prompts[:PROMPTS]]
     rollout = collate([ids[:h] for ids, h in cut], [ids[h:] for ids, h in cut], pad_id=pad, domain=domains)
-    shown = [replace(p, ids=ids[:h]) for p, (ids, h) in zip(prompts[:PROMPTS], cut, strict=True)]
+    # Whole weights: those of a row are about its completion, and a row of weight 0 has no distance from anything.
+    shown = [replace(p, ids=ids[:h], weight=1.0) for p, (ids, h) in zip(prompts[:PROMPTS], cut, strict=True)]
     return rollout, shown
 
 

@@ -198,6 +198,13 @@ def test_metrics_of_training_and_of_held_out_pairs(tmp_path: Path) -> None:
     assert any("eval_redi/accuracy" in line for line in lines)
 
 
+def test_weights_of_rows_are_refused_where_pairs_would_not_read_them(tmp_path: Path) -> None:
+    t = trainer(tmp_path, domain_weights={"math": 2.0})
+    with pytest.raises(UserError, match="term 'pairs' is a loss of groups of rows, .*objective.domain_weights out"):
+        t.train()
+    assert t.state.global_step == 0
+
+
 def test_evaluate_needs_pairs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.heldout"):
         trainer(tmp_path).evaluate()
