@@ -41,16 +41,15 @@ def load_functions(named: Mapping[str, str]) -> dict[str, ContextFunction]:
 def build_contexts(
     text: Text, functions: Mapping[str, ContextFunction], encode: PromptEncoder, group: int, decode: Decode
 ) -> Text:
-    """The text with those contexts in its prompts. ``group`` neighbours are the samples of one prompt.
+    """The text with those contexts in its prompts. Up to ``group`` neighbours are the samples of one prompt.
 
     Raises:
         UserError: a function gives other than one context a completion.
     """
     written = decode(text.rollout, text.prompts, skip_special_tokens=True)
     prompts: list[Prompt] = []
-    for start in range(0, len(text), group):
-        part = slice(start, start + group)
-        row = dict(text.prompts[start].record or {})
+    for part in _groups(text.prompts, 1 if text.author == "dataset" else group):
+        row, index = dict(text.prompts[part.start].record or {}), text.prompts[part.start].row
         rewards = None if text.rewards is None else text.rewards[part]
         contexts: list[dict[str, tuple[int, ...]]] = [dict(p.contexts) for p in text.prompts[part]]
         for name, function in functions.items():
@@ -58,10 +57,17 @@ def build_contexts(
             if len(given) != len(contexts):
                 raise UserError(
                     f"data.contexts.{name} gave {len(given)} contexts for the {len(contexts)} completions of row "
-                    f"{text.prompts[start].row}. Fix: one for each, None where there is none."
+                    f"{index}. Fix: one for each, None where there is none."
                 )
             for own, context in zip(contexts, given, strict=True):
                 if context is not None:
-                    own[name] = encode.in_context(row, context, f"data.contexts.{name}", text.prompts[start].row)
+                    own[name] = encode.in_context(row, context, f"data.contexts.{name}", index)
         prompts += [replace(p, contexts=own) for p, own in zip(text.prompts[part], contexts, strict=True)]
     return replace(text, prompts=prompts)
+
+
+def _groups(prompts: Sequence[Prompt], most: int) -> list[slice]:
+    """Neighbours of one row, at most so many: replayed samples have others beside them than those of their prompt."""
+    starts = [i for i in range(len(prompts)) if i == 0 or prompts[i].row != prompts[i - 1].row]
+    ends = [*starts[1:], len(prompts)]
+    return [slice(i, min(i + most, b)) for a, b in zip(starts, ends, strict=False) for i in range(a, b, most)]
