@@ -27,7 +27,7 @@ import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
@@ -40,7 +40,7 @@ from llmdistill.objectives.composed import extrapolated, extrapolated_sampled
 from llmdistill.pipeline.run import run
 from llmdistill.recipe.command_line import help_text, named, parse, run_front_door
 from llmdistill.recipe.config import DistillationConfig, DType, TeacherConfig
-from llmdistill.recipe.settings import require, setting
+from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.local import UnadaptedTeacher
@@ -57,46 +57,52 @@ class OPDConfig(TokenConfig):
     """Settings of on-policy distillation, over :class:`~llmdistill.methods.token_config.TokenConfig`."""
 
     method: str = setting("opd", "opd (what follows), a file of llmdistill/methods, or package.module:NAME")
-    reward_scale: float = setting(1.0, "G-OPD's lambda: scale of the reward log T/R; 1: plain OPD, > 1: ExOPD")
+    reward_scale: float = setting(
+        1.0, "G-OPD's lambda: scale of the reward log T/R; 1: plain OPD, > 1: ExOPD", at_least=0
+    )
     plausibility: float = setting(
-        0.1, "reward_scale > 1, estimator full: only tokens with T >= this share of the likeliest are extrapolated"
+        0.1,
+        "reward_scale > 1, estimator full: only tokens with T >= this share of the likeliest are extrapolated",
+        at_least=0,
+        at_most=1,
     )
     reference: str = setting(INITIAL, "R for reward_scale != 1: initial (the student's start), a model, or a URL")
+    reference_trust_remote_code: bool = setting(False, "run model code that comes with the reference's checkpoint")
     reward: str = setting("", "task reward: math (verifies data.answer_column), or package.module:function")
-    reward_weight: float = setting(0.0, "weight of the group-normalised task reward beside the distillation advantage")
+    reward_weight: float = setting(
+        0.0, "weight of the group-normalised task reward beside the distillation advantage", at_least=0
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.reward_scale >= 0, "objective.reward_scale", self.reward_scale, ">= 0", "1 is plain OPD")
-        require(0 <= self.plausibility <= 1, "objective.plausibility", self.plausibility, "in [0, 1]", "use 0.1")
-        require(self.reward_weight >= 0, "objective.reward_weight", self.reward_weight, ">= 0", "0 is plain OPD")
-        if self.reward_scale != 1:
-            if self.divergence != "reverse_kl" or self.estimator == "top_k":
-                raise UserError(
-                    f"objective.reward_scale is {self.reward_scale:g}; it is defined for the reverse KL with estimator "
-                    f"sampled or full, not {self.divergence} with {self.estimator}. Fix: --reward_scale 1, or "
-                    "--divergence reverse_kl --estimator sampled."
-                )
-            if self.loss_temperature != 1:
-                raise UserError(
-                    f"objective.reward_scale is {self.reward_scale:g} and objective.loss_temperature "
-                    f"{self.loss_temperature:g}; the extrapolated target is that of temperature 1. Fix: use 1."
-                )
-        if self.reward_weight and self.sequences != "student":
-            raise UserError(
-                f"objective.reward_weight is {self.reward_weight:g} and objective.sequences {self.sequences}; a reward "
-                "teaches through tokens the student drew. Fix: --sequences student."
-            )
-        if self.reward_weight and self.rollouts.temperature == 0:
-            raise UserError(
-                "objective.reward compares samples of a prompt, and at rollouts.temperature 0 they are all the same. "
-                "Fix: --rollouts.temperature 1."
-            )
-        if self.reward and self.rollouts.samples_per_prompt < 2:
-            raise UserError(
-                "objective.reward is normalised over the samples of a prompt, and rollouts.samples_per_prompt is "
-                f"{self.rollouts.samples_per_prompt}. Fix: --samples_per_prompt 4, say."
-            )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: s.reward_scale != 1 and (s.divergence != "reverse_kl" or s.estimator == "top_k"),
+            "objective.reward_scale is {reward_scale}; it is defined for the reverse KL with estimator sampled or "
+            "full, not {divergence} with {estimator}",
+            "--reward_scale 1, or --divergence reverse_kl --estimator sampled",
+        ),
+        Conflict(
+            lambda s: s.reward_scale != 1 and s.loss_temperature != 1,
+            "objective.reward_scale is {reward_scale} and objective.loss_temperature {loss_temperature}; the "
+            "extrapolated target is that of temperature 1",
+            "use 1",
+        ),
+        Conflict(
+            lambda s: s.reward_weight and s.sequences != "student",
+            "objective.reward_weight is {reward_weight} and objective.sequences {sequences}; a reward teaches through "
+            "tokens the student drew",
+            "--sequences student",
+        ),
+        Conflict(
+            lambda s: s.reward_weight and s.rollouts.temperature == 0,
+            "objective.reward compares samples of a prompt, and at rollouts.temperature 0 they are all the same",
+            "--rollouts.temperature 1",
+        ),
+        Conflict(
+            lambda s: s.reward and s.rollouts.samples_per_prompt < 2,
+            "objective.reward is normalised over the samples of a prompt, and rollouts.samples_per_prompt is 1",
+            "--samples_per_prompt 4, say",
+        ),
+    )
 
     def build(self, source: Source | None = None) -> Method:
         """The composition these settings name."""
@@ -196,7 +202,9 @@ def _initial(model: Any, args: OPDConfig) -> Teacher | PreTrainedModel:
 def _named(reference: str, args: OPDConfig, dtype: DType = "bfloat16") -> Teacher:
     longest = args.rollouts.max_new_tokens + 1024
     remote = reference.startswith(("http://", "https://"))
-    config = TeacherConfig(url=reference) if remote else TeacherConfig(model=reference, dtype=dtype)
+    trusted = args.reference_trust_remote_code
+    local = TeacherConfig(model=reference, dtype=dtype, trust_remote_code=trusted)
+    config = TeacherConfig(url=reference) if remote else local
     return load_teachers([config], args.device, longest, ["objective.reference"])
 
 

@@ -18,23 +18,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from llmdistill.composition.method import Measured, Method, Schedule
-from llmdistill.errors import UserError
 from llmdistill.methods.token_config import Divergence, TokenConfig
 from llmdistill.objectives.metrics import target_entropy
 from llmdistill.objectives.taid import TAIDSchedule, taid
 from llmdistill.pipeline.run import run
 from llmdistill.recipe.command_line import help_text, parse, run_front_door
-from llmdistill.recipe.settings import require, setting
+from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.texts import sources
 from llmdistill.texts.sources import Source
 from llmdistill.training.trainer import DistillationTrainer
 
 TAIDDivergence = Literal["taid", Divergence]
+TAID = {"divergence": ("taid",)}  # what reads the settings of t
 
 
 @dataclass
@@ -43,34 +43,39 @@ class TAIDConfig(TokenConfig):
 
     divergence: TAIDDivergence = setting("taid", "what is minimised, per token")  # type: ignore[assignment]
     sequences: sources.Kind = setting("dataset", "text trained on: dataset, teacher, student, mixed or adaptive")
-    t_start: float = setting(0.4, "taid: share of the teacher in the target at the start (paper: .4 or .2)")
-    t_end: float = setting(1.0, "taid: and at most")
-    t_rate: float = setting(5e-4, "taid: alpha, how far a step moves t at most; 0: only along the line")
-    t_momentum: float = setting(0.99, "taid: beta, memory of the loss's relative change")
+    t_start: float = setting(
+        0.4,
+        "taid: share of the teacher in the target at the start (paper: .4 or .2); at 0 there is nothing to learn",
+        above=0,
+        at_most=1,
+        read_by=TAID,
+    )
+    t_end: float = setting(1.0, "taid: and at most", above=0, at_most=1, read_by=TAID)
+    t_rate: float = setting(
+        5e-4, "taid: alpha, how far a step moves t at most; 0: only along the line", at_least=0, read_by=TAID
+    )
+    t_momentum: float = setting(
+        0.99, "taid: beta, memory of the loss's relative change", at_least=0, below=1, read_by=TAID
+    )
     t_driver: Literal["kl", "cross_entropy"] = setting(
-        "kl", "taid: what moves t, KL(p_t || S) as in the paper or the cross-entropy as in its released code"
+        "kl",
+        "taid: what moves t, KL(p_t || S) as in the paper or the cross-entropy as in its released code",
+        read_by=TAID,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.divergence != "taid":
-            self.refuse_set(("t_start", "t_end", "t_rate", "t_momentum", "t_driver"), f"divergence {self.divergence}")
-        else:
-            require(
-                self.estimator == "full",
-                "objective.estimator",
-                self.estimator,
-                "full for divergence taid: a target between two models is no function of listed tokens and one bucket",
-                "--estimator full, or another divergence",
-            )
-            needed = "> 0: at 0 the target is the student itself, and there is nothing to learn"
-            require(self.t_start > 0, "objective.t_start", self.t_start, needed, "use 0.2")
-            try:
-                self.schedule()
-            except ValueError as error:
-                raise UserError(
-                    f"objective.t_start, t_end, t_rate, t_momentum: {error}. Fix: leave them out."
-                ) from None
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: s.divergence == "taid" and s.estimator != "full",
+            "objective.estimator is {estimator}; it must be full for divergence taid: a target between two models is "
+            "no function of listed tokens and one bucket",
+            "--estimator full, or another divergence",
+        ),
+        Conflict(
+            lambda s: s.t_start > s.t_end,
+            "objective.t_start is {t_start} and objective.t_end {t_end}; t goes up",
+            "a t_start of at most t_end",
+        ),
+    )
 
     def schedule(self) -> TAIDSchedule:
         """As it is before the first step; the trainer tells it how many there will be."""

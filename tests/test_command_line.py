@@ -167,7 +167,7 @@ def test_keys_that_tell_teachers_apart_take_no_short_name_from_others() -> None:
         (["--config", "nowhere.yaml"], "no such file"),
         (["--rollouts.temperature", "-1"], "rollouts.temperature is -1.0; it must be >= 0"),
         (["--loss_temperature", "0"], "objective.loss_temperature is 0.0"),
-        (["--beta", "0.5"], "objective.beta is set, and objective.divergence reverse_kl does not read it"),
+        (["--beta", "0.5"], "objective.beta is 0.5, and objective.divergence reverse_kl does not read it"),
         (["--estimator", "sampled", "--divergence", "jsd", "--beta", "0.5"], "sampled estimates the reverse KL"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from llmdistill.objectives import divergences, policy, sparse
 from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.labels import cross_entropy, mixed_target
 from llmdistill.recipe.config import DistillationConfig
-from llmdistill.recipe.settings import require, setting
+from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.teachers.evidence import Kind
 from llmdistill.texts import sources
 from llmdistill.texts.sources import Only, Source
@@ -32,22 +32,18 @@ Divergence = Literal[
     "adaptive_kl",
     "f_divergence",
 ]
+SKEWED = ("skew_forward_kl", "skew_reverse_kl")
 # The one parameter a divergence may have, and the setting that gives it.
 PARAMETER = {
     "jsd": "beta",
-    "skew_forward_kl": "alpha",
-    "skew_reverse_kl": "alpha",
+    **dict.fromkeys(SKEWED, "alpha"),
     "adaptive_kl": "head_mass",
     "f_divergence": "name",
 }
 
 
-# Settings that only some kinds of objective.sequences read.
-READ_BY = {
-    ("mixed",): ("student_fraction",),
-    ("mixed", "adaptive"): ("off_policy",),
-    ("adaptive",): ("replay_size", "adaptive_eps"),
-}
+def _reader(*divergences: str) -> dict[str, tuple[str, ...]]:
+    return {"divergence": divergences}
 
 
 @dataclass
@@ -55,120 +51,131 @@ class TokenConfig(DistillationConfig):
     """Settings of a per-token divergence on sequences from anywhere, over ``DistillationConfig``."""
 
     divergence: Divergence = setting("reverse_kl", "what is minimised, per token")
-    beta: float | None = setting(None, "jsd: weight of the teacher in the mixture (0: forward KL, 1: reverse KL)")
-    alpha: float | None = setting(None, "skew_forward_kl, skew_reverse_kl: weight of the other side, default 0.1")
-    head_mass: float | None = setting(None, "adaptive_kl: teacher mass of the head, default 0.5")
-    name: str | None = setting(None, "f_divergence: which f")
+    beta: float | None = setting(
+        None,
+        "jsd: weight of the teacher in the mixture (0: forward KL, 1: reverse KL)",
+        at_least=0,
+        at_most=1,
+        read_by=_reader("jsd"),
+    )
+    alpha: float | None = setting(
+        None,
+        "skew_forward_kl, skew_reverse_kl: weight of the other side, default 0.1",
+        at_least=0,
+        at_most=1,
+        read_by=_reader(*SKEWED),
+    )
+    head_mass: float | None = setting(
+        None,
+        "adaptive_kl: teacher mass of the head, default 0.5",
+        at_least=0,
+        at_most=1,
+        read_by=_reader("adaptive_kl"),
+    )
+    name: str | None = setting(None, "f_divergence: which f", read_by=_reader("f_divergence"))
     estimator: Kind = setting("full", "full, top_k (with a tail bucket) or sampled")
-    top_k: int = setting(64, "tokens listed by the top_k estimator")
-    support: Support = setting("teacher", "whose likeliest tokens those are: teacher, student, or union (both lists)")
-    loss_temperature: float = setting(1.0, "divides both logits in the loss; apart from rollouts.temperature")
+    top_k: int = setting(64, "tokens listed by the top_k estimator", at_least=1, read_by={"estimator": ("top_k",)})
+    support: Support = setting(
+        "teacher",
+        "whose likeliest tokens those are: teacher, student, or union (both lists)",
+        read_by={"estimator": ("top_k",)},
+    )
+    loss_temperature: float = setting(1.0, "divides both logits in the loss; apart from rollouts.temperature", above=0)
     sequences: sources.Kind = setting("student", "text trained on: student, dataset, teacher, mixed or adaptive")
-    student_fraction: float = setting(0.5, "mixed: share of steps on the student's own samples (GKD's lambda)")
-    off_policy: sources.OffPolicy = setting("dataset", "mixed, adaptive: the other text, dataset or teacher")
-    replay_size: int = setting(1000, "adaptive: student samples remembered by each process")
-    adaptive_eps: float = setting(0.1, "adaptive: rise of the validation loss that calls for more of them, nats")
+    student_fraction: float = setting(
+        0.5,
+        "mixed: share of steps on the student's own samples (GKD's lambda)",
+        at_least=0,
+        at_most=1,
+        read_by={"sequences": ("mixed",)},
+    )
+    off_policy: sources.OffPolicy = setting(
+        "dataset",
+        "mixed, adaptive: the other text, dataset or teacher",
+        read_by={"sequences": ("mixed", "adaptive")},
+    )
+    replay_size: int = setting(
+        1000,
+        "adaptive: student samples remembered by each process",
+        at_least=1,
+        read_by={"sequences": ("adaptive",)},
+    )
+    adaptive_eps: float = setting(
+        0.1,
+        "adaptive: rise of the validation loss that calls for more of them, nats",
+        read_by={"sequences": ("adaptive",)},
+    )
     importance_cap: float | None = setting(
-        None, "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled, else 0"
+        None,
+        "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled, else 0",
+        at_least=0,
     )
     mean: Mean = setting("token", "token: mean over all counted tokens; sequence: mean over sequences of their means")
-    ce_weight: float = setting(0.0, "weight of the cross-entropy on the rows' own completions beside the divergence")
+    ce_weight: float = setting(
+        0.0, "weight of the cross-entropy on the rows' own completions beside the divergence", at_least=0
+    )
     xi: float | None = setting(
-        None, "one target (1 - xi) one-hot + xi teacher in place of divergence and ce_weight (dataset; may exceed 1)"
+        None,
+        "one target (1 - xi) one-hot + xi teacher in place of divergence and ce_weight (dataset; may exceed 1)",
+        at_least=0,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.loss_temperature > 0, "objective.loss_temperature", self.loss_temperature, "> 0", "use 1")
-        require(self.top_k >= 1, "objective.top_k", self.top_k, ">= 1", "use 64")
-        share = self.student_fraction
-        require(0 <= share <= 1, "objective.student_fraction", share, "a probability in [0, 1]", "use 0.5")
-        require(self.replay_size >= 1, "objective.replay_size", self.replay_size, ">= 1", "use 1000")
-        require((self.importance_cap or 0) >= 0, "objective.importance_cap", self.importance_cap, ">= 0", "use 5")
-        require(self.ce_weight >= 0, "objective.ce_weight", self.ce_weight, ">= 0", "use 0")
-        if self.xi is not None:
-            self._check_xi(self.xi)
-        takes = PARAMETER.get(self.divergence)
-        for name in sorted(set(PARAMETER.values())):
-            if getattr(self, name) is not None and name != takes:
-                raise UserError(
-                    f"objective.{name} is set, and objective.divergence {self.divergence} does not read it. "
-                    f"Fix: leave {name} out, or choose a divergence that has it."
-                )
-        if takes in ("beta", "name") and getattr(self, takes) is None:
-            raise UserError(f"objective.divergence {self.divergence} needs objective.{takes}")
-        if self.estimator == "sampled":
-            self._check_sampled()
-        self._refuse_unread()
-        if self.support != "teacher" and self.estimator != "top_k":
-            raise UserError(
-                f"objective.support is {self.support}, and objective.estimator {self.estimator} lists no tokens. "
-                "Fix: --estimator top_k, or leave support out."
-            )
-        if self.estimator == "top_k" and self.loss_temperature != 1:
-            raise UserError(
-                f"objective.loss_temperature is {self.loss_temperature}; top-k evidence of a full softmax cannot be "
-                "tempered exactly. Fix: use 1, or --estimator full."
-            )
-        if self.sequences == "adaptive" and self.eval_strategy == "no":
-            raise UserError(
-                "objective.sequences adaptive moves with the validation loss, and train.eval_strategy is no. "
-                "Fix: --eval_strategy steps --eval_steps N, with data.heldout."
-            )
-
-    def _refuse_unread(self) -> None:
-        for reader, names in READ_BY.items():
-            if self.sequences not in reader:
-                self.refuse_set(names, f"sequences {self.sequences}", f", or --sequences {reader[0]}")
-        if self.importance_cap and self.estimator != "sampled" and not getattr(self, "reward_weight", 0.0):
-            raise UserError(
-                f"objective.importance_cap is {self.importance_cap:g}, and objective.estimator {self.estimator} weighs "
-                "no sampled tokens. Fix: leave it out, or --estimator sampled."
-            )
-        if self.rollouts.temperature == 0 and (self.estimator == "sampled" or self.cap):
-            raise UserError(
-                "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with. "
-                "Fix: --rollouts.temperature 1, or estimator full without importance_cap."
-            )
-
-    def refuse_set(self, names: Sequence[str], chosen: str, otherwise: str = "") -> None:
-        """Refuses settings that stand at other than their defaults, where ``objective.{chosen}`` reads none of them."""
-        for name in names:
-            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
-                raise UserError(
-                    f"objective.{name} is {value}, and objective.{chosen} does not read it. "
-                    f"Fix: leave it out{otherwise}."
-                )
-
-    def _check_xi(self, xi: float) -> None:
-        require(xi >= 0, "objective.xi", xi, ">= 0", "use 0.5")
-        if self.ce_weight:
-            raise UserError(
-                f"objective.xi is {xi:g} and objective.ce_weight {self.ce_weight:g}; xi is one target for both. "
-                "Fix: leave ce_weight out."
-            )
-        if self.estimator != "full" or self.sequences != "dataset":
-            raise UserError(
-                f"objective.xi mixes the dataset's tokens with whole distributions, and objective.estimator is "
-                f"{self.estimator}, objective.sequences {self.sequences}. Fix: --estimator full --sequences dataset."
-            )
-
-    def _check_sampled(self) -> None:
-        if self.divergence != "reverse_kl":
-            raise UserError(
-                f"objective.estimator sampled estimates the reverse KL, objective.divergence is {self.divergence}. "
-                "Fix: --estimator full or top_k."
-            )
-        if self.loss_temperature != 1:
-            raise UserError(
-                f"objective.loss_temperature is {self.loss_temperature}; the teacher's log-probs of sampled tokens are "
-                "those of temperature 1. Fix: use 1, or --estimator full."
-            )
-        if self.sequences != "student":
-            raise UserError(
-                f"objective.sequences is {self.sequences}, and objective.estimator sampled needs tokens that the "
-                "student drew. Fix: --estimator full or top_k."
-            )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: PARAMETER.get(s.divergence) in ("beta", "name") and getattr(s, PARAMETER[s.divergence]) is None,
+            "objective.divergence {divergence} needs objective.beta for jsd, objective.name for f_divergence",
+            "--beta 0.5, or --objective.name jensen_shannon",
+        ),
+        Conflict(
+            lambda s: s.xi is not None and s.ce_weight,
+            "objective.xi is {xi} and objective.ce_weight {ce_weight}; xi is one target for both",
+            "leave ce_weight out",
+        ),
+        Conflict(
+            lambda s: s.xi is not None and (s.estimator != "full" or s.sequences != "dataset"),
+            "objective.xi mixes the dataset's tokens with whole distributions, and objective.estimator is {estimator}, "
+            "objective.sequences {sequences}",
+            "--estimator full --sequences dataset",
+        ),
+        Conflict(
+            lambda s: s.estimator == "sampled" and s.divergence != "reverse_kl",
+            "objective.estimator sampled estimates the reverse KL, objective.divergence is {divergence}",
+            "--estimator full or top_k, or --method sampled_f for other divergences from sampled tokens",
+        ),
+        Conflict(
+            lambda s: s.estimator == "sampled" and s.loss_temperature != 1,
+            "objective.loss_temperature is {loss_temperature}; the teacher's log-probs of sampled tokens are those of "
+            "temperature 1",
+            "use 1, or --estimator full",
+        ),
+        Conflict(
+            lambda s: s.estimator == "sampled" and s.sequences != "student",
+            "objective.sequences is {sequences}, and objective.estimator sampled needs tokens that the student drew",
+            "--estimator full or top_k",
+        ),
+        Conflict(
+            lambda s: s.importance_cap and s.estimator != "sampled" and not getattr(s, "reward_weight", 0.0),
+            "objective.importance_cap is {importance_cap}, and objective.estimator {estimator} weighs no sampled "
+            "tokens",
+            "leave it out, or --estimator sampled",
+        ),
+        Conflict(
+            lambda s: s.rollouts.temperature == 0 and (s.estimator == "sampled" or s.cap),
+            "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with",
+            "--rollouts.temperature 1, or estimator full without importance_cap",
+        ),
+        Conflict(
+            lambda s: s.estimator == "top_k" and s.loss_temperature != 1,
+            "objective.loss_temperature is {loss_temperature}; top-k evidence of a full softmax cannot be tempered "
+            "exactly",
+            "use 1, or --estimator full",
+        ),
+        Conflict(
+            lambda s: s.sequences == "adaptive" and s.eval_strategy == "no",
+            "objective.sequences adaptive moves with the validation loss, and train.eval_strategy is no",
+            "--eval_strategy steps --eval_steps N, with data.heldout",
+        ),
+    )
 
     @property
     def cap(self) -> float:

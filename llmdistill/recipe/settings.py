@@ -60,9 +60,10 @@ def check_settings(settings: Any, section: str = "objective") -> None:
         _check_range(f, getattr(settings, f.name), section)
     for f in dataclasses.fields(settings):
         _check_readers(f, settings, section)
-    for conflict in getattr(type(settings), "conflicts", ()):
-        if conflict.when(settings):
-            raise UserError(f"{conflict.message.format_map(_Values(settings))}. Fix: {conflict.fix}.")
+    for cls in reversed(type(settings).__mro__):  # a base's before its subclass's
+        for conflict in vars(cls).get("conflicts", ()):
+            if conflict.when(settings):
+                raise UserError(f"{conflict.message.format_map(_Values(settings))}. Fix: {conflict.fix}.")
 
 
 def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:
@@ -96,7 +97,7 @@ def _check_range(f: Any, value: Any, section: str) -> None:
     numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     needed = " and ".join(f"{limits[name][0]} {limit:g}" for name, limit in given.items())
     default = f.default if f.default is not dataclasses.MISSING else None
-    fix = f"use {default}" if default is not None else "leave it out"
+    fix = "leave it out" if default is None else f"use {default:g}" if isinstance(default, float) else f"use {default}"
     for x in numbers:
         inside = all(limits[name][1](x, limit) for name, limit in given.items())
         require(inside, f"{section}.{f.name}", value, needed, fix)
@@ -109,7 +110,8 @@ def _check_readers(f: Any, settings: Any, section: str) -> None:
         return
     for other, readers in f.metadata.get("read_by", {}).items():
         if (chosen := getattr(settings, other)) not in readers:
+            shown = f"{value:g}" if isinstance(value, float) else value
             raise UserError(
-                f"{section}.{f.name} is {value}, and {section}.{other} {chosen} does not read it. "
+                f"{section}.{f.name} is {shown}, and {section}.{other} {chosen} does not read it. "
                 f"Fix: leave it out, or --{other} {readers[0]}."
             )

@@ -178,7 +178,8 @@ ROADS: dict[str, Road] = {
 def opd_loss(student: Any, tokenizer: Any, teacher: Teacher, rollout: Rollout, asked: str, folder: Path) -> float:
     """The loss of one step of the trainer on fixed completions; ``asked``: an estimator, or whose tokens it lists."""
     settings: dict[str, Any] = {"estimator": asked} if asked in ("top_k", "sampled") else {"support": asked}
-    settings = {"estimator": "top_k", "top_k": TOP_K, "importance_cap": 0.0, **settings}
+    settings = {"estimator": "top_k", **settings}
+    settings |= {"top_k": TOP_K} if settings["estimator"] == "top_k" else {"importance_cap": 0.0}
     args = OPDConfig(output_dir=str(folder / "run"), **settings)
     trainer = DistillationTrainer(
         student,

@@ -29,7 +29,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def loss_of(folder: Path, estimator: Any, student_seed: int, source: Any) -> tuple[float, dict[str, Any]]:
     """Loss and gradients of a tiny student on fixed completions, judged by ``source``."""
-    args = OPDConfig(output_dir=str(folder), estimator=estimator, top_k=8)
+    args = OPDConfig(output_dir=str(folder), estimator=estimator, **({"top_k": 8} if estimator == "top_k" else {}))
     trainer = DistillationTrainer(
         tiny.llama(student_seed),
         args,

@@ -453,20 +453,20 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(tmp_path: Path
         ({"reward_weight": 1.0, "sequences": "mixed"}, "objective.sequences mixed; a reward teaches through tokens"),
         ({"importance_cap": -1.0}, "objective.importance_cap is -1.0; it must be >= 0"),
         ({"importance_cap": 2.0}, "objective.importance_cap is 2, and objective.estimator full weighs no sampled"),
-        ({"student_fraction": 1.5}, "objective.student_fraction is 1.5; it must be a probability"),
+        ({"student_fraction": 1.5}, "objective.student_fraction is 1.5; it must be >= 0 and <= 1"),
         ({"replay_size": 0}, "objective.replay_size is 0; it must be >= 1"),
         ({"top_k": 0}, "objective.top_k is 0; it must be >= 1"),
         ({"loss_temperature": 0.0}, "objective.loss_temperature is 0.0; it must be > 0"),
         ({"estimator": "sampled", "divergence": "jsd", "beta": 0.5}, "objective.divergence is jsd. Fix: --estimator"),
         ({"estimator": "sampled", "loss_temperature": 2.0}, "are those of temperature 1. Fix: use 1"),
         ({"estimator": "top_k", "loss_temperature": 2.0}, "cannot be tempered exactly. Fix: use 1"),
-        ({"estimator": "full", "support": "student"}, "lists no tokens. Fix: --estimator top_k"),
+        ({"estimator": "full", "support": "student"}, "does not read it. Fix: leave it out, or --estimator top_k"),
         *(
             ({"estimator": "sampled", "sequences": x}, f"objective.sequences is {x}, and objective.estimator sampled")
             for x in ("dataset", "teacher", "mixed", "adaptive")
         ),
         ({"sequences": "adaptive"}, "train.eval_strategy is no. Fix: --eval_strategy steps"),
-        ({"alpha": 0.2}, "objective.alpha is set, and objective.divergence reverse_kl does not read it. Fix:"),
+        ({"alpha": 0.2}, "objective.alpha is 0.2, and objective.divergence reverse_kl does not read it. Fix:"),
         ({"divergence": "jsd"}, "objective.divergence jsd needs objective.beta"),
     ],
 )

@@ -101,7 +101,9 @@ def test_routing_does_not_depend_on_the_micro_batch_split(tmp_path: Path, size: 
 def test_an_ensemble_trains_with_every_estimator(tmp_path: Path, estimator: Any) -> None:
     """Its loss is that of the averaged distribution; a student equal to all members has none."""
     text = Only("student" if estimator == "sampled" else "dataset")
-    method = OPDConfig(output_dir=str(tmp_path), estimator=estimator, top_k=8).build(text)
+    method = OPDConfig(
+        output_dir=str(tmp_path), estimator=estimator, **({"top_k": 8} if estimator == "top_k" else {})
+    ).build(text)
     same = EnsembleTeacher([(local(1), 1.0), (local(1), 2.0)], ["x", "y"])
     loss, _ = loss_and_gradients(trainer(tmp_path, same, method=method), batch(SEQUENCES))
     assert abs(loss) < 1e-5

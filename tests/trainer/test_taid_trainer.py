@@ -211,15 +211,15 @@ def test_every_composition_trains(tmp_path: Path, settings: dict[str, Any]) -> N
     "settings,said",
     [
         ({"t_start": 0.0}, "objective.t_start is 0.0; it must be > 0"),
-        ({"t_start": 0.9, "t_end": 0.5}, "t goes from 0.9 to 0.5"),
-        ({"t_rate": -1.0}, "alpha >= 0"),
-        ({"t_momentum": 1.0}, "beta < 1"),
+        ({"t_start": 0.9, "t_end": 0.5}, "objective.t_start is 0.9 and objective.t_end 0.5"),
+        ({"t_rate": -1.0}, "objective.t_rate is -1.0; it must be >= 0"),
+        ({"t_momentum": 1.0}, "objective.t_momentum is 1.0; it must be >= 0 and < 1"),
         (
             {"estimator": "sampled"},
             "objective.estimator sampled estimates the reverse KL, objective.divergence is taid",
         ),
-        ({"estimator": "top_k"}, "objective.estimator is 'top_k'; it must be full for divergence taid"),
-        ({"alpha": 0.1}, "objective.alpha is set, and objective.divergence taid does not read it"),
+        ({"estimator": "top_k"}, "objective.estimator is top_k; it must be full for divergence taid"),
+        ({"alpha": 0.1}, "objective.alpha is 0.1, and objective.divergence taid does not read it"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
