@@ -56,7 +56,7 @@ def test_a_context_goes_through_the_template_of_its_own() -> None:
 
 @pytest.mark.parametrize("left", [0, 4])
 def test_the_judge_reads_the_same_tokens_in_the_same_order(left: int) -> None:
-    """Targets, masks and row counts agree; a hole in the mask stays a hole; a row without a context keeps its prompt."""
+    """Targets, masks and row counts agree; a hole in the mask stays one; a row without a context keeps its prompt."""
     _, prompts = encoded()
     rollout = collate([p.ids for p in prompts], [p.completion for p in prompts], pad_id=0)
     rollout.completion_mask[0, len(prompts[0].ids)] = False  # a token that the loss leaves out
