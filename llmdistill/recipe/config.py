@@ -244,7 +244,12 @@ class DistillationConfig(TrainingArguments):
     )
     domain_weights: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "weight of the rows of a domain in the loss; 1 where none is given", "section": "objective"},
+        metadata={
+            "help": "weight of the rows of a domain in the loss; 1 where none is given",
+            "section": "objective",
+            "at_least": 0,
+            "below": math.inf,
+        },
     )
     heldout_sequences: int = field(
         default=64, metadata={"help": "held-out prompts measured at each evaluation", "section": "objective"}

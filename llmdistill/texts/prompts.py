@@ -104,6 +104,11 @@ class PromptEncoder:
         prompt = row[self.config.prompt_column]
         if isinstance(context, str):
             changed = f"{prompt}\n\n{context}" if isinstance(prompt, str) else _added(prompt, context)
+        elif not isinstance(context, list | tuple) or not all(isinstance(m, Mapping) for m in context):
+            raise UserError(
+                f"row {index}: {setting} is {context!r}; it must be a string or chat messages. Fix: mend the row, or "
+                "null where it has no such context."
+            )
         else:
             changed = list(context)
             if not changed or changed[-1].get("role") == "assistant":

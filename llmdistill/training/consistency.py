@@ -117,12 +117,19 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
                 f"term {term.name!r} is on the dataset's completions, and no row has one: it would divide by nothing. "
                 "Fix: --data.completion_column NAME."
             )
-        if prompts and not any(
-            _counts(p.weight, trainer.args.domain_weights.get(p.domain or "", 1.0)) for p in prompts
-        ):
+        weighed = [p for p in prompts if _counts(p.weight, trainer.args.domain_weights.get(p.domain or "", 1.0))]
+        if prompts and not weighed:
             raise UserError(
                 f"all rows have weight 0, and term {term.name!r} would divide by nothing. "
                 "Fix: data.weight_column or objective.domain_weights."
+            )
+        needed = {ask.context for ask in term.asks if ask.context} - later
+        from_dataset = all(s.uses == {"dataset"} for s in sources)
+        if prompts and not any(needed <= p.contexts.keys() and (p.completion or not from_dataset) for p in weighed):
+            raise UserError(
+                f"no row has all that term {term.name!r} needs (a weight above 0"
+                f"{', a completion' if from_dataset else ''}{''.join(f', context {c!r}' for c in sorted(needed))}): it "
+                "would divide by nothing. Fix: rows with all of them."
             )
 
 
