@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from llmdistill import methods
 from llmdistill.recipe.command_line import parse
 from tests import tiny
 
@@ -20,7 +22,13 @@ RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
 def door(recipe: str) -> tuple[Any, Any]:
     module, config = DOORS.get(recipe, ("opd", "OPDConfig"))
     found = import_module(f"llmdistill.{module}")
-    return found, getattr(found, config)
+    return found, methods.config_class(recipe) if recipe in methods.names() else getattr(found, config)
+
+
+def test_every_method_has_a_recipe_that_names_it() -> None:
+    for name in methods.names():
+        recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+        assert recipe["objective"]["method"] == name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -40,12 +48,16 @@ def test_it_runs(recipe: str, tmp_path: Path) -> None:
         models[name] = str(tmp_path / name)
         tiny.llama(seed).save_pretrained(models[name])
         tiny.tokenizer().save_pretrained(models[name])
-    rows = [{**row, "answer": "8", "domain": "everyday" if i % 2 else "gcd"} for i, row in enumerate(tiny.rows(24))]
+    rows: list[dict[str, Any]] = tiny.rows(24)
+    for i, row in enumerate(rows):
+        row |= {"answer": "8", "chosen": f"It is {i}.", "domain": "everyday" if i % 2 else "gcd"}
     for name, part in (("train", rows[:16]), ("heldout", rows[16:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     teachers = ["--teacher.model", models["teacher"]]
     if recipe == "experts":
         teachers = [w for t in ("everyday", "reasoning") for w in (f"--teachers.{t}.model", models["teacher"])]
+    if "student" in yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text()).get("teacher", {}):
+        teachers = []  # the student is its own
     module, _ = door(recipe)
     small = ["--max_steps", "2", "--max_new_tokens", "6", "--logging_steps", "1", "--save_strategy", "no"]
     files = ["--data.train", str(tmp_path / "train.jsonl"), "--data.heldout", str(tmp_path / "heldout.jsonl")]
