@@ -119,6 +119,8 @@ class Mixed(Only):
 class Adaptive:
     """DistiLLM's schedule with its replay buffer; ``eps`` is in nats of the validation loss."""
 
+    validated = True  # a validation before the first step is what the first one after it is compared with
+
     def __init__(
         self, off_policy: str = "dataset", capacity: int = 1000, eps: float = 0.1, growth: float = 0.1
     ) -> None:

@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from llmdistill.composition.term import METRICS
 from llmdistill.errors import UserError
 from llmdistill.models.heads import Head, forward_to_head, head_of
 from llmdistill.models.weights import gathered
-from llmdistill.objectives.metrics import dense_metrics, sparse_metrics
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live, max_top_k, writes
@@ -60,9 +60,11 @@ class Measurement:
 
 
 def question(teacher: Teacher, kind: Kind, top_k: int) -> tuple[Kind, int]:
-    """What is asked of the teacher for measuring, given what the objective asks: never less."""
-    dense = kind == "full" or isinstance(teacher, DenseTeacher)
-    return "full" if dense else "top_k", top_k or min(UNLISTED_TOP_K, max_top_k(teacher))
+    """What is asked of the teacher for measuring, given what the objective asks: never less, and what it can give."""
+    if kind == "full" or isinstance(teacher, DenseTeacher):
+        return "full", 0
+    listed = top_k or min(UNLISTED_TOP_K, max_top_k(teacher))
+    return ("top_k", listed) if listed else ("sampled", 0)
 
 
 @torch.no_grad()
@@ -82,13 +84,15 @@ def measure(
 ) -> Measurement:
     """reverse_kl, forward_kl, top1_agreement, acceptance and entropy of ``model`` against ``teacher`` on ``rollout``.
 
+    Of a teacher that lists no tokens only the k1 estimate of reverse_kl, and entropy.
+
     ``kind`` and ``top_k`` say what is asked of a teacher that does not live in this process; the KLs of its top-k and
     tail are lower bounds.
     ``heard`` is what the teacher reads instead: the same completions in another context.
     ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
     """
     asked, listed = question(teacher, kind, top_k)
-    metrics = dense_metrics if asked == "full" else sparse_metrics
+    metrics = METRICS[asked]
     streaming: dict[str, Any] = dict(
         chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
     )

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +16,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill import compat
-from llmdistill.compat import generation_ready
 from llmdistill.composition.batch import Heard, MicroBatch, Text, micro_batches, row_weights, with_reads
 from llmdistill.composition.judges import Hearing
 from llmdistill.composition.loss import Result, loss_on
 from llmdistill.composition.method import Method
-from llmdistill.composition.term import Term
 from llmdistill.errors import UserError
 from llmdistill.models import helpers
-from llmdistill.models.generation import HFRollouts
 from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import attach
+from llmdistill.models.weights import gathered
 from llmdistill.preflight import preflight
 from llmdistill.recipe.config import DataConfig, DistillationConfig, TeacherConfig
 from llmdistill.rollouts.choose import make_rollout_engine
@@ -41,18 +37,18 @@ from llmdistill.teachers.base import Teacher, bytes_received
 from llmdistill.teachers.evidence import Kind
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
-from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
-from llmdistill.texts.prompts import PromptEncoder, completed
-from llmdistill.texts.sources import Drawn, Round
+from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.tokenization.special import eos_ids, pad_id
 from llmdistill.training.consistency import check_hidden, check_parts, check_ready
-from llmdistill.training.contexts import build_contexts, load_functions
+from llmdistill.training.contexts import load_functions
 from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
 from llmdistill.training.progress import Progress, ProgressCallback
-from llmdistill.training.rewards import Reward, group_advantages
-from llmdistill.training.student_trainer import StudentTrainer, gathered_sums, ready_student
+from llmdistill.training.rewards import Reward
+from llmdistill.training.round_log import RoundLog
+from llmdistill.training.student_trainer import gathered_sums, ready_student
 from llmdistill.training.surveys import survey, survey_hidden
 
 HELPERS_FILE = "helpers.safetensors"  # in a checkpoint
@@ -60,7 +56,7 @@ _EXAMINED: set[tuple[str, ...]] = set()  # kinds of runs that the preflight has 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(StudentTrainer):
+class DistillationTrainer(RoundLog):
     """Trains ``model`` with a :class:`~llmdistill.composition.method.Method`.
 
     Args:
@@ -141,6 +137,7 @@ class DistillationTrainer(StudentTrainer):
         )
         self._pushed: tuple[int, int] = (-1, -1)  # the stretch of push_every steps, and the step, last pushed
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
+        self.add_callback(_FirstValidation(self))
         self.context_functions = load_functions(encode.built_later)
         compat.beside_random_states(self, lambda folder: self._method_state().save(folder))
         if len(self.helpers):
@@ -150,20 +147,6 @@ class DistillationTrainer(StudentTrainer):
         check_parts(self)
 
     # ---------------------------------------------------------------- the parts
-
-    @property
-    def teacher(self) -> Teacher:
-        """The judge that the student is measured against.
-
-        Raises:
-            UserError: the method asks none.
-        """
-        judge = self.judges.get("teacher") or next(iter(self.judges.values()), None)
-        if judge is None:
-            raise UserError(
-                "this method asks no teacher, and there is none. Fix: teacher=MODEL to measure against one."
-            )
-        return judge
 
     @property
     def asked(self) -> tuple[Kind, int]:
@@ -181,116 +164,6 @@ class DistillationTrainer(StudentTrainer):
     def on_policy(self) -> bool:
         """The student may be sampled."""
         return "student" in self.method.uses
-
-    # ---------------------------------------------------------------- texts
-
-    def draw(self, examples: Sequence[Any]) -> dict[str, Text]:
-        """The texts of a round."""
-        step, sampling = self.state.global_step, self._sampling(self.state.global_step)
-
-        def each(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
-            n = len(rollout) // len(of)
-            return rollout, [p for p in of for _ in range(n)]
-
-        def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # what no student wrote is neither stale nor off
-            return each(replace(rollout, policy_version=step, behavior_logprobs=None), of)
-
-        round_ = Round(
-            examples,
-            step,
-            self.state.max_steps,
-            self.args.seed,
-            self.accelerator.process_index,
-            self.args.rollouts.samples_per_prompt,
-            self.pad_id,
-            {
-                "student": lambda of: each(self._student_samples(of, sampling), of),
-                "dataset": lambda of: others(completed(of, self.pad_id), of),
-                "teacher": lambda of: others(self.teacher.generate(of, sampling), of),
-            },
-        )
-        return {name: self._text(round_, source) for name, source in self.method.texts.items()}
-
-    def _text(self, round_: Round, source: Any) -> Text:
-        rollout, prompts = source.draw(round_)
-        return Text(self.readable(rollout, prompts), prompts, author=round_.last_author)
-
-    def readable(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Rollout:
-        """The rollout with completions ended before an id that one of the models has no column for.
-
-        Heads are padded past the tokenizer by different amounts; what one model samples out there (rarely, after
-        training), another cannot read.
-
-        Raises:
-            UserError: for a prompt with such an id, which is the wrong tokenizer.
-        """
-        for prompt in prompts:
-            if max(prompt.ids, default=0) >= self.vocab_size:
-                raise UserError(
-                    f"the prompt of row {prompt.row} has the id {max(prompt.ids)}, and student and teacher have "
-                    f"{self.vocab_size} columns in common. Fix: a teacher with the student's vocabulary."
-                )
-        rollout, cut = rollout.within(self.vocab_size, self.pad_id)
-        if cut:
-            self.meters.add("rollout/cut_at_unreadable_id", cut)
-        return rollout
-
-    def _student_samples(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.
-        # In stretches and not at the multiples alone: the student need not be the one who writes there.
-        stretch = self.state.global_step // self.args.rollouts.push_every
-        if self._pushed[0] != stretch:
-            self._push(stretch)
-        return self.rollout_engine.generate(prompts, sampling)
-
-    def sync_engine(self) -> None:
-        """Puts the weights of now into the rollout engine for a measurement, unless they are there."""
-        if self._pushed[1] != self.state.global_step:
-            self._push(-1)
-
-    def samples_of_now(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        """What the student writes with the weights of now, for a measurement."""
-        step, every = self.state.global_step, self.args.rollouts.push_every
-        if self.is_in_train and self._pushed[0] == step // every and self._pushed[1] != step:
-            # The engine writes the rest of its stretch with the weights it has: looking does not change what is
-            # trained on.
-            beside = HFRollouts(eos_ids=self.eos_ids, pad_id=self.pad_id, ready=self._generating)
-            beside.sync(self.forward_model(), step)
-            return beside.generate(prompts, sampling)
-        self.sync_engine()
-        return self.rollout_engine.generate(prompts, sampling)
-
-    def _generating(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
-        return generation_ready(model, self.accelerator)
-
-    def _push(self, stretch: int) -> None:
-        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
-        self._pushed = (stretch, self.state.global_step)
-
-    def _rewards(self, text: Text) -> Text:
-        """The text with the task reward of every sequence, and its advantage over the samples of a prompt."""
-        if self.reward is None:
-            return text
-        with self.meters.timed("time/reward"):
-            written = self._completions(text.rollout, text.prompts, skip_special_tokens=True)
-            rewards = [float(r) for r in self.reward(text.prompts, written)]
-        if len(rewards) != len(text):
-            raise UserError(f"the reward returned {len(rewards)} numbers for {len(text)} completions")
-        if bad := [(p.row, r) for p, r in zip(text.prompts, rewards, strict=True) if not math.isfinite(r)]:
-            raise UserError(f"the reward is {bad[0][1]} on row {bad[0][0]}; it must be a finite number. Fix: return 0.")
-        self.meters.add("rollout/reward", sum(rewards), len(rewards))
-        group = self.args.rollouts.samples_per_prompt
-        compared = any("advantage" in term.reads for term in self.method.terms)
-        advantages = group_advantages(rewards, group) if compared else [0.0] * len(rewards)
-        return replace(text, rewards=rewards, advantages=advantages)
-
-    def _in_new_contexts(self, text: Text) -> Text:
-        """The text with the contexts that are built from what was sampled and how it was rewarded."""
-        if not self.context_functions:
-            return text
-        return build_contexts(
-            text, self.context_functions, self.encode, self.args.rollouts.samples_per_prompt, self._completions
-        )
 
     # ---------------------------------------------------------------- a round
 
@@ -328,19 +201,6 @@ class DistillationTrainer(StudentTrainer):
         totals = self._totals(heard, self.args.device)
         return micro_batches(texts, self.method.terms, heard, totals, parts, self.pad_id, self.args.device)
 
-    def _in_order(self, texts: dict[str, Text]) -> dict[str, Text]:
-        """Neighbours in length share a micro-batch: less padding. Texts that a group loss reads keep together.
-
-        Ties keep their order, so a round is reproducible.
-        """
-        together = {name: term.texts for term in self.method.terms if term.group is not None for name in term.texts}
-        ordered = {}
-        for name, text in texts.items():
-            lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in together.get(name, (name,))]
-            longest = [max(column) for column in zip(*lengths, strict=True)]
-            ordered[name] = text.reorder(sorted(range(len(text)), key=lambda i: longest[i]))
-        return ordered
-
     def hear(self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None) -> dict[str, Heard]:
         """What every term reads about the texts: of its judges, of the rows themselves, of its survey."""
         with self.meters.timed("time/teacher"):
@@ -365,7 +225,9 @@ class DistillationTrainer(StudentTrainer):
     def likeliest(self, rollout: Rollout, k: int) -> Tensor:
         """The student's likeliest tokens, which a judge is then asked about."""
         size = self.args.per_device_train_batch_size * self.args.rollouts.samples_per_prompt
-        with self.meters.timed("time/student", 0), self.accelerator.autocast():
+        # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
+        sharded = list(self.model.parameters()) if self.model_wrapped is self.model else []
+        with self.meters.timed("time/student", 0), self.accelerator.autocast(), gathered(sharded):
             return likeliest_ids(
                 self.forward_model(),
                 head_of(self.model),
@@ -388,11 +250,6 @@ class DistillationTrainer(StudentTrainer):
             if weighted and squared > 0 and term.group is None:  # on any process: those of all count
                 self.meters.add(f"{self._prefix(term)}effective_rows", weight * weight / squared)
         return {term.name: sums[4 * i] for i, term in enumerate(terms)}
-
-    def _sampling(self, step: int) -> Sampling:
-        r = self.args.rollouts
-        seed = request_seed(self.args.seed, step, self.accelerator.process_index)
-        return Sampling(r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.samples_per_prompt, seed)
 
     # ---------------------------------------------------------------- loss
 
@@ -439,35 +296,6 @@ class DistillationTrainer(StudentTrainer):
                     found.append(prompt.row)
         return found or every
 
-    def _prefix(self, term: Term) -> str:
-        return "distill/" if len(self.method.terms) == 1 else f"distill/{term.name}/"
-
-    def _log_groups(self, result: Result) -> None:
-        for term in result.terms.values():
-            for name, (total, count) in term.group_sums.items():
-                self.meters.add(name, total, count)
-
-    def _log_terms(self, batch: MicroBatch, result: Result) -> None:
-        several = len(self.method.terms) > 1
-        for s in batch.slices:
-            if (found := result.terms.get(s.term.name)) is None:
-                continue
-            prefix, rows = self._prefix(s.term), s.rows.stop - s.rows.start
-            count = s.term.group.count(s.groups) if s.term.group else rows
-            weight = float(s.weights_N.sum()) if s.weights_N is not None else count
-            measured = {k: v for k, v in found.metric_sums.items() if not k.startswith("watch/")}
-            self.meters.add_all(measured, weight, prefix)
-            if several:
-                self.meters.add(f"{prefix}loss", found.loss_sum, weight)
-                self.meters.add_root(f"{prefix}grad_norm", found.squared_norm)
-        if result.router_balance is not None:
-            self.meters.add("distill/router_balance", result.router_balance)
-        shown = next((s for s in batch.slices if s.term.name in result.per_token and len(s.term.texts) == 1), None)
-        if shown is not None:
-            self._log_completions(batch.texts[shown.term.texts[0]], torch.cat(result.per_token[shown.term.name]))
-        elif batch.slices and len(self.method.terms[0].texts) == 1:
-            self._log_completions(next(iter(batch.texts.values())), None)
-
     # ---------------------------------------------------------------- evaluation
 
     def evaluate(
@@ -485,8 +313,8 @@ class DistillationTrainer(StudentTrainer):
         for name, measured in self.measure_heldout(prompts[: self.args.heldout_sequences]).items():
             results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in measured.flat().items()})
         if results:
-            texts = [f"{metric_key_prefix}_{name}/forward_kl" for name in ("dataset", "teacher", "student")]
-            loss = next(results[text] for text in texts if text in results)
+            kinds = [f"{n}/{kl}" for kl in ("forward_kl", "reverse_kl") for n in ("dataset", "teacher", "student")]
+            loss = next(results[key] for kind in kinds if (key := f"{metric_key_prefix}_{kind}") in results)
             results[f"{metric_key_prefix}_loss"] = loss  # metric_for_best_model's default
             if eval_dataset is None and self.is_in_train:  # looking does not move a schedule
                 for source in self.method.texts.values():
@@ -549,53 +377,6 @@ class DistillationTrainer(StudentTrainer):
     def _method_state(self) -> MethodState:
         return MethodState(self.method, self.judges, self.args.process_index)
 
-    def _note_round(self, texts: Mapping[str, Text]) -> None:
-        rollouts = [text.rollout for text in texts.values()]
-        tokens = sum(r.num_rows for r in rollouts)
-        self.meters.add("rollout/mean_length", tokens, sum(map(len, rollouts)))
-        for r in rollouts:
-            if r.finish:
-                self.meters.add("rollout/truncated_fraction", sum(f == "length" for f in r.finish), len(r))
-            self.meters.add("rollout/staleness", self.state.global_step - r.policy_version)
-        for source in self.method.texts.values():
-            for name, value in source.numbers().items():
-                self.meters.add(f"rollout/{name}", value)
-        for rate, clock in (
-            ("rollout/tokens_per_second", "time/rollout"),
-            ("teacher/positions_per_second", "time/teacher"),
-        ):  # of all processes together: flush() adds up tokens and seconds
-            sums, processes = self.meters.sums, self.accelerator.num_processes
-            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[clock][0]]
-
-    def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
-        if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up
-            return
-        rollout = text.rollout
-        rows = [None] * len(text) if reverse_kl_N is None else reverse_kl_N.split(rollout.row_counts)
-        finish = rollout.finish or ("stop",) * len(rollout)
-        rewards: Sequence[float | None] = text.rewards or [None] * len(rollout)
-        every = zip(text.prompts, self._completions(rollout, text.prompts), finish, rewards, rows, strict=True)
-        for prompt, completion, reason, reward, values in every:
-            self.run_folder.add_completion(
-                step=self.state.global_step + 1,
-                prompt=prompt.text,
-                completion=completion,
-                domain=prompt.domain,
-                finish=reason,
-                **({} if reward is None else {"reward": reward}),
-                reverse_kl=[] if values is None else values.tolist(),
-            )
-
-    def _completions(self, rollout: Rollout, prompts: Sequence[Prompt], skip_special_tokens: bool = False) -> list[str]:
-        """All that was written, also what the loss leaves out."""
-        ends = rollout.attention_mask.sum(1).tolist()
-        written = [ids[len(p.ids) : end].tolist() for ids, p, end in zip(rollout.input_ids, prompts, ends, strict=True)]
-        return self.encode.tokenizer.batch_decode(written, skip_special_tokens=skip_special_tokens)
-
-    def _logs_this_step(self) -> bool:
-        step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)
-        return self.model.training and (step % every == 0 or (step == 1 and self.args.logging_first_step))
-
     def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
@@ -613,3 +394,15 @@ class DistillationTrainer(StudentTrainer):
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher.to(device), tokenizer)  # type: ignore[arg-type]
         return teacher  # type: ignore[no-any-return]
+
+
+class _FirstValidation(TrainerCallback):
+    """Before the first step, for a source that moves with the validation loss: what it is compared with later."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        moved = any(getattr(source, "validated", False) for source in self.trainer.method.texts.values())
+        if moved and state.global_step == 0 and self.trainer.eval_dataset:
+            self.trainer.evaluate()

@@ -44,7 +44,7 @@ def run(folder: Path, output: Path, teachers: Any, estimator: str = "top_k", **s
         **several,
         "data": {"train": str(folder / "train.jsonl")},
         "rollouts": {"max_new_tokens": 5},
-        "objective": {"sequences": "dataset", "estimator": estimator, "top_k": 16},
+        "objective": {"sequences": "dataset", "estimator": estimator, **({"top_k": 16} if estimator == "top_k" else {})},
         "train": {
             "output_dir": str(output),
             "max_steps": STEPS,

@@ -1,0 +1,87 @@
+"""What of a round is logged: rates, each term's metrics, losses and gradient norms, and the completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmdistill.composition.batch import MicroBatch, Text
+from llmdistill.composition.loss import Result
+from llmdistill.composition.term import Term
+from llmdistill.training.rounds import RoundTexts
+
+
+class RoundLog(RoundTexts):
+    """The part of a trainer that says what a round came to."""
+
+    def _prefix(self, term: Term) -> str:
+        return "distill/" if len(self.method.terms) == 1 else f"distill/{term.name}/"
+
+    def _log_groups(self, result: Result) -> None:
+        for term in result.terms.values():
+            for name, (total, count) in term.group_sums.items():
+                self.meters.add(name, total, count)
+
+    def _log_terms(self, batch: MicroBatch, result: Result) -> None:
+        several = len(self.method.terms) > 1
+        for s in batch.slices:
+            if (found := result.terms.get(s.term.name)) is None:
+                continue
+            prefix, rows = self._prefix(s.term), s.rows.stop - s.rows.start
+            count = s.term.group.count(s.groups) if s.term.group else rows
+            weight = float(s.weights_N.sum()) if s.weights_N is not None else count
+            measured = {k: v for k, v in found.metric_sums.items() if not k.startswith("watch/")}
+            self.meters.add_all(measured, weight, prefix)
+            if several:
+                self.meters.add(f"{prefix}loss", found.loss_sum, weight)
+                self.meters.add_root(f"{prefix}grad_norm", found.squared_norm)
+        if result.router_balance is not None:
+            self.meters.add("distill/router_balance", result.router_balance)
+        shown = next((s for s in batch.slices if s.term.name in result.per_token and len(s.term.texts) == 1), None)
+        if shown is not None:
+            self._log_completions(batch.texts[shown.term.texts[0]], torch.cat(result.per_token[shown.term.name]))
+        elif batch.slices and len(self.method.terms[0].texts) == 1:
+            self._log_completions(next(iter(batch.texts.values())), None)
+
+    def _note_round(self, texts: Mapping[str, Text]) -> None:
+        rollouts = [text.rollout for text in texts.values()]
+        tokens = sum(r.num_rows for r in rollouts)
+        self.meters.add("rollout/mean_length", tokens, sum(map(len, rollouts)))
+        for r in rollouts:
+            if r.finish:
+                self.meters.add("rollout/truncated_fraction", sum(f == "length" for f in r.finish), len(r))
+            self.meters.add("rollout/staleness", self.state.global_step - r.policy_version)
+        for source in self.method.texts.values():
+            for name, value in source.numbers().items():
+                self.meters.add(f"rollout/{name}", value)
+        for rate, clock in (
+            ("rollout/tokens_per_second", "time/rollout"),
+            ("teacher/positions_per_second", "time/teacher"),
+        ):  # of all processes together: flush() adds up tokens and seconds
+            sums, processes = self.meters.sums, self.accelerator.num_processes
+            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[clock][0]]
+
+    def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
+        if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up
+            return
+        rollout = text.rollout
+        rows = [None] * len(text) if reverse_kl_N is None else reverse_kl_N.split(rollout.row_counts)
+        finish = rollout.finish or ("stop",) * len(rollout)
+        rewards: Sequence[float | None] = text.rewards or [None] * len(rollout)
+        every = zip(text.prompts, self._completions(rollout, text.prompts), finish, rewards, rows, strict=True)
+        for prompt, completion, reason, reward, values in every:
+            self.run_folder.add_completion(
+                step=self.state.global_step + 1,
+                prompt=prompt.text,
+                completion=completion,
+                domain=prompt.domain,
+                finish=reason,
+                **({} if reward is None else {"reward": reward}),
+                reverse_kl=[] if values is None else values.tolist(),
+            )
+
+    def _logs_this_step(self) -> bool:
+        step, every = self.state.global_step + 1, max(int(self.state.logging_steps or 0), 1)
+        return self.model.training and (step % every == 0 or (step == 1 and self.args.logging_first_step))

@@ -1,0 +1,185 @@
+"""The texts of a round: who writes them, what they are worth, which contexts they are given, in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from llmdistill.compat import generation_ready
+from llmdistill.composition.batch import Text
+from llmdistill.composition.method import Method
+from llmdistill.errors import UserError
+from llmdistill.models.generation import HFRollouts
+from llmdistill.rollouts.engine import RolloutEngine
+from llmdistill.teachers.base import Teacher
+from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
+from llmdistill.texts.prompts import completed
+from llmdistill.texts.sources import Drawn, Round
+from llmdistill.training.contexts import ContextFunction, build_contexts
+from llmdistill.training.rewards import Reward, group_advantages
+from llmdistill.training.student_trainer import StudentTrainer
+
+
+class RoundTexts(StudentTrainer):
+    """The part of a trainer that makes the texts of an optimizer step."""
+
+    method: Method
+    judges: dict[str, Teacher]
+    reward: Reward | None
+    rollout_engine: RolloutEngine
+    context_functions: Mapping[str, ContextFunction]
+    eos_ids: Any
+    pad_id: int
+    vocab_size: int
+    _pushed: tuple[int, int]  # the stretch of push_every steps, and the step, last pushed
+
+    @property
+    def teacher(self) -> Teacher:
+        """The judge that the student is measured against.
+
+        Raises:
+            UserError: the method asks none.
+        """
+        judge = self.judges.get("teacher") or next(iter(self.judges.values()), None)
+        if judge is None:
+            raise UserError(
+                "this method asks no teacher, and there is none. Fix: teacher=MODEL to measure against one."
+            )
+        return judge
+
+    def draw(self, examples: Sequence[Any]) -> dict[str, Text]:
+        """The texts of a round."""
+        step, sampling = self.state.global_step, self._sampling(self.state.global_step)
+
+        def each(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
+            n = len(rollout) // len(of)
+            return rollout, [p for p in of for _ in range(n)]
+
+        def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # what no student wrote is neither stale nor off
+            return each(replace(rollout, policy_version=step, behavior_logprobs=None), of)
+
+        round_ = Round(
+            examples,
+            step,
+            self.state.max_steps,
+            self.args.seed,
+            self.accelerator.process_index,
+            self.args.rollouts.samples_per_prompt,
+            self.pad_id,
+            {
+                "student": lambda of: each(self._student_samples(of, sampling), of),
+                "dataset": lambda of: others(completed(of, self.pad_id), of),
+                "teacher": lambda of: others(self.teacher.generate(of, sampling), of),
+            },
+        )
+        return {name: self._text(round_, source) for name, source in self.method.texts.items()}
+
+    def _text(self, round_: Round, source: Any) -> Text:
+        rollout, prompts = source.draw(round_)
+        return Text(self.readable(rollout, prompts), prompts, author=round_.last_author)
+
+    def readable(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Rollout:
+        """The rollout with completions ended before an id that one of the models has no column for.
+
+        Heads are padded past the tokenizer by different amounts; what one model samples out there (rarely, after
+        training), another cannot read.
+
+        Raises:
+            UserError: for a prompt with such an id, which is the wrong tokenizer.
+        """
+        for prompt in prompts:
+            if max(prompt.ids, default=0) >= self.vocab_size:
+                raise UserError(
+                    f"the prompt of row {prompt.row} has the id {max(prompt.ids)}, and student and teacher have "
+                    f"{self.vocab_size} columns in common. Fix: a teacher with the student's vocabulary."
+                )
+        rollout, cut = rollout.within(self.vocab_size, self.pad_id)
+        if cut:
+            self.meters.add("rollout/cut_at_unreadable_id", cut)
+        return rollout
+
+    def _student_samples(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.
+        # In stretches and not at the multiples alone: the student need not be the one who writes there.
+        stretch = self.state.global_step // self.args.rollouts.push_every
+        if self._pushed[0] != stretch:
+            self._push(stretch)
+        return self.rollout_engine.generate(prompts, sampling)
+
+    def sync_engine(self) -> None:
+        """Puts the weights of now into the rollout engine for a measurement, unless they are there."""
+        if self._pushed[1] != self.state.global_step:
+            self._push(-1)
+
+    def samples_of_now(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        """What the student writes with the weights of now, for a measurement."""
+        step, every = self.state.global_step, self.args.rollouts.push_every
+        if self.is_in_train and self._pushed[0] == step // every and self._pushed[1] != step:
+            # The engine writes the rest of its stretch with the weights it has: looking does not change what is
+            # trained on.
+            beside = HFRollouts(eos_ids=self.eos_ids, pad_id=self.pad_id, ready=self._generating)
+            beside.sync(self.forward_model(), step)
+            return beside.generate(prompts, sampling)
+        self.sync_engine()
+        return self.rollout_engine.generate(prompts, sampling)
+
+    def _generating(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        return generation_ready(model, self.accelerator)
+
+    def _push(self, stretch: int) -> None:
+        self.rollout_engine.sync(self.forward_model(), self.state.global_step)
+        self._pushed = (stretch, self.state.global_step)
+
+    def _sampling(self, step: int) -> Sampling:
+        r = self.args.rollouts
+        seed = request_seed(self.args.seed, step, self.accelerator.process_index)
+        return Sampling(r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.samples_per_prompt, seed)
+
+    def _rewards(self, text: Text) -> Text:
+        """The text with the task reward of every sequence, and its advantage over the samples of a prompt."""
+        if self.reward is None:
+            return text
+        with self.meters.timed("time/reward"):
+            written = self._completions(text.rollout, text.prompts, skip_special_tokens=True)
+            rewards = [float(r) for r in self.reward(text.prompts, written)]
+        if len(rewards) != len(text):
+            raise UserError(f"the reward returned {len(rewards)} numbers for {len(text)} completions")
+        if bad := [(p.row, r) for p, r in zip(text.prompts, rewards, strict=True) if not math.isfinite(r)]:
+            raise UserError(f"the reward is {bad[0][1]} on row {bad[0][0]}; it must be a finite number. Fix: return 0.")
+        self.meters.add("rollout/reward", sum(rewards), len(rewards))
+        group = self.args.rollouts.samples_per_prompt
+        compared = any("advantage" in term.reads for term in self.method.terms)
+        advantages = group_advantages(rewards, group) if compared else [0.0] * len(rewards)
+        return replace(text, rewards=rewards, advantages=advantages)
+
+    def _in_new_contexts(self, text: Text) -> Text:
+        """The text with the contexts that are built from what was sampled and how it was rewarded."""
+        if not self.context_functions:
+            return text
+        return build_contexts(
+            text, self.context_functions, self.encode, self.args.rollouts.samples_per_prompt, self._completions
+        )
+
+    def _in_order(self, texts: dict[str, Text]) -> dict[str, Text]:
+        """Neighbours in length share a micro-batch: less padding. Texts that a group loss reads keep together.
+
+        Ties keep their order, so a round is reproducible.
+        """
+        together = {name: term.texts for term in self.method.terms if term.group is not None for name in term.texts}
+        ordered = {}
+        for name, text in texts.items():
+            lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in together.get(name, (name,))]
+            longest = [max(column) for column in zip(*lengths, strict=True)]
+            ordered[name] = text.reorder(sorted(range(len(text)), key=lambda i: longest[i]))
+        return ordered
+
+    def _completions(self, rollout: Rollout, prompts: Sequence[Prompt], skip_special_tokens: bool = False) -> list[str]:
+        """All that was written, also what the loss leaves out."""
+        ends = rollout.attention_mask.sum(1).tolist()
+        written = [ids[len(p.ids) : end].tolist() for ids, p, end in zip(rollout.input_ids, prompts, ends, strict=True)]
+        return self.encode.tokenizer.batch_decode(written, skip_special_tokens=skip_special_tokens)
