@@ -21,12 +21,16 @@ from trl import DistillationConfig as TRLDistillationConfig
 from trl import DistillationTrainer as TRLDistillationTrainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from llmdistill import methods as compositions
+from llmdistill.methods.sdpo import SUCCESS
 from llmdistill.opd import OPDConfig, OPDTrainer
-from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.config import DataConfig, RolloutConfig
 from llmdistill.record.run_folder import RunFolderCallback
 from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.taid import TAIDConfig, TAIDTrainer
 from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.student import StudentTeacher
+from llmdistill.training.method_trainer import MethodTrainer
 
 Row = dict[str, str]
 
@@ -159,6 +163,67 @@ def opd(source: str, sequences: str, **objective: Any) -> Callable[[Setting], Tr
     return build
 
 
+def composed(name: str, source: str = "fresh", **objective: Any) -> Callable[[Setting], Trainer]:
+    """A method of llmdistill.methods."""
+
+    def build(s: Setting) -> Trainer:
+        args = compositions.config_class(name)(**s.ours(), **objective)
+        return built(MethodTrainer, s, s.model, args, s.teacher, train_dataset=rows_of(s, source))
+
+    return build
+
+
+def told(name: str, judge: Teacher | None = None, **objective: Any) -> Callable[[Setting], Trainer]:
+    """One whose judge, by default the track's teacher, reads the true completion behind the prompt."""
+
+    def build(s: Setting) -> Trainer:
+        args = compositions.config_class(name)(**s.ours(), **objective)
+        data, contexts = DataConfig(contexts={"solution": "completion"}), {"teacher": "solution"}
+        rows = rows_of(s, "labelled")
+        return built(
+            MethodTrainer, s, s.model, args, judge or s.teacher, train_dataset=rows, data=data, contexts=contexts
+        )
+
+    return build
+
+
+def sibling(row: Row, completions: list[str], rewards: list[float] | None) -> list[str | None]:
+    """SDPO's, without the words that this tokenizer has not got."""
+    right = [i for i, reward in enumerate(rewards or []) if reward >= SUCCESS]
+    chosen = [next((j for j in right if j != i), None) for i in range(len(completions))]
+    return [None if j is None else completions[j] for j in chosen]
+
+
+def answered(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    """1 where the answer at the end is the true one's."""
+    pairs = zip(prompts, completions, strict=True)
+    return [float(text.rpartition(";")[2] == p.answer.rpartition(";")[2]) for p, text in pairs]
+
+
+def sdpo(samples: int) -> Callable[[Setting], Trainer]:
+    def build(s: Setting) -> Trainer:
+        ours = {**s.ours(), "per_device_train_batch_size": max(1, s.batch // samples)}
+        ours["rollouts"] = RolloutConfig(max_new_tokens=longest(), samples_per_prompt=samples)
+        data = DataConfig(contexts={"sibling": "methods:sibling"}, answer_column="completion")
+        return built(
+            MethodTrainer,
+            s,
+            s.model,
+            compositions.config_class("sdpo")(**ours, top_k=8),  # of sixteen columns
+            StudentTeacher("ema", 0.95),
+            train_dataset=rows_of(s, "labelled"),
+            data=data,
+            contexts={"teacher": "sibling"},
+            reward=answered,
+        )
+
+    return build
+
+
+def opsd(s: Setting) -> Trainer:
+    return told("opsd", StudentTeacher("initial"))(s)
+
+
 def opd_of_one(s: Setting) -> Trainer:
     """OPD with the first of several experts as the teacher of all prompts: what merging them adds to."""
     first = next(iter(s.teacher.members.values()))  # type: ignore[attr-defined]
@@ -243,6 +308,17 @@ METHODS = {
     "exopd_0.5": exopd(0.5),
     "exopd_1.25": exopd(1.25),
     "exopd_1.5": exopd(1.5),
+    # Compositions of llmdistill.methods.
+    "distillm2": Method("DistiLLM-2", "fresh", "student", composed("distillm2")),
+    "sampled_f": Method("sampled Jensen-Shannon", "fresh", "student", composed("sampled_f")),
+    "vopd": Method("vOPD, top-8 baseline", "fresh", "student", composed("vopd", top_k=8)),
+    "tip": Method("TIP, half of the tokens", "fresh", "student", composed("tip")),
+    "entropy_aware": Method("entropy-aware OPD", "fresh", "student", composed("entropy_aware", top_k=8)),
+    "selected": Method("prefix OPD, 15 tokens", "fresh", "student", composed("selected", first=15)),
+    "layers": Method("OPD and last layer, cosine", "fresh", "student", composed("layers")),
+    "context": Method("OPD, teacher told the truth", "labelled", "student", told("context_distillation")),
+    "opsd": Method("OPSD", "labelled", "student", opsd),
+    "sdpo": Method("SDPO, 8 samples", "labelled", "student", sdpo(8)),
     "trl": Method("TRL DistillationTrainer", "fresh", "student", trl_distillation),
     "opd_one": Method("OPD, addition expert for all", "fresh", "student", opd_of_one),
     # Teacher hacking: one objective, three sources of text.

@@ -1,0 +1,54 @@
+"""The arena's cells of llmdistill.methods: each is built and takes two steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import methods
+import pytest
+import torch
+from models import TOKENIZER, Size
+from task import problems
+from tracks import TRACKS
+from transformers import TrainerCallback
+
+from llmdistill import methods as compositions
+from llmdistill.teachers.local import LocalTeacher
+
+CELLS = ["distillm2", "sampled_f", "vopd", "tip", "entropy_aware", "selected", "layers", "context", "opsd", "sdpo"]
+
+
+class Curve(TrainerCallback):
+    tokens = 0
+    sequences = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 2
+
+
+def test_every_method_of_the_package_has_a_cell() -> None:
+    assert len(CELLS) == len(compositions.names())
+    assert set(CELLS) <= set(TRACKS["main"].methods)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_it_trains(tmp_path: Path, cell: str) -> None:
+    torch.manual_seed(0)
+    size = Size(16, 1, 2, 32)
+    rows = [p.row() for p in problems(16, 3)]
+    setting = methods.Setting(
+        model=size.build(0),
+        teacher=LocalTeacher(size.build(1), TOKENIZER),
+        data=methods.Data(labelled=rows, fresh=rows),
+        curve=Curve(),  # type: ignore[arg-type]
+        folder=tmp_path,
+        seed=0,
+        lr=1e-3,
+        batch=8,
+        steps=2,
+    )
+    trainer = methods.METHODS[cell].build(setting)
+    assert math.isfinite(trainer.train().training_loss)
+    assert setting.curve.tokens > 0 and trainer.state.global_step == 2
