@@ -68,6 +68,10 @@ def local(model: Any = None, tokenizer: Any = None) -> LocalTeacher:
     return LocalTeacher(model or tiny.llama(2), tokenizer or tiny.tokenizer())
 
 
+def listed(estimator: str) -> dict[str, int]:
+    return {"top_k": 8} if estimator == "top_k" else {}
+
+
 # ---------------------------------------------------------------- the whole
 
 
@@ -81,7 +85,7 @@ def test_a_sound_run_passes_every_check(make_trainer: Make) -> None:
 def test_looking_changes_nothing(make_trainer: Make, estimator: str) -> None:
     """Random state, modes, weights, gradients and clocks are as before: a resumed run must stay bitwise the same."""
     teacher = local()
-    trainer = make_trainer(teacher=teacher, estimator=estimator, top_k=8)
+    trainer = make_trainer(teacher=teacher, estimator=estimator, **listed(estimator))
     trainer.model.train()
     weights = [p.clone() for p in (*trainer.model.parameters(), *teacher.model.parameters())]
     state = torch.get_rng_state()
@@ -417,7 +421,7 @@ def two(a: Any = None, b: Any = None, rest: bool = False) -> RoutedTeacher:
 def test_a_sound_run_with_two_teachers_passes_every_check(make_trainer: Make, estimator: str) -> None:
     """Every check looks at both, the self-check through the router, and looking changes nothing."""
     rows = in_domains(tiny.rows(12, completion=False))
-    trainer = make_trainer(teacher=two(), train=rows[:8], heldout=rows[8:], estimator=estimator, top_k=8)
+    trainer = make_trainer(teacher=two(), train=rows[:8], heldout=rows[8:], estimator=estimator, **listed(estimator))
     findings = preflight(trainer)
     assert {f.check for f in findings if f.level == "ok"} == set(NAMES)
     for check in ("tokenizers", "eos-pad", "chat-template", "head", "self"):
