@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmdistill.compat import random_state_kept
 from llmdistill.composition.batch import MicroBatch, Slice
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.models.layers import captured
@@ -94,12 +95,11 @@ def loss_on(
         for s, share in on_layers:
             assert s.term.hidden is not None
             states = [view.rows(states_by_layer[layer])[s.rows] for layer in s.term.hidden.student]
-            value = _hidden(s, states, helpers or {}, result) * (share / largest)
-            if metrics and value.requires_grad:
-                gradients = torch.autograd.grad(value, states, retain_graph=True, allow_unused=True)
-                norms = [float(g.float().square().sum()) for g in gradients if g is not None]
-                result.terms[s.term.name].squared_norm = sum(norms) * largest**2
-            found["loss"] = found["loss"] + value
+            norm = _squared_norm(s, states, helpers or {}) * share**2 if metrics else 0.0
+            losses_n = _hidden(s, states, helpers or {})
+            loss_sum = losses_n.sum() if s.weights_N is None else (losses_n * s.weights_N).sum()
+            result.terms[s.term.name] = TermResult(float(loss_sum.detach()), {}, losses_n.detach(), {}, {}, norm)
+            found["loss"] = found["loss"] + loss_sum * (share / largest)
         return found["loss"]
 
     layers = [layer for s, _ in on_layers if s.term.hidden is not None for layer in s.term.hidden.student]
@@ -132,16 +132,27 @@ def _group(s: Slice, rows_NH: Tensor, head: Head, options: Mapping[str, Any], re
     return weights_N, value.detach()
 
 
-def _hidden(s: Slice, states: list[Tensor], helpers: Mapping[str, nn.Module], result: Result) -> Tensor:
-    """The weighted sum of a loss on hidden states."""
+def _hidden(s: Slice, states: list[Tensor], helpers: Mapping[str, nn.Module]) -> Tensor:
+    """A loss on hidden states, [n], unweighted."""
     assert s.term.hidden is not None
     count = s.rows.stop - s.rows.start
     with torch.autocast(states[0].device.type, enabled=False):  # losses are in float32 whatever the model's dtype
         evidence = s.evidence.chunk(slice(0, count), None)
-        losses_n = s.term.hidden.loss([x.float() for x in states], *evidence, helpers=helpers)
-    losses_n = losses_n if s.weights_N is None else losses_n * s.weights_N
-    result.terms[s.term.name] = TermResult(float(losses_n.detach().sum()), {}, losses_n.detach(), {})
-    return losses_n.sum()
+        return s.term.hidden.loss([x.float() for x in states], *evidence, helpers=helpers)
+
+
+def _squared_norm(s: Slice, states: list[Tensor], helpers: Mapping[str, nn.Module]) -> float:
+    """Of the gradient that a loss on hidden states has there, before its weight and denominator.
+
+    From a graph of its own, gone before the one that is trained on is made: ZeRO-3 counts how often a helper is run
+    forward and backward, and lets go of its weights accordingly.
+    """
+    leaves = [x.detach().requires_grad_() for x in states]
+    with random_state_kept(), torch.enable_grad():
+        losses_n = _hidden(s, leaves, helpers)
+        total = losses_n.sum() if s.weights_N is None else (losses_n * s.weights_N).sum()
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return sum(float(g.float().square().sum()) for g in gradients if g is not None)
 
 
 def _observer(

@@ -21,7 +21,7 @@ def attach(model: nn.Module, factories: Mapping[str, Factory], sizes: tuple[int,
     """Makes the helpers and hangs them below ``model``; their start depends on ``seed`` alone.
 
     Raises:
-        UserError: one of them has nothing to train.
+        UserError: one of them has nothing to train, or a parameter that is a scalar.
     """
     if factories:
         from transformers import set_seed
@@ -31,6 +31,11 @@ def attach(model: nn.Module, factories: Mapping[str, Factory], sizes: tuple[int,
     for name, helper in helpers.items():
         if not any(p.requires_grad for p in helper.parameters()):
             raise UserError(f"helper {name!r} has no parameters to train. Fix: leave it out, or make it a function.")
+        if bare := next((key for key, p in helper.named_parameters() if p.dim() == 0), None):
+            raise UserError(
+                f"helper {name!r} has the parameter {bare!r} without a dimension, which DeepSpeed cannot share. "
+                "Fix: torch.zeros(1) in place of torch.zeros(())."
+            )
     if factories:
         device = next(model.parameters()).device
         model.add_module(NAME, helpers.to(device))

@@ -96,8 +96,12 @@ def _refuse_adapted_ties(model: Any) -> None:
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Whole parameters inside: DeepSpeed's gathering under ZeRO-3, nothing otherwise."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
+    """Whole parameters inside: DeepSpeed's gathering under ZeRO-3, nothing otherwise.
+
+    Those that are whole already stay so, also afterwards: this may be entered within itself.
+    """
+    parameters = [p for p in parameters if compat.zero3_apart(p)]
+    if not parameters:
         return nullcontext()
     import deepspeed
 

@@ -58,12 +58,13 @@ class MIAlphaHead(nn.Module):
         super().__init__()
         self.critic = nn.Linear(student_size, teacher_size, bias=False)
         self.baseline = nn.Linear(student_size, 1)
-        self.alpha_logit = nn.Parameter(torch.zeros(()))
+        self.alpha_logit = nn.Parameter(torch.zeros(1))  # DeepSpeed shares no parameter without a dimension
 
     def forward(self, student_nH: Tensor, teacher_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [n, N] of n student states with N teacher states, baselines [n], alpha_logit."""
+        """Scores [n, N] of n student states with N teacher states, baselines [n], alpha_logit, a scalar."""
         scores = self.critic(student_nH) @ teacher_NH.T / math.sqrt(teacher_NH.shape[-1])
-        return scores, self.baseline(student_nH).squeeze(-1), self.alpha_logit
+        # Not the parameter itself: ZeRO-3 has let go of it by the time that a caller reads it.
+        return scores, self.baseline(student_nH).squeeze(-1), self.alpha_logit.sum()
 
 
 def mi_alpha_rows(head: MIAlphaHead | nn.Module, student_nH: Tensor, teacher_NH: Tensor, index_n: Tensor) -> Tensor:

@@ -147,7 +147,9 @@ def self_(s: Subject) -> Iterator[Finding]:
         yield notice("not checked: no term compares the student with a judge, row by row and by itself")
         return
     for side in s.sides:
-        if side.model is None:
+        if side.model is s.student and s.sharded:
+            yield notice(s.says(side, "not checked: ZeRO-3 holds the student in shards until training starts"))
+        elif side.model is None:
             where = "runs in another engine" if is_live(side.teacher) else "is read from disk"
             yield notice(s.says(side, f"not checked: the teacher {where} and cannot stand in the student's place"))
         else:

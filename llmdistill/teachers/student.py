@@ -6,7 +6,7 @@ is not the student of now (a trust region around its start).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmdistill import compat
 from llmdistill.errors import UserError
 from llmdistill.models.heads import forward_to_head, head_of
 from llmdistill.models.helpers import NAME as HELPERS
@@ -23,7 +24,7 @@ from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
-from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.views import plain
 from llmdistill.tokenization.special import context_length, eos_ids
@@ -106,8 +107,10 @@ class StudentTeacher:
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """As :meth:`~llmdistill.teachers.local.LocalTeacher.score`."""
-        with gathered([p for p in head_of(self._bound).linear.parameters()]):
-            return LocalTeacher.score(self, rollout, top_k, chosen)  # type: ignore[arg-type]
+        refuse_wider(top_k, self.head.vocab_size)
+        rows = self.dense(rollout)
+        with gathered(list(rows.lm_head.parameters())):  # not before: a forward pass lets go of what it has gathered
+            return blocks_of(rows, rollout, top_k, chosen, self.info(), self.chunk_tokens)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Refused: what the student writes comes from the rollout engine.
@@ -146,6 +149,7 @@ class StudentTeacher:
     def step(self) -> None:
         """Moves the average after an optimizer step."""
         if self.which == "ema":
+            self._fit()
             for name, parameter in self._trained():
                 self.average[name].lerp_(_own(parameter).float(), 1.0 - self.decay)
 
@@ -156,15 +160,42 @@ class StudentTeacher:
 
     def state_dict(self) -> dict[str, Any]:
         """The average: of this rank's part where weights are sharded, else of all."""
-        return {"which": self.which, "average": self.average} if self.average else {}
+        self._fit()
+        return {"which": self.which, "average": self.average, "sizes": self._sizes()} if self.average else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for an average of other weights, or of other shards."""
-        shapes = {name: tuple(x.shape) for name, x in state.get("average", {}).items()}
-        if shapes != {name: tuple(x.shape) for name, x in self.average.items()}:
-            raise ValueError("its average of the student has other weights, or those of other shards")
-        for name, value in state.get("average", {}).items():
-            self.average[name].copy_(value)
+        """Takes a whole average wherever, and shards also where the weights will only be sharded when training begins.
+
+        Raises:
+            ValueError: it is an average of other weights, or of other shards.
+        """
+        self._fit()
+        given = state.get("average", {})
+        if state.get("sizes", {}) != self._sizes() or given.keys() != self.average.keys():
+            raise ValueError("its average of the student is of other weights")
+        self.average = {name: value.to(self.average[name], copy=True) for name, value in given.items()}
+        if self.sharded:
+            self._fit()
+
+    def _sizes(self) -> dict[str, int]:
+        """Elements of every whole weight that the average has."""
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in self._trained() if name in self.average}
+
+    def _fit(self) -> None:
+        """Cuts a whole average to this rank's part of weights that have been sharded since it was made or read.
+
+        Raises:
+            UserError: it is of other shards.
+        """
+        for name, parameter in self._trained() if self.average else ():
+            if self.average[name].shape != _own(parameter).shape:
+                try:
+                    self.average[name] = compat.zero3_part(self.average[name], parameter)
+                except ValueError as error:
+                    raise UserError(
+                        f"the checkpoint's average of the student cannot be read: {error}. Fix: resume with as many "
+                        "processes, and the launch file, that wrote it."
+                    ) from error
 
     @property
     def _bound(self) -> PreTrainedModel:
@@ -180,18 +211,25 @@ class StudentTeacher:
         """The student in evaluation mode with the weights it judges with; put back as it was, bit for bit."""
         model = self._bound
         off = model.disable_adapter() if self._adapter_off else nullcontext()  # type: ignore[operator]
-        with evaluating(model), off:
+        # Before training there is no engine yet to gather what ZeRO-3 sharded while loading.
+        sharded = list(model.parameters()) if self.forward_model() is model else []
+        with evaluating(model), off, gathered(sharded):
             if not self.average:
                 yield
                 return
+            self._fit()
             kept = {name: _own(p).detach().clone() for name, p in self._trained()}
             try:
-                for name, parameter in self._trained():
-                    _own(parameter).data.copy_(self.average[name])
+                self._put(self.average)
                 yield
             finally:
-                for name, parameter in self._trained():
-                    _own(parameter).data.copy_(kept[name])
+                self._put(kept)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Makes these the trained weights: this rank's parts, and what is whole at the moment and is made of parts."""
+        for name, parameter in self._trained():
+            _own(parameter).data.copy_(values[name])
+        compat.zero3_renew([parameter for _, parameter in self._trained()])
 
     def _head_now(self, linear: nn.Linear) -> nn.Linear:
         """The head of the judge: the student's, or a copy where other weights are only there for a while."""

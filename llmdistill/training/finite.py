@@ -82,7 +82,7 @@ def usable(model: nn.Module) -> bool:
 
 
 def _usable(parameter: Tensor) -> bool:
-    values = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's shard, else all of it
+    values = compat.zero3_own(parameter).detach()  # ZeRO-3's shard, else all of it
     values = values.to_local() if hasattr(values, "to_local") else values  # FSDP2's
     if values.numel() == 0:
         return True
