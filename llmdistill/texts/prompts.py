@@ -146,12 +146,15 @@ class PromptEncoder:
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"row {index}: {column} is empty. Fix: --data.text_column NAME, or remove the row.")
             ids = [*self.tokenizer(text)["input_ids"], *([] if eos is None else [eos])]
-            domain = row.get(self.config.domain_column)
+            domain, weight = row.get(self.config.domain_column), self.weight(row, index)
+            if isinstance(weight, tuple):
+                raise UserError(
+                    f"row {index}: {self.config.weight_column} is a list, and a document has one weight. Fix: a number."
+                )
             for start in range(0, max(len(ids) - 1, 1), size - 1):
                 window = ids[start : start + size]
                 if len(window) > 1:
                     name = None if domain is None else str(domain)
-                    weight = self.weight(row, index)
                     windows.append(Prompt(window[:1], "", name, index, tuple(window[1:]), weight=weight))
         if not windows:
             raise UserError("no document is left: none has two tokens. Fix: other data.")
