@@ -54,13 +54,17 @@ def shared(options: argparse.Namespace) -> dict[str, Any]:
         max_steps=options.steps + 1,
         per_device_train_batch_size=options.batch,
         learning_rate=0.0,
-        bf16=True,
+        bf16=not options.float32,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         logging_steps=1000,
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def teacher_dtype(options: argparse.Namespace) -> torch.dtype:
+    return torch.float32 if options.float32 else torch.bfloat16
 
 
 def ours(options: argparse.Namespace, rows: list[dict[str, Any]], engine: str) -> list[float]:
@@ -71,7 +75,7 @@ def ours(options: argparse.Namespace, rows: list[dict[str, Any]], engine: str) -
     trainer = OPDTrainer(
         AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32),
         args,
-        AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(options.teacher, dtype=teacher_dtype(options)),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(options.student),
         callbacks=[clock],
@@ -90,7 +94,7 @@ def trl(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[float]:
     args = DistillationConfig(**shared(options), max_completion_length=options.new_tokens, beta=1.0)
     trainer = DistillationTrainer(
         AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32),
-        AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(options.teacher, dtype=teacher_dtype(options)),
         args,
         Dataset.from_list([{"prompt": r["prompt"]} for r in rows]),
         processing_class=AutoTokenizer.from_pretrained(options.student),
@@ -102,7 +106,7 @@ def trl(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[float]:
 
 def floor(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[float]:
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.bfloat16).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=teacher_dtype(options)).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.student, padding_side="left")
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
     ends = []
@@ -117,13 +121,13 @@ def floor(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[float
         )
         width, new = prompts["input_ids"].shape[1], options.new_tokens
         student.eval()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
             ids = student.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new)
         student.train()
         mask = torch.cat([prompts["attention_mask"], torch.ones(len(batch), new, dtype=torch.long)], 1)
         with torch.no_grad():
             log_t = teacher(ids, attention_mask=mask, logits_to_keep=new + 1).logits[:, :-1].float().log_softmax(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
             logits = student(ids, attention_mask=mask, logits_to_keep=new + 1).logits[:, :-1]
         log_s = logits.float().log_softmax(-1)
         (log_s.exp() * (log_s - log_t)).sum(-1).mean().backward()
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: for a CPU without the instructions")
     parser.add_argument("--without", nargs="*", default=[], choices=["floor", "ours", "ours_vllm", "trl"])
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
