@@ -33,8 +33,14 @@ def check_parts(trainer: Parts) -> None:
     """Called by the trainer's constructor.
 
     Raises:
-        UserError: a term whose expectation is over the student's tokens is on text that others wrote.
+        UserError: a term whose expectation is over the student's tokens is on text that others wrote, or documents are
+            to be answered.
     """
+    if trainer.data_config.text_column and (authors := sorted(trainer.method.uses - {"dataset"})):
+        raise UserError(
+            f"data.text_column is {trainer.data_config.text_column!r}, and the method trains on text of "
+            f"{', '.join(authors)}: a document has no prompt to be answered. Fix: --sequences dataset."
+        )
     for term in trainer.method.terms:
         uses = frozenset().union(*(trainer.method.texts[text].uses for text in term.texts))
         if term.on_student and uses != {"student"}:

@@ -129,6 +129,7 @@ class Measurable(Protocol):
 
     accelerator: Any
     args: Any
+    data_config: Any
     model: Any
     model_wrapped: Any
     state: Any
@@ -207,6 +208,8 @@ class HeldOut:
         t = self.trainer
         if not is_live(t.teacher):
             return {} if self._reason(prompts) else {"dataset": completed(prompts, t.pad_id)}
+        if t.data_config.text_column:  # a document has no prompt that anybody could answer
+            return {"dataset": completed(prompts, t.pad_id)}
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)

@@ -105,6 +105,23 @@ def test_methods_train_on_them(tmp_path: Path, which: str) -> None:
     assert len([x for x in t.state.log_history if "loss" in x]) == 2
 
 
+def test_a_document_is_not_answered(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"train_dataset": ROWS, "processing_class": tiny.tokenizer(), "data": DATA}
+    with pytest.raises(UserError, match="trains on text of student: a document has no prompt to be answered. Fix: "):
+        OPDTrainer(tiny.llama(1), args(OPDConfig, tmp_path), tiny.llama(2), **more)
+
+
+def test_held_out_documents_are_measured_as_they_stand(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"train_dataset": ROWS[1:], "eval_dataset": ROWS[:1], "processing_class": tiny.tokenizer()}
+    student = tiny.llama(1)
+    t = OPDTrainer(student, args(OPDConfig, tmp_path, sequences="dataset"), tiny.llama(2), data=DATA, **more)
+    found = t.evaluate()
+    rows = [(w.ids, w.completion, None, [0.0] * len(w.completion)) for w in t.eval_dataset or []]
+    s, q = torch.cat(rounds.logps(student, rows)), torch.cat(rounds.logps(tiny.llama(2), rows))
+    assert found["eval_dataset/reverse_kl"] == pytest.approx(float(rounds.kl(s, q).mean().detach()), rel=1e-4)
+    assert found["eval_loss"] == found["eval_dataset/forward_kl"] and "eval_student/reverse_kl" not in found
+
+
 def test_from_a_recipe(command: list[str], tmp_path: Path) -> None:
     import json
 
