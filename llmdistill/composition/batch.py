@@ -208,6 +208,10 @@ def micro_batches(
     batches = []
     for k in range(parts):
         own = {n: texts[n].reorder(range(*bounds[n][k])) for n in names if bounds[n][k][0] < bounds[n][k][1]}
+        if not own:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
+            rollout = texts[names[0]].reorder([0]).rollout.to(device)
+            batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name]))
+            continue
         shares = dict(zip(own, in_turn([text.rollout.num_rows for text in own.values()]), strict=True))
         slices = []
         for term in terms:

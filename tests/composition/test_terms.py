@@ -347,3 +347,13 @@ def mean_of(mean: str, rows: Judged) -> float:
     if mean == "token":
         return float(sum((w * x * loss).sum() for w, x, loss in rows) / sum((w * x).sum() for w, x, _ in rows))
     return float(sum(w * (x * loss).sum() / x.sum() for w, x, loss in rows) / sum(w for w, *_ in rows))
+
+
+def test_a_round_of_fewer_sequences_than_micro_batches(tmp_path: Path) -> None:
+    """The micro-batches that get none make a pass in which nothing counts; the loss is that of one micro-batch."""
+    t = trainer(tmp_path, (Term("kl", divergences.reverse_kl, (Ask("teacher"),), text="a"),))
+    alone = {"a": text(A[:1])}
+    one, several = t.batches(alone, 1), t.batches(alone, 3)
+    losses = [t.compute_loss(t.model.train(), {"micro_batch": b}).item() for b in several]
+    assert len(several) == 3 and sum(loss != 0 for loss in losses) == 1
+    assert sum(losses) == t.compute_loss(t.model, {"micro_batch": one[0]}).item()
