@@ -103,8 +103,10 @@ class Skew(Schedule):
 
     def derive(self, rows: Rows) -> Mapping[str, Tensor]:
         if self.anchor is None:
-            self.anchor = float(self._gap(rows.everywhere, rows.counts_everywhere).mean())
-        alpha_B = loss.adaptive_alpha(self._gap(rows.values, rows.counts), self.anchor, base=self.alpha)
+            counted = torch.tensor(rows.counts_everywhere) > 0
+            gaps = self._gap(rows.everywhere, rows.counts_everywhere)[counted]
+            self.anchor = float(gaps.mean()) if len(gaps) else None  # a round without a token is not the first
+        alpha_B = loss.adaptive_alpha(self._gap(rows.values, rows.counts), self.anchor or 0.0, base=self.alpha)
         return {"alpha": alpha_B.repeat_interleave(torch.tensor(rows.counts))}
 
     def _gap(self, values: Mapping[str, Tensor], counts: tuple[int, ...]) -> Tensor:

@@ -45,5 +45,7 @@ class Selection:
 
     def derive(self, rows: Rows) -> Mapping[str, Tensor]:
         h, d = rows.everywhere["h"], rows.everywhere["d"]
+        if not len(h):  # every completion was cut off, and those are left out
+            return {"weight": h}
         kept = keep_top(tip_scores(h, d, extremes(h, d)), self.keep)
         return {"weight": kept[rows.first : rows.first + len(rows.values["h"])]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,34 @@ def test_a_student_that_says_what_its_judge_says_has_no_loss_and_no_gradient(
     assert abs(loss) < 2e-6
     assert all(float(g.abs().max()) < 2e-5 for g in found.values())
     assert abs(rounds.gradients(trainer(tmp_path / "b", case), texts(case))[0]) > 1e-4  # it does see a difference
+
+
+def masked(text: Any, sequences: Any) -> Any:
+    counted = text.rollout.completion_mask.clone()
+    counted[sequences] = False
+    return dataclasses.replace(text, rollout=dataclasses.replace(text.rollout, completion_mask=counted))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_round_without_a_counted_token_has_no_loss(tmp_path: Path, case: str, parts: int) -> None:
+    """As after rollouts.mask_truncated, where every completion was cut off: 0, and no NaN, in loss and gradients."""
+    t = trainer(tmp_path, case)
+    given = texts(case)
+    given = given if isinstance(given, dict) else {"main": given}
+    loss, found = rounds.gradients(t, {name: masked(text, slice(None)) for name, text in given.items()}, parts)
+    assert loss == 0.0 and all(not g.any() for g in found.values())
+    whole, _ = rounds.gradients(t, given)
+    assert whole == pytest.approx(rounds.gradients(trainer(tmp_path / "b", case), given)[0], rel=1e-6)  # nothing stays
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sequence_without_a_counted_token_is_as_none(tmp_path: Path, case: str) -> None:
+    given = texts(case)
+    given = given if isinstance(given, dict) else {"main": given}
+    kept = [0, 2, 3]
+    loss, found = rounds.gradients(trainer(tmp_path / "a", case), {n: masked(x, 1) for n, x in given.items()}, 2)
+    without = {n: x.reorder(kept) for n, x in given.items()}
+    expected, by_hand = rounds.gradients(trainer(tmp_path / "b", case), without, 1)
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    rounds.assert_same(found, by_hand, 5e-5)
