@@ -63,7 +63,7 @@ test: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 test: lint
 	@$(PY) data/quickstart_models.py
 	@$(PY) data/quickstart_prompts.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "slow or not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not proof" $(PYTEST_ARGS)
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2

@@ -1,0 +1,295 @@
+"""What a composition can hold is trained by two processes as by one: DDP, ZeRO-2 and ZeRO-3 over gloo, LoRA too.
+
+One launch a layout; what is trained there is in ``methods_worker.CASES``. Everything is compared with one process to
+1e-5; what was measured is 4e-7 at most, and a resumed run equals its own undisturbed one bit for bit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.distributed import worker
+from tests.distributed.methods_worker import CASES, STEPS
+from tests.distributed.test_distributed import ROOT
+
+SEVERAL = ("two_processes", "zero2", "zero3")
+STAGE = {"one_process": None, "two_processes": None, "zero2": 2, "zero3": 3}
+TIME_LIMIT = 600  # seconds a launch; 60 to 120 on two busy cores
+RESUMED = [name for name, case in CASES.items() if case.resumed]
+JUDGED = [name for name, case in CASES.items() if case.judge]
+AVERAGED = [
+    name for name in JUDGED if CASES[name].judge == "ema" or (CASES[name].judge, CASES[name].lora) == ("initial", False)
+]
+HELPED = ("cosine", "mi_alpha", "mi_alpha_lora")
+
+
+def begin(config: str, *command: str) -> subprocess.Popen[str]:
+    """Starts ``accelerate launch`` on the CPU, as the leader of a process group."""
+    launcher = ("WORLD_SIZE", "RANK", "LOCAL_", "MASTER_", "ACCELERATE_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    env |= dict(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *command]
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, **pipes)
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """Waits for a launch and leaves no process behind. What it said, where it went well."""
+    try:
+        output, _ = process.communicate(timeout=TIME_LIMIT)
+    finally:
+        kill(process)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and to all that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+class Layout:
+    """What one launch saw."""
+
+    def __init__(self, folder: Path, config: str) -> None:
+        self.folder = folder / config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{config}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (self.folder / "done").exists():
+                end(begin(config, "-m", "tests.distributed.methods_worker", str(self.folder)))
+                (self.folder / "done").touch()
+        files = sorted(self.folder.glob("rank-*.json"))
+        self.ranks: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+
+    def numbers(self, case: str, run: str = "undisturbed", rank: int = 0) -> dict[str, Any]:
+        found: dict[str, Any] = self.ranks[rank][case][run]
+        return found
+
+    def tensors(self, case: str, run: str = "undisturbed") -> dict[str, dict[str, torch.Tensor]]:
+        found: dict[str, Any] = torch.load(self.folder / f"{case}.pt")
+        return found[run]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Launch file -> what was seen; every file is launched once, whatever the number of pytest's own processes."""
+    known, base = dict[str, Layout](), tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+
+    def of(config: str) -> Layout:
+        if config not in known:
+            known[config] = Layout(folder, config)
+        return known[config]
+
+    return of
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Nested numbers by their path."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {path: x for key, inner in items for path, x in flat(inner, f"{at}/{key}").items()}
+    return {at: value}
+
+
+def close(found: Any, expected: Any) -> None:
+    found, expected = flat(found), flat(expected)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for path, value in expected.items():
+        assert found[path] == (pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value), path
+
+
+def close_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_two_processes_train_as_one_does(layouts: Any, config: str, case: str) -> None:
+    """Losses, those of each term, the norms of their gradients, every other metric, and the weights in the end."""
+    alone, found = layouts("one_process"), layouts(config)
+    numbers, expected = found.numbers(case), alone.numbers(case)
+    assert (numbers["processes"], numbers["zero_stage"]) == (2, STAGE[config])
+    assert len(expected["lines"]) == STEPS and all(line["grad_norm"] > 0 for line in expected["lines"])
+    close(numbers["lines"], expected["lines"])
+    close_tensors(found.tensors(case)["weights"], alone.tensors(case)["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("config", ("one_process", *SEVERAL))
+def test_a_resumed_run_is_the_undisturbed_one(layouts: Any, config: str, case: str) -> None:
+    """Weights, averages, helpers and schedules too, bit for bit."""
+    found = layouts(config)
+    whole, resumed = found.numbers(case), found.numbers(case, "resumed")
+    assert resumed["began"] == STEPS // 2
+    for what in ("lines", "heard", "schedules"):
+        assert resumed[what] == whole[what], what
+    for kind, tensors in found.tensors(case).items():
+        close_tensors(found.tensors(case, "resumed")[kind], tensors, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SEVERAL)
+def test_terms_are_logged_with_their_losses_and_norms(layouts: Any, config: str) -> None:
+    for line in layouts(config).numbers("two_terms")["lines"]:
+        assert all(line[f"distill/{term}/{name}"] > 0 for term in ("kl", "labels") for name in ("loss", "grad_norm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ("two_terms", "two_terms_lora"))
+@pytest.mark.parametrize("config", SEVERAL)
+def test_a_schedule_hears_the_same_on_every_rank_and_as_in_one_process(layouts: Any, config: str, case: str) -> None:
+    alone, found = layouts("one_process").numbers(case)["heard"], layouts(config)
+    assert [told["step"] for told in alone] == list(range(1, STEPS + 1))
+    assert {"kl/domain/a", "kl/domain/b", "kl/author/student", "labels/author/dataset"} <= alone[0]["groups"].keys()
+    assert found.numbers(case)["heard"] == found.numbers(case, rank=1)["heard"]
+    close(found.numbers(case)["heard"], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SEVERAL)
+def test_the_state_of_a_survey_agrees(layouts: Any, config: str) -> None:
+    """DistiLLM-2's gap of the first round, of all ranks' sequences."""
+    alone, found = layouts("one_process").numbers("distillm2")["schedules"], layouts(config)
+    assert alone["on_student"]["anchor"] is not None
+    assert found.numbers("distillm2")["schedules"] == found.numbers("distillm2", rank=1)["schedules"]
+    close(found.numbers("distillm2")["schedules"], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", JUDGED)
+@pytest.mark.parametrize("config", ("one_process", *SEVERAL))
+def test_judging_moves_no_weight_of_the_student(layouts: Any, config: str, case: str) -> None:
+    for rank in range(len(layouts(config).ranks)):
+        numbers = layouts(config).numbers(case, rank=rank)
+        assert numbers["judged"] >= STEPS and numbers["moved"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", AVERAGED)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_the_average_is_that_of_one_process(layouts: Any, config: str, case: str) -> None:
+    """That all ranks agree on it, the worker asserts."""
+    alone, found = layouts("one_process").tensors(case), layouts(config).tensors(case)
+    assert alone["average"]
+    close_tensors(found["average"], alone["average"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HELPED)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_helpers_are_trained_alike_and_not_saved_with_the_student(layouts: Any, config: str, case: str) -> None:
+    alone, found = layouts("one_process"), layouts(config)
+    assert alone.tensors(case)["helpers"]
+    close_tensors(found.tensors(case)["helpers"], alone.tensors(case)["helpers"])
+    assert found.numbers(case)["saved"] == {"helpers": [], "difference": 0.0}
+
+
+# ---------------------------------------------------------------- killed
+
+
+def write_recipe(folder: Path, steps: int) -> Path:
+    """DistiLLM-2's two terms on two texts, with an average of the student as the teacher, which reads a hint."""
+    worker.make_model(0, hidden=32, tied=True).save_pretrained(folder / "student")
+    worker.make_tokenizer().save_pretrained(folder / "student")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+            "hint": f"t{30 + i} t{50 + i}",
+        }
+        for i, row in enumerate(worker.make_rows(16, 5))
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": {"model": str(folder / "student")},
+        "teacher": {"student": "ema", "ema_decay": 0.5, "context": "hint"},
+        "data": {"train": str(folder / "train.jsonl"), "contexts": {"hint": "hint"}},
+        "objective": {"method": "distillm2", "adaptive_alpha": True, "gradual_beta": True},
+        "rollouts": {"max_new_tokens": 8},
+        "train": {
+            **{"max_steps": steps, "save_steps": 1, "save_total_limit": 2, "logging_steps": 1, "learning_rate": 1e-2},
+            **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 3},
+        },
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def start(config: str, recipe: Path, run: Path, *flags: str) -> subprocess.Popen[str]:
+    return begin(config, "-m", "llmdistill.opd", "--config", str(recipe), "--output_dir", str(run), *flags)
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    """Step -> what was logged of it; every step once."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    skipped = ("time/", "memory/", "epoch", "teacher/positions", "rollout/tokens_per_second", "teacher/bytes")
+    steps = [line for line in lines if "loss" in line]
+    assert len({line["step"] for line in steps}) == len(steps)
+    return {line["step"]: {k: v for k, v in line.items() if not k.startswith(skipped)} for line in steps}
+
+
+def killed_after(process: subprocess.Popen[str], run: Path, step: int, delay: float) -> None:
+    """SIGKILL a moment after a step was logged, wherever the run is then."""
+    until = time.monotonic() + TIME_LIMIT
+    while process.poll() is None and time.monotonic() < until and max(logged(run), default=0) < step:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0][-6000:]
+    time.sleep(delay)
+    kill(process)
+
+
+def assert_same(torn: Path, whole: Path, steps: int) -> None:
+    found, expected = logged(torn), logged(whole)
+    assert sorted(found) == sorted(expected) == list(range(1, steps + 1))
+    assert found == expected  # bit for bit
+    trained, wanted = (load_file(run / "student" / "model.safetensors") for run in (torn, whole))
+    close_tensors(trained, wanted, 0.0)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_killed_and_resumed_is_the_undisturbed_one(tmp_path: Path) -> None:
+    steps = 8
+    recipe, whole, torn = write_recipe(tmp_path, steps), tmp_path / "whole", tmp_path / "torn"
+    end(start("zero3", recipe, whole))
+    killed_after(start("zero3", recipe, torn), torn, 3, 0.05)
+    assert "resuming from" in end(start("zero3", recipe, torn, "--resume"))
+    assert_same(torn, whole, steps)
+
+
+@pytest.mark.proof
+def test_a_run_killed_twenty_times_is_the_undisturbed_one(tmp_path: Path) -> None:
+    """At random moments: in a step, between steps, while a checkpoint is written."""
+    kills, draw = 20, random.Random(0)
+    steps = 2 * kills + 4
+    recipe, whole, torn = write_recipe(tmp_path, steps), tmp_path / "whole", tmp_path / "torn"
+    end(start("one_process", recipe, whole))
+    for n in range(kills):
+        process = start("one_process", recipe, torn, *(["--resume"] if n else []))
+        killed_after(process, torn, max(logged(torn), default=0) + 1, draw.uniform(0.0, 0.4))
+    end(start("one_process", recipe, torn, "--resume"))
+    assert_same(torn, whole, steps)
