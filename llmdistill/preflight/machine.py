@@ -119,8 +119,9 @@ def objective(s: Subject) -> Iterator[Finding]:
         yield fail(
             "no weight of the student is trained", "do not give the model itself as its own teacher, a copy of it"
         )
-    if s.kind == "top_k" and not 1 <= s.top_k <= width:
-        yield fail(f"objective.top_k is {s.top_k}, the vocabulary has {width} columns", f"at most {width}")
+    for term in s.trainer.method.terms:
+        if any(ask.kind == "top_k" for ask in term.asks) and not 1 <= term.top_k <= width:
+            yield fail(f"objective.top_k is {term.top_k}, the vocabulary has {width} columns", f"at most {width}")
     if s.kind == "full" and s.live and not isinstance(s.trainer.teacher, DenseTeacher):
         yield notice(
             f"the full estimator asks a teacher outside this process for {width} log-probs a token",

@@ -234,6 +234,7 @@ METHOD = ["--method", "context_distillation", "--sequences", "dataset"]
         (rows(), [*METHOD, *LIVE], "compares the live student with itself on the same text: it is always 0"),
         (rows(), ["--method", "layers", "--teacher_layers", "2"], "teacher's layers, names layer 2"),
         (rows(), ["--method", "layers", "--student_layers", "-3"], "student's layers, names layer -3"),
+        (rows(), ["--method", "vopd", "--objective.top_k", "265"], "objective.top_k is 265, the vocabulary has 264"),
         (rows(), ["--xi", "0.5", "--ce_weight", "1", "--sequences", "dataset"], "objective.xi is 0.5"),
     ],
 )
