@@ -33,13 +33,19 @@ def check_parts(trainer: Parts) -> None:
     """Called by the trainer's constructor.
 
     Raises:
-        UserError: a term whose expectation is over the student's tokens is on text that others wrote, or documents are
-            to be answered.
+        UserError: a term whose expectation is over the student's tokens is on text that others wrote, documents are to
+            be answered, or the student is to write as its own teacher.
     """
     if trainer.data_config.text_column and (authors := sorted(trainer.method.uses - {"dataset"})):
         raise UserError(
             f"data.text_column is {trainer.data_config.text_column!r}, and the method trains on text of "
             f"{', '.join(authors)}: a document has no prompt to be answered. Fix: --sequences dataset."
+        )
+    judge = trainer.judges.get("teacher")
+    if isinstance(judge, StudentTeacher) and "teacher" in trainer.method.uses:
+        raise UserError(
+            f"teacher.student is {judge.which}, and the method trains on text of the teacher: the student's own comes "
+            "from rollouts.engine. Fix: --sequences student or dataset."
         )
     for term in trainer.method.terms:
         uses = frozenset().union(*(trainer.method.texts[text].uses for text in term.texts))

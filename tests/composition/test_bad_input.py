@@ -20,7 +20,7 @@ from llmdistill.opd import main
 from llmdistill.recipe.command_line import run_front_door
 from llmdistill.recipe.config import DataConfig
 from llmdistill.teachers.student import StudentTeacher
-from llmdistill.texts.sources import Only
+from llmdistill.texts.sources import Mixed, Only
 from tests import tiny
 
 KL = Term("divergence", reverse_kl, (Ask("teacher"),))
@@ -125,6 +125,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "live_against_itself": (
         {"method": Method((KL,), DATASET), "teacher": StudentTeacher("live")},
         "term 'divergence' compares the live student with itself on the same text: it is always 0. Fix: ",
+    ),
+    "a_judge_that_writes_nothing": (
+        {"method": Method((KL,), {"main": Mixed(0.9, "teacher")}), "teacher": StudentTeacher("ema")},
+        "teacher.student is ema, and the method trains on text of the teacher: the student's own comes from",
     ),
     "context_of_a_store": (
         {"method": Method((IN_CONTEXT,), DATASET), "data": TOLD, "rows": rows(hint="x"), "teacher": Replayed()},
