@@ -42,7 +42,5 @@ def test_nothing_is_left_behind() -> None:
 @pytest.mark.parametrize("layer", [2, -3])
 def test_a_layer_that_is_not_there(layer: int) -> None:
     check_layers(tiny.llama(1), (0, 1, -1, -2), "it")
-    with pytest.raises(
-        UserError, match=f"it names layer {layer}, and LlamaForCausalLM has 2. Fix: numbers from"
-    ):
+    with pytest.raises(UserError, match=f"it names layer {layer}, and LlamaForCausalLM has 2. Fix: numbers from"):
         check_layers(tiny.llama(1), (layer,), "it")

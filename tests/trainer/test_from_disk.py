@@ -39,12 +39,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, output: Path, teachers: Any, estimator: str = "top_k", **sections: Any) -> list[float]:
     """Losses of every step of a run over two epochs, from a recipe."""
     several = {"teachers": teachers} if isinstance(teachers, list) else {"teacher": teachers}
+    listed = {"top_k": 16} if estimator == "top_k" else {}
     content: dict[str, Any] = {
         "student": {"model": str(folder / "student")},
         **several,
         "data": {"train": str(folder / "train.jsonl")},
         "rollouts": {"max_new_tokens": 5},
-        "objective": {"sequences": "dataset", "estimator": estimator, **({"top_k": 16} if estimator == "top_k" else {})},
+        "objective": {"sequences": "dataset", "estimator": estimator, **listed},
         "train": {
             "output_dir": str(output),
             "max_steps": STEPS,
