@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from llmdistill.composition.term import Ask, Term
 from llmdistill.models.helpers import Factory
@@ -31,6 +31,8 @@ class Schedule:
     This one has none and never moves: a method overrides what it needs.
     """
 
+    state: ClassVar[tuple[str, ...]] = ()  # the attributes that are its state: plain data or tensors
+
     def start(self, total_steps: int) -> None:
         """Told by the trainer before the first step, also of a resumed run."""
 
@@ -43,10 +45,12 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors."""
-        return {}
+        return {name: getattr(self, name) for name in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` gave."""
+        for name in self.state:
+            setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)

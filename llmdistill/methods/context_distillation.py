@@ -4,7 +4,8 @@
 
 KL(T(. | context, y) || S(. | prompt, y)) on completions y of the dataset, of the student or of the teacher. With
 ``teacher.student: initial`` the model learns to behave as it would have behaved under instructions, examples or
-documents that ``data.contexts`` adds; with another model as teacher this is distillation from a better informed one."""
+documents that ``data.contexts`` adds; with another model as teacher this is distillation from a better informed one.
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,10 @@
     accelerate launch -m llmdistill.opd --config recipes/distillm2.yaml
 
 (2 - beta) KL(T || a T + (1 - a) S) on the teacher's completion of a prompt (the dataset's, or sampled anew), beta KL(S
-|| (1 - a) T + a sg[S]) on the student's; the mean of each sequence, then over sequences (METHODS 1.4). The formulas are
-in ``objectives/distillm2.py``. With ``adaptive_alpha`` a is set per sequence, so that every text teaches the same share
-of its gap as the texts of the first round did; in the authors' release that never runs."""
+|| (1 - a) T + a sg[S]) on the student's; the mean of each sequence, then over sequences (METHODS 1.4). With
+``adaptive_alpha`` a is set per sequence, so that every text teaches the same share of its gap as the texts of the first
+round did; in the authors' release that never runs.
+"""
 
 from __future__ import annotations
 
@@ -40,26 +41,18 @@ def build(args: Any) -> Method:
     """Two texts, two terms."""
     beta = Beta(args.gradual_beta)
     settings = (args.alpha, args.adaptive_alpha)
-    sides = {
-        "on_teacher": Skew(loss.on_teacher_text, 1.0, *settings),
-        "on_student": Skew(loss.on_student_text, -1.0, *settings),
-    }
-    weights = {"on_teacher": lambda: 2.0 - beta.now, "on_student": lambda: beta.now}
-    terms = [
-        Term(
-            name,
-            side.loss,
-            (Ask("teacher"),),
-            ("tokens", "alpha") if args.adaptive_alpha else (),
-            text=name.removeprefix("on_"),
-            weight=weights[name],
-            mean="sequence",
-            survey=side if args.adaptive_alpha else None,
-        )
-        for name, side in sides.items()
-    ]
+    on_teacher = Skew(loss.on_teacher_text, 1.0, *settings)
+    on_student = Skew(loss.on_student_text, -1.0, *settings)
+    reads = ("tokens", "alpha") if args.adaptive_alpha else ()
+
+    def term(name: str, side: Skew, weight: Any) -> Term:
+        survey = side if args.adaptive_alpha else None
+        text = name.removeprefix("on_")
+        return Term(name, side.loss, (Ask("teacher"),), reads, text, weight=weight, mean="sequence", survey=survey)
+
+    terms = term("on_teacher", on_teacher, lambda: 2.0 - beta.now), term("on_student", on_student, lambda: beta.now)
     texts = {"teacher": Only(args.teacher_text), "student": Only("student")}
-    return Method(tuple(terms), texts, {"beta": beta, **sides})
+    return Method(terms, texts, {"beta": beta, "on_teacher": on_teacher, "on_student": on_student})
 
 
 @dataclass
@@ -69,18 +62,13 @@ class Beta(Schedule):
     gradual: bool
     now: float = 1.0
     total_steps: int = 1
+    state = ("now",)
 
     def start(self, total_steps: int) -> None:
         self.total_steps = total_steps
 
     def update(self, measured: Measured) -> None:
         self.now = loss.gradual_beta(measured.step, self.total_steps) if self.gradual else 1.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"now": self.now}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.now = state["now"]
 
 
 @dataclass
@@ -92,10 +80,11 @@ class Skew(Schedule):
     alpha: float
     adaptive: bool
     anchor: float | None = None
+    state = ("anchor",)
 
-    def loss(self, student_logits: Tensor, teacher_logits: Tensor, *own: Tensor) -> Tensor:
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor, *own: Tensor) -> Any:
         fixed = torch.full(student_logits.shape[:1], self.alpha, device=student_logits.device)
-        return self.divergence(student_logits, teacher_logits, own[1] if self.adaptive else fixed)  # type: ignore[no-any-return]
+        return self.divergence(student_logits, teacher_logits, own[1] if self.adaptive else fixed)
 
     def measure(self, student_logits: Tensor, /, *evidence: Tensor) -> dict[str, Tensor]:
         teacher_logits, token_ids = evidence
@@ -110,14 +99,4 @@ class Skew(Schedule):
         return {"alpha": alpha_B.repeat_interleave(torch.tensor(rows.counts))}
 
     def _gap(self, values: Mapping[str, Tensor], counts: tuple[int, ...]) -> Tensor:
-        return self.sign * loss.probability_gap(*(_means(values[name], counts) for name in "st"))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"anchor": self.anchor}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.anchor = state["anchor"]
-
-
-def _means(values_N: Tensor, counts: tuple[int, ...]) -> Tensor:
-    return torch.stack([x.mean() if len(x) else x.sum() for x in values_N.split(list(counts))])
+        return self.sign * loss.probability_gap(*(loss.sequence_means(values[name], counts) for name in "st"))

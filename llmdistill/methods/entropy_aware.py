@@ -4,7 +4,8 @@
 
 -sg[log T/S] log S(y) on every token, plus sum_{v in T's top K} T (log T - log S) where H(T) > ``threshold`` nats;
 added, not switched, and divided by all tokens (METHODS-2026 9.1.5, after an audit of the authors' code). H(T) needs the
-whole row, so the teacher lives in this process."""
+whole row, so the teacher lives in this process.
+"""
 
 from __future__ import annotations
 

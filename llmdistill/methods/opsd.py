@@ -9,7 +9,8 @@ the student's start (``teacher.student: initial``; with an adapter the model bel
 
 Simplified away: the clip of each vocabulary entry's part at .05, which later versions of the authors' code have: parts
 of a divergence are signed, and clipped they can sum to less than 0. ``reason_first``, the judge thinking before it
-judges."""
+judges.
+"""
 
 from __future__ import annotations
 

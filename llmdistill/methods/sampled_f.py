@@ -5,7 +5,8 @@
 Its expected gradient is that of D_f(T || S) = sum_v S f(T/S) for every f (METHODS-2026 9.0; OPD+, arXiv 2606.01039, has
 the same weights): the evidence is one log-prob a token, whatever the teacher is. Sampled estimates of ``kl_forward``
 and the like weigh by u and are wild where the student is far; ``jensen_shannon`` and ``squared_hellinger`` are
-bounded."""
+bounded.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@
 A = log T(y) - log S(y) - b for a b that does not depend on y (METHODS-2026 9.1.3). ``kl`` takes b = -KL(S || T) over
 the student's ``top_k`` likeliest tokens, which a remote teacher can give; ``optimal`` the best scalar, which needs the
 whole row, and with it the exact gradient would cost the same evidence. What either buys is little once student and
-teacher are close: at KL .1 they leave 84 and 75 % of the variance, at KL 6 20 % (METHODS-2026 9.0)."""
+teacher are close: at KL .1 they leave 84 and 75 % of the variance, at KL 6 20 % (METHODS-2026 9.0).
+"""
 
 from __future__ import annotations
 

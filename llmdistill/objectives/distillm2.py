@@ -5,6 +5,7 @@ student's: raise what the teacher says, lower what the student says and the teac
 then mean over pairs. Released defaults: beta 1, a = .1; there the adaptive a never runs (METHODS 1.4), here it does.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -47,6 +48,11 @@ def pair_loss(teacher_side_P: Tensor, student_side_P: Tensor, beta: float = 1.0)
 def gradual_beta(step: int, total_steps: int) -> float:
     """1 + min(1, 2 step / total) / 2: the student's side gains weight until half of the training is over."""
     return 1.0 + 0.5 * min(1.0, 2.0 * step / total_steps)
+
+
+def sequence_means(values_N: Tensor, counts: Sequence[int]) -> Tensor:
+    """The mean of every sequence's rows -> [B], for rows [N] sequence by sequence; 0 of a sequence without any."""
+    return torch.stack([rows.mean() if len(rows) else rows.sum() for rows in values_N.split(list(counts))])
 
 
 def probability_gap(student_lp_mean_B: Tensor, teacher_lp_mean_B: Tensor) -> Tensor:
