@@ -32,25 +32,21 @@ class Settings:
     alpha: float = setting(0.1, "share of the other model in both mixtures", above=0, below=1)
     adaptive_alpha: bool = setting(False, "set it per sequence, at most alpha, from the first round's gap")
     gradual_beta: bool = setting(False, "the student's side weighs 1 + progress, at most 1.5, the teacher's the rest")
-    teacher_text: Literal["dataset", "teacher"] = setting(
-        "dataset", "the teacher's completions: stored, or sampled anew"
-    )
+    teacher_text: Literal["dataset", "teacher"] = setting("dataset", "its text: stored, or sampled anew")
 
 
 def build(args: Any) -> Method:
     """Two texts, two terms."""
     beta = Beta(args.gradual_beta)
-    settings = (args.alpha, args.adaptive_alpha)
-    on_teacher = Skew(loss.on_teacher_text, 1.0, *settings)
-    on_student = Skew(loss.on_student_text, -1.0, *settings)
+    on_teacher = Skew(loss.on_teacher_text, 1.0, args.alpha, args.adaptive_alpha)
+    on_student = Skew(loss.on_student_text, -1.0, args.alpha, args.adaptive_alpha)
     reads = ("tokens", "alpha") if args.adaptive_alpha else ()
 
-    def term(name: str, side: Skew, weight: Any) -> Term:
-        survey = side if args.adaptive_alpha else None
-        text = name.removeprefix("on_")
-        return Term(name, side.loss, (Ask("teacher"),), reads, text, weight=weight, mean="sequence", survey=survey)
+    def term(text: str, side: Skew, weight: Any) -> Term:
+        more: dict[str, Any] = {"survey": side} if args.adaptive_alpha else {}
+        return Term(f"on_{text}", side.loss, (Ask("teacher"),), reads, text, weight=weight, mean="sequence", **more)
 
-    terms = term("on_teacher", on_teacher, lambda: 2.0 - beta.now), term("on_student", on_student, lambda: beta.now)
+    terms = term("teacher", on_teacher, lambda: 2.0 - beta.now), term("student", on_student, lambda: beta.now)
     texts = {"teacher": Only(args.teacher_text), "student": Only("student")}
     return Method(terms, texts, {"beta": beta, "on_teacher": on_teacher, "on_student": on_student})
 
