@@ -135,7 +135,7 @@ class TestEstimators:
     def test_unbiased_for_the_kl_to_the_tempered_target(self, setting, scale):
         """E over y ~ S_{tau,K}, at the cap training uses, is the gradient of KL(S_{tau,K} || target_tau), to 1e-12.
 
-        behavior_lp is the engine's: tempered, before top_k and top_p.
+        behavior_lp is the engine's, of the distribution it drew from: after temperature, top_k and top_p.
         """
         student, teacher, reference = models()
         target = scale * teacher.log_softmax(-1) + (1 - scale) * reference.log_softmax(-1)
@@ -146,7 +146,7 @@ class TestEstimators:
 
         def gradient(y):
             lp = [token_logprobs(z, y) for z in (teacher, reference)]
-            behavior = token_logprobs(student, y, setting[0])
+            behavior = sampler_logprobs(student, y, **named(setting))
             evidence = (y, lp[0], y, lp[1], y, behavior, torch.zeros(len(y)))
             return value_and_grad(lambda z: loss(z, *evidence), student)[1]
 
