@@ -1,6 +1,9 @@
 """The only place that touches unstable API of others: vLLM's engine internals, a helper of TRL, and what transformers'
 trainer and loader name with an underscore.
 
+It is longer than a room should be, because it is a list and no room: functions that share nothing but that they break
+when somebody else's release does, and that are looked through together then.
+
 Importing this module imports none of them. Every use has a contract test in ``tests/test_compat.py`` that fails loudly
 when an upgrade changes what is relied on here. The student's side of a weight push is in
 :mod:`llmdistill.models.weights`.
