@@ -33,10 +33,12 @@ from transformers import PreTrainedModel
 
 from llmdistill import methods
 from llmdistill.composition.method import Method
+from llmdistill.composition.term import Ask, Term
 from llmdistill.errors import UserError
 from llmdistill.methods.token_config import TokenConfig
 from llmdistill.models.heads import head_of
 from llmdistill.objectives.composed import extrapolated, extrapolated_sampled
+from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.pipeline.run import run
 from llmdistill.recipe.command_line import help_text, named, parse, run_front_door
 from llmdistill.recipe.config import DistillationConfig, DType, TeacherConfig
@@ -68,6 +70,9 @@ class OPDConfig(TokenConfig):
     )
     reference: str = setting(INITIAL, "R for reward_scale != 1: initial (the student's start), a model, or a URL")
     reference_trust_remote_code: bool = setting(False, "run model code that comes with the reference's checkpoint")
+    reference_kl: float = setting(
+        0.0, "weight of the reverse KL to the reference beside the divergence: a trust region", at_least=0
+    )
     reward: str = setting("", "task reward: math (verifies data.answer_column), or package.module:function")
     reward_weight: float = setting(
         0.0, "weight of the group-normalised task reward beside the distillation advantage", at_least=0
@@ -119,6 +124,8 @@ class OPDConfig(TokenConfig):
         more = []
         if self.reward_weight:
             more.append(self.reward_term(self.reward_weight))
+        if self.reference_kl:
+            more.append(Term("reference", reverse_kl, (Ask("reference"),), weight=self.reference_kl, mean=self.mean))
         return replace(method, terms=(*method.terms, *more)) if more else method
 
 
@@ -151,11 +158,12 @@ class OPDTrainer(DistillationTrainer):
         sequences: Source | None = None,
         **kwargs: Any,
     ) -> None:
-        scaled = args.reward_scale != 1
+        scaled = args.reward_scale != 1 or args.reference_kl > 0
         if scaled and reference is None and not args.reference:
+            what, plain = ("reward_scale", "1") if args.reward_scale != 1 else ("reference_kl", "0")
             raise UserError(
-                f"objective.reward_scale is {args.reward_scale:g} and there is no reference; lambda != 1 weighs log T "
-                "- log R. Fix: objective.reference initial, a folder or a URL, or --reward_scale 1."
+                f"objective.{what} is {getattr(args, what):g} and there is no reference; it weighs log R. "
+                f"Fix: objective.reference initial, a folder or a URL, or --{what} {plain}."
             )
         if reward is not None and args.reward_weight and args.rollouts.samples_per_prompt < 2:
             raise UserError(

@@ -13,9 +13,12 @@ from transformers import TrainerCallback
 from llmdistill.composition.batch import MicroBatch, Slice
 from llmdistill.composition.loss import Result, TermResult
 from llmdistill.composition.method import Measured, Method
+from llmdistill.composition.term import Term
 from llmdistill.record.meters import Meters
 from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.mixture import RoutedTeacher
 from llmdistill.teachers.student import StudentTeacher
+from llmdistill.texts import Prompt
 
 Sums = dict[tuple[str, str, str], list[float]]  # (term, axis, label) -> [sum of losses, rows]
 
@@ -23,8 +26,8 @@ Sums = dict[tuple[str, str, str], list[float]]  # (term, axis, label) -> [sum of
 class Progress:
     """Adds up the micro-batches of an optimizer step; hands the schedules what they came to, alike on every rank."""
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method, judges: Mapping[str, Teacher]) -> None:
+        self.method, self.judges = method, judges
         self.forget()
 
     def forget(self) -> None:
@@ -56,15 +59,25 @@ class Progress:
         rows = [float(x.sum()) for x in weights.split(counts)]
         of = [(batch.texts[n].author, p) for n in s.term.texts if n in batch.texts for p in batch.texts[n].prompts]
         for (author, prompt), total, count in zip(of, sums, rows, strict=True):
-            for axis, label in (("author", author), ("domain", prompt.domain or "")):
+            by = {"author": author, "domain": prompt.domain or "", "teacher": self._teacher(s.term, prompt)}
+            for axis, label in by.items():
                 pair = self.groups[s.term.name, axis, label]
                 pair[0], pair[1] = pair[0] + total, pair[1] + count
 
+    def _teacher(self, term: Term, prompt: Prompt) -> str:
+        """Whose word about a sequence a term hears first: the name of the judge, or of the teacher it is routed to."""
+        if term.ask is None:
+            return ""
+        judge = self.judges.get(term.ask.judge)
+        routed = judge.route(prompt.domain) if isinstance(judge, RoutedTeacher) else None
+        return routed or term.ask.judge
+
     def step_done(self, step: int, accelerator: Any) -> None:
-        """Moves the schedules. Every rank calls it; all have the same counts, so all or none have something to say."""
-        if self.method.schedules and self.counted:
-            for schedule in self.method.schedules.values():
-                schedule.update(self._measured(step, accelerator))
+        """Moves the schedules by what all ranks counted; every rank calls it. Nothing counted moves nothing."""
+        if self.method.schedules:
+            measured = self._measured(step, accelerator)
+            for schedule in self.method.schedules.values() if measured.losses else ():
+                schedule.update(measured)
         self.forget()
 
     def _measured(self, step: int, accelerator: Any) -> Measured:

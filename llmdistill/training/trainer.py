@@ -106,7 +106,7 @@ class DistillationTrainer(RoundLog):
         self.judges = {name: self._as_teacher(judge, tokenizer, args.device) for name, judge in given.items()}
         self.helpers = attach(model, method.helpers, check_hidden(self.method, model, self.judges), args.seed)
         encode = PromptEncoder(tokenizer, self.data_config)
-        self.progress = Progress(self.method)
+        self.progress = Progress(self.method, self.judges)
         super().__init__(
             model,
             args,

@@ -12,6 +12,8 @@ from llmdistill.composition.method import Measured, Schedule
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.objectives.labels import cross_entropy
 from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.mixture import RoutedTeacher
 from llmdistill.texts.sources import Only
 from tests import tiny
 from tests.composition.test_student_judge import StopAt
@@ -110,3 +112,28 @@ def test_trained_again_it_starts_anew(tmp_path: Path) -> None:
     assert schedule.weight == after and len(schedule.heard) == 4
     t.train()
     assert schedule.totals == [4, 4] and schedule.heard[4].step == 1
+
+
+def test_it_hears_sums_by_the_teacher_that_a_row_is_routed_to(tmp_path: Path) -> None:
+    """The teachers' shares are those of their domains, and together the loss of the step."""
+
+    class Listening(Schedule):
+        def __init__(self) -> None:
+            self.heard = list[Measured]()
+
+        def update(self, measured: Measured) -> None:
+            self.heard.append(measured)
+
+    members = [LocalTeacher(tiny.llama(seed), tiny.tokenizer()) for seed in (2, 3)]
+    teacher = RoutedTeacher({"first": (members[0], ["even"]), "second": (members[1], ["odd"])})
+    schedule = Listening()
+    method = Method((Term("kl", reverse_kl, (Ask(),)),), {"main": Only("dataset")}, {"s": schedule})
+    args = OPDConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=8, save_strategy="no")
+    DistillationTrainer(
+        tiny.llama(1), args, teacher, method=method, train_dataset=ROWS, processing_class=tiny.tokenizer()
+    ).train()
+    (heard,) = schedule.heard
+    by_teacher, by_domain = heard.by("kl", "teacher"), heard.by("kl", "domain")
+    assert by_teacher == {"first": by_domain["even"], "second": by_domain["odd"]}
+    total, rows = map(sum, zip(*(v for (_, axis, _), v in heard.groups.items() if axis == "teacher"), strict=True))
+    assert total / rows == pytest.approx(heard.losses["kl"], rel=1e-5)

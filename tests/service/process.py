@@ -13,7 +13,7 @@ from types import TracebackType
 
 import httpx
 
-START_S = 120.0
+START_S = 300.0
 
 
 class ServiceProcess:
