@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from llmdistill.cli import main
 from llmdistill.errors import UserError
-from llmdistill.evals import EvalConfig, Evaluation, evaluate
+from llmdistill.evals import EvalConfig, Evaluation, evaluate, runner
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.local import HFEngine
 from llmdistill.evals.engines.make import open_source
@@ -145,14 +146,24 @@ def test_grading_needs_no_model(tmp_path: Path, model: str) -> None:
         regrade(tmp_path, console=QUIET)
 
 
-def test_ranks_share_the_work(tmp_path: Path, model: str) -> None:
-    """Two processes draw what one would have drawn; the first waits for the second and grades."""
+def test_ranks_share_the_work(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks draw what one would have drawn; the first waits for the second and grades.
+
+    The second begins when the first waits: in a launch they are processes, and threads of one process that load and
+    draw at the same time share more than those do. ``test_under_accelerate_launch`` has real ones.
+    """
     alone = scored(made.suite(tmp_path), model, tmp_path / "alone")
-    options = {"engine": "hf", "output_dir": str(tmp_path / "both"), "console": QUIET, "world": 2, "timeout_s": 60.0}
+    options = {"engine": "hf", "output_dir": str(tmp_path / "both"), "console": QUIET, "world": 2, "timeout_s": 300.0}
+    second, wait = list[Future[Any]](), runner._await_others
     with ThreadPoolExecutor(1) as other:
-        second = other.submit(evaluate, [made.suite(tmp_path)], model, rank=1, **options)
+
+        def waiting(*args: Any) -> None:
+            second.append(other.submit(evaluate, [made.suite(tmp_path)], model, rank=1, **options))
+            wait(*args)
+
+        monkeypatch.setattr(runner, "_await_others", waiting)
         (both,) = evaluate([made.suite(tmp_path)], model, rank=0, **options)
-        assert second.result() == []
+        assert second[0].result() == []
     assert both.results == alone.results
     assert [len((both.folder / "samples" / f"rank-{r}.jsonl").read_text().splitlines()) for r in (0, 1)] == [6, 6]
 
