@@ -32,8 +32,7 @@ class RoundLog(RoundTexts):
             prefix, rows = self._prefix(s.term), s.rows.stop - s.rows.start
             count = s.term.group.count(s.groups) if s.term.group else rows
             weight = float(s.weights_N.sum()) if s.weights_N is not None else count
-            measured = {k: v for k, v in found.metric_sums.items() if not k.startswith("watch/")}
-            self.meters.add_all(measured, weight, prefix)
+            self.meters.add_all(found.metric_sums, weight, prefix)
             if several:
                 self.meters.add(f"{prefix}loss", found.loss_sum, weight)
                 self.meters.add_root(f"{prefix}grad_norm", found.squared_norm)
