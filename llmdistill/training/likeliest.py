@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.models.heads import Head, forward_to_head
+from llmdistill.models.modes import evaluating
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.texts import Rollout
@@ -26,28 +27,26 @@ def likeliest_ids(
         model: the student as it is called in training, so that sharded weights are gathered.
     """
     device, found = head.linear.weight.device, [torch.zeros(0, k, dtype=torch.int64)]
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(rollout), batch_sequences):
-        part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(device)
+    with evaluating(model):
+        for start in range(0, len(rollout), batch_sequences):
+            part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(device)
 
-        view = plain(part)
+            view = plain(part)
 
-        def at_the_head(hidden_BTH: Tensor, view: View = view) -> Tensor:
-            rows_NH = view.rows(hidden_BTH)
-            listed = streamed_metrics(
-                lambda logits_nV, ids: {"ids": logits_nV.topk(k, dim=-1).indices},
-                rows_NH,
-                head.linear,
-                TokenRows(view.targets),
-                chunk_tokens=chunk_tokens,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                vocab_size=vocab_size,
-            )
-            found.append(listed["ids"].cpu())
-            return rows_NH.new_zeros(())
+            def at_the_head(hidden_BTH: Tensor, view: View = view) -> Tensor:
+                rows_NH = view.rows(hidden_BTH)
+                listed = streamed_metrics(
+                    lambda logits_nV, ids: {"ids": logits_nV.topk(k, dim=-1).indices},
+                    rows_NH,
+                    head.linear,
+                    TokenRows(view.targets),
+                    chunk_tokens=chunk_tokens,
+                    logit_scale=head.logit_scale,
+                    softcap=head.softcap,
+                    vocab_size=vocab_size,
+                )
+                found.append(listed["ids"].cpu())
+                return rows_NH.new_zeros(())
 
-        forward_to_head(model, head.linear, view, at_the_head)
-    model.train(was_training)
+            forward_to_head(model, head.linear, view, at_the_head)
     return torch.cat(found)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llmdistill.composition.term import METRICS
 from llmdistill.errors import UserError
 from llmdistill.models.heads import Head, forward_to_head, head_of
+from llmdistill.models.modes import evaluating
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.record.intervals import bootstrap_ci
@@ -98,28 +99,26 @@ def measure(
     )
     sums: dict[str, list[float]] = {}
     tokens: list[int] = []
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(rollout), batch_sequences):
-        index, device = range(start, min(start + batch_sequences, len(rollout))), head.linear.weight.device
-        part = rollout.sequences(index).to(device)
-        read = part if heard is None else heard.sequences(index).to(device)
-        evidence = gather(teacher, read, asked, listed, device)
-        view, found = plain(part), dict[str, Tensor]()
+    with evaluating(model):
+        for start in range(0, len(rollout), batch_sequences):
+            index, device = range(start, min(start + batch_sequences, len(rollout))), head.linear.weight.device
+            part = rollout.sequences(index).to(device)
+            read = part if heard is None else heard.sequences(index).to(device)
+            evidence = gather(teacher, read, asked, listed, device)
+            view, found = plain(part), dict[str, Tensor]()
 
-        def at_the_head(
-            hidden_BTH: Tensor, view: View = view, evidence: Evidence = evidence, found: dict[str, Tensor] = found
-        ) -> Tensor:
-            # Inside the head's forward: under ZeRO-3 this is where its weight is whole.
-            rows_NH = view.rows(hidden_BTH)
-            found.update(streamed_metrics(metrics, rows_NH, head.linear, evidence, **streaming))
-            return rows_NH.new_zeros(())
+            def at_the_head(
+                hidden_BTH: Tensor, view: View = view, evidence: Evidence = evidence, found: dict[str, Tensor] = found
+            ) -> Tensor:
+                # Inside the head's forward: under ZeRO-3 this is where its weight is whole.
+                rows_NH = view.rows(hidden_BTH)
+                found.update(streamed_metrics(metrics, rows_NH, head.linear, evidence, **streaming))
+                return rows_NH.new_zeros(())
 
-        forward_to_head(model, head.linear, view, at_the_head)
-        for name, values_N in found.items():
-            sums.setdefault(name, []).extend(float(v.sum()) for v in values_N.split(part.row_counts))
-        tokens += part.row_counts
-    model.train(was_training)
+            forward_to_head(model, head.linear, view, at_the_head)
+            for name, values_N in found.items():
+                sums.setdefault(name, []).extend(float(v.sum()) for v in values_N.split(part.row_counts))
+            tokens += part.row_counts
     keep = range(len(tokens)) if counted is None else [i for i, c in enumerate(counted) if c]
     return Measurement({k: [v[i] for i in keep] for k, v in sums.items()}, [tokens[i] for i in keep])
 
