@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import pkgutil
 import random
 import re
 import signal
@@ -15,7 +16,11 @@ import pytest
 import torch
 
 import llmdistill
-from llmdistill.compat import environment, patched
+import llmdistill.compat
+from llmdistill.compat import trainers
+from llmdistill.compat.patching import environment, patched, random_state_kept
+from llmdistill.compat.vllm import close_vllm, load_vllm
+from llmdistill.compat.vllm_weights import push_weights, takes_partial_push
 from llmdistill.models.weights import named_weights
 from tests.tiny import llama
 
@@ -35,7 +40,11 @@ def python(code, *launcher, **environment):
 
 
 def test_importing_compat_imports_nothing_heavy():
-    code = "import sys, llmdistill.compat, llmdistill.models.weights; print({m.split('.')[0] for m in sys.modules})"
+    modules = [m.name for m in pkgutil.iter_modules(llmdistill.compat.__path__, "llmdistill.compat.")]
+    assert len(modules) > 5
+    code = (
+        f"import sys, {', '.join(modules)}, llmdistill.models.weights; print({{m.split('.')[0] for m in sys.modules}})"
+    )
     loaded = eval(python(code))
     assert not loaded & {"vllm", "trl", "peft", "deepspeed", "transformers", "accelerate"}
 
@@ -109,16 +118,14 @@ def changed(before):
 def loaded(tmp_path_factory):
     """An updatable engine, and what loading it changed in the process."""
     pytest.importorskip("vllm", reason="the vllm extra is not installed")
-    from llmdistill import compat
-
     folder = tmp_path_factory.mktemp("model")
     llama(0, hidden=64).save_pretrained(folder)
     before = process_state()
-    llm = compat.load_vllm(str(folder), updatable=True, max_logprobs=5, **SETTINGS)
+    llm = load_vllm(str(folder), updatable=True, max_logprobs=5, **SETTINGS)
     yield llm, changed(before), str(folder)
-    compat.close_vllm(llm)
+    close_vllm(llm)
     assert not torch.distributed.is_initialized()  # the group vLLM made goes with its last engine
-    compat.close_vllm(llm)
+    close_vllm(llm)
 
 
 def draw(llm, **sampling):
@@ -143,13 +150,11 @@ def test_loading_leaves_the_process_as_it_was(loaded):
 
 
 def test_generating_and_pushing_leave_the_process_as_it_was(loaded):
-    from llmdistill import compat
-
     llm, model = loaded[0], llama(1, hidden=64)
     before = process_state()
-    compat.push_weights(llm, named_weights(model))
+    push_weights(llm, named_weights(model))
     draw(llm, temperature=0.0)
-    with compat.random_state_kept():
+    with random_state_kept():
         draw(llm, temperature=1.0, seed=5)
     assert changed(before) == []
     draw(llm, temperature=1.0, seed=5)  # when this leaves the state alone, random_state_kept is needed no longer
@@ -173,10 +178,8 @@ def test_the_group_of_the_engine_does_not_make_accelerate_distributed(loaded):
 
 def test_updatable_engines_keep_plain_weights(loaded):
     """The premise of the fast push: load_weights works on a live engine, every parameter is there."""
-    from llmdistill import compat
-
     llm = loaded[0]
-    assert compat.takes_partial_push(llm)
+    assert takes_partial_push(llm)
     sizes = llm.collective_rpc(lambda worker: [p.numel() for p in worker.get_model().parameters()])[0]
     assert min(sizes) > 0
     packed = llm.collective_rpc(lambda w: [n for n, m in w.get_model().named_modules() if "cpu_linear" in vars(m)])[0]
@@ -184,47 +187,40 @@ def test_updatable_engines_keep_plain_weights(loaded):
 
 
 def test_an_incomplete_push_is_an_error(loaded):
-    from llmdistill import compat
-
     pairs = [(n, t) for n, t in named_weights(llama(1, hidden=64)) if "layers.1.mlp" not in n]
     with pytest.raises(RuntimeError, match="layers.1.mlp"):
-        compat.push_weights(loaded[0], pairs)
+        push_weights(loaded[0], pairs)
 
 
 def test_vllms_own_reload_still_needs_the_head(loaded):
     """The path for GPUs, and the trap it has on a CPU: without the extra pair the tied packed head stays old."""
-    from llmdistill import compat
-
-    llm, model = compat.load_vllm(loaded[2], **SETTINGS), llama(2, hidden=64)
+    llm, model = load_vllm(loaded[2], **SETTINGS), llama(2, hidden=64)
     try:
-        assert not compat.takes_partial_push(llm)
+        assert not takes_partial_push(llm)
         with pytest.raises(ValueError, match="complete"):
-            compat.push_weights(llm, named_weights(model), partial=True)
-        compat.push_weights(llm, ((n, t) for n, t in named_weights(model) if n != "lm_head.weight"))
+            push_weights(llm, named_weights(model), partial=True)
+        push_weights(llm, ((n, t) for n, t in named_weights(model) if n != "lm_head.weight"))
         with pytest.raises(AssertionError):  # when this stops raising, vLLM has mended the trap
             assert_engine_is(llm, model)
-        compat.push_weights(llm, named_weights(model))
+        push_weights(llm, named_weights(model))
         assert_engine_is(llm, model)
     finally:
-        compat.close_vllm(llm)
+        close_vllm(llm)
 
 
 def test_closing_one_engine_leaves_the_other_running(loaded):
     """Teacher and rollouts may both be vLLM; vLLM's shutdown would take down the groups of both."""
-    from llmdistill import compat
-
     first, model = loaded[0], llama(3, hidden=64)
-    compat.close_vllm(compat.load_vllm(loaded[2], **SETTINGS))
-    compat.push_weights(first, named_weights(model))
+    close_vllm(load_vllm(loaded[2], **SETTINGS))
+    push_weights(first, named_weights(model))
     assert_engine_is(first, model)
 
 
 def test_what_vllm_refuses_is_a_user_error(loaded, tmp_path):
-    from llmdistill import compat
     from llmdistill.errors import UserError
 
     with pytest.raises(UserError, match="cannot load") as caught:
-        compat.load_vllm(str(tmp_path / "none"), **SETTINGS)
+        load_vllm(str(tmp_path / "none"), **SETTINGS)
     assert "\n" not in str(caught.value)
 
 
@@ -241,7 +237,7 @@ def checkpointing(model):
 def test_after_generation_the_model_checkpoints_as_before(arguments, fails):
     from accelerate import Accelerator
 
-    from llmdistill.compat import generation_ready
+    from llmdistill.compat.models import generation_ready
 
     model = llama(0).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
@@ -259,7 +255,7 @@ def test_an_adapted_model_learns_through_checkpoints_after_generation():
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
 
-    from llmdistill.compat import generation_ready
+    from llmdistill.compat.models import generation_ready
 
     model = get_peft_model(llama(0), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).train()
     model.enable_input_require_grads()
@@ -289,11 +285,9 @@ def trainer(folder, **settings):
 
 
 def test_checkpoints_are_checked_first_and_written_to_before_they_are_complete(tmp_path):
-    from llmdistill import compat
-
     seen, made = [], trainer(tmp_path)
-    compat.before_checkpoints(made, lambda: seen.append(sorted(p.name for p in tmp_path.iterdir())))
-    compat.beside_random_states(made, lambda folder: seen.append(sorted(os.listdir(folder))))
+    trainers.before_checkpoints(made, lambda: seen.append(sorted(p.name for p in tmp_path.iterdir())))
+    trainers.beside_random_states(made, lambda folder: seen.append(sorted(os.listdir(folder))))
     made.train()
     checked, beside = seen[0], seen[1]
     assert checked == []
@@ -302,10 +296,8 @@ def test_checkpoints_are_checked_first_and_written_to_before_they_are_complete(t
 
 
 def test_a_check_that_raises_leaves_no_checkpoint(tmp_path):
-    from llmdistill import compat
-
     made = trainer(tmp_path)
-    compat.before_checkpoints(made, lambda: 1 / 0)
+    trainers.before_checkpoints(made, lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         made.train()
     assert not list(tmp_path.iterdir())
@@ -315,8 +307,6 @@ def test_a_resumed_run_goes_on_at_the_present_rate(tmp_path):
     """Linear decay over four steps: after three, a quarter of the rate is left, of the one that is now given."""
     from transformers import TrainerCallback
 
-    from llmdistill import compat
-
     trainer(tmp_path, learning_rate=1e-2).train()
     made, rates = trainer(tmp_path, learning_rate=4e-3), []
 
@@ -325,10 +315,10 @@ def test_a_resumed_run_goes_on_at_the_present_rate(tmp_path):
             rates.append(optimizer.param_groups[0]["lr"])
 
     made.add_callback(Rates())
-    compat.resume_at_present_rate(made)
-    assert compat.first_step(made) == 0
+    trainers.resume_at_present_rate(made)
+    assert trainers.first_step(made) == 0
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert compat.first_step(made) == 3
+    assert trainers.first_step(made) == 3
     assert rates == pytest.approx([1e-3])
 
 
@@ -370,7 +360,7 @@ def test_an_engine_that_nobody_closes_does_not_spoil_the_exit(tmp_path):
     pytest.importorskip("vllm", reason="the vllm extra is not installed")
     llama(0, hidden=64).save_pretrained(tmp_path)
     code = (
-        "from llmdistill.compat import load_vllm\n"
+        "from llmdistill.compat.vllm import load_vllm\n"
         f"llm = load_vllm({str(tmp_path)!r}, dtype='float32', seed=0, max_model_len=64, kv_cache_bytes=1 << 25)\n"
         "print('loaded')"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill.compat import random_state_kept
+from llmdistill.compat.patching import random_state_kept
 from llmdistill.composition.batch import MicroBatch, Slice
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.models.layers import captured

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from llmdistill.compat import generation_ready
+from llmdistill.compat.models import generation_ready
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.local import HFEngine

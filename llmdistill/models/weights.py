@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill import compat
+from llmdistill.compat import zero3
+from llmdistill.compat.models import as_stored
 from llmdistill.errors import UserError
 from llmdistill.models.helpers import NAME as HELPERS
 
@@ -31,7 +32,7 @@ def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator
     """
     model = base_model(model)
     _refuse_adapted_ties(model)
-    return compat.as_stored(model, _walk(model, "", trainable_only))
+    return as_stored(model, _walk(model, "", trainable_only))
 
 
 def base_model(model: Any) -> Any:
@@ -100,7 +101,7 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
     Those that are whole already stay so, also afterwards: this may be entered within itself.
     """
-    parameters = [p for p in parameters if compat.zero3_apart(p)]
+    parameters = [p for p in parameters if zero3.is_sharded(p)]
     if not parameters:
         return nullcontext()
     import deepspeed

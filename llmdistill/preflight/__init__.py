@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from llmdistill.compat import random_state_kept
+from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.preflight import machine, models, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice

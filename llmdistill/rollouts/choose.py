@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from llmdistill.compat import generation_ready, require_vllm
+from llmdistill.compat.models import generation_ready
+from llmdistill.compat.vllm import require_vllm
 from llmdistill.models.generation import HFRollouts
 from llmdistill.recipe.config import RolloutConfig, bearer_token
 from llmdistill.rollouts.engine import RolloutEngine

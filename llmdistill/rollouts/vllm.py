@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from llmdistill import compat
+from llmdistill.compat.patching import random_state_kept
+from llmdistill.compat.vllm import close_vllm, load_vllm
+from llmdistill.compat.vllm_weights import push_weights, takes_partial_push
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import generation_params
 from llmdistill.models.weights import base_model, named_weights
@@ -60,19 +62,19 @@ class VLLMRollouts:
             **options,
         )
         if isinstance(student, str):
-            self.llm = compat.load_vllm(student, dtype=dtype, **settings)  # type: ignore[arg-type]
+            self.llm = load_vllm(student, dtype=dtype, **settings)  # type: ignore[arg-type]
         else:
             with tempfile.TemporaryDirectory() as folder:
                 base_model(student).config.save_pretrained(folder)
-                self.llm = compat.load_vllm(folder, dtype=dtype, load_format="dummy", **settings)  # type: ignore[arg-type]
+                self.llm = load_vllm(folder, dtype=dtype, load_format="dummy", **settings)  # type: ignore[arg-type]
 
     def sync(self, model: nn.Module, policy_version: int) -> None:
         """Pushes the weights of ``model``; after the first time, where the engine can, only those that are trained.
 
         ``model`` is always the same student, as the trainer holds it: adapters and sharding are handled.
         """
-        partial = self._was_pushed and compat.takes_partial_push(self.llm)
-        compat.push_weights(self.llm, named_weights(model, trainable_only=partial), partial=partial)
+        partial = self._was_pushed and takes_partial_push(self.llm)
+        push_weights(self.llm, named_weights(model, trainable_only=partial), partial=partial)
         self.policy_version, self._was_pushed, self._has_weights = policy_version, True, True
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -90,7 +92,7 @@ class VLLMRollouts:
         return to_rollout(prompts, sampling, outputs, self.pad_id, self.policy_version)
 
     def close(self) -> None:
-        compat.close_vllm(self.llm)
+        close_vllm(self.llm)
 
 
 def complete(
@@ -112,7 +114,7 @@ def complete(
         for i, prompt in enumerate(prompts)
         for j in range(sampling.samples_per_prompt)
     ]
-    with compat.random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
+    with random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
         outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
     return [o.outputs[0] for o in outputs]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill import compat
+from llmdistill.compat.vllm import load_async_vllm
+from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.models.vllm_requests import generation_params, scored_rows, scoring_params
 from llmdistill.service.adapters import check_adapter
 from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
@@ -68,7 +69,7 @@ class VLLMEngine:
         self.dtype = dtype
         if max_lora_rank:
             options |= {"enable_lora": True, "max_lora_rank": max_lora_rank, "max_loras": 4}
-        self.engine = compat.load_async_vllm(
+        self.engine = load_async_vllm(
             model_path,
             dtype=dtype,
             seed=0,
@@ -80,7 +81,7 @@ class VLLMEngine:
             updatable=updatable,
             **options,
         )
-        self._must_mend = compat.admit_chosen_ids(self.engine)
+        self._must_mend = admit_chosen_ids(self.engine)
         self.adapters: dict[str, str] = {}
         self._lora: dict[str, Any] = {}
         self._numbers = itertools.count(1)

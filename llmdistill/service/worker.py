@@ -1,7 +1,7 @@
 """The service's part of a vLLM worker process. vLLM imports it there by name, before it loads the model.
 
 Importing it ties the worker to the life of the process that started it, and, where the service says that weights will
-be pushed, makes layers keep the plain weights they are loaded into (see :mod:`llmdistill.compat`).
+be pushed, makes layers keep the plain weights they are loaded into (see :mod:`llmdistill.compat.vllm_weights`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llmdistill import compat
+from llmdistill.compat.vllm_scores import mend_first_runner
+from llmdistill.compat.vllm_weights import keep_plain_weights, load_into_worker
 
 UPDATABLE = "LLMDISTILL_UPDATABLE"  # set by the service for the processes it starts
 PARENT = "LLMDISTILL_PARENT"
@@ -27,10 +28,10 @@ class Worker:
 
     def llmdistill_load(self, folder: str, partial: bool) -> None:
         """Loads the safetensors files of ``folder`` into the running model."""
-        compat.load_into_worker(self, _tensors(Path(folder)), partial)
+        load_into_worker(self, _tensors(Path(folder)), partial)
 
     def llmdistill_mend(self) -> None:
-        compat.mend_first_runner(self)
+        mend_first_runner(self)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -53,7 +54,7 @@ def _die_with_parent() -> None:
 def _prepare() -> Any:
     _die_with_parent()
     if os.environ.get(UPDATABLE) == "1":
-        compat.keep_plain_weights()
+        keep_plain_weights()
 
 
 _prepare()

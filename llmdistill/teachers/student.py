@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdistill import compat
+from llmdistill.compat import zero3
 from llmdistill.errors import UserError
 from llmdistill.models.heads import forward_to_head, head_of
 from llmdistill.models.helpers import NAME as HELPERS
@@ -190,7 +190,7 @@ class StudentTeacher:
         for name, parameter in self._trained() if self.average else ():
             if self.average[name].shape != _own(parameter).shape:
                 try:
-                    self.average[name] = compat.zero3_part(self.average[name], parameter)
+                    self.average[name] = zero3.shard_like(self.average[name], parameter)
                 except ValueError as error:
                     raise UserError(
                         f"the checkpoint's average of the student cannot be read: {error}. Fix: resume with as many "
@@ -229,7 +229,7 @@ class StudentTeacher:
         """Makes these the trained weights: this rank's parts, and what is whole at the moment and is made of parts."""
         for name, parameter in self._trained():
             _own(parameter).data.copy_(values[name])
-        compat.zero3_renew([parameter for _, parameter in self._trained()])
+        zero3.gather_again([parameter for _, parameter in self._trained()])
 
     def _head_now(self, linear: nn.Linear) -> nn.Linear:
         """The head of the judge: the student's, or a copy where other weights are only there for a while."""

@@ -13,7 +13,8 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from llmdistill import compat
+from llmdistill.compat.patching import random_state_kept
+from llmdistill.compat.vllm import close_vllm, load_vllm
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import scored_rows, scoring_params
 from llmdistill.recipe.config import TeacherConfig
@@ -58,7 +59,7 @@ class VLLMTeacher:
         self._info, self.tokenizer = describe(model_path, trust_remote_code)
         self.max_top_k = min(max_top_k or self._info.vocab_size, self._info.vocab_size)
         self.max_model_len = max_model_len or self._info.context_length
-        self.llm = compat.load_vllm(
+        self.llm = load_vllm(
             model_path,
             dtype=dtype,
             seed=0,
@@ -113,7 +114,7 @@ class VLLMTeacher:
             scoring_params(len(sequence), at, top_k, vocab, mine)
             for sequence, at, mine in zip(sequences, places, ids, strict=True)
         ]
-        with compat.random_state_kept():
+        with random_state_kept():
             outputs = self.llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
         width = columns(top_k, chosen, vocab)
         header = BlockHeader(
@@ -132,7 +133,7 @@ class VLLMTeacher:
         return self._info
 
     def close(self) -> None:
-        compat.close_vllm(self.llm)
+        close_vllm(self.llm)
 
 
 def describe(model_path: str, trust_remote_code: bool = False) -> tuple[TeacherInfo, PreTrainedTokenizerBase]:

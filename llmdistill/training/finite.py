@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from llmdistill import compat
+from llmdistill.compat import trainers, zero3
 from llmdistill.errors import UserError
 from llmdistill.record.run_folder import RunFolder
 
@@ -28,8 +28,8 @@ class FiniteTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        compat.before_checkpoints(self, self._refuse_lost_weights)
-        compat.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
+        trainers.before_checkpoints(self, self._refuse_lost_weights)
+        trainers.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own.
@@ -63,7 +63,7 @@ class FiniteTrainer(Trainer):
     def _lost(self, before: str, behind: str) -> UserError:
         step = self.state.global_step
         said = f"{before}the weights are NaN, inf or too large to be squared"
-        if step > compat.first_step(self):
+        if step > trainers.first_step(self):
             return self._stopped(f"{said} since the update of step {step}{behind}")
         return self._stopped(f"{said} as they were loaded{behind}", "start from other weights, ")
 
@@ -82,7 +82,7 @@ def usable(model: nn.Module) -> bool:
 
 
 def _usable(parameter: Tensor) -> bool:
-    values = compat.zero3_own(parameter).detach()  # ZeRO-3's shard, else all of it
+    values = zero3.local_shard(parameter).detach()  # ZeRO-3's shard, else all of it
     values = values.to_local() if hasattr(values, "to_local") else values  # FSDP2's
     if values.numel() == 0:
         return True

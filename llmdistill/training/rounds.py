@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from llmdistill.compat import generation_ready
+from llmdistill.compat.models import generation_ready
 from llmdistill.composition.batch import Text
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError

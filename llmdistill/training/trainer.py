@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from llmdistill import compat
+from llmdistill.compat import trainers
 from llmdistill.composition.batch import Heard, MicroBatch, Text, micro_batches, row_weights, with_reads
 from llmdistill.composition.judges import Hearing
 from llmdistill.composition.loss import Result, loss_on
@@ -139,10 +139,10 @@ class DistillationTrainer(RoundLog):
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
         self.add_callback(_FirstValidation(self))
         self.context_functions = load_functions(encode.built_later)
-        compat.beside_random_states(self, lambda folder: self._method_state().save(folder))
+        trainers.beside_random_states(self, lambda folder: self._method_state().save(folder))
         if len(self.helpers):
-            compat.save_without(self, helpers.own, HELPERS_FILE)
-            compat.after_weights_are_loaded(self, self._load_helpers)
+            trainers.save_without(self, helpers.own, HELPERS_FILE)
+            trainers.after_weights_are_loaded(self, self._load_helpers)
         self._method_start = copy.deepcopy(self._method_state().values())
         check_parts(self)
 

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, RolloutConfig, Term, compat, methods
+from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, RolloutConfig, Term, methods
+from llmdistill.compat import zero3
 from llmdistill.composition.method import Measured, Schedule
 from llmdistill.composition.term import Hidden
 from llmdistill.models.generation import HFRollouts, generate
@@ -183,13 +184,13 @@ class Watched(StudentTeacher):
 
     @contextmanager
     def _as_judge(self) -> Iterator[None]:
-        before = [compat.zero3_own(p).detach().clone() for p in self._bound.parameters()]
+        before = [zero3.local_shard(p).detach().clone() for p in self._bound.parameters()]
         with super()._as_judge():
             yield
         for kept, p in zip(before, self._bound.parameters(), strict=True):
-            self.moved += not torch.equal(kept, compat.zero3_own(p).detach())
-            if hasattr(p, "ds_id") and not compat.zero3_apart(p):  # whole at the moment: of the same parts
-                self.moved += not torch.equal(kept, compat.zero3_part(p.detach(), p)[: len(kept)])
+            self.moved += not torch.equal(kept, zero3.local_shard(p).detach())
+            if hasattr(p, "ds_id") and not zero3.is_sharded(p):  # whole at the moment: of the same parts
+                self.moved += not torch.equal(kept, zero3.shard_like(p.detach(), p)[: len(kept)])
         self.judged += 1
 
 

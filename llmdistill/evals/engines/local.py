@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmdistill import compat
+from llmdistill.compat.vllm import close_vllm, completions, load_vllm
 from llmdistill.evals.engines.base import Asked
 from llmdistill.evals.records import Sample
 from llmdistill.models.generation import generate
@@ -30,7 +30,7 @@ class VLLMEngine:
         model: folder or hub name.
         tokenizer: the model's.
         max_model_len: longest prompt and completion together.
-        options: further arguments of :func:`llmdistill.compat.load_vllm`.
+        options: further arguments of :func:`llmdistill.compat.vllm.load_vllm`.
 
     Raises:
         UserError: vLLM is missing or refuses the model.
@@ -49,7 +49,7 @@ class VLLMEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = checkpoint_eos_ids(model, tokenizer)
-        self.llm = compat.load_vllm(
+        self.llm = load_vllm(
             model,
             dtype=dtype,
             seed=0,
@@ -67,13 +67,13 @@ class VLLMEngine:
             for name, one in by_id.items()
         )
         stopped = self._has_stop(stop) if stop else None
-        for name, output in compat.completions(self.llm, requests, IN_FLIGHT, stopped):
+        for name, output in completions(self.llm, requests, IN_FLIGHT, stopped):
             ids = list(output.token_ids)
             text = decoded(self.tokenizer, ids)
             yield by_id[name].sample(text, len(ids), output.finish_reason or "stop", stop)
 
     def close(self) -> None:
-        compat.close_vllm(self.llm)
+        close_vllm(self.llm)
 
     def _params(self, sampling: Sampling, seed: int, watched: bool) -> Any:
         from vllm.sampling_params import RequestOutputKind

@@ -1,0 +1,61 @@
+"""Models of transformers: checkpointing's switches, generation under every wrapper, and the layout of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def not_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Without gradient checkpointing inside; afterwards with what it was, function and arguments included."""
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in on:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
+    """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing.
+
+    Every rank enters and leaves together, and may run as many forward passes in between as it likes: DeepSpeed's check
+    that all ranks are at the same one, which TRL leaves in place, is set aside. Checkpointing is switched off here, at
+    the modules' own switches: TRL would switch it on again with default arguments.
+    """
+    from trl.models import unwrap_model_for_generation
+
+    with not_checkpointing(model), unwrap_model_for_generation(model, accelerator) as unwrapped:
+        offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+        check = getattr(offload, "fwd_pre_hook", None)
+        hook = unwrapped._forward_pre_hooks.pop(check.id) if check else None
+        try:
+            yield unwrapped
+        finally:
+            if check:  # TRL's own hooks come back behind it, which is their order
+                unwrapped._forward_pre_hooks[check.id] = hook
+
+
+def as_stored(model: Any, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights under the names and in the shapes of its checkpoint.
+
+    transformers lays some tensors out anew in memory (fused experts); those of most models not at all.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return pairs
+    known = getattr(model, "_weight_conversions", None)
+    conversions = get_model_conversion_mapping(model, add_legacy=False) if known is None else known
+    if not conversions:
+        return pairs
+    return iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]

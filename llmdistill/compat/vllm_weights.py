@@ -1,0 +1,121 @@
+"""New weights for a vLLM engine that runs.
+
+On a CPU vLLM packs every weight for oneDNN and throws the plain copy away, so its own ``reload_weights`` rebuilds each
+layer. An updatable engine keeps the plain copies instead (its weights take twice their memory): they are loaded in
+place and what changed is packed again, in less than half the time, and a push may hold only the weights that are
+trained. The student's side of a push is in :mod:`llmdistill.models.weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmdistill.compat.patching import patched
+
+
+def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
+    """Makes the engine use these weights, named as in a checkpoint, and forget what it cached of the old ones.
+
+    Args:
+        partial: ``pairs`` holds only the weights that changed. Where :func:`takes_partial_push` is false vLLM would
+            fill the rest of a layer with uninitialised memory.
+
+    Raises:
+        RuntimeError: weights of the engine's model are missing from a push that is not partial.
+    """
+    if takes_partial_push(llm):
+        llm.collective_rpc(_load_in_place, args=(iter(pairs), partial))
+    elif partial:
+        raise ValueError("this engine takes complete sets of weights only")
+    else:
+        dtype = llm.llm_engine.model_config.dtype
+        cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
+    llm.reset_prefix_cache()
+
+
+def takes_partial_push(llm: Any) -> bool:
+    """Whether weights are loaded in place: plain linear layers and embeddings on a CPU, loaded as updatable."""
+    return bool(llm.collective_rpc(worker_is_plain)[0])
+
+
+def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:
+    """New weights for a worker's model; whoever calls forgets the prefix cache of the old ones.
+
+    Raises:
+        ValueError: ``partial`` where only complete sets can be loaded.
+    """
+    if worker_is_plain(worker):
+        _load_in_place(worker, pairs, partial)
+    elif partial:
+        raise ValueError("this engine takes complete sets of weights only")
+    else:
+        dtype = worker.model_config.dtype
+        cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
+        worker.reload_weights(weights_iterator=cast)
+
+
+def keep_plain_weights() -> None:
+    """For good, in a process that only holds an engine: what an updatable engine needs (see the module's docstring)."""
+    from vllm.model_executor.layers import utils
+
+    utils.dispatch_cpu_unquantized_gemm = _packer(utils.dispatch_cpu_unquantized_gemm)
+
+
+@contextmanager
+def keeping_plain_weights() -> Iterator[None]:
+    """Layers packed meanwhile keep their plain weights; an embedding that is no output head is not packed at all."""
+    from vllm.model_executor.layers import utils
+
+    with patched(utils, "dispatch_cpu_unquantized_gemm", _packer(utils.dispatch_cpu_unquantized_gemm)):
+        yield
+
+
+def _packer(dispatch: Callable[..., None]) -> Callable[..., None]:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    def pack(layer: Any, remove_weight: bool = False) -> None:
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            layer.cpu_linear = nn.functional.linear  # type: ignore[assignment]
+        else:
+            dispatch(layer, remove_weight=False)
+
+    return pack
+
+
+def worker_is_plain(worker: Any) -> bool:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    model = worker.get_model()
+    methods = ((m, vars(m).get("quant_method")) for m in model.modules())
+    return next(model.parameters()).device.type == "cpu" and all(
+        method is None
+        or (isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod) and layer.weight.numel() > 0)
+        for layer, method in methods
+    )
+
+
+@torch.no_grad()
+def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.models import utils as loading
+
+    model, pack = worker.get_model(), _packer(utils.dispatch_cpu_unquantized_gemm)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = set(parameters) - {name for name, _ in model.named_parameters()}
+    # copy_ converts the dtype on the way, which is faster than a converted copy; vLLM would warn of every one
+    with patched(loading.logger, "warning", lambda *args, **kwargs: None):
+        loaded = model.load_weights((name, tensor) for name, tensor in pairs if name not in tied)
+    missing = set(parameters) - tied - set(loaded)
+    if missing and not partial:
+        raise RuntimeError(f"weights of the vLLM model that the student did not provide: {sorted(missing)[:5]}")
+    changed = {parameters[name].data_ptr() for name in loaded}
+    for layer in model.modules():
+        if "cpu_linear" in vars(layer) and layer.weight.data_ptr() in changed:
+            pack(layer)
