@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,12 +16,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from llmdistill import redi
 from llmdistill.errors import UserError
 from llmdistill.objectives.redi import dpo_loss
+from llmdistill.pipeline import redi_stages
 from llmdistill.recipe.command_line import parse
+from llmdistill.record.page.paired import change
+from llmdistill.record.run_folder import RunFolder
 from llmdistill.redi import REDIConfig
 from tests.redi_runs import lines, make_place, read, student, student_logps, words
 from tests.trainer.pair_cases import by_hand, encoded, pair_rows
@@ -72,6 +77,22 @@ def test_one_command_runs_both_stages_and_records_both(place: Path, whole: Path)
     chosen = [m["pairs"]["chosen_logp"] for m in stations.values()]
     margins = [m["pairs"]["margin"] for m in stations.values()]
     assert chosen[1] > chosen[0] + 0.1 and margins[2] > margins[1] + 0.1
+
+
+def test_the_table_shows_each_stage_s_change_pair_by_pair(whole: Path) -> None:
+    """As the run page does: the means' own intervals overlap, the change has one that is its own."""
+    console = Console(file=io.StringIO(), width=160)
+    redi_stages._print(RunFolder(whole / "stage1"), RunFolder(whole), console)
+    printed = [line for line in console.file.getvalue().splitlines() if "chosen_logp" in line]  # type: ignore[attr-defined]
+    (cells,) = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed]
+    values = [
+        read(whole / f, "before.json" if i == 0 else "after.json") for i, f in enumerate(("stage1", "stage1", "."))
+    ]
+    assert [cells[1], cells[2], cells[4]] == [f"{v['pairs']['chosen_logp']:.3f}" for v in values]
+    for cell, before, after in ((cells[3], *values[:2]), (cells[5], *values[1:])):
+        paired = change(before, after, "pairs", "chosen_logp")
+        assert paired is not None
+        assert cell == f"{paired.difference:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}]"
 
 
 def test_the_resolved_recipe_can_be_run_again(whole: Path, tmp_path: Path) -> None:
@@ -185,8 +206,7 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(
     place: Path, undisturbed: Any, tmp_path: Path, where: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same losses and the same weights as the undisturbed run."""
-    from llmdistill.pipeline import redi_stages
-    from llmdistill.record.run_folder import RunFolder, RunFolderCallback
+    from llmdistill.record.run_folder import RunFolderCallback
 
     whole, torn = undisturbed(method), tmp_path / "torn"
     in_stage1, stage_folder = where.startswith("stage1"), torn / "stage1" if where.startswith("stage1") else torn

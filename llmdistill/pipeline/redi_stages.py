@@ -21,7 +21,6 @@ from typing import Any, cast
 
 from huggingface_hub import constants
 from rich.console import Console
-from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -38,6 +37,7 @@ from llmdistill.pipeline.run import (
     save_student,
 )
 from llmdistill.pipeline.stage import Stage
+from llmdistill.pipeline.tables import stages_table
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
@@ -63,7 +63,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     constants.HF_HUB_DISABLE_TELEMETRY = True  # else TRL's trainers report to their makers when they are built
     _refuse(recipe)
     args = cast(REDIConfig, recipe.args)
-    console, folder = Console(stderr=True), RunFolder(args.output_dir or "runs/default")
+    console, folder = Console(stderr=True, markup=False), RunFolder(args.output_dir or "runs/default")
     given = given_start(recipe, leave_out=args.unread)
     started = read_start(folder) if recipe.flags.resume else None
     changed = check_settings(recipe, folder, started, given) if started else {}
@@ -115,7 +115,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
         add_evaluations(trainer, recipe.evals)
         _train(stage, trainer, checkpoint, "stage 2", encoder.skipped)
     if main_process:
-        _print(first, folder, Console())
+        _print(first, folder, Console(markup=False))
     leave_group()
     return 0
 
@@ -256,17 +256,8 @@ def _print(first: RunFolder, folder: RunFolder, console: Console) -> None:
     }
     if folder.path != first.path and not columns["after stage 1"]:  # it was skipped
         columns = {"before": folder.read_json("before.json"), "after": columns["after stage 2"]}
-    measured = {title: found["pairs"] for title, found in columns.items() if found and found.get("pairs")}
+    measured = {title: found for title, found in columns.items() if found and found.get("pairs")}
     if measured:
-        table = Table(title="held-out pairs (95 % interval over pairs); log-probs in nats per token")
-        table.add_column("")
-        for title in measured:
-            table.add_column(title, justify="right")
-        for metric in (m for m in SHOWN if all(m in values for values in measured.values())):
-            table.add_row(metric, *(_cell(values, metric) for values in measured.values()))
-        console.print(table)
+        title = "held-out pairs, log-probs in nats per token (changes pair by pair, with their 95 % intervals)"
+        console.print(stages_table(title, measured, "pairs", SHOWN))
     console.print(f"student: {folder.path / 'student'}", markup=False)
-
-
-def _cell(values: dict[str, float], metric: str) -> str:
-    return f"{values[metric]:.3f} [{values[metric + '_low']:.3f}, {values[metric + '_high']:.3f}]"

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from llmdistill.errors import UserError
 from llmdistill.models.weights import base_model, named_weights
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
+from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import EvalsConfig, StudentConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
-from llmdistill.record.page.paired import TOKENS, Change, change
+from llmdistill.record.page.paired import TOKENS, change
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.base import writes
 from llmdistill.teachers.fingerprint import weights_fingerprint
@@ -44,7 +45,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         UserError: whatever the user can mend; everything written before it stays.
     """
     quiet()
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     folder = RunFolder(recipe.args.output_dir or "runs/default")
     given, started = given_start(recipe), read_start(folder) if recipe.flags.resume else None
     changed = check_settings(recipe, folder, started, given) if started else {}
@@ -77,7 +78,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         folder.write_json("after.json", after)
         folder.write_json("summary.json", {"steps": trainer.state.global_step, "peak_gib": peak_memory_gib()})
         page = write_report(folder.path)
-        _print(folder, Console(), page)
+        _print(folder, Console(markup=False), page)
     leave_group()
     return 0
 
@@ -266,8 +267,8 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
         for column in ("per token", "before", "after", "change"):
             table.add_column(column, justify="left" if column == "per token" else "right")
         for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance"):
-            cells = [_cell(side[text], metric) for side in (before, after)]
-            table.add_row(metric, *cells, _change(change(before, after, text, metric)))
+            cells = [interval(side[text], metric) for side in (before, after)]
+            table.add_row(metric, *cells, difference(change(before, after, text, metric)))
         console.print(table)
     for i, prompt in enumerate(after.get("prompts", [])):
         console.rule(f"prompt {i + 1}")
@@ -284,11 +285,3 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
         "--max_new_tokens (README, 'Your models')",
         markup=False,
     )
-
-
-def _cell(values: dict[str, float], metric: str) -> str:
-    return f"{values[metric]:.3f} [{values[metric + '_low']:.3f}, {values[metric + '_high']:.3f}]"
-
-
-def _change(paired: Change | None) -> str:
-    return "-" if paired is None else f"{paired.difference:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}]"
