@@ -16,17 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdistill.compat import zero3
 from llmdistill.errors import UserError
-from llmdistill.models.heads import forward_to_head, head_of
+from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import NAME as HELPERS
 from llmdistill.models.layers import captured, no_rows
 from llmdistill.models.modes import evaluating
+from llmdistill.models.passes import at_head, batches_of
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.texts import Prompt, Rollout, Sampling
-from llmdistill.texts.views import plain
+from llmdistill.texts.views import View
 from llmdistill.tokenization.special import context_length, eos_ids
 from llmdistill.wire.blocks import ScoreBlock
 
@@ -77,17 +78,9 @@ class StudentTeacher:
     @torch.no_grad()
     def dense(self, rollout: Rollout) -> HiddenRows:
         """Hidden rows of the counted tokens, [N, H], with the head they belong to."""
-        head, rows = head_of(self._bound), list[Tensor]()
+        head = head_of(self._bound)
         with self._as_judge():
-            for start in range(0, len(rollout), self.batch_sequences):
-                part = rollout.sequences(range(start, min(start + self.batch_sequences, len(rollout))))
-                view = plain(part.to(head.linear.weight.device))
-
-                def keep(hidden_BTH: Tensor, view: Any = view) -> Tensor:
-                    rows.append(view.rows(hidden_BTH))
-                    return hidden_BTH.new_zeros(())
-
-                forward_to_head(self.forward_model(), head.linear, view, keep)
+            rows = at_head(self.forward_model(), head, self._batches(rollout), lambda rows_NH, view, _: rows_NH)
             linear = self._head_now(head.linear)
         hidden_NH = torch.cat(rows) if rows else head.linear.weight.new_zeros(0, head.linear.in_features)
         return HiddenRows(hidden_NH, linear, head.logit_scale, head.softcap)
@@ -95,15 +88,18 @@ class StudentTeacher:
     @torch.no_grad()
     def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
         """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
-        rows, head = [[empty] for empty in no_rows(self._bound, layers)], head_of(self._bound)
-        with self._as_judge(), captured(self._bound, layers) as found:
-            for start in range(0, len(rollout), self.batch_sequences):
-                part = rollout.sequences(range(start, min(start + self.batch_sequences, len(rollout))))
-                view = plain(part.to(head.linear.weight.device))
-                forward_to_head(self.forward_model(), head.linear, view, lambda hidden: hidden.new_zeros(()))
-                for own, layer in zip(rows, layers, strict=True):
-                    own.append(view.rows(found[layer]))
-        return [torch.cat([piece.to(own[-1]) for piece in own]) for own in rows]
+        head = head_of(self._bound)
+        with self._as_judge(), captured(self._bound, layers) as states:
+
+            def read(rows_NH: Tensor, view: View, _: None) -> list[Tensor]:  # the layers come before the head
+                return [view.rows(states[layer]) for layer in layers]
+
+            found = at_head(self.forward_model(), head, self._batches(rollout), read)
+        return [torch.cat(pieces) for pieces in zip(*found, strict=True)] if found else no_rows(self._bound, layers)
+
+    def _batches(self, rollout: Rollout) -> Iterator[tuple[Rollout, None]]:
+        device = head_of(self._bound).linear.weight.device
+        return ((part, None) for part in batches_of(rollout, self.batch_sequences, device))
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """As :meth:`~llmdistill.teachers.local.LocalTeacher.score`."""

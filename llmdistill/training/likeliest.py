@@ -9,15 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmdistill.models.heads import Head, forward_to_head
-from llmdistill.models.modes import evaluating
+from llmdistill.models.heads import Head
+from llmdistill.models.passes import batches_of, metrics_at_head
 from llmdistill.objectives.rows import TokenRows
-from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.texts import Rollout
-from llmdistill.texts.views import View, plain
 
 
-@torch.no_grad()
 def likeliest_ids(
     model: nn.Module, head: Head, rollout: Rollout, k: int, *, vocab_size: int, chunk_tokens: int, batch_sequences: int
 ) -> Tensor:
@@ -26,27 +23,11 @@ def likeliest_ids(
     Args:
         model: the student as it is called in training, so that sharded weights are gathered.
     """
-    device, found = head.linear.weight.device, [torch.zeros(0, k, dtype=torch.int64)]
-    with evaluating(model):
-        for start in range(0, len(rollout), batch_sequences):
-            part = rollout.sequences(range(start, min(start + batch_sequences, len(rollout)))).to(device)
 
-            view = plain(part)
+    def topk(logits_nV: Tensor, token_ids_n: Tensor) -> dict[str, Tensor]:
+        return {"ids": logits_nV.topk(k, dim=-1).indices}
 
-            def at_the_head(hidden_BTH: Tensor, view: View = view) -> Tensor:
-                rows_NH = view.rows(hidden_BTH)
-                listed = streamed_metrics(
-                    lambda logits_nV, ids: {"ids": logits_nV.topk(k, dim=-1).indices},
-                    rows_NH,
-                    head.linear,
-                    TokenRows(view.targets),
-                    chunk_tokens=chunk_tokens,
-                    logit_scale=head.logit_scale,
-                    softcap=head.softcap,
-                    vocab_size=vocab_size,
-                )
-                found.append(listed["ids"].cpu())
-                return rows_NH.new_zeros(())
-
-            forward_to_head(model, head.linear, view, at_the_head)
-    return torch.cat(found)
+    parts = batches_of(rollout, batch_sequences, head.linear.weight.device)
+    batches = ((part, TokenRows(part.token_rows())) for part in parts)
+    found = metrics_at_head(model, head, batches, topk, chunk_tokens=chunk_tokens, vocab_size=vocab_size)
+    return found.get("ids", torch.zeros(0, k, dtype=torch.int64))

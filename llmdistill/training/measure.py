@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from llmdistill.composition.term import METRICS
 from llmdistill.errors import UserError
-from llmdistill.models.heads import Head, forward_to_head, head_of
-from llmdistill.models.modes import evaluating
+from llmdistill.models.heads import Head, head_of
+from llmdistill.models.passes import batches_of, metrics_at_head
 from llmdistill.models.weights import gathered
-from llmdistill.objectives.streaming import streamed_metrics
+from llmdistill.objectives.rows import TeacherRows
 from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live, max_top_k, writes
-from llmdistill.teachers.evidence import Evidence, Kind, gather
+from llmdistill.teachers.evidence import Kind, gather
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
-from llmdistill.texts.views import View, in_context, plain
+from llmdistill.texts.views import in_context
 
 # What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
 UNLISTED_TOP_K = 64
@@ -81,7 +81,7 @@ def measure(
     kind: Kind = "full",
     top_k: int = 0,
     counted: Sequence[bool] | None = None,
-    heard: Rollout | None = None,
+    teacher_rollout: Rollout | None = None,
 ) -> Measurement:
     """reverse_kl, forward_kl, top1_agreement, acceptance and entropy of ``model`` against ``teacher`` on ``rollout``.
 
@@ -89,36 +89,20 @@ def measure(
 
     ``kind`` and ``top_k`` say what is asked of a teacher that does not live in this process; the KLs of its top-k and
     tail are lower bounds.
-    ``heard`` is what the teacher reads instead: the same completions in another context.
+    ``teacher_rollout`` is what the teacher reads instead: the same completions in another context.
     ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
     """
     asked, listed = question(teacher, kind, top_k)
-    metrics = METRICS[asked]
-    streaming: dict[str, Any] = dict(
-        chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
-    )
-    sums: dict[str, list[float]] = {}
-    tokens: list[int] = []
-    with evaluating(model):
-        for start in range(0, len(rollout), batch_sequences):
-            index, device = range(start, min(start + batch_sequences, len(rollout))), head.linear.weight.device
-            part = rollout.sequences(index).to(device)
-            read = part if heard is None else heard.sequences(index).to(device)
-            evidence = gather(teacher, read, asked, listed, device)
-            view, found = plain(part), dict[str, Tensor]()
+    device = head.linear.weight.device
 
-            def at_the_head(
-                hidden_BTH: Tensor, view: View = view, evidence: Evidence = evidence, found: dict[str, Tensor] = found
-            ) -> Tensor:
-                # Inside the head's forward: under ZeRO-3 this is where its weight is whole.
-                rows_NH = view.rows(hidden_BTH)
-                found.update(streamed_metrics(metrics, rows_NH, head.linear, evidence, **streaming))
-                return rows_NH.new_zeros(())
+    def judged() -> Iterator[tuple[Rollout, TeacherRows]]:
+        read = batches_of(rollout if teacher_rollout is None else teacher_rollout, batch_sequences, device)
+        for part, teacher_part in zip(batches_of(rollout, batch_sequences, device), read, strict=True):
+            yield part, gather(teacher, teacher_part, asked, listed, device)
 
-            forward_to_head(model, head.linear, view, at_the_head)
-            for name, values_N in found.items():
-                sums.setdefault(name, []).extend(float(v.sum()) for v in values_N.split(part.row_counts))
-            tokens += part.row_counts
+    values = metrics_at_head(model, head, judged(), METRICS[asked], chunk_tokens=chunk_tokens, vocab_size=vocab_size)
+    tokens = rollout.row_counts
+    sums = {name: [float(v.sum()) for v in values_N.split(tokens)] for name, values_N in values.items()}
     keep = range(len(tokens)) if counted is None else [i for i, c in enumerate(counted) if c]
     return Measurement({k: [v[i] for i in keep] for k, v in sums.items()}, [tokens[i] for i in keep])
 
@@ -186,7 +170,7 @@ class HeldOut:
         for name, rollout in self._texts(mine).items():
             # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
             sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
-            heard, has = self._in_context(rollout, mine)
+            teacher_rollout, has = self._in_context(rollout, mine)
             with t.accelerator.autocast(), gathered(sharded):
                 measured[name] = measure(
                     t.forward_model(),
@@ -199,7 +183,7 @@ class HeldOut:
                     kind=kind,
                     top_k=top_k,
                     counted=[c and h for c, h in zip(counted, has, strict=True)],
-                    heard=heard,
+                    teacher_rollout=teacher_rollout,
                 ).gathered(t.accelerator)
         return measured
 
@@ -224,8 +208,8 @@ class HeldOut:
         context = self.trainer.asked_context
         if not any(context in p.contexts for p in prompts):
             return None, [True] * len(prompts)
-        heard, has = in_context(rollout, prompts, context, self.trainer.pad_id)
-        return heard, has.tolist()
+        teacher_rollout, has = in_context(rollout, prompts, context, self.trainer.pad_id)
+        return teacher_rollout, has.tolist()
 
     def lacking(self, prompts: Sequence[Prompt]) -> str:
         """Why a teacher that is not live cannot judge these rows, or nothing. Every rank has the same answer."""

@@ -11,15 +11,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llmdistill.composition.term import Groups
-from llmdistill.models.heads import Head, forward_to_head, head_of
+from llmdistill.models.heads import Head, head_of
+from llmdistill.models.passes import metrics_at_head
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.policy import token_logprobs
 from llmdistill.objectives.redi import sequence_means
 from llmdistill.objectives.rows import TokenRows
-from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.texts.pairs import Pair, collate_pairs
-from llmdistill.texts.views import plain
 
 # loss(mean log-probs of the chosen [P], of the rejected [P]) -> scalar, the mean over pairs
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -107,37 +106,30 @@ def measure_pairs(trainer: Any, pairs: Sequence[Pair], *, pad_id: int, chunk_tok
     model: nn.Module = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     head, size = head_of(trainer.model), trainer.args.per_device_eval_batch_size
     sharded = list(trainer.model.parameters()) if trainer.model_wrapped is trainer.model else []
-    was_training = model.training
-    model.eval()
-    found: list[tuple[float, float, int, int]] = []
     with accelerator.autocast(), gathered(sharded):
-        for start in range(0, len(mine), size):
-            found += _measured(model, head, mine[start : start + size], pad_id, chunk_tokens)
-    model.train(was_training)
+        found = _measured(model, head, [mine[i : i + size] for i in range(0, len(mine), size)], pad_id, chunk_tokens)
     counted = [f for i, f in zip(index, found, strict=True) if i < len(pairs)]
     everyone = gather_object(counted) if world > 1 else counted
     return PairMeasurement(*(list(column) for column in zip(*everyone, strict=True)))  # type: ignore[arg-type]
 
 
 def _measured(
-    model: nn.Module, head: Head, pairs: Sequence[Pair], pad_id: int, chunk_tokens: int
+    model: nn.Module, head: Head, batches: Sequence[Sequence[Pair]], pad_id: int, chunk_tokens: int
 ) -> list[tuple[float, float, int, int]]:
-    view = plain(collate_pairs(pairs, pad_id).to(head.linear.weight.device))
-    means: list[float] = []
-
-    def logprob(logits_nV: Tensor, ids_n: Tensor) -> dict[str, Tensor]:
-        return {"logprob": token_logprobs(logits_nV, ids_n)}
-
-    def at_the_head(hidden_BTH: Tensor) -> Tensor:
-        projection = dict(chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap)
-        rows_NH, tokens = view.rows(hidden_BTH), TokenRows(view.targets)
-        logprobs_N = streamed_metrics(logprob, rows_NH, head.linear, tokens, **projection)["logprob"]  # type: ignore[arg-type]
-        means.extend(sequence_means(logprobs_N, view.counts).tolist())
-        return hidden_BTH.new_zeros(())
-
-    forward_to_head(model, head.linear, view, at_the_head)
-    rejected = iter(means[len(pairs) :])
-    return [
-        (means[i], next(rejected) if pair.rejected else float("nan"), len(pair.chosen), len(pair.rejected))
-        for i, pair in enumerate(pairs)
-    ]
+    """Of every pair the mean log-probs of both sides (NaN where one is missing), and their lengths."""
+    rollouts = [collate_pairs(pairs, pad_id) for pairs in batches]
+    on_device = (rollout.to(head.linear.weight.device) for rollout in rollouts)
+    logprobs_N = metrics_at_head(
+        model,
+        head,
+        ((rollout, TokenRows(rollout.token_rows())) for rollout in on_device),
+        lambda logits_nV, token_ids_n: {"logprob": token_logprobs(logits_nV, token_ids_n)},
+        chunk_tokens=chunk_tokens,
+    )["logprob"]
+    means = iter(sequence_means(logprobs_N, [n for rollout in rollouts for n in rollout.row_counts]).tolist())
+    found = []
+    for pairs in batches:  # the chosen sides of a batch come before its rejected ones, see collate_pairs
+        chosen = [next(means) for _ in pairs]
+        rejected = [next(means) if pair.rejected else float("nan") for pair in pairs]
+        found += [(c, r, len(p.chosen), len(p.rejected)) for c, r, p in zip(chosen, rejected, pairs, strict=True)]
+    return found

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from llmdistill.composition.batch import Text, with_reads
 from llmdistill.composition.term import Rows, Term, in_turn
-from llmdistill.models.heads import forward_to_head, head_of
-from llmdistill.models.modes import evaluating
+from llmdistill.models.heads import head_of
+from llmdistill.models.passes import batches_of, metrics_at_head
 from llmdistill.objectives.rows import TeacherRows
-from llmdistill.objectives.streaming import streamed_metrics
-from llmdistill.texts.views import View, plain
 
 
 @torch.no_grad()
@@ -55,34 +53,20 @@ def _of_all(trainer: Any, values: dict[str, Tensor], texts: Sequence[Text]) -> R
 
 def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) -> dict[str, Tensor]:
     assert term.survey is not None
-    model, head, args = trainer.forward_model(), head_of(trainer.model), trainer.args
+    args = trainer.args
     evidence = with_reads(_reading_known(term, text), [text], [answer], {}, args.device)
-    size, found = args.per_device_train_batch_size * args.rollouts.samples_per_prompt, dict[str, list[Tensor]]()
-    places = in_turn(text.rollout.row_counts)
-    with evaluating(model), trainer.accelerator.autocast():
-        for start in range(0, len(text), size):
-            stop = min(start + size, len(text))
-            part = text.rollout.sequences(range(start, stop)).to(args.device)
-            rows = evidence[slice(places[start].start, places[stop - 1].stop)]
-            view = plain(part)
-
-            def at_the_head(hidden_BTH: Tensor, view: View = view, rows: TeacherRows = rows) -> Tensor:
-                measured = streamed_metrics(
-                    term.survey.measure,  # type: ignore[union-attr]
-                    view.rows(hidden_BTH),
-                    head.linear,
-                    rows,
-                    chunk_tokens=args.chunk_tokens,
-                    logit_scale=head.logit_scale,
-                    softcap=head.softcap,
-                    vocab_size=trainer.vocab_size,
-                )
-                for name, values in measured.items():
-                    found.setdefault(name, []).append(values.cpu())
-                return hidden_BTH.new_zeros(())
-
-            forward_to_head(model, head.linear, view, at_the_head)
-    return {name: torch.cat(values) for name, values in found.items()}
+    size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
+    parts = list(batches_of(text.rollout, size, args.device))
+    places = in_turn([part.num_rows for part in parts])
+    with trainer.accelerator.autocast():
+        return metrics_at_head(
+            trainer.forward_model(),
+            head_of(trainer.model),
+            ((part, evidence[place]) for part, place in zip(parts, places, strict=True)),
+            term.survey.measure,
+            chunk_tokens=args.chunk_tokens,
+            vocab_size=trainer.vocab_size,
+        )
 
 
 def _reading_known(term: Term, text: Text) -> Term:
