@@ -287,17 +287,24 @@ def test_objective(make_trainer: Make) -> None:
 def test_head(make_trainer: Make) -> None:
     assert levels(make_trainer(teacher=tiny.llama(2).bfloat16()), "head") == {"ok"}
     for side, seed in (("student", 1), ("teacher", 2)):
+        scaled = tiny.llama(seed)
+        scaled.register_forward_hook(lambda module, inputs, output: replace_logits(output, lambda x: 1.1 * x))
+        assert levels(make_trainer(**{side: scaled}), "head") == {"ok"}  # found by trying
         odd = tiny.llama(seed)
-        odd.register_forward_hook(lambda module, inputs, output: replace_logits(output))
-        assert f"the {side}'s logits" in message(make_trainer(**{side: odd}), "head")
+        odd.register_forward_hook(lambda module, inputs, output: replace_logits(output, lambda x: x + 1.0))
+        with pytest.raises(UserError, match="does more to the logits of its head"):
+            make_trainer(**{side: odd})
+        later = tiny.llama(seed)
+        trainer = make_trainer(**{side: later})
+        later.register_forward_hook(lambda module, inputs, output: replace_logits(output, lambda x: x + 1.0))
+        assert f"the {side}'s logits" in message(trainer, "head")
         damaged = tiny.llama(seed)
         damaged.model.norm.weight.data[3] = float("nan")
         assert f"the {side}'s logits are NaN" in message(make_trainer(**{side: damaged}), "head")
 
 
-def replace_logits(output: Any) -> Any:
-    """Some unknown transform of the logits."""
-    output.logits = output.logits * 1.1
+def replace_logits(output: Any, transform: Any) -> Any:
+    output.logits = transform(output.logits)
     return output
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from llmdistill.errors import UserError
+from llmdistill.models.heads import check_head
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
@@ -101,6 +102,7 @@ class StudentTrainer(FiniteTrainer):
         self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
         self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
         self.add_callback(self._run_folder_callback)
+        self.add_callback(_BeforeTheFirstStep(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -128,6 +130,16 @@ class StudentTrainer(FiniteTrainer):
         if self._all_steps_done():
             return []
         return list(islice(epoch_iterator, num_batches))
+
+
+class _BeforeTheFirstStep(TrainerCallback):
+    """What can only be looked at when the student is ready to run: where ZeRO-3 shards it, its head."""
+
+    def __init__(self, trainer: StudentTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_head(self.trainer.model, self.trainer.forward_model())
 
 
 def gathered_sums(trainer: Trainer, numbers: list[float], device: torch.device) -> list[float]:
