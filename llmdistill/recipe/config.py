@@ -23,6 +23,11 @@ from llmdistill.recipe.launches import check_cpu_launch, launched_processes
 from llmdistill.recipe.settings import check_settings, require
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
+TEMPLATE_ARGUMENTS = (  # of apply_chat_template: what is said with them is set elsewhere
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
 
 
@@ -139,14 +144,32 @@ class DataConfig:
     weight_column: str = option(
         "", "column with a row's weight in the loss: a number, or one for each completion token"
     )
+    system_prompt: str = option("", "system message of conversations that have none; empty: the template's own default")
+    chat_template_kwargs: dict[str, Any] = option(
+        {}, "what the chat template reads beside the messages, NAME: value, as {enable_thinking: false}"
+    )
+    tools_column: str = option("tools", "column with a conversation's tools for the template, if there is one")
+    assistant_turns: Literal["last", "all"] = option(
+        "last", "of conversations with several answers: the last one counts, or all, each behind what came before it"
+    )
     contexts: dict[str, str] = option(
         {}, "other contexts of a row's completions, NAME: column, or NAME: module:function of what was sampled"
     )
 
     def __post_init__(self) -> None:
         require(self.max_text_tokens >= 2, "data.max_text_tokens", self.max_text_tokens, ">= 2", "use 2048")
+        for name in self.chat_template_kwargs:
+            ours = name in TEMPLATE_ARGUMENTS
+            require(not ours, "data.chat_template_kwargs", name, "a name that only the template reads", "leave it out")
         for name, where in self.contexts.items():
             require(bool(name and where), f"data.contexts.{name}", where, "a column or module:function", "name one")
+        require(
+            not (self.contexts and self.assistant_turns == "all"),
+            "data.contexts",
+            self.contexts,
+            "empty for data.assistant_turns all: a row has one of them, for its last answer",
+            "leave one out",
+        )
         require(
             not (self.text_column and self.contexts),
             "data.contexts",

@@ -1,7 +1,8 @@
 """Preference pairs: one prompt, a chosen (correct) and a rejected (wrong) completion; and their log-probs.
 
-A pair is two sequences, ``prompt + chosen`` and ``prompt + rejected``, each closed by the eos and cut after
-``max_completion_tokens``. |y|, by which log-probs are divided, counts the completion tokens that are left.
+A pair is two sequences, ``prompt + chosen`` and ``prompt + rejected``, each closed by the template's end of turn (by
+the eos, where it has none) and cut after ``max_completion_tokens``. |y|, by which log-probs are divided, counts the
+completion tokens that are left.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, Literal
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
-from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.texts.messages import is_chat
+from llmdistill.texts.prompts import Completion, PromptEncoder
 from llmdistill.texts.sources import Drawn, Round
+from llmdistill.texts.turns import Turn, is_empty
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ class Pair:
     chosen: tuple[int, ...]
     rejected: tuple[int, ...] = ()
     cut: int = 0  # completions that max_completion_tokens shortened
+    chosen_counts: tuple[bool, ...] = ()  # which tokens the loss trains on; empty: all
+    rejected_counts: tuple[bool, ...] = ()
 
     @property
     def row(self) -> int:
@@ -57,7 +62,8 @@ class PairEncoder:
 
     Args:
         prompts: encodes the prompts, and says how long they may be.
-        chosen_column, rejected_column: completions: strings, or lists of chat messages whose last one is it.
+        chosen_column, rejected_column: completions: strings, or lists of chat messages whose last one is it. Of
+            positives it may be missing, where the prompt is a conversation that ends with the answer.
         max_completion_tokens: completions are cut after so many; 0: never.
         context: tokens the student was built for.
         bad_pairs: what to do with rows that have an empty side or two sides alike. Rows that are too long are
@@ -78,16 +84,31 @@ class PairEncoder:
         Raises:
             UserError: an empty side, two sides alike, or more tokens than the limits allow.
         """
-        chosen, cut_chosen = self._side(row, self.chosen_column, index)
-        rejected, cut_rejected = ((), False) if positive else self._side(row, self.rejected_column, index)
-        if chosen == rejected:
+        sides = [self._turn(row, c, index) for c in (self.chosen_column, self.rejected_column)[: 2 - positive]]
+        return self._pair(sides, row, index)
+
+    def _pair(self, sides: Sequence[Turn], row: Mapping[str, Any], index: int) -> Pair:
+        """The pair of two turns with one prompt, or the positive of one."""
+        (chosen, cut_chosen), *other = [
+            self._side(turn, column, index)
+            for turn, column in zip(sides, (self.chosen_column, self.rejected_column), strict=False)
+        ]
+        rejected, cut_rejected = other[0] if other else (Completion(()), False)
+        if chosen.ids == rejected.ids:
             until = ", up to objective.max_completion_tokens" if cut_chosen else ""
             raise _Unfit(
                 "identical",
                 f"row {index}: {self.chosen_column} and {self.rejected_column} are the same text{until}; nothing tells "
                 "them apart. Fix: remove the row, or --bad_pairs skip.",
             )
-        pair = Pair(self._prompt(row, index), chosen, rejected, cut_chosen + cut_rejected)
+        if any(turn.prompt != sides[0].prompt for turn in sides):
+            raise UserError(
+                f"row {index}: {self.chosen_column} and {self.rejected_column} are conversations that part before "
+                "their last messages; a pair has one prompt. Fix: end both where they part."
+            )
+        prompt = self._prompt(sides[0], row, index)
+        counts = (chosen.counts, rejected.counts)
+        pair = Pair(prompt, chosen.ids, rejected.ids, cut_chosen + cut_rejected, *counts)
         if pair.num_tokens > self.context:
             raise _Unfit(
                 "longer than the context",
@@ -113,7 +134,7 @@ class PairEncoder:
             if index == 0:
                 self._check_columns(row, source, positive)
             try:
-                pairs.append(self(row, index, positive=positive))
+                pairs += self._positives(row, index) if positive else [self(row, index)]
             except _Unfit as error:
                 of_length = error.kind.startswith("longer")
                 if (self.prompts.config.overlong != "drop") if of_length else (self.bad_pairs != "skip"):
@@ -123,9 +144,10 @@ class PairEncoder:
             self.skipped[kind] = self.skipped.get(kind, 0) + len(found)
             few = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
             logger.warning("%s: %d of %d rows skipped, %s: rows %s", source, len(found), index + 1, kind, few)
+        self.prompts.warn(source)
         if cut := sum(pair.cut for pair in pairs):
             logger.warning(
-                "%s: %d completions cut after %d tokens (objective.max_completion_tokens); they end without an eos",
+                "%s: %d completions cut after %d tokens (objective.max_completion_tokens); they are not closed",
                 *(source, cut, self.max_completion_tokens),
             )
         if not pairs:
@@ -134,32 +156,39 @@ class PairEncoder:
         return pairs
 
     def _check_columns(self, row: Mapping[str, Any], source: str, positive: bool) -> None:
+        answered = positive and self.chosen_column not in row and self.prompts.turns.has_answer(row)
         for column, setting in (
             (self.prompts.config.prompt_column, "data.prompt_column"),
-            (self.chosen_column, "objective.chosen_column"),
+            *([] if answered else [(self.chosen_column, "objective.chosen_column")]),
             *([] if positive else [(self.rejected_column, "objective.rejected_column")]),
         ):
             if column not in row:
                 raise UserError(f"{source} has no column {column!r} (it has {', '.join(row)}). Fix: --{setting} NAME.")
 
-    def _prompt(self, row: Mapping[str, Any], index: int) -> Prompt:
+    def _positives(self, row: Mapping[str, Any], index: int) -> list[Pair]:
+        """The row's last answer, or all of its answers, each for fine-tuning."""
+        turns = self.prompts.turns.counted(self._turn(row, self.chosen_column, index))
+        return [self._pair([turn], row, index) for turn in turns]
+
+    def _turn(self, row: Mapping[str, Any], column: str, index: int) -> Turn:
+        chat = any(is_chat(row.get(c)) for c in (self.chosen_column, self.rejected_column))
+        return self.prompts.turns.with_completion(row, row.get(column), column, index, chat=chat)
+
+    def _prompt(self, turn: Turn, row: Mapping[str, Any], index: int) -> Prompt:
         try:
-            return self.prompts(row, index)
+            return self.prompts.prompt(turn, row, index)
         except UserError as error:
             if "max_prompt_tokens" in str(error):
                 raise _Unfit("longer than max_prompt_tokens", str(error)) from None
             raise
 
-    def _side(self, row: Mapping[str, Any], column: str, index: int) -> tuple[tuple[int, ...], bool]:
-        """Ids of one side, and whether they were cut."""
-        said = row.get(column)
-        if said and not isinstance(said, str):
-            said = said[-1].get("content")
-        if not said or not said.strip():
+    def _side(self, turn: Turn, column: str, index: int) -> tuple[Completion, bool]:
+        """One side, and whether it was cut."""
+        if is_empty(turn.answer):
             raise _Unfit("empty", f"row {index}: {column} is empty. Fix: remove the row, or --bad_pairs skip.")
-        ids = self.prompts.completion({self.prompts.config.completion_column: said}, index)
-        limit = self.max_completion_tokens or len(ids)
-        return tuple(ids[:limit]), len(ids) > limit
+        made = self.prompts.completion(turn, column, index)
+        limit = self.max_completion_tokens or len(made.ids)
+        return Completion(made.ids[:limit], made.counts[:limit]), len(made.ids) > limit
 
 
 def pair_encoder(
@@ -182,7 +211,8 @@ def pair_encoder(
 def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:
     """All chosen sequences, then all rejected ones of those that have one, right-padded."""
     sides = [(p, p.chosen) for p in pairs] + [(p, p.rejected) for p in pairs if p.rejected]
-    return collate([p.prompt.ids for p, _ in sides], [ids for _, ids in sides], pad_id=pad_id)
+    counts = [p.chosen_counts for p in pairs] + [p.rejected_counts for p in pairs if p.rejected]
+    return collate([p.prompt.ids for p, _ in sides], [ids for _, ids in sides], pad_id=pad_id, counts=counts)
 
 
 class Side:
@@ -197,7 +227,9 @@ class Side:
         pairs: Sequence[Any] = round_.prompts
         round_.drawn.append("dataset")
         sides = [getattr(pair, self.name) for pair in pairs]
-        rollout = collate([p.prompt.ids for p in pairs], sides, pad_id=self.pad_id, policy_version=round_.step)
+        counts = [getattr(pair, f"{self.name}_counts") for pair in pairs]
+        prompts = [p.prompt.ids for p in pairs]
+        rollout = collate(prompts, sides, pad_id=self.pad_id, counts=counts, policy_version=round_.step)
         return rollout, [p.prompt for p in pairs]
 
     def evaluated(self, loss: float) -> None:

@@ -1,10 +1,15 @@
-"""Reading prompts (and, for off-policy methods, completions) and turning them into ids with the student's template."""
+"""Reading prompts (and, for off-policy methods, completions) and turning them into ids with the student's template.
+
+A row is strings, or a conversation: chat messages whose last one is what is asked, with the answer in a column of its
+own or as one more message. Conversations go through the chat template as a whole, strings stay as they are.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
+from llmdistill.texts.chat import ChatTemplate
+from llmdistill.texts.messages import Message
+from llmdistill.texts.seam import behind, text_ids
+from llmdistill.texts.turns import Turn, TurnReader, is_empty, with_hint
+
+logger = logging.getLogger(__name__)
+
+CONVERSATIONS = ("messages", "conversations", "conversation", "question", "instruction", "problem")  # usual names
 
 
 def load_rows(source: str, config: DataConfig, setting: str) -> Dataset:
@@ -34,27 +47,57 @@ def load_rows(source: str, config: DataConfig, setting: str) -> Dataset:
         raise UserError(f"{setting} {source!r} cannot be read: {reason}") from error
     key = "text_column" if config.text_column else "prompt_column"
     if (column := getattr(config, key)) not in rows.column_names:
+        usual = [name for name in CONVERSATIONS if name in rows.column_names and key == "prompt_column"]
         raise UserError(
             f"{setting} {source!r} has no column {column!r} (it has {', '.join(rows.column_names)}). "
-            f"Fix: --data.{key} NAME."
+            f"Fix: --data.{key} {usual[0] if usual else 'NAME'}."
         )
     if len(rows) == 0:
         raise UserError(f"{setting} {source!r} has no rows")
     return rows.select(range(min(config.limit, len(rows)))) if config.limit else rows
 
 
+@dataclass(frozen=True)
+class Completion:
+    """Ids of an answer with its end of turn, and which of them count (empty: all)."""
+
+    ids: tuple[int, ...]
+    counts: tuple[bool, ...] = ()
+
+
 class PromptEncoder:
-    """Rows to :class:`Prompt`: applies the chat template to message lists, tokenises strings as they stand."""
+    """Rows to :class:`Prompt`: applies the chat template to message lists, tokenises strings as they stand.
+
+    Raises:
+        UserError: settings of chats that the tokenizer's template does not read.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.dropped = 0  # rows left out by data.overlong drop so far
+        self.notes: dict[str, set[int]] = {}  # what was done around rows and template -> the rows
+        self.ends: set[int] = set()  # ids with which the template closed a completion
+        self.chats = 0  # prompts that the template has written so far
+        self._row = 0
+        self._told: dict[str, set[int]] = {}
+        self.template = ChatTemplate(
+            tokenizer, system_prompt=config.system_prompt, kwargs=config.chat_template_kwargs, note=self._note
+        )
+
+        self.turns = TurnReader(config, tokenizer.all_special_tokens, self._note)
 
     def __call__(self, row: Mapping[str, Any], index: int = 0) -> Prompt:
-        """Raises :class:`UserError` for an empty prompt, a missing template, or a prompt over the limit."""
-        text = self.text(row, index)
-        # The template writes its own special tokens; a second BOS would be a silent change of prompt.
-        ids = self.tokenizer(text, add_special_tokens=isinstance(row[self.config.prompt_column], str))["input_ids"]
+        """The row's (last) prompt.
+
+        Raises:
+            UserError: an empty prompt, a missing template, messages that it refuses, or a prompt over the limit.
+        """
+        return self.prompt(self.turns.of(row, index), row, index)
+
+    def prompt(self, turn: Turn, row: Mapping[str, Any], index: int = 0) -> Prompt:
+        """The prompt of a turn of ``row``. Raises as calling does."""
+        text = self.text(turn, index)
+        ids = text_ids(self.tokenizer, text, special=isinstance(turn.prompt, str))
         if len(ids) > self.config.max_prompt_tokens:
             raise UserError(
                 f"row {index}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
@@ -62,7 +105,7 @@ class PromptEncoder:
             )
         domain, answer = row.get(self.config.domain_column), row.get(self.config.answer_column)
         return Prompt(
-            list(ids),
+            ids,
             text,
             None if domain is None else str(domain),
             index,
@@ -101,23 +144,24 @@ class PromptEncoder:
         Raises:
             UserError: messages that do not end where the completion begins, or say nothing.
         """
-        prompt = row[self.config.prompt_column]
+        turn = self.turns.of(row, index)
+        prompt: str | list[Message]
         if isinstance(context, str):
-            changed = f"{prompt}\n\n{context}" if isinstance(prompt, str) else _added(prompt, context)
+            prompt = f"{turn.prompt}\n\n{context}" if isinstance(turn.prompt, str) else with_hint(turn.prompt, context)
         elif not isinstance(context, list | tuple) or not all(isinstance(m, Mapping) for m in context):
             raise UserError(
                 f"row {index}: {setting} is {context!r}; it must be a string or chat messages. Fix: mend the row, or "
                 "null where it has no such context."
             )
         else:
-            changed = list(context)
-            if not changed or changed[-1].get("role") == "assistant":
+            prompt = self.turns.read(context, setting, index)
+            if not prompt or prompt[-1]["role"] == "assistant":
                 raise UserError(
-                    f"row {index}: {setting} ends with {'nothing' if not changed else 'an assistant message'}; it must "
+                    f"row {index}: {setting} ends with {'nothing' if not prompt else 'an assistant message'}; it must "
                     "end where the completion begins. Fix: end it with the user's message."
                 )
-        text = self.text({self.config.prompt_column: changed}, index)
-        return tuple(self.tokenizer(text, add_special_tokens=isinstance(changed, str))["input_ids"])
+        text = self.text(Turn(prompt, tools=turn.tools), index)
+        return tuple(text_ids(self.tokenizer, text, special=isinstance(prompt, str)))
 
     def weight(self, row: Mapping[str, Any], index: int = 0) -> float | tuple[float, ...]:
         """The row's weight in the loss, or one for every token of its completion."""
@@ -145,7 +189,8 @@ class PromptEncoder:
             text = row.get(column)
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"row {index}: {column} is empty. Fix: --data.text_column NAME, or remove the row.")
-            ids = [*self.tokenizer(text)["input_ids"], *([] if eos is None else [eos])]
+            ids = text_ids(self.tokenizer, text, special=True)
+            ids += [] if eos is None or ids[-1:] == [eos] else [eos]
             domain, weight = row.get(self.config.domain_column), self.weight(row, index)
             if isinstance(weight, tuple):
                 raise UserError(
@@ -160,45 +205,83 @@ class PromptEncoder:
             raise UserError("no document is left: none has two tokens. Fix: other data.")
         return windows
 
-    def text(self, row: Mapping[str, Any], index: int = 0) -> str:
+    def text(self, turn: Turn, index: int = 0) -> str:
         """The prompt as the model sees it."""
-        prompt = row.get(self.config.prompt_column)
-        if prompt is None and self.config.prompt_column not in row:
-            raise UserError(
-                f"row {index} has no column {self.config.prompt_column!r}, it has {', '.join(map(repr, row))}. "
-                "Fix: --data.prompt_column NAME."
-            )
-        if isinstance(prompt, str):
-            if not prompt:
-                raise UserError(f"row {index}: {self.config.prompt_column} is empty. Fix: remove the row.")
-            return prompt
-        if not prompt or not any(m.get("content") for m in prompt):
-            raise UserError(
-                f"row {index}: {self.config.prompt_column} has no message with content. Fix: remove the row."
-            )
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                "the student's tokenizer has no chat template, and the prompts are chat messages. "
-                "Fix: set tokenizer.chat_template and save it beside the student, or give prompts as strings."
-            )
-        return str(self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True))
+        if isinstance(turn.prompt, str):
+            return turn.prompt
+        self._row, self.chats = index, self.chats + 1
+        try:
+            return self.template.prompt(turn.prompt, turn.tools)
+        except UserError as error:
+            raise UserError(f"row {index}: {error}") from None
 
-    def completion(self, row: Mapping[str, Any], index: int = 0) -> list[int]:
-        """Ids of the row's completion, closed by the eos."""
-        completion = row.get(self.config.completion_column)
-        content = completion if isinstance(completion, str | None) else completion and completion[-1].get("content")
-        if not (content or "").strip():
-            raise UserError(
-                f"row {index}: {self.config.completion_column} is empty. Fix: --data.completion_column NAME."
-            )
-        ids = self.tokenizer(content, add_special_tokens=False)["input_ids"]
-        weight = row.get(self.config.weight_column) if self.config.weight_column else None
-        if isinstance(weight, list | tuple) and len(weight) not in (len(ids), len(ids) + 1):
-            raise UserError(
-                f"row {index}: {self.config.weight_column} has {len(weight)} weights, and the completion {len(ids)} "
-                f"tokens (with the eos {len(ids) + 1}). Fix: one weight for each of them."
-            )
-        return [*ids, self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else list(ids)
+    def completion(self, turn: Turn, column: str, index: int = 0) -> Completion:
+        """The turn's answer behind its prompt, closed by the template's end of turn, or by the eos where it has none.
+
+        Raises:
+            UserError: no answer, or one that the template cannot write.
+        """
+        answer, tokenizer = turn.answer, self.tokenizer
+        if is_empty(answer):
+            raise UserError(f"row {index}: {column} is empty. Fix: --data.completion_column NAME.")
+        self._row, eos = index, tokenizer.eos_token_id
+        if isinstance(turn.prompt, str):
+            assert isinstance(answer, str)
+            prompt, text, closed = turn.prompt, answer, False
+            ended = [end for end in (tokenizer.eos_token, self.template.closing.token) if end]
+            text = text.rstrip() if text.rstrip().endswith(tuple(ended)) else text
+        else:
+            assert isinstance(answer, dict)
+            try:
+                made = self.template.answered(turn.prompt, answer, turn.tools)
+            except UserError as error:
+                raise UserError(f"row {index}: {error}") from None
+            prompt, text, closed = made.prompt, made.completion, made.closed
+        special = isinstance(turn.prompt, str)
+        prompt_ids = text_ids(tokenizer, prompt, special=special)
+        ids, meets = behind(tokenizer, prompt, prompt_ids, text, special=special)
+        if not meets:
+            self._note("a token of the joined text reaches from the prompt into the completion; it is split there")
+        counts = () if isinstance(turn.prompt, str) else self._counted(turn, prompt_ids, ids)
+        if closed:
+            self.ends.add(ids[-1])
+        token = self.template.closing.token
+        ends = {eos} if token is None else {eos, tokenizer.convert_tokens_to_ids(token)}
+        if not closed and eos is not None and ids[-1] not in ends:
+            ids, counts = [*ids, eos], (*counts, True) if counts else ()
+        return Completion(tuple(ids), counts)
+
+    def _counted(self, turn: Turn, prompt_ids: list[int], ids: list[int]) -> tuple[bool, ...]:
+        """Which of the completion's tokens are the assistant's, where the template says so; empty: all.
+
+        The end of turn is, whether the template's generation tags hold it or not: nothing else teaches to stop.
+        """
+        assert isinstance(turn.prompt, list) and isinstance(turn.answer, dict)
+        marked = self.template.assistant_tokens(turn.prompt, turn.answer, turn.tools)
+        if marked is None:
+            return ()
+        whole, mask = marked
+        start, end = len(prompt_ids), len(prompt_ids) + len(ids)
+        if whole[:end] != [*prompt_ids, *ids] or not any(mask[start:end]):
+            self._note("the template's generation tags mark nothing of the completion; all of it counts")
+            return ()
+        if not mask[end - 1]:
+            self._note("the template's generation tags leave out the end of turn; it counts all the same")
+        counts = (*(bool(m) for m in mask[start : end - 1]), True)
+        return () if all(counts) else counts
+
+    def _note(self, message: str, row: int | None = None) -> None:
+        self.notes.setdefault(message, set()).add(self._row if row is None else row)
+
+    def warn(self, source: str = "") -> None:
+        """Logs what was noted since the last time, a line for each kind."""
+        for message, rows in self.notes.items():
+            if fresh := sorted(rows - self._told.get(message, set())):
+                few = ", ".join(map(str, fresh[:3])) + (", ..." if len(fresh) > 3 else "")
+                logger.warning("%s%s (%d rows: %s)", f"{source}: " if source else "", message, len(fresh), few)
+                self._told[message] = set(rows)
+
+    # ---------------------------------------------------------------- all rows
 
     def encode_all(
         self, rows: Dataset | Sequence[Mapping[str, Any]], *, completions: bool = False, optional: bool = False
@@ -211,21 +294,38 @@ class PromptEncoder:
             return self.documents(rows)
         prompts = []
         for index, row in enumerate(rows):
-            try:
-                prompt = self(row, index)
-                if completions and not (optional and not row.get(self.config.completion_column)):
-                    ids = tuple(self.completion(row, index))
-                    prompt = replace(prompt, completion=ids, weight=_closed(prompt.weight, len(ids)))
-                prompts.append(prompt)
-            except UserError as error:
-                if self.config.overlong != "drop" or "max_prompt_tokens" not in str(error):
-                    raise
-                self.dropped += 1
+            turns = self.turns.counted(self.turns.of(row, index))
+            if completions and len(turns) > 1 and turns[-1].answer is None:
+                turns = turns[:-1]  # nobody answered the last one
+            for turn in turns:
+                try:
+                    prompt = self.prompt(turn, row, index)
+                    if completions and not (optional and turn.answer is None):
+                        prompt = self._completed(prompt, turn, len(turns))
+                    prompts.append(prompt)
+                except UserError as error:
+                    if self.config.overlong != "drop" or "max_prompt_tokens" not in str(error):
+                        raise
+                    self.dropped += 1
+        self.warn()
         if not len(rows):
             raise UserError("there are no rows. Fix: give at least one.")
         if not prompts:
             raise UserError("no prompt is left: all are longer than data.max_prompt_tokens. Fix: raise it.")
         return prompts
+
+    def _completed(self, prompt: Prompt, turn: Turn, turns: int) -> Prompt:
+        """The prompt with its turn's answer, one of ``turns`` of the row."""
+        column, weight = self.config.completion_column, prompt.weight
+        made = self.completion(turn, column, prompt.row)
+        n = len(made.ids)
+        if isinstance(weight, tuple) and (turns > 1 or len(weight) not in (n - 1, n)):
+            several = f" and the row {turns} turns" if turns > 1 else ""
+            raise UserError(
+                f"row {prompt.row}: {self.config.weight_column} has {len(weight)} weights, and the completion {n - 1} "
+                f"tokens (with the eos {n}){several}. Fix: one weight for each of them."
+            )
+        return replace(prompt, completion=made.ids, counts=made.counts, weight=_closed(weight, n))
 
 
 def _closed(weight: float | tuple[float, ...], tokens: int) -> float | tuple[float, ...]:
@@ -233,19 +333,8 @@ def _closed(weight: float | tuple[float, ...], tokens: int) -> float | tuple[flo
     return (*weight, 1.0) if isinstance(weight, tuple) and len(weight) == tokens - 1 else weight
 
 
-def _added(messages: Sequence[Mapping[str, Any]], context: str) -> list[dict[str, Any]]:
-    """The messages with ``context`` at the end of the last user message."""
-    changed = [dict(message) for message in messages]
-    last = next((m for m in reversed(changed) if m.get("role") == "user"), changed[-1])
-    content = last.get("content")
-    if isinstance(content, list):  # parts, as multimodal templates take them
-        last["content"] = [*content, {"type": "text", "text": f"\n\n{context}"}]
-    else:
-        last["content"] = f"{content}\n\n{context}"
-    return changed
-
-
 def completed(prompts: Sequence[Prompt], pad_id: int) -> Rollout:
     """The prompts with the dataset's own completions."""
     ids, completions = [p.ids for p in prompts], [p.completion for p in prompts]
-    return collate(ids, completions, pad_id=pad_id, domain=[p.domain for p in prompts])
+    counts = [p.counts for p in prompts]
+    return collate(ids, completions, pad_id=pad_id, counts=counts, domain=[p.domain for p in prompts])

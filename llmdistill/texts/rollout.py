@@ -30,6 +30,7 @@ class Prompt:
     answer: str = ""  # the right one, for rewards that verify
     weight: float | tuple[float, ...] = 1.0  # of the row in the loss, or of each token of its completion
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # other prompts of the same completions
+    counts: tuple[bool, ...] = ()  # which tokens of the completion the loss trains on; empty: all
     record: Mapping[str, Any] | None = None  # the row as it was read, where a context is built from it later
 
 
@@ -173,11 +174,15 @@ def collate(
     *,
     pad_id: int,
     behavior_logprobs: Sequence[Sequence[float]] | None = None,
+    counts: Sequence[Sequence[bool]] = (),
     finish: Sequence[Finish] = (),
     domain: Sequence[str | None] | None = None,
     policy_version: int = 0,
 ) -> Rollout:
-    """Pads prompt + completion id lists on the right into a :class:`Rollout`. Every completion token counts."""
+    """Pads prompt + completion id lists on the right into a :class:`Rollout`.
+
+    Every completion token counts, but for sequences that have ``counts``.
+    """
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     shape = (len(lengths), max(lengths, default=1))
     ids = torch.full(shape, pad_id, dtype=torch.int64)
@@ -187,7 +192,7 @@ def collate(
     for b, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         ids[b, : lengths[b]] = torch.tensor([*p, *c], dtype=torch.int64)
         attention[b, : lengths[b]] = True
-        counted[b, len(p) : lengths[b]] = True
+        counted[b, len(p) : lengths[b]] = torch.tensor(counts[b]) if counts and counts[b] else True
         if logprobs is not None and behavior_logprobs is not None:
             logprobs[b, len(p) : lengths[b]] = torch.tensor(list(behavior_logprobs[b]))
     domains = tuple(domain) if domain is not None else None

@@ -39,7 +39,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
-from llmdistill.tokenization.special import eos_ids, pad_id
+from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
 from llmdistill.training.consistency import check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
 from llmdistill.training.likeliest import likeliest_ids
@@ -117,6 +117,7 @@ class DistillationTrainer(RoundLog):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.eos_ids = also_end_at(model, tokenizer, encode.ends)
         for judge in self.judges.values():
             if isinstance(judge, StudentTeacher):
                 size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
@@ -381,7 +382,7 @@ class DistillationTrainer(RoundLog):
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
         wanted = "dataset" in self.method.uses
-        lacking = heldout and not all(row.get(self.data_config.completion_column) for row in rows)
+        lacking = heldout and not all(encode.turns.has_answer(row) for row in rows)
         optional = all(getattr(s, "optional", False) for s in self.method.texts.values() if "dataset" in s.uses)
         return encode.encode_all(rows, completions=wanted and not lacking, optional=optional)
 

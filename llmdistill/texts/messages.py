@@ -1,0 +1,149 @@
+"""Chat messages as people keep them, in the one form that templates are given.
+
+    {"role": "user", "content": "2+2?"}
+
+What is understood beside it: ShareGPT's ``{"from": "human", "value": ...}``, a struct of lists (how ``datasets`` keeps
+a sequence of structs), keys that are None because Parquet gives every message the keys of all, content as a list of
+text parts, arguments of tool calls as JSON text. Simplified away: images and sound, which no text model reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmdistill.errors import UserError
+
+Message = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a column holds messages, and not text or nothing."""
+    return isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+
+
+def read_messages(value: Any, what: str) -> list[Message]:
+    """The messages of a column in the usual form; nothing of ``value`` is changed.
+
+    Args:
+        value: messages, as a list or as a struct of lists.
+        what: the column or setting they are from, for errors.
+
+    Raises:
+        UserError: something that is no message, or content that is not text.
+    """
+    if isinstance(value, Mapping):
+        value = _transposed(value, what)
+    return [_message(entry, f"{what}[{i}]") for i, entry in enumerate(value)]
+
+
+def read_tools(value: Any, what: str) -> list[Any] | None:
+    """Tools for a template: a list of JSON schemas, or such a list as JSON text; None where there is none.
+
+    Raises:
+        UserError: neither of them.
+    """
+    tools = _without_none(value)
+    if isinstance(value, str) and value.strip():
+        try:
+            tools = json.loads(value)
+        except json.JSONDecodeError:
+            tools = value
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if tools is None or (is_chat(tools) and not len(tools)) or (isinstance(tools, str) and not tools.strip()):
+        return None
+    if not is_chat(tools) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(
+            f"{what} is {str(value)[:80]!r}; it must be a list of tools' JSON schemas, or one as JSON text. Fix: mend "
+            "the row, or --data.tools_column '' if the column means something else."
+        )
+    return list(tools)
+
+
+def as_parts(message: Message) -> Message:
+    """The message with its content as a list of one part, for templates that read no other."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _message(entry: Any, what: str) -> Message:
+    if not isinstance(entry, Mapping):
+        raise UserError(
+            f"{what} is {str(entry)[:80]!r}; it must be a message with role and content. Fix: mend the row."
+        )
+    message = {key: _without_none(value) for key, value in entry.items() if value is not None}
+    for other, usual in (("from", "role"), ("value", "content")):
+        if other in message and usual not in message:
+            message[usual] = message.pop(other)
+    if not isinstance(message.get("role"), str):
+        raise UserError(
+            f"{what} has the keys {', '.join(map(repr, entry)) or 'nothing'}; it must have role and content (or "
+            "ShareGPT's from and value). Fix: mend the row."
+        )
+    message["role"] = ROLES.get(message["role"], message["role"])
+    # A message of tool calls alone: templates ask for the key, and would write "None" where it is None.
+    message["content"] = _content(message.get("content", ""), what)
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _content(content: Any, what: str) -> str:
+    if isinstance(content, str):
+        return content
+    parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content] if is_chat(content) else None
+    if parts is None or not all(isinstance(p, Mapping) for p in parts):
+        raise UserError(f"{what}.content is {str(content)[:80]!r}; it must be text, or parts of it. Fix: mend the row.")
+    for part in parts:
+        kind = part.get("type", "text")
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"{what}.content has a part of type {kind!r}; only text is read here. Fix: remove the part, or the row."
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as a mapping: templates write them as JSON, and JSON text would be quoted."""
+    if not isinstance(call, Mapping):
+        return call
+    function = call.get("function")
+    if isinstance(function, Mapping):
+        return {**call, "function": _call(function)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            read = json.loads(arguments)
+        except json.JSONDecodeError:
+            return dict(call)
+        return {**call, "arguments": read} if isinstance(read, dict) else dict(call)
+    return dict(call)
+
+
+def _transposed(struct: Mapping[str, Any], what: str) -> list[Message]:
+    lengths = {len(v) if is_chat(v) else -1 for v in struct.values()}
+    if len(lengths) != 1 or lengths == {-1}:
+        raise UserError(f"{what} is {str(dict(struct))[:80]!r}; it must be a list of messages. Fix: mend the row.")
+    return [dict(zip(struct, values, strict=True)) for values in zip(*struct.values(), strict=True)]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(v) for v in value]
+    return value
