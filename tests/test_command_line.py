@@ -201,7 +201,7 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 def test_help_is_grouped_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert redi.main(["--help"]) == 0
     text = capsys.readouterr().out
-    unread = ("teacher:", "--teachers", "rollouts:", "--skip-check")
+    unread = ("teacher:", "--teachers", "rollouts:")
     assert "guard_drop" in text and not any(word in text for word in unread)
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()

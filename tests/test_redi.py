@@ -356,7 +356,7 @@ def test_help_is_a_screen_of_settings(capsys: pytest.CaptureFixture[str]) -> Non
         ({"max_completion_tokens": -1}, "objective.max_completion_tokens is -1"),
         ({"teacher.model": "somewhere"}, "the recipe has a teacher, 'somewhere', and REDI asks none"),
         ({"data.train": ""}, "data.train is empty"),
-        ({"skip-check": "disk"}, "--skip-check disk: redi has no checks"),
+        ({"skip-check": "dsk"}, "--skip-check dsk: unknown check; did you mean .disk.\\? The checks are width"),
         ({"chosen_column": "right"}, "data.train has no column 'right'.*--objective.chosen_column"),
     ],
 )

@@ -6,9 +6,8 @@
 A stage's ``summary.json`` is the last file it writes, so ``--resume`` knows which stage was interrupted. Stage 2 always
 starts from ``stage1/student`` as it is on disk: a run that was interrupted between them continues bit for bit.
 
-Simplified away: preflight, which examines a trainer with a teacher. What it would find in pairs (limits, empty sides, a
-missing template or eos) is checked while they are encoded, before anything is trained. The stages that TRL trains are
-in ``redi_trl``.
+Rows are checked while they are encoded, and student, machine and pairs by the preflight, before anything is trained or
+an earlier run is moved. The stages that TRL trains are in ``redi_trl``.
 """
 
 from __future__ import annotations
@@ -38,6 +37,8 @@ from llmdistill.pipeline.run import (
 )
 from llmdistill.pipeline.stage import Stage
 from llmdistill.pipeline.tables import stages_table
+from llmdistill.preflight import preflight
+from llmdistill.preflight.pairs import PairRun
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
@@ -86,6 +87,11 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     if started:
         check_inputs(folder, started, given, inputs)
     _check_evaluations(recipe, model, tokenizer)
+    every = [*pairs, *(positives if positives is not pairs else ())]
+    planned = PairRun(args, model, encoder.prompts, every, heldout, stages=1 if args.method == "sft" else 2)
+    for finding in preflight(planned, recipe, skip=recipe.flags.skip_checks):
+        if args.process_index == 0:
+            finding.show(console)
     checkpoint = checkpoint_to_resume(recipe, folder if skip else first if recipe.flags.resume else folder, console)
     main_process = args.process_index == 0
     if main_process:
@@ -122,8 +128,6 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
 
 def _refuse(recipe: Recipe) -> None:
     """Settings that would be ignored in silence."""
-    if recipe.flags.skip_checks:
-        raise UserError(f"--skip-check {recipe.flags.skip_checks[0]}: redi has no checks to skip. Fix: leave it out.")
     if label := next((t.label for t in recipe.teachers if t.label), ""):
         raise UserError(
             f"the recipe has a teacher, {label!r}, and REDI asks none: the pairs of data.train are its answers. "
@@ -182,6 +186,7 @@ def _on_pairs(stage: Stage, pairs: list[Pair], trainer_class: Callable[..., Pair
         processing_class=stage.tokenizer,
         peft_config=lora_config(stage.recipe.student),
         data=stage.recipe.data,
+        preflight=False,  # both stages were looked at before the first
     )
 
 

@@ -1,7 +1,7 @@
 """The start-up checks: every classic silent failure of distillation, found before the first step, with what to change.
 
-A check is a generator of :class:`Finding`; its name is the function's. The last three run the models on a handful of
-tokens, and only when nothing before them failed.
+A check is a generator of :class:`Finding`; its name is the function's. Probes run the models on a handful of tokens,
+and only when nothing before them failed. Runs on pairs ask no teacher, and have checks of their own.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import replace
 
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
-from llmdistill.preflight import machine, models, tokens
+from llmdistill.preflight import machine, models, pairs, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
 from llmdistill.recipe.command_line import Recipe
+from llmdistill.texts.pairs import Pair
 
-__all__ = ["CHECKS", "STYLE", "Finding", "examine", "preflight"]
+__all__ = ["CHECKS", "PAIR_CHECKS", "STYLE", "Finding", "examine", "preflight"]
 
 Check = Callable[[Subject], Iterator[Finding]]
-PROBES: tuple[Check, ...] = (models.head, models.round_trip, models.self_)
+PROBES: tuple[Check, ...] = (models.head, models.round_trip, models.self_, pairs.likelihood)
 CHECKS: tuple[Check, ...] = (
     tokens.tokenizers,
     tokens.logit_width,
@@ -29,10 +30,24 @@ CHECKS: tuple[Check, ...] = (
     tokens.prompts,
     tokens.domains,
     machine.disk,
+    machine.memory,
     machine.device,
     machine.objective,
     models.stored,
-    *PROBES,
+    models.head,
+    models.round_trip,
+    models.self_,
+)
+PAIR_CHECKS: tuple[Check, ...] = (
+    pairs.width,
+    tokens.eos_pad,
+    tokens.chat_template,
+    pairs.pairs,
+    machine.disk,
+    machine.memory,
+    machine.device,
+    models.head,
+    pairs.likelihood,
 )
 
 
@@ -41,8 +56,11 @@ def name_of(check: Check) -> str:
     return check.__name__.rstrip("_").replace("_", "-")
 
 
-def preflight(trainer: Run, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
+def preflight(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
     """Runs every check but those in ``skip`` and returns what they found. Random states are left as they were.
+
+    Args:
+        trainer: a trainer, or what a run on pairs will be made of.
 
     Raises:
         UserError: a check failed (one line each), or ``skip`` names an unknown check.
@@ -55,17 +73,20 @@ def preflight(trainer: Run, recipe: Recipe | None = None, skip: Sequence[str] = 
     return findings
 
 
-def examine(trainer: Run, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
+def examine(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
     """As :func:`preflight`, with failures among what is returned."""
-    known = [name_of(check) for check in CHECKS]
+    on_pairs = isinstance((list(trainer.train_dataset or []) or [None])[0], Pair)
+    checks = PAIR_CHECKS if on_pairs else CHECKS
+    known = [name_of(check) for check in checks]
     for name in skip:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"--skip-check {name}: unknown check{hint} The checks are {', '.join(known)}.")
-    subject, findings = Subject(trainer, recipe), list[Finding]()
+    subject = pairs.PairSubject(trainer) if on_pairs else Subject(trainer, recipe)  # type: ignore[arg-type]
+    findings = list[Finding]()
     with random_state_kept():
-        for check in CHECKS:
+        for check in checks:
             failed = [f.check for f in findings if f.level == "fail"]
             if name_of(check) in skip:
                 found = [notice("skipped by --skip-check")]

@@ -120,6 +120,8 @@ class Run(Protocol):
 class Subject:
     """The run that is looked at, in the terms of the checks."""
 
+    stages = 1  # run folders that keep checkpoints at the same time
+
     def __init__(self, trainer: Run, recipe: Recipe | None) -> None:
         self.trainer, self.recipe = trainer, recipe
         self.args: DistillationConfig = trainer.args  # type: ignore[assignment]

@@ -33,7 +33,7 @@ def disk(s: Subject) -> Iterator[Finding]:
         held, what = 1, "the student"
         one = weights
     else:
-        held = (args.save_total_limit or 3) + 1
+        held = (args.save_total_limit or 3) * s.stages + 1
         what = f"{held} checkpoints of {one / GIB:.2f} GiB"
     if held * one > free:
         fix = "free space, another train.output_dir, or a lower train.save_total_limit"
@@ -50,6 +50,47 @@ def disk(s: Subject) -> Iterator[Finding]:
 def numel(parameter: nn.Parameter) -> int:
     """Its size, also when ZeRO-3 left a shard of it here."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def memory(s: Subject) -> Iterator[Finding]:
+    """Weights, gradients and the optimizer's state alone fit into the device: a bound from below, without activations.
+
+    What fits may still be too much; what does not would be killed in its first step, after everything was loaded.
+    """
+    args, adam = s.args, str(getattr(s.args.optim, "value", s.args.optim)).startswith("adamw_torch")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        yield ok("not counted: DeepSpeed or FSDP shares weights and optimizer out")
+        return
+    models = {id(m): m for m in (s.student, *(side.model for side in s.sides if side.model is not None))}
+    weights = sum(p.numel() * p.element_size() for m in models.values() for p in m.parameters())
+    trained = [p for p in s.student.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    moments = 2 * gradients if adam else 0  # AdamW's, of the weights' own dtype
+    needed, there = weights + gradients + moments, device_memory(args.device)
+    what = f"weights, gradients and {'the moments of AdamW' if adam else 'no moments'} need {needed / GIB:.2f} GiB"
+    place = "the GPU" if args.device.type == "cuda" else "this process"
+    if needed > there:
+        fix = "student.lora_r 16, a smaller model, or --config_file recipes/accelerate/zero3.yaml on several devices"
+        yield fail(f"{what} without a single activation, {place} has {there / GIB:.2f}", fix)
+    elif needed > 0.8 * there:
+        yield notice(
+            f"{what}, {place} has {there / GIB:.2f}: little is left for activations",
+            "train.gradient_checkpointing, or a smaller train.per_device_train_batch_size",
+        )
+    yield ok(f"{what} of {there / GIB:.1f}")
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or this process's share of the machine's memory (of the container's, where that is less)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        limit = "max"
+    there = min(there, int(limit)) if limit.isdigit() else there
+    return there // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def device(s: Subject) -> Iterator[Finding]:
@@ -84,8 +125,8 @@ def device(s: Subject) -> Iterator[Finding]:
     elif on_cpu and threads * processes < cores:
         yield notice(f"{threads * processes} of {cores} cores are used", "raise OMP_NUM_THREADS if the machine is idle")
     names = [f"teacher {side.name!r}" if len(s.sides) > 1 else "the teacher" for side in s.sides]
-    teachers = ", ".join(f"{name} {_place(side)}" for name, side in zip(names, s.sides, strict=True))
-    yield ok(f"student {_name(student)}, computed in {maths}, on {args.device}; {teachers}")
+    teachers = "".join(f"; {name} {_place(side)}" for name, side in zip(names, s.sides, strict=True))
+    yield ok(f"student {_name(student)}, computed in {maths}, on {args.device}{teachers}")
 
 
 def _place(side: Side) -> str:

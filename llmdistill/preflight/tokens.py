@@ -51,17 +51,22 @@ def logit_width(s: Subject) -> Iterator[Finding]:
     """Heads are padded past the tokenizer, by different amounts in one family."""
     student, teacher = s.columns, s.info.vocab_size  # of several teachers it is one number, or there is no run
     for who, width in (("student", student), *((f"teacher {side.name!r}", teacher) for side in s.sides)):
-        if width < s.ids:
-            yield fail(
-                f"{who} has {width} logit columns, the student's tokenizer {s.ids} ids; the last ids have no logit",
-                "model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
-            )
+        yield from too_narrow(who, width, s.ids)
     if student == teacher:
         yield ok(f"all heads have {student} columns")
     else:
         yield notice(
             f"teacher {s.info.name!r} has {teacher} logit columns, the student {student}; columns past "
             f"{min(student, teacher)} are dropped"
+        )
+
+
+def too_narrow(who: str, width: int, ids: int) -> Iterator[Finding]:
+    """That a model has fewer logit columns than the tokenizer has ids, if it has."""
+    if width < ids:
+        yield fail(
+            f"{who} has {width} logit columns, the student's tokenizer {ids} ids; the last ids have no logit",
+            "model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
         )
 
 
@@ -84,6 +89,8 @@ def eos_pad(s: Subject) -> Iterator[Finding]:
                 "write an ending that does not stop it",
                 fix,
             )
+    if student and not s.sides:
+        yield ok(f"the student ends at {sorted(student)}")
     if s.tokenizer.eos_token_id not in student | {None}:
         message = f"the tokenizer's eos {s.tokenizer.eos_token_id} is none of the student's eos ids {sorted(student)}"
         if "dataset" not in s.trainer.method.uses:
@@ -112,6 +119,8 @@ def chat_template(s: Subject) -> Iterator[Finding]:
             f"{len(doubled)} prompts begin with bos twice (first: row {doubled[0]}): their text holds it already",
             "give prompts as chat messages, or cut the bos from the strings",
         )
+    if not s.sides:
+        yield ok("the student's own template" if own else "no template: prompts are plain text")
     for side in s.sides:
         if own == side.info.template:
             same = "same template on both sides" if own else "no template on either side: prompts are plain text"

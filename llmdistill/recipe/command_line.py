@@ -178,10 +178,8 @@ def help_text(
     ]
     if "teacher" not in without:
         several = "where the recipe lists teachers: a key of the Nth (from 0), or of the one named N"
-        lines += [
-            f"  --teachers.N.KEY VALUE {several}",
-            "  --skip-check NAME      go on although this preflight check fails (repeatable)",
-        ]
+        lines.append(f"  --teachers.N.KEY VALUE {several}")
+    lines.append("  --skip-check NAME      go on although this preflight check fails (repeatable)")
     for name, cls in _sections(config_class).items():
         if name in without:
             continue

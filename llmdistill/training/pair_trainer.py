@@ -136,6 +136,11 @@ class PairTrainer(DistillationTrainer):
     def _encoded(self, rows: Any, encode: Any, heldout: bool = False) -> list[Any]:
         return self._pairs(rows, "data.heldout" if heldout else "data.train")
 
+    def _preflight(self) -> None:
+        pairs = self.train_dataset or []
+        if pairs and isinstance(pairs[0], Pair):
+            self._examine_once((type(self.model).__name__, "pairs"))
+
     def _pairs(self, rows: Any, source: str) -> list[Pair]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Pair):
             return rows

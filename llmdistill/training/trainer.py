@@ -347,10 +347,13 @@ class DistillationTrainer(RoundLog):
     def _preflight(self) -> None:
         """The start-up checks, where they are due: what they find is logged, and a failed one stops the run."""
         prompts = self.train_dataset or []
-        if self.wants_preflight is False or not self.judges or not prompts or not isinstance(prompts[0], Prompt):
-            return
-        kind = (type(self.model).__name__, self.teacher.info().name, *(term.name for term in self.method.terms))
-        if self.wants_preflight is None and kind in _EXAMINED:
+        if self.judges and prompts and isinstance(prompts[0], Prompt):
+            names = (term.name for term in self.method.terms)
+            self._examine_once((type(self.model).__name__, self.teacher.info().name, *names))
+
+    def _examine_once(self, kind: tuple[str, ...]) -> None:
+        """``kind`` of run: one that was examined in this process is sound, unless the caller asks for it again."""
+        if self.wants_preflight is False or (self.wants_preflight is None and kind in _EXAMINED):
             return
         _EXAMINED.add(kind)
         for finding in preflight(self):
