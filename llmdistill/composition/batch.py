@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -65,19 +65,9 @@ class Text:
         )
 
     @cached_property
-    def own(self) -> dict[str, Tensor]:
+    def row_tensors(self) -> dict[str, Tensor]:
         """The tensors of the rows that a term may read by name, [N] each."""
-        r, counts = self.rollout, torch.tensor(self.rollout.row_counts)
-        tokens_N, mask = r.token_rows(), r.completion_mask[:, 1:]
-        nan_N = torch.full(tokens_N.shape, torch.nan)
-        starts = r.attention_mask.long().argmax(1).cpu() + torch.tensor([len(p.ids) for p in self.prompts])
-        places = torch.arange(1, r.input_ids.shape[1]).expand(len(r), -1)[mask.cpu()]
-        return {
-            "tokens": tokens_N,
-            "behavior": nan_N if r.behavior_logprobs is None else r.behavior_logprobs[:, 1:][mask],
-            "advantage": torch.tensor(self.advantages or [0.0] * len(r)).repeat_interleave(counts),
-            "position": places - starts.repeat_interleave(counts),
-        }
+        return {name: read(self) for name, read in ROW_READS.items()}
 
     def weights(self, domain_weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
         """(weight of every sequence [B], of every row within its sequence [N]); None where all are 1."""
@@ -89,12 +79,42 @@ class Text:
         own_text = self.author in ("", "dataset")
         scalar = [1.0 if isinstance(p.weight, tuple) else float(p.weight) for p in prompts]
         domain = [domain_weights.get(p.domain or "", 1.0) for p in prompts]
-        positions = self.own["position"].split(self.rollout.row_counts)
+        positions = self.row_tensors["position"].split(self.rollout.row_counts)
         within = [
             torch.tensor(p.weight)[at] if own_text and isinstance(p.weight, tuple) else torch.ones(len(at))
             for p, at in zip(prompts, positions, strict=True)
         ]
         return torch.tensor(scalar) * torch.tensor(domain), torch.cat(within) if within else torch.zeros(0)
+
+
+def _behavior(text: Text) -> Tensor:
+    mask, logprobs_BT = text.rollout.completion_mask[:, 1:], text.rollout.behavior_logprobs
+    return torch.full((text.rollout.num_rows,), torch.nan) if logprobs_BT is None else logprobs_BT[:, 1:][mask]
+
+
+def _advantages(text: Text) -> Tensor:
+    return torch.tensor(text.advantages or [0.0] * len(text)).repeat_interleave(torch.tensor(text.rollout.row_counts))
+
+
+def _positions(text: Text) -> Tensor:
+    r, counts = text.rollout, torch.tensor(text.rollout.row_counts)
+    starts = r.attention_mask.long().argmax(1).cpu() + torch.tensor([len(p.ids) for p in text.prompts])
+    positions = torch.arange(1, r.input_ids.shape[1]).expand(len(r), -1)[r.completion_mask[:, 1:].cpu()]
+    return positions - starts.repeat_interleave(counts)
+
+
+# What a term may read of the rows themselves, see Term.reads. Any other name is a tensor that its survey derives.
+ROW_READS: Mapping[str, Callable[[Text], Tensor]] = {
+    "tokens": lambda text: text.rollout.token_rows(),
+    "behavior": _behavior,
+    "advantage": _advantages,
+    "position": _positions,
+}
+
+
+def before_survey(term: Term) -> Term:
+    """The term with only those of its reads that are there before its survey."""
+    return replace(term, reads=tuple(name for name in term.reads if name in ROW_READS))
 
 
 @dataclass
@@ -144,7 +164,7 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
         given = text.weights(domain_weights)
         per_sequence, per_row = given if given else (torch.ones(len(text)), torch.ones(int(rows.sum())))
         if term.select is not None:
-            per_row = per_row * term.select(text.own).float()
+            per_row = per_row * term.select(text.row_tensors).float()
         has = torch.stack(
             [text.view(ask.context, pad_id).has for ask in term.asks if ask.context]
             or [torch.ones(len(text), dtype=torch.bool)]
@@ -178,9 +198,9 @@ def with_reads(
     parts = list[TeacherRows]()
     counts = [text.rollout.num_rows for text in texts]
     for text, answer, place in zip(texts, answers, in_turn(counts), strict=True):
-        own = tuple((derived[name][place] if name in derived else text.own[name]).to(device) for name in term.reads)
-        reads = TensorRows(own, text.rollout.num_rows)
-        parts.append(reads if answer is None else answer if not own else PairedRows((answer, reads)))
+        tensors = (derived[name][place] if name in derived else text.row_tensors[name] for name in term.reads)
+        reads = TensorRows(tuple(x.to(device) for x in tensors), text.rollout.num_rows)
+        parts.append(reads if answer is None else answer if not term.reads else PairedRows((answer, reads)))
     if len(parts) == 1:
         return parts[0]
     places = tuple(torch.arange(place.start, place.stop) for place in in_turn(counts))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from llmdistill.composition.batch import Text
 from llmdistill.composition.term import Ask, Term
-from llmdistill.errors import UserError
 from llmdistill.objectives.rows import PairedRows, SparseRows, TeacherRows, TensorRows
-from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.base import HiddenTeacher, Teacher
 from llmdistill.teachers.evidence import gather
 from llmdistill.texts import Rollout
 
@@ -46,9 +45,10 @@ class Hearing:
         if key not in self._heard:
             judge, rollout = self.judges[ask.judge], text.view(ask.context, self.pad_id).rollout
             if term.hidden is not None:
-                self._heard[key] = hidden_rows(judge, rollout, term.hidden.judge, ask.judge)
-                return self._heard[key]
-            if not listed:
+                assert isinstance(judge, HiddenTeacher)  # others are refused before the first step
+                states = judge.hidden_layers(rollout, term.hidden.judge)
+                self._heard[key] = TensorRows(tuple(states), rollout.num_rows)
+            elif not listed:
                 self._heard[key] = gather(judge, rollout, ask.kind, 0, self.device)
             elif ask == first:
                 own = 0 if term.support == "student" else term.top_k
@@ -68,21 +68,6 @@ class Hearing:
         if key not in self._lists:
             self._lists[key] = self.likeliest(text.rollout, term.top_k)
         return self._lists[key]
-
-
-def hidden_rows(judge: Teacher, rollout: Rollout, layers: tuple[int, ...], name: str) -> TensorRows:
-    """Hidden states of a judge's layers at the counted tokens.
-
-    Raises:
-        UserError: it does not live in this process as a transformers model.
-    """
-    read = getattr(judge, "hidden_layers", None)
-    if read is None:
-        raise UserError(
-            f"a term reads hidden states of {name} {judge.info().name!r}, which is a {type(judge).__name__}; only a "
-            "model in this process has them. Fix: teacher.engine hf with teacher.model."
-        )
-    return TensorRows(tuple(read(rollout, layers)), rollout.num_rows)
 
 
 def in_order(rows: SparseRows, ids_NK: Tensor) -> SparseRows:

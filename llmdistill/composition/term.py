@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
 from llmdistill.teachers.evidence import Kind
 
 Support = Literal["teacher", "student", "union"]
 Mean = Literal["token", "sequence"]
-Reads = Literal["tokens", "behavior", "advantage", "position"]
 ARGUMENTS: dict[Kind, int] = {"full": 1, "top_k": 2, "sampled": 2}  # tensors of evidence from one judge
 METRICS: dict[Kind, Callable[..., dict[str, Tensor]]] = {
     "full": dense_metrics,
@@ -154,6 +154,14 @@ class Term:
     def ask(self) -> Ask | None:
         """Of its first judge, whose divergence from the student is what is logged."""
         return self.asks[0] if self.asks else None
+
+    def importance_weighted(self, cap: float, **sampler: Any) -> Term:
+        """The same with its loss weighed by min(student/sampler, cap), see
+        :func:`~llmdistill.objectives.composed.on_samples`; itself for cap 0."""
+        if not cap:
+            return self
+        assert self.loss is not None
+        return replace(self, loss=on_samples(self.loss, cap=cap, **sampler), reads=(*self.reads, "tokens", "behavior"))
 
     def metrics(self, student_logits: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
         """How far the student is from the first judge, per row; nothing where there is none."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
-from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.entropy_aware import entropy_aware
 from llmdistill.objectives.selection import entropy
 from llmdistill.recipe.settings import GREEDY, setting
@@ -37,9 +36,8 @@ class Settings:
 def build(args: Any) -> Method:
     """One term on the student's own tokens."""
     loss = partial(gated, k=args.top_k, threshold=args.threshold, **args.sampler)
-    weighed = on_samples(loss, cap=args.importance_cap, **args.sampler)
-    reads = ("tokens", "tokens", "behavior", "advantage")  # for the loss, and for its weights
-    return Method((Term("divergence", weighed, (Ask("teacher"),), reads, on_student=True, vanishes=False),))
+    term = Term("divergence", loss, (Ask("teacher"),), ("tokens",), on_student=True, vanishes=False)
+    return Method((term.importance_weighted(args.importance_cap, **args.sampler),))
 
 
 def gated(student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor, *, k: int, **options: Any) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
-from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.f_policy import f_advantage, sampled_f
 from llmdistill.recipe.settings import GREEDY, Conflict, setting
 
@@ -49,6 +48,5 @@ def known(name: str) -> bool:
 def build(args: Any) -> Method:
     """One term on the student's own tokens."""
     loss = partial(sampled_f, name=args.f, log_ratio_clip=args.log_ratio_clip, **args.sampler)
-    weighed = on_samples(loss, cap=args.importance_cap, **args.sampler)
-    reads = ("tokens", "behavior", "advantage")
-    return Method((Term("divergence", weighed, (Ask("teacher", "sampled"),), reads, on_student=True),))
+    term = Term("divergence", loss, (Ask("teacher", "sampled"),), on_student=True)
+    return Method((term.importance_weighted(args.importance_cap, **args.sampler),))

@@ -17,7 +17,6 @@ from typing import Any
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives import sparse
-from llmdistill.objectives.composed import on_samples
 from llmdistill.recipe.settings import GREEDY, Conflict, setting
 
 SUCCESS = 0.5  # a reward from here on is one
@@ -47,12 +46,9 @@ class Settings:
 
 def build(args: Any) -> Method:
     """One term. Judge and context are the recipe's."""
-    loss = on_samples(partial(sparse.jsd, beta=args.beta), cap=args.importance_cap, **args.sampler)
-    reads = ("tokens", "behavior", "advantage")
-    term = Term(
-        "divergence", loss, (Ask("teacher", "top_k"),), reads, top_k=args.top_k, support="student", on_student=True
-    )
-    return Method((term,))
+    loss = partial(sparse.jsd, beta=args.beta)
+    term = Term("divergence", loss, (Ask("teacher", "top_k"),), top_k=args.top_k, support="student", on_student=True)
+    return Method((term.importance_weighted(args.importance_cap, **args.sampler),))
 
 
 def sibling(row: dict[str, Any], completions: list[str], rewards: list[float] | None) -> list[str | None]:

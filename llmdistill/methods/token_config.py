@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from llmdistill.composition.method import Method, Schedule
 from llmdistill.composition.term import Ask, Mean, Support, Term
 from llmdistill.errors import UserError
 from llmdistill.objectives import divergences, policy, sparse
-from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.labels import cross_entropy, mixed_target
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.settings import Conflict, setting
@@ -200,21 +198,18 @@ class TokenConfig(DistillationConfig):
 
     def term(self, loss: Callable[..., Tensor], judges: Sequence[str] = ("teacher",), **more: Any) -> Term:
         """The term of the divergence: ``loss`` over what the judges say, weighed where its tokens were sampled."""
-        asks, sampled = tuple(Ask(judge, self.estimator) for judge in judges), self.estimator == "sampled"
-        reads: tuple[str, ...] = ()
-        if sampled and self.cap:
-            loss, reads = on_samples(loss, cap=self.cap, **self.sampler), ("tokens", "behavior", "advantage")
-        return Term(
+        sampled = self.estimator == "sampled"
+        term = Term(
             "divergence",
             loss,
-            asks,
-            reads,
+            tuple(Ask(judge, self.estimator) for judge in judges),
             top_k=self.listed,
             support=self.support,
             mean=self.mean,
             on_student=sampled,
             **more,
         )
+        return term.importance_weighted(self.cap, **self.sampler) if sampled else term
 
     def composition(
         self, divergence: Term, source: Source | None = None, schedules: Mapping[str, Schedule] | None = None
@@ -235,12 +230,9 @@ class TokenConfig(DistillationConfig):
 
     def reward_term(self, weight: float) -> Term:
         """The task reward as policy gradient on the sampled tokens, weighed as they are."""
-
-        def nothing(student_logits: Tensor, *_: Tensor) -> Tensor:
-            return student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.float32)
-
-        loss = on_samples(nothing, cap=self.cap, reward_weight=1.0, **self.sampler)
-        return Term("reward", loss, (), ("tokens", "behavior", "advantage"), weight=weight, on_student=True)
+        loss = partial(policy.policy_gradient, **self.sampler)
+        term = Term("reward", loss, (), ("tokens", "advantage"), weight=weight, on_student=True)
+        return term.importance_weighted(self.cap, **self.sampler)
 
     def source(self, own: Source | None = None) -> Source:
         """Where the text comes from: what the settings name, or a source of one's ``own`` instead.

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.baseline import optimal_baseline, topk_kl_baseline, with_baseline
-from llmdistill.objectives.composed import on_samples
 from llmdistill.recipe.settings import GREEDY, setting
 
 
@@ -36,14 +35,6 @@ def build(args: Any) -> Method:
     listed = args.baseline == "kl"
     loss = with_baseline(topk_kl_baseline if listed else optimal_baseline, **args.sampler)
     asks = (Ask("teacher", "sampled"), Ask("teacher", "top_k" if listed else "full"))
-    weighed = on_samples(loss, cap=args.importance_cap, **args.sampler)
-    term = Term(
-        "divergence",
-        weighed,
-        asks,
-        ("tokens", "behavior", "advantage"),
-        top_k=args.top_k if listed else 0,
-        support="student",
-        on_student=True,
-    )
-    return Method((term,))
+    top_k = args.top_k if listed else 0
+    term = Term("divergence", loss, asks, top_k=top_k, support="student", on_student=True)
+    return Method((term.importance_weighted(args.importance_cap, **args.sampler),))

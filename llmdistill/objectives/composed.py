@@ -1,4 +1,4 @@
-"""Objectives made of others: towards a target beyond the teacher, with weights on sampled tokens, with a task reward.
+"""Objectives made of others: towards a target beyond the teacher, or with importance weights on sampled tokens.
 
 Each takes a per-token loss ``fn(student_logits [n, V], *evidence) -> [n]`` and returns another one that reads more
 evidence (see `rows.PairedRows`). Nothing here carries gradient but the student's logits.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmdistill.objectives.clipping import truncated_importance_weights
 from llmdistill.objectives.fused import compute_dtype
-from llmdistill.objectives.policy import policy_gradient, sampled_token
+from llmdistill.objectives.policy import sampled_token
 from llmdistill.objectives.sampler import check_truncation, sampler_logprobs
 
 Loss = Callable[..., Tensor]
@@ -76,38 +76,22 @@ def extrapolated_sampled(scale: float, temperature: float = 1.0, *, top_k: int =
     return towards
 
 
-def on_samples(
-    loss: Loss,
-    *,
-    cap: float = 0.0,
-    reward_weight: float = 0.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Loss:
-    """``loss`` with what is known of the sampled tokens; three more arguments follow its evidence.
+def on_samples(loss: Loss, *, cap: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Loss:
+    """``loss`` with truncated importance weights; two more arguments follow its evidence.
 
-    token_ids [n]; behavior_lp [n], log-probs under the policy that drew them; advantage [n], of the task reward. The
-    loss becomes w (loss - reward_weight advantage log S_{tau,K}(y)), with the sampler's temperature (tau), top_k and
-    top_p, see `sampler_logprobs`. w = min(S_{tau,K}(y) / behavior(y), cap) corrects what the engine computed
-    differently; engines report the log-probs of what they drew from, after temperature, top_k and top_p. w = 1 at cap
-    0. NaN in behavior_lp marks tokens nobody drew: their weight is 1.
+    token_ids [n]; behavior_lp [n], log-probs under the policy that drew them. The loss becomes w loss with
+    w = min(S_{tau,K}(y) / behavior(y), cap), detached, see `sampler_logprobs` for the sampler's temperature (tau),
+    top_k and top_p. It corrects what the engine computed differently; engines report the log-probs of what they drew
+    from, after temperature, top_k and top_p. NaN in behavior_lp marks tokens nobody drew: their weight is 1.
     """
     check_truncation(top_k, top_p)
-    gradient = partial(policy_gradient, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     def weighted(student_logits: Tensor, *evidence: Tensor) -> Tensor:
-        *teacher, token_ids, behavior_lp, advantage = evidence
-        value = loss(student_logits, *teacher)
-        if reward_weight:
-            value = value + gradient(student_logits, token_ids, reward_weight * advantage.to(value.dtype))
-        if cap:
-            train_lp = sampler_logprobs(
-                student_logits.detach(), token_ids, temperature=temperature, top_k=top_k, top_p=top_p
-            )
-            weights = truncated_importance_weights(train_lp, behavior_lp, cap)
-            value = value * weights.masked_fill(behavior_lp.isnan(), 1.0)
-        return value
+        *judged, token_ids, behavior_lp = evidence
+        train_lp = sampler_logprobs(student_logits.detach(), token_ids, **sampler)  # type: ignore[arg-type]
+        weights = truncated_importance_weights(train_lp, behavior_lp, cap)
+        return loss(student_logits, *judged) * weights.masked_fill(behavior_lp.isnan(), 1.0)
 
     return weighted
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill.composition.batch import MicroBatch, Text, micro_batches, row_weights, with_reads
+from llmdistill.composition.batch import ROW_READS, MicroBatch, Text, micro_batches, row_weights, with_reads
 from llmdistill.composition.judges import Hearing
 from llmdistill.composition.loss import loss_on
 from llmdistill.composition.term import Term
@@ -28,7 +28,6 @@ from llmdistill.texts import Prompt, Rollout, Sampling, collate, position_ids, p
 from llmdistill.texts.prompts import completed
 
 PROMPTS = 2
-KNOWN = ("tokens", "behavior", "advantage", "position")  # reads that are there without a survey
 NEW_TOKENS = 8
 FORCED_TOKENS = 24
 
@@ -77,7 +76,7 @@ def comparable(trainer: Run) -> list[Term]:
     """The terms that a judge in the student's place would make 0: they read logits, and nothing that a survey derives
     from a whole round."""
     every = [t for t in trainer.method.terms if t.asks and t.vanishes and not isinstance(t.text, tuple)]
-    return [t for t in every if t.hidden is None and set(t.reads) <= set(KNOWN)]
+    return [t for t in every if t.hidden is None and set(t.reads) <= ROW_READS.keys()]
 
 
 def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teacher: Teacher) -> MicroBatch:

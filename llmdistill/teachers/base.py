@@ -55,6 +55,15 @@ class DenseTeacher(Protocol):
         ...
 
 
+@runtime_checkable
+class HiddenTeacher(Protocol):
+    """A teacher in this process whose layers can be read."""
+
+    def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states [N, H] of each of these decoder layers at the rows of the counted tokens."""
+        ...
+
+
 def is_live(teacher: Teacher) -> bool:
     """False for a teacher that only replays what was stored: it generates nothing, and scores nothing new."""
     return bool(getattr(teacher, "live", True))

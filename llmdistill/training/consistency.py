@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
 from llmdistill.models.layers import check_layers, hidden_size
-from llmdistill.teachers.base import Teacher, is_live
+from llmdistill.teachers.base import HiddenTeacher, Teacher, is_live
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import UNKNOWN_FIX, RoutedTeacher
 from llmdistill.teachers.student import StudentTeacher
@@ -78,7 +78,7 @@ def check_hidden(method: Method, model: Any, judges: Mapping[str, Teacher]) -> t
             if judge is None:
                 continue  # check_ready says so
             inner = model if isinstance(judge, StudentTeacher) else getattr(judge, "model", None)
-            if not hasattr(judge, "hidden_layers") or inner is None:
+            if not isinstance(judge, HiddenTeacher) or inner is None:
                 raise UserError(
                     f"term {term.name!r} reads hidden states of {ask.judge} {judge.info().name!r}, a "
                     f"{type(judge).__name__}; only a model in this process has them. Fix: teacher.model, engine hf."

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from llmdistill.composition.batch import Text, with_reads
+from llmdistill.composition.batch import Text, before_survey, with_reads
 from llmdistill.composition.term import Rows, Term, in_turn
 from llmdistill.models.heads import head_of
 from llmdistill.models.passes import batches_of, metrics_at_head
@@ -21,24 +20,23 @@ from llmdistill.objectives.rows import TeacherRows
 def survey(
     trainer: Any, term: Term, texts: Sequence[Text], answers: Sequence[TeacherRows | None]
 ) -> Mapping[str, Tensor]:
-    """What ``term.survey`` derives. A forward pass of the student over its texts, like any of the round's own.
+    """What ``term.survey`` derives: from what it measures in a forward pass of the student over the term's texts; of a
+    term on hidden states from the judges' states, as ``judge_0`` and so on.
 
     Every process must call it; all make as many forward passes (ZeRO-3 gathers parameters in them).
     """
     assert term.survey is not None
-    pieces = [_measured(trainer, term, text, answer) for text, answer in zip(texts, answers, strict=True)]
-    values = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+    if term.hidden is not None:
+        pieces = [_judge_states(answer) for answer in answers if answer is not None]
+    else:
+        pieces = [_measured(trainer, term, text, answer) for text, answer in zip(texts, answers, strict=True)]
+    values = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     return term.survey.derive(_of_all(trainer, values, texts))
 
 
-def survey_hidden(
-    trainer: Any, term: Term, texts: Sequence[Text], answers: Sequence[TeacherRows | None]
-) -> Mapping[str, Tensor]:
-    """What the survey of a term on hidden states derives: it is shown the judge's states, ``judge_0`` and so on."""
-    assert term.survey is not None
-    rows = [answer.chunk(slice(0, len(answer)), None) for answer in answers if answer is not None]
-    values = {f"judge_{k}": torch.cat(tensors).cpu() for k, tensors in enumerate(zip(*rows, strict=True))}
-    return term.survey.derive(_of_all(trainer, values, texts))
+def _judge_states(answer: TeacherRows) -> dict[str, Tensor]:
+    states = answer.chunk(slice(0, len(answer)), None)
+    return {f"judge_{k}": states_NH.cpu() for k, states_NH in enumerate(states)}
 
 
 def _of_all(trainer: Any, values: dict[str, Tensor], texts: Sequence[Text]) -> Rows:
@@ -54,7 +52,7 @@ def _of_all(trainer: Any, values: dict[str, Tensor], texts: Sequence[Text]) -> R
 def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) -> dict[str, Tensor]:
     assert term.survey is not None
     args = trainer.args
-    evidence = with_reads(_reading_known(term, text), [text], [answer], {}, args.device)
+    evidence = with_reads(before_survey(term), [text], [answer], {}, args.device)
     size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
     parts = list(batches_of(text.rollout, size, args.device))
     places = in_turn([part.num_rows for part in parts])
@@ -67,8 +65,3 @@ def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) 
             chunk_tokens=args.chunk_tokens,
             vocab_size=trainer.vocab_size,
         )
-
-
-def _reading_known(term: Term, text: Text) -> Term:
-    """The term with only those of its reads that are there before the survey."""
-    return replace(term, reads=tuple(name for name in term.reads if name in text.own))

@@ -49,7 +49,7 @@ from llmdistill.training.progress import Progress, ProgressCallback
 from llmdistill.training.rewards import Reward
 from llmdistill.training.round_log import RoundLog
 from llmdistill.training.student_trainer import gathered_sums, ready_student
-from llmdistill.training.surveys import survey, survey_hidden
+from llmdistill.training.surveys import survey
 
 HELPERS_FILE = "helpers.safetensors"  # in a checkpoint
 _EXAMINED: set[tuple[str, ...]] = set()  # kinds of runs that the preflight has seen in this process
@@ -212,9 +212,7 @@ class DistillationTrainer(RoundLog):
             on = [texts[name] for name in term.texts]
             given = row_weights(term, on, self.args.domain_weights, self.pad_id)
             derived: Mapping[str, Tensor] = {}
-            if term.survey is not None and term.hidden is not None:
-                derived = survey_hidden(self, term, on, answers[term.name])
-            elif term.survey is not None:
+            if term.survey is not None:
                 with self.meters.timed("time/student", 0):  # a part of it
                     derived = survey(self, term, on, answers[term.name])
             if "weight" in derived:

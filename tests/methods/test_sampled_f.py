@@ -62,12 +62,20 @@ def test_a_round_feeds_what_was_drawn(tmp_path: Path) -> None:
     t = rounds.make(tmp_path, "sampled_f")
     texts = t.draw(t.train_dataset[:3])
     (batch,) = t.batches(texts, 1)
-    ids, teacher_lp, again, behavior, advantage = batch.slices[0].evidence.chunk(slice(0, batch.rollout.num_rows), None)
+    ids, teacher_lp, again, behavior = batch.slices[0].evidence.chunk(slice(0, batch.rollout.num_rows), None)
     rollout = texts["main"].rollout
     assert ids.tolist() == again.tolist() == rollout.token_rows().tolist()
     assert torch.equal(behavior, rollout.behavior_logprobs[:, 1:][rollout.completion_mask[:, 1:]])
-    assert not advantage.any() and not behavior.isnan().any()
+    assert not behavior.isnan().any()
     with torch.no_grad():
         full = t.teacher.model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask).logits
     expected = full.log_softmax(-1)[:, :-1].gather(-1, rollout.input_ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(teacher_lp, expected[rollout.completion_mask[:, 1:]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_is_only_compared_where_a_term_reads_its_advantage(tmp_path: Path) -> None:
+    """It is logged; a group of one sample, which has no advantage, is none of this method's business."""
+    reward = {"reward": lambda prompts, completions: [1.0] * len(prompts)}
+    t = rounds.make(tmp_path, "sampled_f", trainer=reward, max_steps=1)
+    t.train()
+    assert [line["rollout/reward"] for line in t.state.log_history if "rollout/reward" in line] == [1.0]

@@ -73,7 +73,7 @@ class TestExpectations:
                     reference,
                     scale,
                     partial(on_samples, cap=cap),
-                    lambda y: (y, policy.token_logprobs(behavior, y), torch.zeros(3)),
+                    lambda y: (y, policy.token_logprobs(behavior, y)),
                 ),
             )
 
@@ -92,23 +92,21 @@ class TestExpectations:
                 reference,
                 1.0,
                 partial(on_samples, cap=INF),
-                lambda y: (y, policy.token_logprobs(student, y, 0.7), torch.zeros(3)),
+                lambda y: (y, policy.token_logprobs(student, y, 0.7)),
             ),
         )
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
 
     def test_a_task_reward_adds_its_policy_gradient(self):
         """E_{y ~ S}[-c r(y) log S(y)] has the gradient of -c E_S[r]."""
-        student, teacher, _ = models(1)
+        student, *_ = models(1)
         reward = logits(5, V, dtype=torch.float64)
 
         def gradient(token):
-            evidence = (teacher, token, torch.full((1,), torch.nan), reward[token])
-            loss = on_samples(divergences.reverse_kl, reward_weight=0.3)
-            return value_and_grad(lambda z: loss(z, *evidence), student)[1]
+            return value_and_grad(lambda z: policy.policy_gradient(z, token, 0.3 * reward[token]), student)[1]
 
         def plain(z):
-            return divergences.reverse_kl(z, teacher) - 0.3 * (z.softmax(-1) * reward).sum(-1)
+            return -0.3 * (z.softmax(-1) * reward).sum(-1)
 
         torch.testing.assert_close(expectation(student.softmax(-1), gradient), value_and_grad(plain, student)[1])
 
@@ -128,8 +126,9 @@ class TestReferencesInFloat32:
             case["advantage_per_token"],
         )
         for kind, cap in (("noIS", 0.0), ("tis5", 5.0)):
-            loss = on_samples(extrapolated_sampled(case["lam"]), cap=cap)
-            evidence = (tokens, teacher, tokens, reference, tokens, rollout, torch.zeros_like(teacher))
+            unweighted, evidence = extrapolated_sampled(case["lam"]), (tokens, teacher, tokens, reference)
+            loss = on_samples(unweighted, cap=cap) if cap else unweighted
+            evidence += (tokens, rollout) if cap else ()
             value, grad = value_and_grad(lambda z, f=loss, e=evidence: f(z, *e)[mask].mean(), student)
             near(grad, case[f"grad_student_logits[token-mean][{kind}]"])
             # PPO's value is -A at ratio 1 and ours -A log S; the aggregations are of theirs.
@@ -330,40 +329,34 @@ class TestPlausibility:
 
 class TestOnSamples:
     def evidence(self, n=3):
-        return torch.tensor([1, 4, 6]), logits(7, n, scale=1.0).abs().neg(), torch.tensor([1.0, -0.5, 0.0])
+        return torch.tensor([1, 4, 6]), logits(7, n, scale=1.0).abs().neg()
 
     def test_value_and_weights_by_hand(self):
-        """w (KL - c A log S(y)), w exactly min(ratio, cap), 1 where nobody drew."""
+        """w KL, w exactly min(ratio, cap), 1 where nobody drew."""
         student, teacher, _ = models()
-        ids, _, advantage = self.evidence()
+        ids, _ = self.evidence()
         logp = student.log_softmax(-1)[range(3), ids]
         behavior = torch.stack([logp[0] - 3.0, logp[1] + 0.5, torch.tensor(torch.nan, dtype=torch.float64)])
         weights = torch.tensor([2.0, torch.exp(torch.tensor(-0.5, dtype=torch.float64)), 1.0], dtype=torch.float64)
-        loss = on_samples(divergences.reverse_kl, cap=2.0, reward_weight=0.3)
+        loss = on_samples(divergences.reverse_kl, cap=2.0)
 
         def plain(z):
-            lp = z.log_softmax(-1)[range(3), ids]
-            return weights * (divergences.reverse_kl(z, teacher) - 0.3 * advantage * lp)
+            return weights * divergences.reverse_kl(z, teacher)
 
-        found = value_and_grad(lambda z: loss(z, teacher, ids, behavior, advantage), student)
+        found = value_and_grad(lambda z: loss(z, teacher, ids, behavior), student)
         torch.testing.assert_close(found, value_and_grad(plain, student))
-
-    def test_without_cap_and_reward_it_is_the_loss_itself(self):
-        student, teacher, _ = models()
-        found = on_samples(divergences.reverse_kl)(student, teacher, *self.evidence())
-        assert torch.equal(found, divergences.reverse_kl(student, teacher))
 
     def test_only_the_student_gets_gradient(self):
         student, teacher, reference = (z.requires_grad_() for z in models())
-        ids, behavior, advantage = self.evidence()
-        behavior, advantage = behavior.requires_grad_(), advantage.clone().requires_grad_()
+        ids, behavior = self.evidence()
+        behavior = behavior.requires_grad_()
         lp = [policy.token_logprobs(z, ids) for z in (teacher, reference)]
         full = on_samples(extrapolated(divergences.reverse_kl, 1.25), cap=5.0)
         sampled = on_samples(extrapolated_sampled(1.25), cap=5.0)
-        full(student, teacher, reference, ids, behavior, advantage).sum().backward()
-        sampled(student, ids, lp[0], ids, lp[1], ids, behavior, advantage).sum().backward()
+        full(student, teacher, reference, ids, behavior).sum().backward()
+        sampled(student, ids, lp[0], ids, lp[1], ids, behavior).sum().backward()
         assert student.grad is not None
-        assert all(x.grad is None for x in (teacher, reference, behavior, advantage))
+        assert all(x.grad is None for x in (teacher, reference, behavior))
 
 
 @pytest.mark.parametrize("widths", [(264, 260, 270), (260, 264, 262), (40, 40, 40)])

@@ -54,13 +54,17 @@ def with_reference(rows):
     return lambda teacher, reference, *rest: PairedRows((rows(teacher, None, *rest), rows(reference, None, *rest)))
 
 
+def rewarded(teacher, reference, behavior, ids, advantage):
+    return TokenRows(ids, advantage)
+
+
 def with_rows(*kinds):
     return lambda *about: PairedRows(tuple(rows(*about) for rows in kinds))
 
 
 def with_samples(rows):
     def both(teacher, reference, behavior, ids, advantage):
-        samples = TokenRows(ids, policy.token_logprobs(behavior, ids), advantage)
+        samples = TokenRows(ids, policy.token_logprobs(behavior, ids))
         return PairedRows((rows(teacher, reference, behavior, ids, advantage), samples))
 
     return both
@@ -91,15 +95,8 @@ OBJECTIVES = [
     Composed(
         "weighed_exopd_sampled", on_samples(extrapolated_sampled(1.25), cap=2.0), with_samples(with_reference(drawn))
     ),
-    Composed(
-        "rewarded_full", on_samples(divergences.reverse_kl, reward_weight=0.5), with_samples(dense), vanishes=False
-    ),
-    Composed(
-        "rewarded_exopd_sampled",
-        on_samples(extrapolated_sampled(1.25), cap=2.0, reward_weight=0.5),
-        with_samples(with_reference(drawn)),
-        vanishes=False,
-    ),
+    Composed("reward", policy.policy_gradient, rewarded, vanishes=False),
+    Composed("weighed_reward", on_samples(policy.policy_gradient, cap=2.0), with_samples(rewarded), vanishes=False),
 ]
 every_objective = pytest.mark.parametrize("case", OBJECTIVES, ids=lambda case: case.name)
 

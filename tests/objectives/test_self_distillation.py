@@ -26,7 +26,7 @@ def evidence(i, teacher, k):
     """The student's top-k with the teacher's log-probs, and what is known of the sampled tokens."""
     ids = i["student_logits"].topk(k).indices
     listed = teacher.log_softmax(-1).gather(-1, ids)
-    return ids, listed, i["tokens"], token_logprobs(i["old_logits"], i["tokens"]), torch.zeros(i["tokens"].shape)
+    return ids, listed, i["tokens"], token_logprobs(i["old_logits"], i["tokens"])
 
 
 @pytest.mark.parametrize("case", golden("sdpo")["cases"], ids=lambda c: f"{c['alpha']}_{c['top_k']}_{c['add_tail']}")
