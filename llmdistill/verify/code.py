@@ -20,15 +20,15 @@ Time is wall time: on a machine whose cores are all busy, give more of it.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llmdistill.errors import UserError
+from llmdistill.verify import printed
 from llmdistill.verify.sandbox import Limits, Outcome, Sandbox, SandboxFailure, shared_sandbox
 
+T = TypeVar("T")
 Kind = Literal["pass", "wrong", "runtime_error", "timeout", "memory", "violation", "syntax_error", "no_program"]
 
 PREAMBLE = """\
@@ -171,8 +171,8 @@ def run_stdin(
 
     Args:
         cases: (standard input, expected standard output). Lines are compared without trailing whitespace and blank
-            lines at the end; a line that differs is compared token by token as numbers, exactly between integers,
-            within 1e-6 (absolute or relative) where the expected number has a fraction.
+            lines at the end; words of a line that differs as numbers, exactly between integers, within 1e-6 (absolute
+            or relative) where the expected number has a fraction (printed.py says what a number is).
         time_limit_s: wall seconds for each case.
         memory_limit_mb, allow_unsafe_exec, sandbox: see run_tests.
     Raises:
@@ -193,6 +193,20 @@ def run_stdin(
     return Verdict(True, "pass", f"{len(cases)} cases", seconds)
 
 
+def find_program(
+    completion: str,
+    *,
+    entry_point: str | None = None,
+    prompt: str | None = None,
+    allow_unsafe_exec: bool = False,
+    sandbox: Sandbox | None = None,
+) -> str | None:
+    """The program in a completion (programs.extract_program says which), found in a confined process: a model's text
+    may be written against the parser. None also where that takes over ten seconds or half a gigabyte."""
+    pool = sandbox or shared_sandbox(allow_unsafe_exec)
+    return _retried(lambda: pool.extract(completion, entry_point, prompt))
+
+
 def judge_program(
     program: str | None,
     tests: Mapping[str, Any],
@@ -205,7 +219,7 @@ def judge_program(
     """The verdict on a program by a benchmark row's tests.
 
     Args:
-        program: what llmdistill.verify.programs.extract_program found; None gives "no_program".
+        program: what find_program found; None gives "no_program".
         tests: one of
 
             - ``{"style": "asserts", "test": code, "entry_point": name, "setup": code, "preamble": code}``: run_tests.
@@ -264,13 +278,12 @@ def _judged(
     return Verdict(kind == "pass", kind, detail, outcome.seconds)
 
 
-def _retried(run: Any) -> Outcome:
+def _retried(run: Callable[[], T]) -> T:
     """A fork server that died takes its job with it; a second one gets another chance, and then it is an error."""
     try:
-        result: Outcome = run()
+        return run()
     except SandboxFailure:
-        result = run()
-    return result
+        return run()
 
 
 def _unfit(program: str) -> Verdict | None:
@@ -314,7 +327,7 @@ def _script_verdict(outcome: Outcome, expected: str, limits: Limits) -> tuple[Ki
         refused = "Operation not permitted" in last or "Permission denied" in last or "File too large" in last
         return ("violation" if refused else "runtime_error"), last[:1000]
     got = outcome.output.decode("utf-8", "replace")
-    if difference := _difference(expected, got):
+    if difference := printed.differs(expected, got):
         return "wrong", difference
     return "pass", ""
 
@@ -330,40 +343,6 @@ def _death(status: int | None, limits: Limits) -> tuple[Kind, str] | None:
     if status == -_SIGXFSZ:
         return "violation", "a file over the limit"
     return "runtime_error", f"killed by {_SIGNALS.get(-status, f'signal {-status}')}"
-
-
-def _difference(expected: str, got: str) -> str | None:
-    """The first line that differs, or None."""
-    wanted, found = (text.rstrip().split("\n") for text in (expected, got))
-    if len(wanted) != len(found):
-        return f"{len(found)} lines, expected {len(wanted)}; they begin {_short(got)}"
-    for number, (want, have) in enumerate(zip(wanted, found, strict=True), 1):
-        if want.rstrip() != have.rstrip() and not _same_numbers(want.split(), have.split()):
-            return f"line {number}: expected {_short(want)}, got {_short(have)}"
-    return None
-
-
-def _same_numbers(wanted: list[str], found: list[str]) -> bool:
-    return len(wanted) == len(found) and all(a == b or _close(a, b) for a, b in zip(wanted, found, strict=True))
-
-
-def _close(wanted: str, found: str) -> bool:
-    if len(wanted) > 400 or len(found) > 400:  # a number that long is compared as text
-        return False
-    try:
-        want, have = Decimal(wanted), Decimal(found)
-    except InvalidOperation:
-        return False
-    if not (want.is_finite() and have.is_finite()):
-        return False
-    if want == have:
-        return True
-    fraction = any(mark in wanted for mark in ".eE")
-    return fraction and math.isclose(float(want), float(have), rel_tol=1e-6, abs_tol=1e-6)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:200] + "...")
 
 
 def _check_cases(style: str, cases: Sequence[tuple[str, str]]) -> None:

@@ -87,6 +87,9 @@ class Limits:
                 raise UserError(f"{limit} is {value}; it must be above 0")
 
 
+_EXTRACTION = Limits(time_s=10.0, memory_mb=512)
+
+
 class Sandbox:
     """A pool of fork servers. Safe to use from several threads; close() or a with block ends every process.
 
@@ -125,6 +128,17 @@ class Sandbox:
         content = json.dumps([program, preamble]).encode()
         files = [_memory_file(content), _memory_file(json.dumps(task).encode()), _memory_file()]
         return self._run({"mode": "calls"}, files, limits, output=2, errors=None)
+
+    def extract(self, completion: str, entry_point: str | None, prompt: str | None) -> str | None:
+        """programs.extract_program in a confined process; None also where it takes too long or too much."""
+        request = {"completion": completion, "entry_point": entry_point, "prompt": prompt}
+        files = [_memory_file(json.dumps(request).encode()), _memory_file()]
+        outcome = self._run({"mode": "extract"}, files, _EXTRACTION, output=1, errors=None)
+        try:
+            found = json.loads(outcome.output)
+        except ValueError:  # it was stopped: whatever that text is, it is no program
+            return None
+        return found if isinstance(found, str) else None
 
     def _run(self, job: dict[str, Any], files: list[int], limits: Limits, output: int, errors: int | None) -> Outcome:
         job |= {"time": limits.time_s, "memory": int(limits.memory_mb * _MIB)}

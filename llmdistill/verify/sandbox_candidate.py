@@ -11,6 +11,7 @@ import builtins
 import importlib
 import inspect
 import io
+import json
 import operator
 import os
 import re
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from llmdistill.verify.sandbox_surroundings import surround
 from llmdistill.verify.sandbox_wire import Channel, Closed, Codec, Peer, describe_exception
 
 OUT_OF_MEMORY = 77  # exit status of a stdin program that ran into its memory limit
@@ -40,6 +42,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "await": lambda value: importlib.import_module("asyncio").run(value),
 }
 _PRINTED_AT_MOST = 1 << 20
+_WATCHED_AT_MOST = 1 << 16  # characters of a global that is compared after each call: tables are taken to be constant
 
 
 class _Printed(io.BytesIO):
@@ -67,10 +70,10 @@ def run_script(program: str) -> NoReturn:
     output = sys.stdout
     atexit._clear()
     module = _module("__main__")
+    surround(module)
     status = 0
     try:
-        code = compile(program, "<program>", "exec")
-        exec(code, module.__dict__)
+        exec(_compiled(program), module.__dict__)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException as error:
@@ -90,6 +93,10 @@ def run_script(program: str) -> NoReturn:
     os._exit(status & 0xFF)
 
 
+def _compiled(program: str) -> types.CodeType:
+    return compile(program.removeprefix("\ufeff"), "<program>", "exec")  # as from a file that begins with a BOM
+
+
 def _show(error: BaseException) -> None:
     with suppress(BaseException):
         text = "".join(traceback.format_exception_only(error))[-1500:]
@@ -107,12 +114,13 @@ def answer_calls(program: str, preamble: str, read_fd: int, write_fd: int) -> No
     """Load the program as a module (its ``__main__`` block does not run), then answer the judge until it hangs up."""
     channel = Channel(read_fd, write_fd)
     module = _module("solution")
+    surround(module)
     printed = _Printed()
     sys.stdout = io.TextIOWrapper(printed, "utf-8", errors="replace", write_through=True)
     with suppress(Closed):
         try:
             exec(compile(preamble, "<preamble>", "exec"), module.__dict__)
-            exec(compile(program, "<program>", "exec"), module.__dict__)
+            exec(_compiled(program), module.__dict__)
         except BaseException as error:
             channel.send(["failed", *describe_exception(error)])
             os._exit(1)
@@ -128,6 +136,7 @@ class _Server:
         self.peer = Peer(channel, self.serve)
         self.codec = Codec(self._outside, self._inside)
         self.objects: dict[int, Any] = {}  # by id; held, so that an id is never used twice
+        self.watched: dict[str, str] = {}  # globals that the tests have as plain values, or miss: what they were told
 
     def serve(self, request: list[Any]) -> Any:
         kind, *rest = request
@@ -135,7 +144,7 @@ class _Server:
         if kind == "names":
             return [self._describe(name) for name in rest[0]]
         if kind == "operation":
-            return encode(_OPERATIONS[rest[0]](*self.codec.decode_all(rest[1])))
+            return [encode(_OPERATIONS[rest[0]](*self.codec.decode_all(rest[1]))), self._changed_globals()]
         if kind == "entry":
             return encode(self._entry(rest[0], *(decode(form) for form in rest[1:])))
         _, target, forms, keywords, carry_back = request
@@ -147,7 +156,7 @@ class _Server:
         if carry_back:
             after = [encode(value) for value in positional]
             changed = [[i, form] for i, form in enumerate(after) if form != forms[i]]
-        return [answer, changed, self.printed.take() if self.printed.tell() else ""]
+        return [answer, changed, self.printed.take() if self.printed.tell() else "", self._changed_globals()]
 
     def _entry(self, path: str, positional: list[Any], named: dict[str, Any]) -> Any:
         """Call "Solution().method" on a fresh instance, or "name", a method of class Solution or else a function. Named
@@ -169,9 +178,17 @@ class _Server:
 
     def _describe(self, name: str) -> Any:
         """What the tests should see under this name: [kind, ...], or None where the program has nothing."""
-        if name not in self.names:
+        value = self.names.get(name, self)
+        description = self._description(name, value)
+        if description is None or description[0] == "value" and not callable(value):
+            text = json.dumps(description)
+            if len(text) <= _WATCHED_AT_MOST:
+                self.watched[name] = text
+        return description
+
+    def _description(self, name: str, value: Any) -> Any:
+        if value is self:
             return None
-        value = self.names[name]
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
         if isinstance(value, type) and issubclass(value, Exception) and not hasattr(builtins, name):
@@ -179,7 +196,14 @@ class _Server:
         origin = getattr(value, "__module__", None)
         if callable(value) and isinstance(origin, str) and origin != "solution":
             return ["from", origin, self.codec.encode(value)]
+        if isinstance(value, type):
+            return ["class", value.__name__, self.codec.encode(value)]
         return ["value", self.codec.encode(value)]
+
+    def _changed_globals(self) -> list[Any]:
+        """[name, description] of what has another value than the tests know."""
+        told = list(self.watched.items())
+        return [[name, now] for name, text in told if json.dumps(now := self._describe(name)) != text]
 
     def _outside(self, value: Any) -> dict[str, Any]:
         self.objects[id(value)] = value

@@ -39,18 +39,29 @@ class Link:
         self.known: dict[int, Remote] = {}
         self.callbacks: list[Any] = []
         self.exceptions: dict[str, type[Exception]] = {}
+        self.classes: set[str] = set()  # of the program, that the tests use by name
+        self.rebind: Callable[[list[Any]], None] = lambda changed: None
+        self.asked = 0  # calls and operations; names are asked for before the tests run
         self.broken: str | None = None
+        self.failed_assertion: AssertionError | None = None
+
+    def lost(self, reason: str) -> Gone:
+        """From now on nothing is asked any more, and no test passes, whatever it catches."""
+        self.broken = self.broken or reason[:500]
+        return Gone(self.broken)
 
     def ask(self, *request: Any) -> Any:
         if self.broken:
             raise Gone(self.broken)
+        self.asked += request[0] != "names"
         try:
             return self.peer.ask(*request)
         except Failed as failure:
-            error = raised(failure, self.exceptions)
-        except (Closed, ValueError, TypeError, RecursionError, LookupError) as problem:
-            self.broken = f"the program's process ended {problem}".strip()
-            raise Gone(self.broken) from None
+            error = raised(failure, self.exceptions, may_end_iteration=request[:2] == ("operation", "next"))
+        except MemoryError:
+            raise
+        except Exception as problem:  # whatever a message that says nothing runs into
+            raise self.lost(f"the program's process ended {problem}".strip()) from None
         raise error
 
     def value(self, form: Any) -> Any:
@@ -60,30 +71,61 @@ class Link:
         except MemoryError:
             raise
         except Exception as problem:
-            self.broken = f"the program's answer is no plain data: {type(problem).__name__}: {problem}"[:500]
-            raise Gone(self.broken) from None
+            raise self.lost(f"the program's answer is no plain data: {type(problem).__name__}: {problem}") from None
+
+    def knows_class(self, value: Remote) -> bool:
+        """Whether the tests use a class of the program's by the name that this object's class has."""
+        return object.__getattribute__(value, "_type_name") in self.classes
+
+    def exception(self, name: str, classes: list[str]) -> type[Exception]:
+        """A class for the tests to catch the program's own exception of this name by."""
+        base = next((getattr(builtins, n) for n in classes if _is_exception(n)), Exception)
+        kind = self.exceptions[name] = type(name, (base,), {})
+        return kind
 
     def operation(self, name: str, *args: Any) -> Any:
-        return self.value(self.ask("operation", name, [self.codec.encode(arg) for arg in args]))
+        return self.value(self._answer(self.ask("operation", name, [self.codec.encode(arg) for arg in args]), 1)[0])
+
+    def _answer(self, answer: Any, parts: int) -> list[Any]:
+        """What was asked for, without the program's globals that changed meanwhile, which go to the tests."""
+        if type(answer) is not list or len(answer) != parts + 1 or type(answer[-1]) is not list:
+            raise self.lost("the program's process answers nonsense")
+        if answer[-1]:
+            try:
+                self.rebind([(str(name), description) for name, description in answer[-1]])
+            except Exception as problem:
+                raise self.lost(f"the program's process answers nonsense: {problem}") from None
+        return answer
 
     def call(self, target: Remote, args: tuple[Any, ...], keywords: dict[str, Any], carry_back: bool) -> Any:
         forms = [self.codec.encode(arg) for arg in args]
         named = {name: self.codec.encode(arg) for name, arg in keywords.items()}
-        answer = self.ask("call", self.codec.encode(target), forms, named, carry_back)
-        if type(answer) is not list or len(answer) != 3:
-            raise Gone("the program's process answers nonsense")
+        answer = self._answer(self.ask("call", self.codec.encode(target), forms, named, carry_back), 3)
         if answer[2]:  # what the call printed: for tests that capture it
             sys.stdout.write(str(answer[2]))
         if carry_back:
-            for index, form in answer[1]:
-                _overwrite(args[index], self.value(form))
+            self._carry_back(args, answer[1])
         return self.value(answer[0])
+
+    def _carry_back(self, args: tuple[Any, ...], changed: Any) -> None:
+        """Changes of arguments, into the tests' own objects."""
+        try:
+            forms = {int(index): form for index, form in changed}
+        except Exception:
+            raise self.lost("the program's process answers nonsense") from None
+        for index, argument in enumerate(args):
+            if index in forms:
+                _overwrite(argument, self.value(forms[index]))
 
     def _serve(self, request: list[Any]) -> Any:
         kind, number, forms = request
         if kind != "callback":
             raise Closed(f"a request of kind {kind!r}"[:100])
-        return self.codec.encode(self.callbacks[number](*[self.value(form) for form in forms]))
+        try:
+            return self.codec.encode(self.callbacks[number](*[self.value(form) for form in forms]))
+        except AssertionError as failed:  # counts, whatever the program makes of it
+            self.failed_assertion = self.failed_assertion or failed
+            raise
 
     def _outside(self, value: Any) -> dict[str, Any]:
         if isinstance(value, Remote):
@@ -197,7 +239,11 @@ class Remote:
         self._do("delitem", key)
 
     def __contains__(self, item: Any) -> bool:
-        return bool(self._exact(bool, "contains", item))
+        """The program's own method where the tests know the class by name. An object of another one, returned where
+        the tests look for a plain value, is searched here: its method would hear what is looked for and say yes."""
+        if object.__getattribute__(self, "_link").knows_class(self) or isinstance(item, Remote):
+            return bool(self._exact(bool, "contains", item))
+        return any(found is item or found == item for found in self)
 
     def __str__(self) -> str:
         return str(self._exact(str, "str"))
@@ -244,20 +290,35 @@ def _awaitable(link: Link, coroutine: Remote) -> Coroutine[Any, Any, Any]:
     return wait()
 
 
-def raised(failure: Failed, known: dict[str, type[Exception]] | None = None) -> BaseException:
+def raised(
+    failure: Failed, known: dict[str, type[Exception]] | None = None, *, may_end_iteration: bool = False
+) -> BaseException:
     """The nearest exception of an error in the program that the tests know, marked: one of its own classes (``known``)
-    or a builtin. SystemExit and the like become RuntimeError: a program must not end the tests."""
-    for name in (*failure.classes, "RuntimeError"):
+    or a builtin. What is no Exception (SystemExit, KeyboardInterrupt, GeneratorExit) becomes RuntimeError: a program
+    must not end the tests. So does StopIteration of anything but next(), as in a generator (PEP 479): ``all(map(f,
+    xs))`` would take it for the end of xs."""
+    for name in (*failure.classes[:64], "RuntimeError"):
         base = (known or {}).get(name) or getattr(builtins, name, None)
-        if isinstance(base, type) and issubclass(base, Exception):
-            marked = type(name, (base, FromProgram), {})
-            try:
-                error: BaseException = marked(failure.message or name)
-            except TypeError:  # UnicodeError and ExceptionGroup take more than a message; their bases do not
-                continue
-            error.number = failure.number  # type: ignore[attr-defined]
-            return error
-    raise Gone("the program's process answers nonsense")
+        if not (isinstance(base, type) and issubclass(base, Exception)):
+            continue
+        if issubclass(base, StopIteration | StopAsyncIteration) and not may_end_iteration:
+            return _marked("RuntimeError", RuntimeError, f"the program raised {name}", failure.number)
+        try:
+            return _marked(name, base, failure.message or name, failure.number)
+        except TypeError:  # UnicodeError and ExceptionGroup take more than a message; their bases do not
+            continue
+    return Gone("the program's process answers nonsense")
+
+
+def _marked(name: str, base: type[Exception], message: str, number: int | None) -> BaseException:
+    error: BaseException = type(name, (base, FromProgram), {})(message)
+    error.number = number  # type: ignore[attr-defined]
+    return error
+
+
+def _is_exception(name: str) -> bool:
+    kind = getattr(builtins, name, None)
+    return isinstance(kind, type) and issubclass(kind, Exception)
 
 
 def _overwrite(target: Any, value: Any) -> None:

@@ -37,6 +37,10 @@ _CONTAINERS: tuple[Callable[[Any], Any], ...] = (list, tuple, dict, set, frozens
 _TYPE_NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
+_MRO, _NAME = type.__dict__["__mro__"].__get__, type.__dict__["__name__"].__get__
+_ERRNO = OSError.__dict__["errno"].__get__
+
+
 class Closed(Exception):
     """The other process is gone or does not speak the protocol."""
 
@@ -145,16 +149,19 @@ class Peer:
 
 
 def describe_exception(error: BaseException) -> tuple[list[str], str, int | None]:
-    """Names of the classes it belongs to, message (at most 2,000 characters), errno."""
-    classes = [kind.__name__ for kind in type(error).__mro__]
+    """Names of the classes it belongs to, message (at most 2,000 characters), errno. Never raises, whatever the
+    error's class does when it is looked at."""
+    kinds = _MRO(type(error))  # not type(error).__mro__, which a metaclass may define
+    classes = [_NAME(kind) for kind in kinds[:64]]
     try:
-        message = str(error)[:2000]
+        text = str(error)
+        message = str.__getitem__(text, slice(0, 2000)) if type(text) is str else "<its message is no text>"
     except BaseException:
         message = "<its message cannot be shown>"
-    if type(error).__module__ != "builtins":
+    if kinds[0] is not vars(builtins).get(classes[0]):
         message = f"{classes[0]}: {message}"
-    number = error.errno if isinstance(error, OSError) else None
-    return classes, message, number
+    number = _ERRNO(error) if OSError in kinds else None
+    return classes, message, number if type(number) is int else None
 
 
 class Codec:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from llmdistill.verify import confine, confine_namespaces, confine_seccomp, sandbox_candidate, sandbox_judge
+from llmdistill.verify import confine, confine_namespaces, confine_seccomp, programs, sandbox_candidate, sandbox_judge
 from llmdistill.verify.sandbox_wire import read_whole, write_all
 
 PROGRAM_ENDED = 3  # the judge's exit status when the program's process went away under it
@@ -116,6 +116,10 @@ class Zygote:
             text = lambda: read_whole(program).decode("utf-8", "surrogatepass")  # noqa: E731
             candidate = self._fork(job, [stdin, stdout, stderr], sandbox_candidate.run_script, text)
             return self._await(candidate, None, job)
+        if job["mode"] == "extract":
+            request, found = fds
+            worker = self._fork(job, [-1, -1, -1, found], _extract, lambda: read_whole(request))
+            return self._await(worker, None, job)
         program, task, verdict = fds
         to_program, to_judge = os.pipe(), os.pipe()
         try:
@@ -265,6 +269,10 @@ def _judge(task: bytes) -> NoReturn:
     os._exit(PROGRAM_ENDED if program_ended else 0)
 
 
+def _extract(request: bytes) -> None:
+    write_all(3, json.dumps(programs.extract_request(json.loads(request))).encode())
+
+
 def _probe(secret: str) -> None:
     """Try what must not work. A confined process dies of SIGSYS at the end; every other end means: not confined."""
     for attempt in (lambda: os.open(secret, os.O_RDONLY), socket.socket, lambda: os.open(secret, os.O_WRONLY)):
@@ -312,6 +320,7 @@ def main(arguments: str) -> NoReturn:
     control = socket.socket(fileno=options["control"])
     control.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.set_int_max_str_digits(0)  # time is limited as it is: a number of 5,000 digits is no attack
     zygote = Zygote(control, options["mode"], options["paths"])
     try:
         zygote.enter()

@@ -1,0 +1,172 @@
+"""Test code before and after it runs: what it looks up, which of its calls are statements, which tests nobody called.
+
+Used in the judge's process (sandbox_judge.py). Nothing here asks the program anything by itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import io
+import types
+import unittest
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+STATEMENT = "a statement of the tests"
+"""The global of the judge's that marked calls go through. It is no identifier: no source can spell it, so the tests
+cannot hide it, and the program, which is asked for identifiers only, cannot provide it."""
+
+
+def compiled(source: str, name: str) -> tuple[types.CodeType, set[str]]:
+    """A part of the task: its code with the calls that are statements marked, and the functions, classes and imports
+    at its top, which are never the program's, whatever that calls its own.
+
+    Raises:
+        ValueError: no Python.
+    """
+    try:
+        tree = ast.parse(source)
+        defined = set(_defined(tree))
+        return compile(_mark_statements(tree), f"<{name}>", "exec"), defined
+    except Exception as error:
+        raise ValueError(f"{name}: not Python that can be compiled ({error})") from None
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    pending: list[Any] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names if alias.name != "*")
+        else:
+            pending += _blocks(node)
+
+
+def _blocks(node: Any) -> Iterator[Any]:
+    """What stands in a compound statement: try, if, with, a loop."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        inner = getattr(node, name, None)
+        yield from inner if isinstance(inner, list) else []
+
+
+def _mark_statements(tree: ast.Module) -> ast.Module:
+    """f(x) as a statement becomes STATEMENT(f, x). Elsewhere a program cannot change the tests' own data: an oracle
+    such as ``assert abs(poly(xs, candidate(xs))) < 1e-4`` would fall for an emptied xs."""
+    pending: list[Any] = [tree]
+    while pending:
+        node = pending.pop()
+        pending += _blocks(node)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            call = node.value
+            if isinstance(call.func, ast.Name) and hasattr(builtins, call.func.id):
+                continue
+            marker = ast.copy_location(ast.Name(STATEMENT, ast.Load()), call)
+            node.value = ast.copy_location(ast.Call(marker, [call.func, *call.args], call.keywords), call)
+    return tree
+
+
+def names_used(codes: Iterable[types.CodeType]) -> set[str]:
+    """Every identifier that code objects load, in nested functions too (and attributes: a few too many does no harm),
+    without those between two underscores: they are the interpreter's."""
+    found: set[str] = set()
+    pending = list(codes)
+    while pending:
+        code = pending.pop()
+        found.update(code.co_names)
+        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return {name for name in found if name.isidentifier() and not (name.startswith("__") and name.endswith("__"))}
+
+
+def names_at_top(source: str) -> set[str]:
+    """The names that test code itself reads, outside of functions that something would have to call."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+class UnitTests:
+    """Watches unittest while the tests run, so that a result that nobody looks at (``unittest.main(exit=False)``,
+    ``TextTestRunner().run(suite)``) counts, and a class that nobody runs is run."""
+
+    def __init__(self) -> None:
+        self.failures: list[tuple[str, Any]] = []  # the test, and what it raised or what is wrong with it
+        self.ran: set[type] = set()
+
+    def watch(self) -> None:
+        """Patch unittest, in this process and for good."""
+        run, ran, failures = unittest.TestCase.run, self.ran, self.failures
+
+        def noted_run(case: unittest.TestCase, result: Any = None) -> Any:
+            ran.add(type(case))
+            return run(case, result)
+
+        unittest.TestCase.run = noted_run  # type: ignore[method-assign, assignment]
+        for name in ("addFailure", "addError", "addSubTest"):
+            setattr(unittest.TestResult, name, _noting(getattr(unittest.TestResult, name), failures))
+        unexpected = unittest.TestResult.addUnexpectedSuccess
+
+        def noted_success(result: Any, test: Any) -> None:
+            failures.append((str(test), "an unexpected success"))
+            unexpected(result, test)
+
+        unittest.TestResult.addUnexpectedSuccess = noted_success  # type: ignore[method-assign, assignment]
+
+    def run(self, classes: list[type[unittest.TestCase]]) -> None:
+        """Run what did not run by itself."""
+        load = unittest.defaultTestLoader.loadTestsFromTestCase
+        suite = unittest.TestSuite(load(kind) for kind in classes if kind not in self.ran)
+        unittest.TextTestRunner(stream=io.StringIO()).run(suite)
+
+
+def _noting(method: Any, failures: list[tuple[str, Any]]) -> Any:
+    def noted(result: Any, test: Any, *details: Any) -> None:
+        error = details[-1]  # (class, exception, traceback); of a subtest that passed: None
+        if error is not None:
+            failures.append((str(test), error[1]))
+        method(result, test, *details)
+
+    return noted
+
+
+def uncalled(defined: dict[str, Any], used: set[str]) -> Iterator[Any]:
+    """Functions that pytest would collect and that the tests themselves do not use: ``test*`` without arguments, and
+    methods of that name of classes ``Test*`` that are no unittest.TestCase."""
+    for name, value in sorted(defined.items()):
+        if isinstance(value, types.FunctionType) and name.startswith("test") and name not in used:
+            if not _needs_arguments(value):
+                yield value
+        elif isinstance(value, type) and name.startswith("Test") and not issubclass(value, unittest.TestCase):
+            if name in used or "__init__" in vars(value):
+                continue
+            for method in sorted(name for name in dir(value) if name.startswith("test")):
+                yield _Method(value, method)
+
+
+class _Method:
+    """A test method, on an instance of its own, after the class's set-up."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self) -> Any:
+        instance = self.owner()
+        for name in ("setup_method", "setUp"):
+            if set_up := getattr(instance, name, None):
+                set_up(*([None] if _needs_arguments(set_up) else []))
+                break
+        return getattr(instance, self.name)()
+
+
+def _needs_arguments(function: Any) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
