@@ -47,7 +47,7 @@ from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
 from llmdistill.texts.prompts import load_rows
-from llmdistill.tokenization.special import context_length, pad_id
+from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.pair_losses import measure_pairs
 from llmdistill.training.pair_trainer import PairTrainer
 
@@ -83,6 +83,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     )
     # All of it before anything is trained or an earlier run is moved: a bad row costs no stage 1.
     pairs, positives, heldout, inputs = _data(recipe, encoder)
+    also_end_at(model, tokenizer, encoder.prompts.ends)
     inputs["student"] = weights_fingerprint(recipe.student.model)
     if started:
         check_inputs(folder, started, given, inputs)

@@ -137,7 +137,8 @@ def _chosen_sides(pairs: Sequence[Pair]) -> Dataset:
         [
             {
                 "input_ids": [*p.prompt.ids, *p.chosen],
-                "completion_mask": [0] * len(p.prompt.ids) + [1] * len(p.chosen),
+                "completion_mask": [0] * len(p.prompt.ids)
+                + [int(c) for c in p.chosen_counts or [True] * len(p.chosen)],
                 "row": p.row,
             }
             for p in pairs
@@ -152,6 +153,7 @@ def _as_dataset(pairs: Sequence[Pair]) -> Dataset:
             {
                 **{"prompt": "=", "chosen": "+", "rejected": "-", "row": p.row},
                 **{"ids": p.prompt.ids, "chosen_tokens": list(p.chosen), "rejected_tokens": list(p.rejected)},
+                **{"chosen_counts": list(p.chosen_counts), "rejected_counts": list(p.rejected_counts)},
             }
             for p in pairs
         ]
@@ -159,7 +161,9 @@ def _as_dataset(pairs: Sequence[Pair]) -> Dataset:
 
 
 def _pair(row: dict[str, Any]) -> Pair:
-    return Pair(Prompt(row["ids"], ""), tuple(row["chosen_tokens"]), tuple(row["rejected_tokens"]))
+    chosen, rejected = (tuple(row[f"{side}_tokens"]) for side in ("chosen", "rejected"))
+    counts = (tuple(row[f"{side}_counts"]) for side in ("chosen", "rejected"))
+    return Pair(Prompt(row["ids"], ""), chosen, rejected, 0, *counts)
 
 
 def _prepared(stage: Stage) -> Any:
