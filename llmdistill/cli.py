@@ -51,7 +51,7 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     for f in findings:
         found = f.message + (f"\nFix: {f.fix}" if f.fix else "")
         table.add_row(Text(f.level, STYLE[f.level]), Text(f.check), Text(found))
-    Console().print(table)
+    Console(markup=False).print(table)
     return 2 if any(f.level == "fail" for f in findings) else 0
 
 

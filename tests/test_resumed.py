@@ -217,11 +217,14 @@ def test_several_teachers_are_compared_one_by_one(started: tuple[Path, list[str]
         assert len(str(error.value).splitlines()) == 3
 
 
-def test_a_config_that_cannot_be_read_is_said(started: tuple[Path, list[str]]) -> None:
+@pytest.mark.parametrize("content", ["{", ""])
+def test_a_config_that_was_damaged_does_not_block_a_run_whose_checkpoint_is_whole(
+    content: str, started: tuple[Path, list[str]]
+) -> None:
     folder, argv = started
-    (folder / "run" / "config.yaml").write_text("{")
-    with pytest.raises(UserError, match=r"config\.yaml holds no settings; --resume compares it"):
-        opd.main([*argv, "--resume"])
+    (folder / "run" / "config.yaml").write_text(content)
+    with pytest.warns(UserWarning, match=r"config\.yaml is damaged: it holds no settings"):
+        assert opd.main([*argv, "--resume"]) == 0
 
 
 def test_nothing_to_resume_starts_and_is_recorded(base: tuple[Path, list[str]], tmp_path: Path) -> None:

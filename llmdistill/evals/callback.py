@@ -106,7 +106,7 @@ class EvalCallback(TrainerCallback):
         if step in self.done:
             return
         self.done.add(step)
-        first, console = accelerator.is_main_process, Console(stderr=True)
+        first, console = accelerator.is_main_process, Console(stderr=True, markup=False)
         wrapped = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
         jobs = [self._at(job, step) for job in self.jobs]
         if first:  # of a run that was killed behind its last checkpoint: those weights are gone

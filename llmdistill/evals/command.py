@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
         from llmdistill.evals.compare import compare
 
         _no_more(words.suites, "--compare")
-        Console().print(compare(*words.compare).table())
+        Console(markup=False).print(compare(*words.compare).table())
         return 0
     if words.grade:
         _no_more(words.suites, "--grade")
@@ -52,8 +52,9 @@ def run(argv: Sequence[str]) -> int:
         assert isinstance(found, list)
         done = found
     for one in done:
-        Console().print(table(one))
-        Console(soft_wrap=True).print(f"results {one.folder / 'results.json'}\npage    {one.folder / 'report.html'}")
+        Console(markup=False).print(table(one))
+        written = f"results {one.folder / 'results.json'}\npage    {one.folder / 'report.html'}"
+        Console(soft_wrap=True, markup=False).print(written)
     return 0
 
 
@@ -66,7 +67,8 @@ def table(done: Evaluation) -> Table:
     shown.add_column("95 % interval", justify="right")
 
     def row(name: str, entry: dict[str, float]) -> None:
-        shown.add_row(name, f"{100 * entry['value']:.1f}", f"{100 * entry['low']:.1f} – {100 * entry['high']:.1f}")
+        interval = f"{100 * entry['low']:.1f} – {100 * entry['high']:.1f}"
+        shown.add_row(Text(name), f"{100 * entry['value']:.1f}", interval)  # a group may look like rich's markup
 
     row(f"avg@{r['n']}" if r["n"] > 1 else "accuracy", r["avg"])
     for k, entry in r["pass"].items():

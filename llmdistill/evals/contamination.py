@@ -36,6 +36,7 @@ from llmdistill.errors import UserError
 from llmdistill.evals.ngrams import Index, Match
 from llmdistill.evals.records import Problem
 from llmdistill.evals.training_rows import TrainingFiles, row_text
+from llmdistill.files import atomic_write
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -369,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True, markup=False)) as bar:
         task = bar.add_task("reading", total=files.total)
         start = time.perf_counter()
 
@@ -379,13 +380,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report = check(train, problems, n=words.n, workers=words.workers, progress=show)
     if words.out:
-        Path(words.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(words.out).write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    Console().print(report.table())
+        atomic_write(words.out, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    Console(markup=False).print(report.table())
     if report.hits and words.show:
-        Console().print(report.hit_table(words.show))
+        Console(markup=False).print(report.hit_table(words.show))
     if report.unchecked:
-        Console().print(f"too short to check: {', '.join(report.unchecked)}", markup=False)
+        Console(markup=False).print(f"too short to check: {', '.join(report.unchecked)}", markup=False)
     return 3 if words.fail and any(hit.exact_rows for hit in report.hits) else 0
 
 

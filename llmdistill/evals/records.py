@@ -4,6 +4,7 @@
     RUN/problems.jsonl     one Problem a line, as asked
     RUN/samples/*.jsonl    one Sample a line, appended as it is finished; one file per process
     RUN/grades.jsonl       one Grade a line; made again from the samples whenever grading is
+    RUN/grading.jsonl      while that is under way: whose grades, then those that are there (llmdistill.evals.grades)
     RUN/results.json       the numbers
     RUN/report.html        the page
 
@@ -15,17 +16,18 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 from llmdistill.errors import UserError
+from llmdistill.files import atomic_write, full_disk_is_said, read_json
 
 Kind = Literal["math", "choice", "code"]
 Finish = Literal["stop", "length"]
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -100,41 +102,50 @@ class EvalFolder:
         return self.path / "results.json"
 
     def read_config(self) -> dict[str, Any] | None:
-        return json.loads(self.config_file.read_text(encoding="utf-8")) if self.config_file.is_file() else None
+        """config.json; None without one.
+
+        Raises:
+            UserError: it is damaged, as by a power loss.
+        """
+        return read_json(self.config_file, "the command of that evaluation once more; samples are kept")
 
     def read_results(self) -> dict[str, Any]:
-        return dict(json.loads(self.results_file.read_text(encoding="utf-8")))
+        """results.json; empty without one.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return dict(read_json(self.results_file, f"llmdistill eval --grade {self.path}") or {})
 
     def write_json(self, file: Path, value: Mapping[str, Any]) -> None:
-        _replace(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def problems(self) -> list[Problem]:
-        return [Problem(**row) for row in _rows(self.path / "problems.jsonl")]
+        return list(_records(Problem, self.path / "problems.jsonl"))
 
     def write_problems(self, problems: Iterable[Problem]) -> None:
-        _replace(self.path / "problems.jsonl", "".join(_line(p) for p in problems))
+        atomic_write(self.path / "problems.jsonl", "".join(as_line(p) for p in problems))
 
     def samples(self) -> dict[tuple[str, int], Sample]:
         """All finished samples by problem and index, ordered by file and line; the first of a pair counts."""
         found: dict[tuple[str, int], Sample] = {}
         for file in sorted((self.path / "samples").glob("*.jsonl")):
-            for row in _rows(file):
-                sample = Sample(**row)
+            for sample in _records(Sample, file):
                 found.setdefault((sample.problem, sample.index), sample)
         return found
 
     def grades(self) -> list[Grade]:
-        return [Grade(**row) for row in _rows(self.path / "grades.jsonl")]
+        return list(_records(Grade, self.path / "grades.jsonl"))
 
     def write_grades(self, grades: Iterable[Grade]) -> None:
-        _replace(self.path / "grades.jsonl", "".join(_line(g) for g in grades))
+        atomic_write(self.path / "grades.jsonl", "".join(as_line(g) for g in grades))
 
-    def appender(self, rank: int) -> SampleWriter:
-        return SampleWriter(self.path / "samples" / f"rank-{rank}.jsonl")
+    def appender(self, rank: int) -> Appender:
+        return Appender(self.path / "samples" / f"rank-{rank}.jsonl")
 
 
-class SampleWriter:
-    """Appends samples so that what was written survives the death of the process."""
+class Appender:
+    """Appends records so that what was written survives the death of the process."""
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,22 +160,36 @@ class SampleWriter:
         with file.open("rb+") as before:  # what was cut off in the middle of a line would swallow the next one
             before.truncate(sum(len(line) for line in before if line.endswith(b"\n")))
 
-    def add(self, sample: Sample) -> None:
-        self.file.write(_line(sample))
-        self.file.flush()
+    def add(self, *records: Any) -> None:
+        """Raises UserError where the disk is full; the records before are whole."""
+        with full_disk_is_said(self.file.name):
+            self.file.write("".join(map(as_line, records)))
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with full_disk_is_said(self.file.name):
+            self.file.close()
 
 
-def _line(record: Any) -> str:
-    text = json.dumps(asdict(record), ensure_ascii=False)
+def as_line(record: Any) -> str:
+    """A dataclass or a dictionary as a line of JSON."""
+    content = record if isinstance(record, dict) else asdict(record)
+    text = json.dumps(content, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # half a character, as endpoints may send
-        text = json.dumps(asdict(record))
+        text = json.dumps(content)
     return text + "\n"
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def _records(kind: type[Record], file: Path) -> Iterator[Record]:
+    for row in json_rows(file):
+        try:
+            yield kind(**row)
+        except TypeError:
+            warnings.warn(f"{file} holds a line that is no {kind.__name__}; it is left out", stacklevel=2)
+
+
+def json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file; one that cannot be read is left out with a warning."""
     if not file.is_file():
         return
     with file.open(encoding="utf-8", newline="\n") as lines:
@@ -175,10 +200,3 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 warnings.warn(f"{file} line {number} cannot be read and is left out", stacklevel=2)
-
-
-def _replace(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

@@ -1,6 +1,7 @@
 """Asking, drawing, grading, summing up: what ``llmdistill eval`` and :func:`evaluate` do.
 
-A run can be killed at any moment. Every finished sample is on disk, has a seed of its own, and is never drawn again;
+A run can be killed at any moment. Every finished sample is on disk, has a seed of its own, and is never drawn again,
+nor is a grade made twice;
 the same command goes on with what is missing. Under ``accelerate launch`` every process draws its share and writes its
 own file; the first one grades. They share nothing but the folder, so one that is slow holds up no collective.
 """
@@ -22,6 +23,7 @@ from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Asked, Engine
 from llmdistill.evals.engines.make import Source, open_source
+from llmdistill.evals.grades import GradesSoFar
 from llmdistill.evals.grading import grade
 from llmdistill.evals.jobs import Job, begin, check, prepare
 from llmdistill.evals.records import EvalFolder
@@ -67,7 +69,7 @@ def evaluate(
         UserError: a suite, its data, the model or an endpoint is not as it must be. What was drawn is kept.
     """
     config = config or EvalConfig(model=model, **settings)
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     given: list[Any] = list(suite) if isinstance(suite, (list, tuple)) else [suite]
     suites = [one if isinstance(one, Suite) else load_suite(one) for one in given]
     names = [one.name for one in suites]
@@ -157,17 +159,24 @@ def regrade(
             f"{folder} lacks {lacking} of {len(wanted)} samples. Fix: run the evaluation again; it goes on from there."
         )
     chosen = {key: sample for key, sample in samples.items() if key in wanted}
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     with _bar(f"{settings['suite']}: grading", len(wanted), console) as tick:
-        grades = grade(
-            problems,
-            chosen,
-            prefill=settings["template"]["prefill"],
-            workers=workers,
-            allow_unsafe_exec=allow_unsafe_exec,
-            progress=lambda done, total: tick(None),
-        )
-    place.write_grades(grades)
+        prefill, complete = settings["template"]["prefill"], False
+        kept = GradesSoFar(place, {"prefill": prefill, "allow_unsafe_exec": allow_unsafe_exec})
+        try:
+            grades = grade(
+                problems,
+                chosen,
+                prefill=prefill,
+                workers=workers,
+                allow_unsafe_exec=allow_unsafe_exec,
+                progress=lambda done, total: tick(None),
+                kept=kept,
+            )
+            place.write_grades(grades)
+            complete = True
+        finally:
+            kept.close(complete)
     numbers = summarise(
         problems,
         chosen,
@@ -256,7 +265,7 @@ def _await_others(jobs: Sequence[Job], console: Console, patience_s: float) -> N
 def _bar(title: str, total: int, console: Console, shown: bool = True) -> Iterator[Callable[[int | None], None]]:
     """One bar with rate and ETA; a log file gets a line now and then instead."""
     began, count, said = time.monotonic(), 0, time.monotonic()
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    columns = (TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     progress = Progress(
         *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
         disable=not (shown and console.is_terminal),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +87,7 @@ class Start:
 def read_start(folder: RunFolder) -> Start | None:
     """Of the run in the folder; None where there is none.
 
-    Raises:
-        UserError: its config.yaml cannot be read.
+    A config.yaml that is damaged, as by a power loss, is warned of and compared with nothing: the checkpoint is whole.
     """
     file = folder.path / "config.yaml"
     if not file.is_file():
@@ -97,9 +97,11 @@ def read_start(folder: RunFolder) -> Start | None:
     except (yaml.YAMLError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
-        raise UserError(
-            f"{file} holds no settings; --resume compares it with the recipe. Fix: leave --resume out, for a new run."
+        warnings.warn(
+            f"{file} is damaged: it holds no settings. The recipe is taken as it is; --resume would have compared them",
+            stacklevel=2,
         )
+        config = {}
     return Start(config, folder.read_json("inputs.json") or {})
 
 
@@ -121,6 +123,8 @@ def check_settings(recipe: Recipe, folder: RunFolder, started: Start, given: Sta
     Raises:
         UserError: others have changed; a line for each.
     """
+    if not started.config:  # it was damaged
+        return {}
     before, now = _flat(started.config), _flat(given.config)
     changed, refused = {}, []
     same_batch = _prompts_a_step(recipe, before, started) == _prompts_a_step(recipe, now, given)
@@ -172,7 +176,7 @@ def record_start(
     folder: RunFolder, given: Start, inputs: Mapping[str, str], started: Start | None, changed: Mapping[str, list[Any]]
 ) -> None:
     """Writes what this run, or this part of it, goes by. ``config.yaml`` stays as it is where nothing has changed."""
-    if started is None or changed:
+    if started is None or changed or not started.config:
         folder.write_config(given.config)
     if changed:
         folder.append_line("resumed.jsonl", {"changed": changed})

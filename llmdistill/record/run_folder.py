@@ -6,8 +6,8 @@ Everything is appended or renamed into place, so a run that is killed loses at m
 from __future__ import annotations
 
 import json
-import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from llmdistill.errors import UserError
+from llmdistill.files import atomic_write, full_disk_is_said, read_json
 from llmdistill.record.meters import Meters
 
 
@@ -31,28 +33,33 @@ class RunFolder:
         self._completions: list[dict[str, Any]] = []
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        self._replace(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        atomic_write(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_json(self, name: str, value: Any) -> None:
-        self._replace(self.path / name, json.dumps(value, indent=1))
+        atomic_write(self.path / name, json.dumps(value, indent=1))
 
     def read_json(self, name: str) -> Any | None:
-        file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else None
+        """What :meth:`write_json` wrote; None where it is missing, or damaged, which is warned of: nothing in these
+        files is needed to go on."""
+        try:
+            return read_json(self.path / name, "nothing; the run goes on without it")
+        except UserError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return None
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         self.append_line(self.metrics_file.name, line)
 
     def append_line(self, name: str, line: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a") as file:
+        with full_disk_is_said(self.path / name), (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops what a killed run wrote after ``step``, the checkpoint the next one starts from."""
         if self.metrics_file.is_file():
             kept = [line for line in self.metrics_file.read_text().splitlines() if _step(line) <= step]
-            self._replace(self.metrics_file, "".join(f"{line}\n" for line in kept))
+            atomic_write(self.metrics_file, "".join(f"{line}\n" for line in kept))
         for file in (self.path / "completions").glob("step-*.parquet"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
@@ -64,11 +71,9 @@ class RunFolder:
         """Writes the completions noted since the last flush to ``completions/step-N.parquet``."""
         if not self._completions:
             return
-        folder = self.path / "completions"
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"step-{step:06d}.parquet"
-        pq.write_table(pa.Table.from_pylist(self._completions), f"{target}.tmp")
-        os.replace(f"{target}.tmp", target)
+        table = pa.Table.from_pylist(self._completions)
+        target = self.path / "completions" / f"step-{step:06d}.parquet"
+        atomic_write(target, lambda file: pq.write_table(table, file))
         self._completions.clear()
 
     def newest_checkpoint(self) -> Path | None:
@@ -85,12 +90,6 @@ class RunFolder:
             n += 1
         self.path.rename(aside)
         return aside
-
-    def _replace(self, file: Path, text: str) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, file)
 
 
 class RunFolderCallback(TrainerCallback):
@@ -114,7 +113,7 @@ class RunFolderCallback(TrainerCallback):
             TextColumn("ETA"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            console=Console(stderr=True, markup=False),
         )
         self.progress.start()
         self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, rate="", note="")

@@ -19,13 +19,16 @@ import mmap
 import os
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
 from llmdistill.errors import UserError
+from llmdistill.files import atomic_write, full_disk_is_said, read_json, sync
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.wire.blocks import BlockError, ScoreBlock, decode
 
@@ -76,15 +79,17 @@ class BlockStore:
     Args:
         folder: made when it is claimed or appended to.
         shard_bytes: a shard of this size is not appended to.
+        skip_damaged: warn of bytes that are no record where no index tells what lies there, and go on behind them.
 
     Raises:
-        UserError: a shard is damaged where no index tells what lies there.
+        UserError: there are such bytes, and they are not skipped.
     """
 
-    def __init__(self, folder: str | Path, *, shard_bytes: int = 1 << 30) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, shard_bytes: int = 1 << 30, skip_damaged: bool = False) -> None:
+        self.folder, self.skip_damaged = Path(folder), skip_damaged
         self.shard_bytes = shard_bytes
         self._places: dict[bytes, _Place] = {}
+        self._shorter: dict[bytes, list[_Place]] = {}  # of keys that were written more than once: the others
         self._seen: dict[int, _Seen] = {}
         self._shard: _Shard | None = None
         self._lock = threading.RLock()
@@ -113,6 +118,10 @@ class BlockStore:
         try:
             descriptor = os.open(file, os.O_RDONLY)
         except FileNotFoundError as error:
+            with self._lock:
+                if self._shard is not None and self._shard.number == place.shard:
+                    self._shard.close()  # what is appended to it would be gone too
+                    self._shard = None
             raise UserError(f"{file} is gone, and with it blocks of this store. Fix: put it back.") from error
         try:
             record = os.pread(descriptor, _HEAD.size + place.length, place.offset)
@@ -125,20 +134,29 @@ class BlockStore:
         except BlockError as error:
             raise _damaged(file, place.offset, error) from error
 
+    def forget(self, key: bytes) -> None:
+        """Leaves out the block that :meth:`get` finds damaged. Another one under its key, if there is one, counts."""
+        with self._lock:
+            self._places.pop(key, None)
+            if rest := self._shorter.get(key):
+                self._places[key] = rest.pop()
+
     def append(self, key: bytes, data: bytes) -> None:
         """Writes an encoded block. When this returns it survives the process.
 
         Raises:
-            OSError: the disk is full, for example. What was there stays readable, and later calls use another shard.
+            UserError: the disk is full. What was there stays readable, and later calls use another shard.
+            OSError: whatever else the file system says; likewise.
         """
         head = _sealed(_HEAD, _MAGIC, key, len(data))
         with self._lock:
             shard = self._writable()
             place = _Place(shard.number, shard.size, len(data))
             try:
-                _write(shard.blocks, head + data)
-                _write(shard.index, _sealed(_ENTRY, key, place.offset, place.length))
-            except OSError:
+                with full_disk_is_said(_file(self.folder, shard.number)):
+                    _write(shard.blocks, head + data)
+                    _write(shard.index, _sealed(_ENTRY, key, place.offset, place.length))
+            except (OSError, UserError):
                 self._shard = None  # nothing may follow a record that was cut off
                 shard.close()
                 raise
@@ -169,28 +187,36 @@ class BlockStore:
             UserError: info.json is there and cannot be read.
         """
         file = self.folder / "info.json"
+        content = read_json(file, "put the file back, or open the store once with its teacher behind it")
+        if content is None:
+            return None
         try:
-            content = json.loads(file.read_text())
             known = {field.name: content[field.name] for field in fields(TeacherInfo)}
             return TeacherInfo(**known | {"eos_ids": tuple(content["eos_ids"])})
-        except FileNotFoundError:
-            return None
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is no description of a teacher ({error!r}). Fix: put the file back.") from error
 
     def claim(self, info: TeacherInfo) -> TeacherInfo:
         """Says whose blocks will be appended, for good. Returns what the store says from then on.
 
+        Of several that claim an empty store at one time the first wins. An info.json that was damaged is written anew
+        where the blocks are this teacher's.
+
         Raises:
             UserError: it holds another teacher's, or of another vocabulary.
         """
-        found = self.info()
+        content = json.dumps(asdict(info), indent=1)
+        try:
+            found = self.info()
+        except UserError as damaged:
+            if not self._all_of(info):
+                raise
+            warnings.warn(f"{damaged} Its blocks are this teacher's, so it is written anew.", stacklevel=2)
+            atomic_write(self.folder / "info.json", content)
+            found = info
         if found is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f"info.json.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps(asdict(info), indent=1))
-            os.replace(temporary, self.folder / "info.json")
-            found = self.info() or info  # another process may have been as quick
+            atomic_write(self.folder / "info.json", content, exclusive=True)
+            found = self.info() or info
         if (found.fingerprint, found.tokenizer) != (info.fingerprint, info.tokenizer):
             raise UserError(
                 f"{self.folder} holds evidence of teacher {found.name!r} (weights {found.fingerprint}, tokenizer "
@@ -205,12 +231,29 @@ class BlockStore:
             shard, self._shard = self._shard, None
             if shard is not None:
                 os.fsync(shard.blocks)
+                os.fsync(shard.index)
                 shard.close()
+                sync(self.folder)
+
+    def _all_of(self, info: TeacherInfo) -> bool:
+        """Whether the newest block of every shard, as far as it can be read, is of that teacher and vocabulary."""
+        newest = {place.shard: key for key, place in sorted(self._places.items(), key=lambda item: item[1].offset)}
+        headers = []
+        for key in newest.values():
+            with suppress(UserError):
+                block = self.get(key)
+                headers += [block.header] if block is not None else []
+        return all((h.teacher, h.tokenizer) == (info.fingerprint, info.tokenizer) for h in headers)
 
     def _add(self, key: bytes, place: _Place) -> None:
-        known = self._places.get(key)
-        if key != _VOID and (known is None or place.length > known.length):
-            self._places[key] = place
+        if key == _VOID:
+            return
+        known = self._places.setdefault(key, place)
+        if known is not place:
+            least, most = sorted((known, place), key=lambda one: one.length)  # of equal ones the newer counts
+            self._places[key] = most
+            self._shorter.setdefault(key, []).append(least)
+            self._shorter[key].sort(key=lambda one: one.length)
 
     def _writable(self) -> _Shard:
         """The shard to append to. One that was opened before a fork is the parent's."""
@@ -262,7 +305,13 @@ class BlockStore:
                 try:
                     key, length = _read_head(head)
                 except BlockError as error:
-                    raise _damaged(file, seen.blocks, error) from error
+                    damaged = _damaged(file, seen.blocks, error)
+                    if not self.skip_damaged:
+                        raise damaged from error
+                    warnings.warn(f"{damaged} It is passed over here.", stacklevel=2)
+                    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                        seen.blocks = _next_head(data, seen.blocks + 1)
+                    continue
                 place = _Place(number, seen.blocks, length)
                 if place.offset + _HEAD.size + length > size:  # cut off, or being written
                     return
@@ -279,9 +328,7 @@ def rebuild_index(folder: str | Path) -> int:
     for number in _numbers(Path(folder)):
         entries = list(_inspect(_file(Path(folder), number)))
         damaged += sum(key == _VOID for key, _, _ in entries)
-        temporary = _file(Path(folder), number, "index.tmp")
-        temporary.write_bytes(b"".join(_sealed(_ENTRY, *entry) for entry in entries))
-        os.replace(temporary, _file(Path(folder), number, "index"))
+        atomic_write(_file(Path(folder), number, "index"), b"".join(_sealed(_ENTRY, *entry) for entry in entries))
     return damaged
 
 

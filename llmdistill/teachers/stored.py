@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ class StoredTeacher:
     def __init__(self, folder: str | Path, teacher: Teacher | None = None, dtype: str = "float16") -> None:
         if dtype not in ("float16", "float32"):
             raise UserError(f"dtype of the stored log-probs is {dtype!r}. Fix: 'float16' or 'float32'.")
-        self.store = BlockStore(folder)
+        self.store = BlockStore(folder, skip_damaged=teacher is not None)
         self.teacher = teacher
         self.dtype = dtype
         self.hits = self.misses = 0  # sequences read from the store, and not found there
@@ -71,7 +72,7 @@ class StoredTeacher:
         """Blocks of ``top_k`` columns, cut from stored ones of as many or more. ``chosen`` ids are never stored.
 
         Raises:
-            UserError: a block is missing, or ids are ``chosen``, and there is no teacher; a stored block is damaged.
+            UserError: a block is missing or damaged, or ids are ``chosen``, and there is no teacher.
         """
         if chosen is not None:
             return self._behind("score ids of the student's choice").score(rollout, top_k, chosen)
@@ -106,7 +107,7 @@ class StoredTeacher:
         if not sequence.count:
             return self._nothing(top_k)
         for dtype in dict.fromkeys((self.dtype, "float32")):
-            block = self.store.get(sequence.key(dtype))
+            block = self._stored(sequence.key(dtype))
             if block is None or block.header.top_k < top_k:
                 continue
             self._check(block.header)
@@ -118,6 +119,17 @@ class StoredTeacher:
                 replace(block.header, top_k=top_k),
             )
         return None
+
+    def _stored(self, key: bytes) -> ScoreBlock | None:
+        """A block that can be read. A damaged one is missing where a teacher can score its sequence anew."""
+        while True:
+            try:
+                return self.store.get(key)
+            except UserError as damaged:
+                if self.teacher is None:
+                    raise
+                warnings.warn(f"{damaged} It is scored anew here.", stacklevel=2)
+                self.store.forget(key)
 
     def _found(self, sequence: _Asked, top_k: int) -> ScoreBlock:
         block = self._find(sequence, top_k)

@@ -155,7 +155,7 @@ class TestCutOff:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) // 2, hard))
         try:
-            with pytest.raises(OSError):
+            with pytest.raises(UserError, match="shard-00000.blocks cannot be written: File too large.* make room"):
                 store.append(key_of("large"), data)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

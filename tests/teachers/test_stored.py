@@ -234,6 +234,82 @@ class TestWithout:
             stored.score(rollout(), 4)
 
 
+def flip(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def assert_close(blocks, others):
+    """Scored in other company: float32 sums in another order, and 16 bits round."""
+    for block, other in zip(blocks, others, strict=True):
+        torch.testing.assert_close(block.token_logprobs, other.token_logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(block.topk_logprobs, other.topk_logprobs, rtol=0, atol=1e-3)
+
+
+class TestDamaged:
+    """With a teacher behind the store nothing that is damaged stops a run."""
+
+    @pytest.mark.parametrize("at", [0, 30, 100])  # a record's magic, its checksum, its block
+    @pytest.mark.parametrize("index", [True, False])
+    def test_a_damaged_block_is_scored_anew_with_a_warning(self, tmp_path, teacher, at, index):
+        filled = StoredTeacher(tmp_path, teacher)
+        exact = filled.score(rollout(), 4)
+        filled.store.close()
+        flip(tmp_path / "shard-00000.blocks", at)
+        if not index:
+            (tmp_path / "shard-00000.index").unlink()
+        asked = len(teacher.asked)
+        with pytest.warns(
+            UserWarning, match="shard-00000.blocks is damaged at byte 0.* It is (scored anew|passed over)"
+        ):
+            again = StoredTeacher(tmp_path, teacher)
+            assert_close(again.score(rollout(), 4), exact)
+        assert len(teacher.asked) == asked + 1 and (again.hits, again.misses) == (3, 1)
+        again.store.close()
+        if index:  # else the damage stays where it is, and only a teacher gets past it
+            assert_close(StoredTeacher(tmp_path).score(rollout(), 4), exact)
+
+    def test_a_shard_that_is_gone_is_scored_anew(self, tmp_path, teacher):
+        stored = StoredTeacher(tmp_path, teacher)
+        exact = stored.score(rollout(), 4)
+        (tmp_path / "shard-00000.blocks").unlink()
+        with pytest.warns(UserWarning, match="shard-00000.blocks is gone.* scored anew"):
+            assert_close(stored.score(rollout(), 4), exact)
+
+    @pytest.mark.parametrize("content", ["", '{"name": "a"', "{}"])
+    def test_a_damaged_description_is_written_anew_by_its_own_teacher_only(self, tmp_path, teacher, content):
+        StoredTeacher(tmp_path, teacher).score(rollout(), 4)
+        (tmp_path / "info.json").write_text(content)
+        with pytest.raises(UserError, match="info.json is .*Fix: "):
+            StoredTeacher(tmp_path)
+        with pytest.raises(UserError, match="info.json is .*Fix: "):
+            StoredTeacher(tmp_path, Recorded(seed=3))
+        with pytest.warns(UserWarning, match="is written anew"):
+            assert StoredTeacher(tmp_path, teacher).info() == teacher.info()
+        assert StoredTeacher(tmp_path).info() == teacher.info()
+
+
+def test_of_two_teachers_that_claim_a_store_at_one_time_one_wins(tmp_path):
+    """Both see it empty; the one that writes second is refused, and writes nothing."""
+    first, second = Recorded(seed=1), Recorded(seed=3)
+    store = StoredTeacher(tmp_path / "a", first).store.__class__(tmp_path / "b")
+    looks = iter([None])
+    look = store.info
+
+    def info():  # the other one claims the store between our look and our write
+        return next(looks) if not (tmp_path / "b" / "info.json").exists() and not claim() else look()
+
+    def claim():
+        StoredTeacher(tmp_path / "b", first)
+        return False
+
+    store.info = info
+    with pytest.raises(UserError, match=f"holds evidence of .*{first.info().fingerprint}"):
+        store.claim(second.info())
+    assert StoredTeacher(tmp_path / "b").info() == first.info()
+
+
 class TestBehind:
     def test_chosen_ids_and_sampling_are_the_teachers(self, tmp_path, teacher):
         stored, made = StoredTeacher(tmp_path, teacher), rollout()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -26,6 +25,7 @@ from llmdistill.evals.page import numbers
 from llmdistill.evals.page.packing import Packed, pack
 from llmdistill.evals.page.settings import facts, settings
 from llmdistill.evals.records import EvalFolder
+from llmdistill.files import atomic_write
 from llmdistill.record.page.load import finite
 from llmdistill.record.page.page import environment
 from llmdistill.record.page.text import name, safe
@@ -37,9 +37,7 @@ def write_page(folder: str | Path) -> Path:
     """Writes ``report.html`` into the evaluation's folder and returns its path. The file is replaced in one move."""
     run = EvalFolder(folder)
     target = run.path / "report.html"
-    temporary = target.with_name("report.html.tmp")
-    temporary.write_text(render(run), encoding="utf-8")
-    os.replace(temporary, target)
+    atomic_write(target, render(run))
     return target
 
 

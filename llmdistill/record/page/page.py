@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from llmdistill.files import atomic_write
 from llmdistill.record.page.load import RunData, as_dict, as_list, finite, load_run
 from llmdistill.record.page.numbers import curves, headline, spread, tables
 from llmdistill.record.page.samples import answers, completions
@@ -27,9 +28,7 @@ CONFIG_BYTES = 40_000
 def write_report(run: Path) -> Path:
     """Writes ``report.html`` into the run folder ``run`` and returns its path. The file is replaced in one move."""
     target = Path(run) / "report.html"
-    temporary = target.with_name("report.html.tmp")
-    temporary.write_text(render(load_run(Path(run))), encoding="utf-8")
-    os.replace(temporary, target)
+    atomic_write(target, render(load_run(Path(run))))
     return target
 
 
