@@ -85,7 +85,7 @@ WITH_TOOLS = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['name'] is defined %}({{ m['name'] }}) {% endif %}{{ m['content'] }}"
-    "{% for call in m['tool_calls'] or [] %}\n<call>{{ call['function']['name'] }}"
+    "{% for call in m['tool_calls'] or [] %} <call>{{ call['function']['name'] }}"
     "{{ call['function']['arguments'] | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
