@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmdistill.compat import zero3
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
+from llmdistill.models.few_tokens import few_tokens
 from llmdistill.models.modes import evaluating
 from llmdistill.models.transforms import Transform, known_logits, transform_of
 from llmdistill.models.weights import base_model
@@ -96,7 +97,7 @@ def tried_transform(model: nn.Module, linear: nn.Linear, config: Any) -> Transfo
         seen.append((own_BTV, plain_BTV, known_logits(hidden_BTH, own_BTV.shape[-1])))
         return seen[-1][2]
 
-    view = plain(_few_tokens(model, config, linear.out_features))
+    view = plain(few_tokens(model, 4))
     device = view.input_ids.device.type
     off = torch.autocast(device, enabled=False)
     try:
@@ -127,22 +128,6 @@ def tried_transform(model: nn.Module, linear: nn.Linear, config: Any) -> Transfo
 
 def _shown(x_BTV: Tensor) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in x_BTV.flatten()[:6].tolist()) + ", …]"
-
-
-def _few_tokens(model: nn.Module, config: Any, vocab_size: int) -> Rollout:
-    """One sequence of ids that mean nothing special, [1, 4]."""
-    values = [
-        getattr(c, name)
-        for c in (config, config.get_text_config())
-        for name in vars(c)
-        if name.endswith(("_id", "_index"))
-    ]
-    special = {value for value in values if isinstance(value, int)}
-    ids = [i for i in range(3, vocab_size) if i not in special][:4] or [0, 0, 0, 0]
-    device = next(model.parameters()).device
-    input_ids = torch.tensor([ids], device=device)
-    mask = torch.ones_like(input_ids, dtype=torch.bool)
-    return Rollout(input_ids, mask, mask)
 
 
 def _named_transform(config: Any) -> Transform:

@@ -16,7 +16,9 @@ from llmdistill.errors import UserError
 from llmdistill.models.helpers import NAME as HELPERS
 
 
-def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    model: nn.Module, *, trainable_only: bool = False, stored: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the student's weights as its checkpoint would hold them, the tied output head included.
 
     Adapters are merged out of place: ``model`` is not touched. Weights that DeepSpeed (ZeRO-3) or FSDP2 shards are
@@ -26,13 +28,16 @@ def named_weights(model: nn.Module, *, trainable_only: bool = False) -> Iterator
     Args:
         model: a transformers model, wrapped for training or not, with or without peft adapters.
         trainable_only: leave out what training cannot have changed.
+        stored: under the names of a checkpoint; else under the model's own, which ``save_pretrained`` translates
+            itself. Translated twice they would be names that nothing loads.
 
     Raises:
         UserError: an adapter on one of two tied matrices, which no checkpoint can hold.
     """
     model = base_model(model)
-    _refuse_adapted_ties(model)
-    return as_stored(model, _walk(model, "", trainable_only))
+    refuse_adapted_ties(model)
+    weights = _walk(model, "", trainable_only)
+    return as_stored(model, weights) if stored else weights
 
 
 def base_model(model: Any) -> Any:
@@ -54,6 +59,8 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
         with gathered(list(module.parameters())):
             merged = _merged(module)
         yield from ((prefix + name, tensor) for name, tensor in merged.items())
+        for name, child in module.get_base_layer().named_children():  # below a parameter that is adapted by itself
+            yield from _walk(child, f"{prefix}{name}.", trainable_only)
         return
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad or not trainable_only:
@@ -72,6 +79,8 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
 @torch.no_grad()
 def _merged(layer: Any) -> dict[str, Tensor]:
     """Parameters of a layer with its active adapters merged in, computed beside the layer."""
+    if hasattr(layer, "parameter_name"):
+        return _merged_parameters(layer)
     base = layer.get_base_layer()
     tensors = {name: _whole(p) for name, p in base.named_parameters(recurse=False)}
     if layer.merged or layer.disable_adapters:
@@ -86,14 +95,36 @@ def _merged(layer: Any) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in twin.get_base_layer().named_parameters(recurse=False)}
 
 
-def _refuse_adapted_ties(model: Any) -> None:
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = [type(m).__module__.startswith("peft.") for m in (embeddings, head)]
-    if any(adapted) and getattr(model.config, "tie_word_embeddings", False):
-        raise UserError(
-            "student.lora_target_modules adapts tied embeddings; the merged embedding and output head would differ. "
-            "Fix: leave embed_tokens and lm_head out, or untie them in the checkpoint (tie_word_embeddings: false)."
-        )
+def _merged_parameters(layer: Any) -> dict[str, Tensor]:
+    """Of a module whose parameters are adapted one by one (fused experts, routers): peft nests a layer for each."""
+    base = layer.get_base_layer()
+    tensors = {name: _whole(p) for name, p in base.named_parameters(recurse=False)}
+    while hasattr(layer, "parameter_name"):
+        name = layer.parameter_name
+        for adapter in () if layer.merged or layer.disable_adapters else layer.active_adapters:
+            if adapter in layer.lora_A:
+                tensors[name] = tensors[name] + layer.get_delta_weight(adapter).to(tensors[name].dtype)
+        layer = layer.base_layer
+    return tensors
+
+
+def refuse_adapted_ties(model: Any) -> None:
+    """Refuses an adapter, or a trained copy, of one of two tied matrices.
+
+    Raises:
+        UserError: merged, the embedding and the output head would differ, which no checkpoint with tied ones can hold.
+    """
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if not (tied or getattr(model.config, "tie_word_embeddings", False)):
+        return
+    modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    for name, module in modules.items():
+        if type(module).__module__.startswith("peft."):
+            raise UserError(
+                f"the student's {name} is adapted (student.lora_target_modules, or peft's modules_to_save), and is one "
+                "matrix with the other end of the model: merged, the two would differ. "
+                f"Fix: leave {name} out, or a checkpoint whose config says tie_word_embeddings: false."
+            )
 
 
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

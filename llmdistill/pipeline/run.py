@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from llmdistill.errors import UserError
+from llmdistill.models.loading import load_model
 from llmdistill.models.weights import base_model, named_weights
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
@@ -29,7 +30,6 @@ from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.base import writes
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
-from llmdistill.teachers.local import load_model
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.prompts import load_rows
 from llmdistill.training.measure import Measurement
@@ -58,7 +58,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         for finding in preflight(trainer, recipe, skip=recipe.flags.skip_checks):
             if main_process:
                 finding.show(console)
-        inputs["student"] = weights_fingerprint(recipe.student.model)
+        inputs["student"] = weights_fingerprint(recipe.student.model, recipe.student.revision)
         if "teacher" in trainer.judges:  # a method may ask none
             inputs["teacher"] = trainer.judges["teacher"].info().fingerprint
         if started:
@@ -160,7 +160,15 @@ def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig) -> None:
 
 
 def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_model(config.model, config.dtype, "student", config.trust_remote_code, config.attn_implementation)
+    return load_model(
+        config.model,
+        config.dtype,
+        "student",
+        config.trust_remote_code,
+        config.attn_implementation,
+        revision=config.revision,
+        tokenizer=config.tokenizer,
+    )
 
 
 def lora_config(config: StudentConfig) -> Any:

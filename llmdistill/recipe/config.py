@@ -42,7 +42,12 @@ def option(default: Any, help: str) -> Any:
 class StudentConfig:
     """The model that learns."""
 
-    model: str = option("", "folder or hub name of the student")
+    model: str = option("", "folder or hub name of the student; an adapter's folder is merged into its base")
+    revision: str = option("", "branch, tag or commit of a hub model; empty: its main branch")
+    tokenizer: str = option("", "folder or hub name of another tokenizer than the model's")
+    saved_as: Literal["merged", "adapter"] = option(
+        "merged", "what student/ holds of a LoRA student: whole weights, or the adapter alone"
+    )
     dtype: DType = option(
         "float32", "dtype of its weights; with train.bf16 they stay float32 and the maths is bfloat16"
     )
@@ -53,6 +58,10 @@ class StudentConfig:
     attn_implementation: str | None = option(None, "transformers' attention implementation")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
+    def __post_init__(self) -> None:
+        lacking = self.saved_as == "adapter" and self.lora_r == 0
+        require(not lacking, "student.saved_as", "adapter", "merged where student.lora_r is 0", "--student.lora_r 16")
+
 
 @dataclass
 class TeacherConfig:
@@ -62,14 +71,15 @@ class TeacherConfig:
     them judges, and those with the same domains and a ``weight`` are averaged.
     """
 
-    model: str = option("", "folder or hub name of the teacher")
+    model: str = option("", "folder or hub name of the teacher; an adapter's folder is merged into its base")
+    revision: str = option("", "branch, tag or commit of a hub model; empty: its main branch")
     engine: Literal["hf", "vllm"] = option("hf", "hf: embedded, exact full distribution; vllm: top-k evidence at speed")
     dtype: DType = option("bfloat16", "dtype of its weights")
     batch_tokens: int = option(16384, "tokens (padding included) of one forward pass when scoring")
     attn_implementation: str | None = option(None, "transformers' attention implementation")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     url: str = option("", "teacher service instead of a model in this process; replicas with commas")
-    tokenizer: str = option("", "folder or hub name of its tokenizer, for a plain vLLM server whose model is not here")
+    tokenizer: str = option("", "folder or hub name of its tokenizer, where its model has none or is not here")
     token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
     timeout_s: float = option(120.0, "seconds until a request to the service is tried again")
     max_outage_s: float = option(3600.0, "seconds without any answer until the run gives up")
@@ -105,13 +115,9 @@ class TeacherConfig:
             "leave one out",
         )
         require(not (self.model and self.url), "teacher.url", self.url, "empty beside teacher.model", "leave one out")
-        require(
-            bool(self.url) or not self.tokenizer,
-            "teacher.tokenizer",
-            self.tokenizer,
-            "empty without teacher.url",
-            "leave it out",
-        )
+        for name, needed in (("tokenizer", self.url or self.model), ("revision", self.model)):
+            value, of = getattr(self, name), "a model" if name == "revision" else "a model or a url"
+            require(bool(needed) or not value, f"teacher.{name}", value, f"empty without {of}", "leave it out")
         require(self.timeout_s > 0, "teacher.timeout_s", self.timeout_s, "> 0", "use 120")
         require(self.max_outage_s >= 0, "teacher.max_outage_s", self.max_outage_s, ">= 0", "use 3600")
         require(self.in_flight >= 1, "teacher.in_flight", self.in_flight, ">= 1", "use 8")

@@ -21,19 +21,20 @@ SAMPLES = 64  # values hashed of every tensor, evenly spread
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def weights_fingerprint(source: str | Path | nn.Module) -> str:
+def weights_fingerprint(source: str | Path | nn.Module, revision: str = "") -> str:
     """16 hex digits over name, shape and 64 values (as bfloat16) of every weight.
 
     A checkpoint folder and the model loaded from it have the same fingerprint, in whatever dtype it was loaded; models
     that differ only by less than bfloat16 resolves, or only between the sampled values, share one. A hub name is read
-    from the local cache. A checkpoint without safetensors files is named by its path, file sizes and dates.
+    from the local cache, at ``revision`` where one is given. A checkpoint without safetensors files is named by its
+    path, file sizes and dates.
     """
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(source, nn.Module):
         base = base_model(source)
         tied, tensors = _is_tied(getattr(base, "config", None)), named_weights(source)
     else:
-        folder = _local_folder(str(source))
+        folder = _local_folder(str(source), revision)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*"))]
@@ -109,9 +110,9 @@ def _is_tied(config: Any) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-def _local_folder(source: str) -> Path:
+def _local_folder(source: str, revision: str = "") -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, local_files_only=True))
+    return Path(snapshot_download(source, revision=revision or None, local_files_only=True))

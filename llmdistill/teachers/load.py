@@ -102,7 +102,7 @@ class _Loading:
             return None
         key = (
             *(config.model, config.engine, config.dtype, config.batch_tokens),
-            *(config.attn_implementation, config.trust_remote_code),
+            *(config.attn_implementation, config.trust_remote_code, config.revision, config.tokenizer),
         )
         if key not in self.models:
             self.models[key] = self._load(config)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
 from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.models.layers import captured, no_rows
+from llmdistill.models.loading import load_model
 from llmdistill.objectives.rows import HiddenRows
-from llmdistill.recipe.config import TeacherConfig, torch_dtype
+from llmdistill.recipe.config import TeacherConfig
 from llmdistill.recipe.launches import whole_models
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
@@ -23,10 +22,6 @@ from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
 from llmdistill.wire.blocks import ScoreBlock
-
-# from_pretrained swaps PreTrainedModel.tie_weights out while it loads. Two threads that load at a time can put each
-# other's stand-in back, and no weights are tied in this process ever after.
-_one_load_at_a_time = threading.Lock()
 
 
 class LocalTeacher:
@@ -59,7 +54,13 @@ class LocalTeacher:
         """Loads the model and tokenizer a recipe names."""
         with whole_models():
             model, tokenizer = load_model(
-                config.model, config.dtype, "teacher", config.trust_remote_code, config.attn_implementation
+                config.model,
+                config.dtype,
+                "teacher",
+                config.trust_remote_code,
+                config.attn_implementation,
+                revision=config.revision,
+                tokenizer=config.tokenizer,
             )
         return cls(model.to(device), tokenizer, batch_tokens=config.batch_tokens)  # type: ignore[arg-type]
 
@@ -148,31 +149,6 @@ class UnadaptedTeacher(LocalTeacher):
             rows = super().dense(rollout)
         self.model.train(was_training)
         return rows
-
-
-def load_model(
-    path: str, dtype: str, section: str, trust_remote_code: bool = False, attn_implementation: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder or hub name.
-
-    Raises:
-        UserError: nothing loadable there; the message names the recipe's section.
-    """
-    if not path:
-        raise UserError(f"{section}.model is empty; it must be a folder or a hub name. Fix: --{section}.model PATH.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with _one_load_at_a_time:
-            model = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=torch_dtype(dtype),  # type: ignore[arg-type]
-                trust_remote_code=trust_remote_code,
-                attn_implementation=attn_implementation,
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{section}.model {path!r} cannot be loaded: {reason}") from error
-    return model, tokenizer
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:

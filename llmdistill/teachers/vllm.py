@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.compat.vllm import close_vllm, load_vllm
 from llmdistill.errors import UserError
+from llmdistill.models.loading import adapter_base
 from llmdistill.models.vllm_requests import scored_rows, scoring_params
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.rollouts.vllm import complete, to_rollout
@@ -33,7 +34,9 @@ class VLLMTeacher:
     In bfloat16 they differ from the float32 model's by 0.05 on average and by 1 at most where both are unlikely.
 
     Args:
-        model_path: folder or hub name, with its tokenizer.
+        model_path: folder or hub name of a model, no adapter.
+        revision: of a hub model; empty: its main branch.
+        tokenizer: folder or hub name of its tokenizer; empty: the model's.
         dtype: of the engine's weights; "auto" is the checkpoint's.
         max_top_k: largest ``top_k`` that :meth:`score` will be asked for; None: the whole vocabulary.
         max_model_len: longest sequence; None: the model's context length.
@@ -54,9 +57,11 @@ class VLLMTeacher:
         kv_cache_gib: float = 0.5,
         gpu_memory_utilization: float = 0.5,
         trust_remote_code: bool = False,
+        revision: str = "",
+        tokenizer: str = "",
         **options: Any,
     ) -> None:
-        self._info, self.tokenizer = describe(model_path, trust_remote_code)
+        self._info, self.tokenizer = describe(model_path, trust_remote_code, revision=revision, tokenizer=tokenizer)
         self.max_top_k = min(max_top_k or self._info.vocab_size, self._info.vocab_size)
         self.max_model_len = max_model_len or self._info.context_length
         self.llm = load_vllm(
@@ -69,6 +74,7 @@ class VLLMTeacher:
             kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
+            **({"revision": revision} if revision else {}),
             **options,
         )
 
@@ -83,6 +89,8 @@ class VLLMTeacher:
             max_model_len=max_model_len,
             max_top_k=max_top_k,
             trust_remote_code=config.trust_remote_code,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
         )
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
@@ -136,32 +144,40 @@ class VLLMTeacher:
         close_vllm(self.llm)
 
 
-def describe(model_path: str, trust_remote_code: bool = False) -> tuple[TeacherInfo, PreTrainedTokenizerBase]:
+def describe(
+    model_path: str, trust_remote_code: bool = False, *, revision: str = "", tokenizer: str = ""
+) -> tuple[TeacherInfo, PreTrainedTokenizerBase]:
     """What is known of a model without loading its weights, and its tokenizer.
 
     Raises:
-        UserError: nothing loadable there.
+        UserError: nothing loadable there, or an adapter, which an engine that loads for itself cannot merge.
     """
+    if base := adapter_base(model_path, "teacher", revision):
+        raise UserError(
+            f"teacher.model {model_path!r} is an adapter of {base!r}, and a vLLM engine loads whole models. "
+            "Fix: teacher.engine hf, which merges it, or the merged model."
+        )
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or None}
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, **hub)
+        found = AutoTokenizer.from_pretrained(tokenizer or model_path, **({} if tokenizer else hub))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"teacher.model {model_path!r} cannot be loaded: {reason}") from error
     try:
-        generation = GenerationConfig.from_pretrained(model_path)
+        generation = GenerationConfig.from_pretrained(model_path, revision=revision or None)
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     info = TeacherInfo(
         name=model_path,
-        fingerprint=weights_fingerprint(model_path),
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        fingerprint=weights_fingerprint(model_path, revision),
+        tokenizer=tokenizer_fingerprint(found),
         vocab_size=config.get_text_config().vocab_size,
-        eos_ids=eos_ids(SimpleNamespace(generation_config=generation), tokenizer),
+        eos_ids=eos_ids(SimpleNamespace(generation_config=generation), found),
         context_length=context_length(config),
-        template=template_hash(tokenizer),
+        template=template_hash(found),
     )
-    return info, tokenizer
+    return info, found
 
 
 def _places(counted_T: Tensor, real_T: Tensor) -> np.ndarray:

@@ -14,9 +14,9 @@ from llmdistill.composition.loss import Result
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Term
 from llmdistill.errors import UserError
+from llmdistill.models.loading import load_model
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.recipe.settings import require, setting
-from llmdistill.teachers.local import load_model
 from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard
@@ -102,7 +102,8 @@ class PairTrainer(DistillationTrainer):
         self.step_sums = [0.0, 0.0, 0.0]  # chosen, rejected, pairs of this process since the last optimizer step
         method = pair_method(loss, pad_id(processing_class))
         super().__init__(model, args, method=method, processing_class=processing_class, data=data, **kwargs)
-        self.eos_ids = also_end_at(self.model, processing_class, self.encoder.prompts.ends)
+        self.encode = self.encoder.prompts  # which has read the rows
+        self.eos_ids = also_end_at(self.model, processing_class, self.encode.ends)
         self.pair_loss = loss
         self.add_callback(_GuardCallback(self))
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from llmdistill.errors import UserError
 from llmdistill.models.heads import check_head
+from llmdistill.models.loading import load_model
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
-from llmdistill.teachers.local import load_model
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.training.finite import FiniteTrainer
 

@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from llmdistill import DistillationTrainer, OPDConfig
+from llmdistill.models.loading import load_model
 from llmdistill.precision import WORTHWHILE, bfloat16_costs
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.teachers.base import Teacher
-from llmdistill.teachers.local import LocalTeacher, load_model
+from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import connect
 from llmdistill.teachers.stored import StoredTeacher
 from llmdistill.texts import Prompt, Rollout, Sampling

@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
+from llmdistill.models.loading import load_model
 from llmdistill.record.run_folder import RunFolder
-from llmdistill.teachers.local import LocalTeacher, load_model
+from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Sampling
 from tests import tiny
 

@@ -68,7 +68,7 @@ def open_source(config: EvalConfig) -> Source:
             )
         import torch
 
-        from llmdistill.teachers.local import load_model
+        from llmdistill.models.loading import load_model
 
         model, _ = load_model(config.model, config.dtype, "eval", config.trust_remote_code)
         device = "cuda" if torch.cuda.is_available() else "cpu"

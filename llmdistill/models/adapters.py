@@ -1,0 +1,129 @@
+"""Adapters of peft on a student: put on where they can be trained, refused where what they train cannot be merged into
+the weights that ``student/`` holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmdistill.compat import zero3
+from llmdistill.errors import UserError
+from llmdistill.models.heads import plain_head
+from llmdistill.models.modes import evaluating
+from llmdistill.models.weights import base_model, refuse_adapted_ties
+
+ALL_LINEAR = "all-linear"
+# peft refuses these of a Mamba block, whose kernel reads their weights and never runs them as layers.
+_READ_BY_KERNELS = {"mamba": ("out_proj", "conv1d")}
+logger = logging.getLogger(__name__)
+
+
+def adapted(student: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
+    """``student`` under a new adapter. Of ``all-linear`` those layers are left out that are no linear layers after all,
+    or that the model never runs.
+
+    Raises:
+        UserError: there is an adapter already, peft refuses the config, or the outcome could not be merged.
+    """
+    from peft import get_peft_model
+
+    if adapters_of(student):
+        raise UserError(
+            f"the student has the adapter {', '.join(adapters_of(student))} already, and peft_config (student.lora_r) "
+            "puts another on top. Fix: model.merge_and_unload() first, or leave peft_config out to train on with the "
+            "one that is there."
+        )
+    peft_config = copy.deepcopy(peft_config)  # get_peft_model writes into it
+    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
+        _leave_out(peft_config, list(_not_to_adapt(student)))
+    try:
+        model: Any = get_peft_model(student, peft_config)
+    except (ValueError, NotImplementedError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"peft cannot adapt {type(student).__name__}: {reason} Fix: student.lora_target_modules, or "
+            "student.lora_r 0 to train the weights themselves."
+        ) from error
+    refuse_unmergeable(model)
+    return model  # type: ignore[no-any-return]
+
+
+def refuse_unmergeable(student: Any) -> None:
+    """Refuses a student whose adapters cannot become weights of its checkpoint.
+
+    Raises:
+        UserError: prompts or prefixes that are trained, adapters of a kind that peft cannot merge, an adapted output
+            head, an adapter on one of two tied matrices, or adapters that ``from_pretrained`` put into a bare model.
+    """
+    if getattr(student, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"the student, {type(student).__name__}, was loaded from an adapter's folder into a model that is no "
+            "peft model: it would be saved without its weights. Fix: give the folder's name, whose adapter is merged, "
+            "or PeftModel.from_pretrained(model, folder, is_trainable=True) to train on with it."
+        )
+    if not hasattr(student, "peft_config"):
+        return
+    for name, config in student.peft_config.items():
+        if getattr(config, "is_prompt_learning", False) or not hasattr(student, "merge_and_unload"):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UserError(
+                f"the student's adapter {name!r} is of the kind {kind}, which trains no weights of the model that "
+                "could be merged: student/ would be the model as it was. Fix: a LoraConfig."
+            )
+        if not hasattr(student.base_model, "merge_and_unload"):
+            raise UserError(f"the student's adapter {name!r} cannot be merged by peft. Fix: a LoraConfig.")
+    refuse_adapted_ties(base_model(student))
+    plain_head(student)
+
+
+def adapters_of(model: Any) -> list[str]:
+    """Names of the adapters of a peft model, or that ``from_pretrained`` put into a model; none of a bare one."""
+    return list(getattr(model, "peft_config", None) or {})
+
+
+def _leave_out(peft_config: Any, names: list[str]) -> None:
+    """Adds to what a config excludes."""
+    if not names:
+        return
+    given = peft_config.exclude_modules
+    if isinstance(given, str):  # a regular expression over whole names
+        peft_config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, names)])
+    else:
+        peft_config.exclude_modules = [*(given or ()), *names]
+
+
+def _not_to_adapt(model: PreTrainedModel) -> Iterator[str]:
+    """Layers that ``all-linear`` names and that an adapter cannot stand in for."""
+    mamba = "mamba" in str(model.config.model_type) or model.config.model_type in ("falcon_h1", "nemotron_h")
+    for name, module in model.named_modules():
+        if mamba and name.rpartition(".")[2] in _READ_BY_KERNELS["mamba"]:
+            yield name
+        elif isinstance(module, nn.Linear) and not _is_plain(module):
+            logger.warning("%s, a %s, is no plain linear layer: it is not adapted", name, type(module).__name__)
+            yield name
+
+
+@torch.no_grad()
+def _is_plain(module: nn.Linear) -> bool:
+    """Whether a layer computes x W^T + b: routers, for one, are subclasses that hand out the chosen experts."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    if zero3.is_sharded(module.weight) or module.weight.device.type == "meta":
+        return False
+    x = torch.linspace(-1, 1, 3 * module.in_features, device=module.weight.device, dtype=module.weight.dtype)
+    x = x.view(3, -1)
+    try:
+        with evaluating(module):
+            found = module(x)
+    except Exception:  # it wants other arguments
+        return False
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)

@@ -1,0 +1,128 @@
+"""Models and tokenizers as recipes name them: folders and hub names, of weights or of an adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from llmdistill.errors import UserError
+from llmdistill.models.weights import refuse_adapted_ties
+from llmdistill.recipe.config import DType, torch_dtype
+from llmdistill.recipe.launches import whole_models
+
+# from_pretrained swaps PreTrainedModel.tie_weights out while it loads. Two threads that load at a time can put each
+# other's stand-in back, and no weights are tied in this process ever after.
+_one_load_at_a_time = threading.Lock()
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    path: str,
+    dtype: DType,
+    section: str,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    *,
+    revision: str = "",
+    tokenizer: str = "",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder or hub name. The adapter of an adapter's folder is merged into its base, and that
+    is said.
+
+    Args:
+        section: of the recipe, for messages.
+        revision: branch, tag or commit of a hub model; empty: its main branch.
+        tokenizer: folder or hub name of another tokenizer than the model's; empty: the model's, or its adapter's.
+
+    Raises:
+        UserError: nothing loadable there, or an adapter that cannot be merged; the message names the setting.
+    """
+    if not path:
+        raise UserError(f"{section}.model is empty; it must be a folder or a hub name. Fix: --{section}.model PATH.")
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or None}
+    options = {**hub, "dtype": torch_dtype(dtype), "attn_implementation": attn_implementation}
+    base = adapter_base(path, section, revision)
+    try:
+        found = AutoTokenizer.from_pretrained(tokenizer or _tokenizer_of(path, base), **({} if tokenizer else hub))
+    except (OSError, ValueError) as error:
+        setting = f"{section}.tokenizer {tokenizer!r}" if tokenizer else f"{section}.model {path!r}"
+        raise UserError(f"{setting} cannot be loaded: {_first_line(error)}") from error
+    try:
+        with _one_load_at_a_time, whole_models() if base else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                base or path, **{**options, **({"revision": None} if base else {})}
+            )
+            return (_merged(model, path, base, revision, section) if base else model), found
+    except (OSError, ValueError) as error:
+        of = f", an adapter of {base!r}," if base else ""
+        raise UserError(f"{section}.model {path!r}{of} cannot be loaded: {_first_line(error)}") from error
+
+
+def adapter_base(path: str, section: str, revision: str = "") -> str:
+    """The model that an adapter's folder or hub name adapts; empty where there are weights.
+
+    Raises:
+        UserError: the adapter does not name it.
+    """
+    try:
+        file = find_adapter_config_file(path, revision=revision or None)
+    except (OSError, ValueError):  # nothing of that name: loading says so
+        return ""
+    if file is None or (Path(path) / "config.json").is_file() and _has_weights(Path(path)):
+        return ""
+    base = str(json.loads(Path(file).read_text()).get("base_model_name_or_path") or "")
+    if not base or (Path(base) / "adapter_config.json").is_file():
+        found = f"{base!r}, an adapter itself," if base else "no model"
+        raise UserError(
+            f"{section}.model {path!r}: adapter_config.json names {found} as its base_model_name_or_path. "
+            "Fix: write the model there, or merge by hand and give the merged model."
+        )
+    return base
+
+
+def _merged(model: Any, path: str, base: str, revision: str, section: str) -> PreTrainedModel:
+    """``model`` with the adapter in ``path`` merged in.
+
+    Raises:
+        UserError: it does not fit the model, or trains no weights of it.
+    """
+    from peft import PeftModel
+
+    fix = f"Fix: merge it by hand, and give the merged model as {section}.model"
+    try:
+        wrapped: Any = PeftModel.from_pretrained(model, path, revision=revision or None)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{section}.model {path!r}, an adapter, does not fit {base!r}: {_first_line(error)} {fix}."
+        ) from error
+    if any(getattr(config, "is_prompt_learning", False) for config in wrapped.peft_config.values()):
+        raise UserError(
+            f"{section}.model {path!r} is a trained prompt, and no weights that could be merged. Fix: {base!r}."
+        )
+    refuse_adapted_ties(wrapped.get_base_model())
+    merged: PreTrainedModel = wrapped.merge_and_unload()
+    merged.requires_grad_(True)  # an adapter's base is frozen
+    vars(merged).pop("peft_config", None)
+    merged.config._name_or_path = path
+    logger.warning("%s.model %s is an adapter of %s: merged into it, and trained from there", section, path, base)
+    return merged
+
+
+def _tokenizer_of(path: str, base: str) -> str:
+    """An adapter's folder may have a tokenizer of its own."""
+    return base if base and Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) else path
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
