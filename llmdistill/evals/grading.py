@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from llmdistill.errors import UserError
 from llmdistill.evals.grades import GradesSoFar
 from llmdistill.evals.records import Grade, Problem, Sample
-from llmdistill.verify.code import judge_program
+from llmdistill.verify.code import find_program, judge_program
 from llmdistill.verify.math import AnswerJudge
-from llmdistill.verify.programs import extract_program
 from llmdistill.verify.sandbox import Sandbox
 
 Told = Callable[[int, int], None]
@@ -130,8 +129,10 @@ def _programs(items: Sequence[tuple[Problem, Sample]], workers: int, unsafe: boo
         def graded(problem: Problem, sample: Sample) -> Grade:
             tests = problem.tests or {}
             prompt = problem.question if tests.get("setup") == problem.question else None  # one that is code itself
-            program = extract_program(sample.text, entry_point=tests.get("entry_point"), prompt=prompt)
-            verdict = judge_program(program, tests, allow_unsafe_exec=unsafe, sandbox=sandbox)
+            confined: Any = {"allow_unsafe_exec": unsafe, "sandbox": sandbox}
+            entry_point = tests.get("entry_point")
+            program = find_program(sample.text, entry_point=entry_point, prompt=prompt, **confined)
+            verdict = judge_program(program, tests, **confined)
             detail = f"{verdict.detail} ({verdict.seconds:.2f} s)".strip()
             return Grade(
                 problem.id,
