@@ -84,7 +84,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     # All of it before anything is trained or an earlier run is moved: a bad row costs no stage 1.
     pairs, positives, heldout, inputs = _data(recipe, encoder)
     also_end_at(model, tokenizer, encoder.prompts.ends)
-    inputs["student"] = weights_fingerprint(recipe.student.model)
+    inputs["student"] = weights_fingerprint(recipe.student.model, recipe.student.revision)
     if started:
         check_inputs(folder, started, given, inputs)
     _check_evaluations(recipe, model, tokenizer)
