@@ -80,6 +80,11 @@ class OPDConfig(TokenConfig):
 
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict(
+            lambda s: s.xi is not None and s.reward_scale != 1,
+            "objective.xi is {xi} and objective.reward_scale {reward_scale}; xi replaces the divergence that it scales",
+            "--reward_scale 1, or leave xi out",
+        ),
+        Conflict(
             lambda s: s.reward_scale != 1 and (s.divergence != "reverse_kl" or s.estimator == "top_k"),
             "objective.reward_scale is {reward_scale}; it is defined for the reverse KL with estimator sampled or "
             "full, not {divergence} with {estimator}",

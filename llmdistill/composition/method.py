@@ -105,6 +105,16 @@ class Method:
         asking = [term for term in self.terms if term.asks and term.hidden is None]
         return next((t for t in asking if t.asks[0].judge == "teacher"), asking[0] if asking else None)
 
+    @property
+    def asked(self) -> Ask:
+        """What the primary term hears from its judge; of a method without one, the teacher's whole distributions."""
+        return self.primary.asks[0] if self.primary is not None else Ask()
+
+    @property
+    def top_k(self) -> int:
+        """How many tokens the primary term's evidence lists."""
+        return self.primary.top_k if self.primary is not None else 0
+
     def heard(self, judge: str) -> list[tuple[Term, Ask]]:
         """The terms that ask a judge, and what."""
         return [(term, ask) for term in self.terms for ask in term.asks if ask.judge == judge]

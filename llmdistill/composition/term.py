@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmdistill.errors import UserError
 from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
 from llmdistill.teachers.evidence import Kind
@@ -162,6 +163,18 @@ class Term:
             return self
         assert self.loss is not None
         return replace(self, loss=on_samples(self.loss, cap=cap, **sampler), reads=(*self.reads, "tokens", "behavior"))
+
+    def check_top_k(self, vocab_size: int) -> None:
+        """Called before training, with the logit columns that all models have.
+
+        Raises:
+            UserError: it asks for more listed tokens than there are, or for none.
+        """
+        if any(ask.kind == "top_k" for ask in self.asks) and not 1 <= self.top_k <= vocab_size:
+            raise UserError(
+                f"objective.top_k is {self.top_k}, the vocabulary has {vocab_size} columns. Fix: "
+                f"{'at least 1' if self.top_k < 1 else f'at most {vocab_size}'}."
+            )
 
     def metrics(self, student_logits: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
         """How far the student is from the first judge, per row; nothing where there is none."""

@@ -215,12 +215,12 @@ class TokenConfig(DistillationConfig):
         self, divergence: Term, source: Source | None = None, schedules: Mapping[str, Schedule] | None = None
     ) -> Method:
         """The divergence with what these settings put beside it, on the text that they name."""
-        texts = {"main": self.source(source)}
-        terms = [divergence]
-        if self.xi is not None:
+        texts, terms = {"main": self.source(source)}, [divergence]
+        if self.xi is not None:  # in place of the divergence, whose schedules would wait for its losses
             loss = partial(mixed_target, xi=self.xi, temperature=self.loss_temperature)
-            terms = [Term("mixed_target", loss, (Ask("teacher"),), ("tokens",), mean=self.mean, vanishes=False)]
-        elif self.ce_weight:
+            term = Term("mixed_target", loss, (Ask("teacher"),), ("tokens",), mean=self.mean, vanishes=False)
+            return Method((term,), texts)
+        if self.ce_weight:
             text = "main" if texts["main"].uses == {"dataset"} else "labels"
             texts.setdefault(text, Only("dataset", optional=True))
             terms.append(

@@ -17,7 +17,6 @@ from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
-from llmdistill.teachers.evidence import Kind
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
 from llmdistill.texts import Prompt, Rollout
@@ -107,9 +106,6 @@ class Run(Protocol):
     def teacher(self) -> Teacher: ...
 
     @property
-    def asked(self) -> tuple[Kind, int]: ...
-
-    @property
     def on_policy(self) -> bool: ...
 
     def likeliest(self, rollout: Rollout, k: int) -> Tensor: ...
@@ -126,7 +122,8 @@ class Subject:
         self.trainer, self.recipe = trainer, recipe
         self.args: DistillationConfig = trainer.args  # type: ignore[assignment]
         self.method: Method = trainer.method
-        self.kind, self.top_k = trainer.asked  # of evidence, and how many tokens are listed
+        # Of evidence, and how many tokens it lists.
+        self.kind, self.top_k = trainer.method.asked.kind, trainer.method.top_k
         self.student: nn.Module = trainer.model  # type: ignore[assignment]
         self.tokenizer: PreTrainedTokenizerBase = trainer.encode.tokenizer
         self.info: TeacherInfo = trainer.teacher.info()  # of all teachers as one

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llmdistill.errors import UserError
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
 from llmdistill.teachers.base import DenseTeacher, is_live
 
@@ -161,8 +162,10 @@ def objective(s: Subject) -> Iterator[Finding]:
             "no weight of the student is trained", "do not give the model itself as its own teacher, a copy of it"
         )
     for term in s.trainer.method.terms:
-        if any(ask.kind == "top_k" for ask in term.asks) and not 1 <= term.top_k <= width:
-            yield fail(f"objective.top_k is {term.top_k}, the vocabulary has {width} columns", f"at most {width}")
+        try:
+            term.check_top_k(width)
+        except UserError as error:  # beside what else is found
+            yield Finding("fail", "", str(error))
     if s.kind == "full" and s.live and not isinstance(s.trainer.teacher, DenseTeacher):
         yield notice(
             f"the full estimator asks a teacher outside this process for {width} log-probs a token",

@@ -77,18 +77,8 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Only:
-    """Always the same author.
-
-    Args:
-        optional: rows need not have what it takes; those without are sequences in which nothing counts.
-    """
-
-    def __init__(self, author: str, *, optional: bool = False) -> None:
-        self.author, self.optional, self.uses = author, optional, frozenset({author})
-
-    def draw(self, round_: Round) -> Drawn:
-        return round_.draw(self.author)
+class _Stateless:
+    """A source that nothing moves."""
 
     def evaluated(self, loss: float) -> None:
         """Nothing depends on it."""
@@ -103,7 +93,21 @@ class Only:
         """There is no state."""
 
 
-class Mixed(Only):
+class Only(_Stateless):
+    """Always the same author.
+
+    Args:
+        optional: rows need not have what it takes; those without are sequences in which nothing counts.
+    """
+
+    def __init__(self, author: str, *, optional: bool = False) -> None:
+        self.author, self.optional, self.uses = author, optional, frozenset({author})
+
+    def draw(self, round_: Round) -> Drawn:
+        return round_.draw(self.author)
+
+
+class Mixed(_Stateless):
     """The student's text in a share of the rounds."""
 
     def __init__(self, student_fraction: float, off_policy: str = "dataset") -> None:

@@ -27,6 +27,7 @@ class Parts(Protocol):
     args: Any
     data_config: Any
     train_dataset: Any
+    vocab_size: int
 
 
 def check_parts(trainer: Parts) -> None:
@@ -153,7 +154,8 @@ def check_ready(trainer: Parts) -> None:
     """Called before training.
 
     Raises:
-        UserError: the student is its own teacher, a term asks a judge that is not there, or a row has no teacher.
+        UserError: the student is its own teacher, a term lists more tokens than there are or asks a judge that is not
+            there, or a row has no teacher.
     """
     for role, judge in trainer.judges.items():
         own = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
@@ -161,6 +163,8 @@ def check_ready(trainer: Parts) -> None:
             raise UserError(
                 f"{role} is the student itself, which would be frozen by it. Fix: {role}=copy.deepcopy(model)."
             )
+    for term in trainer.method.terms:
+        term.check_top_k(trainer.vocab_size)
     for name in sorted(trainer.method.judges - set(trainer.judges)):
         term, _ = trainer.method.heard(name)[0]
         how = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from llmdistill.composition.method import Method
 from llmdistill.composition.term import METRICS
 from llmdistill.errors import UserError
 from llmdistill.models.heads import Head, head_of
@@ -113,6 +114,7 @@ class Measurable(Protocol):
     accelerator: Any
     args: Any
     data_config: Any
+    method: Method
     model: Any
     model_wrapped: Any
     state: Any
@@ -122,16 +124,6 @@ class Measurable(Protocol):
 
     @property
     def teacher(self) -> Teacher: ...
-
-    @property
-    def asked(self) -> tuple[Kind, int]:
-        """Kind of evidence the objective hears from the teacher, and how many tokens it lists."""
-        ...
-
-    @property
-    def asked_context(self) -> str:
-        """The context that the teacher reads completions in; empty: the prompt."""
-        ...
 
     def forward_model(self) -> nn.Module: ...
 
@@ -166,7 +158,7 @@ class HeldOut:
         index = range(rank * share, (rank + 1) * share)
         mine = [prompts[min(i, len(prompts) - 1)] for i in index]
         counted = [i < len(prompts) for i in index]
-        measured, (kind, top_k) = {}, t.asked
+        measured = {}
         for name, rollout in self._texts(mine).items():
             # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
             sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
@@ -180,8 +172,8 @@ class HeldOut:
                     vocab_size=t.vocab_size,
                     chunk_tokens=t.args.chunk_tokens,
                     batch_sequences=t.args.per_device_eval_batch_size,
-                    kind=kind,
-                    top_k=top_k,
+                    kind=t.method.asked.kind,
+                    top_k=t.method.top_k,
                     counted=[c and h for c, h in zip(counted, has, strict=True)],
                     teacher_rollout=teacher_rollout,
                 ).gathered(t.accelerator)
@@ -205,7 +197,7 @@ class HeldOut:
 
     def _in_context(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout | None, list[bool]]:
         """The sequences as the teacher is asked about them in training, and which of them it can be asked about."""
-        context = self.trainer.asked_context
+        context = self.trainer.method.asked.context
         if not any(context in p.contexts for p in prompts):
             return None, [True] * len(prompts)
         teacher_rollout, has = in_context(rollout, prompts, context, self.trainer.pad_id)
@@ -227,8 +219,8 @@ class HeldOut:
             reason = "" if all(p.completion for p in prompts) else "they have no completions of their own"
             if not reason:
                 try:
-                    asked = question(t.teacher, *t.asked)
-                    gather(t.teacher, completed(prompts, t.pad_id), *asked)
+                    kind, top_k = question(t.teacher, t.method.asked.kind, t.method.top_k)
+                    gather(t.teacher, completed(prompts, t.pad_id), kind, top_k)
                 except UserError as error:
                     reason = str(error)
             reasons = gather_object([reason]) if t.accelerator.num_processes > 1 else [reason]

@@ -34,7 +34,6 @@ from llmdistill.recipe.config import DataConfig, DistillationConfig, TeacherConf
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, bytes_received
-from llmdistill.teachers.evidence import Kind
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
@@ -148,18 +147,6 @@ class DistillationTrainer(RoundLog):
         check_parts(self)
 
     # ---------------------------------------------------------------- the parts
-
-    @property
-    def asked(self) -> tuple[Kind, int]:
-        """Kind of evidence the method hears from the teacher, and how many tokens it lists."""
-        term = self.method.primary
-        return (term.asks[0].kind, term.top_k) if term is not None else ("full", 0)
-
-    @property
-    def asked_context(self) -> str:
-        """The context that the teacher reads completions in; empty: the prompt."""
-        term = self.method.primary
-        return term.asks[0].context if term is not None else ""
 
     @property
     def on_policy(self) -> bool:

@@ -450,6 +450,7 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(tmp_path: Path
         ({"reward_scale": 1.25, "divergence": "forward_kl"}, "not forward_kl with full. Fix: --reward_scale 1"),
         ({"reward_scale": 1.25, "estimator": "top_k"}, "not reverse_kl with top_k. Fix:"),
         ({"reward_scale": 1.25, "loss_temperature": 2.0}, "objective.loss_temperature 2; the extrapolated"),
+        ({"reward_scale": 1.25, "xi": 0.5, "sequences": "dataset"}, "objective.xi is 0.5 and objective.reward_scale"),
         ({"reward_weight": 1.0, "sequences": "mixed"}, "objective.sequences mixed; a reward teaches through tokens"),
         ({"importance_cap": -1.0}, "objective.importance_cap is -1.0; it must be >= 0"),
         ({"importance_cap": 2.0}, "objective.importance_cap is 2, and objective.estimator full weighs no sampled"),

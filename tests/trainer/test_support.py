@@ -82,6 +82,14 @@ def test_training_asks_about_the_students_tokens_of_the_moment(tmp_path: Path) -
     assert len(asked) == 2 and all(c.shape[1] == 4 for c in asked)
 
 
+@pytest.mark.parametrize("support", ["student", "union", "teacher"])
+def test_a_list_longer_than_the_vocabulary_is_refused_with_the_preflight_left_out(tmp_path: Path, support: str) -> None:
+    t = trainer(tmp_path, tiny.llama(1), estimator="top_k", top_k=265, support=support)
+    t.wants_preflight = False
+    with pytest.raises(UserError, match="^objective.top_k is 265, the vocabulary has 264 columns. Fix: at most 264"):
+        t.train()
+
+
 def test_support_without_a_list_is_refused() -> None:
     with pytest.raises(UserError, match="objective.support is student"):
         OPDConfig(output_dir="x", estimator="full", support="student")
