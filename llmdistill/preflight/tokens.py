@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.errors import UserError
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.mixture import UNKNOWN_FIX
 from llmdistill.texts import Prompt
+from llmdistill.texts.chat import ChatTemplate
 from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.special import context_length
 
@@ -91,27 +96,45 @@ def eos_pad(s: Subject) -> Iterator[Finding]:
             )
     if student and not s.sides:
         yield ok(f"the student ends at {sorted(student)}")
-    if s.tokenizer.eos_token_id not in student | {None}:
-        message = f"the tokenizer's eos {s.tokenizer.eos_token_id} is none of the student's eos ids {sorted(student)}"
-        if "dataset" not in s.trainer.method.uses:
-            yield notice(message)
-        else:
-            yield fail(f"{message}: the dataset's completions would end with a token that stops nothing", fix)
+    yield from _endings(s, student, fix)
     if s.tokenizer.pad_token_id is None:
         yield notice(f"the tokenizer has no pad token; {s.trainer.pad_id} fills in, and padding is masked by position")
     elif student == {s.tokenizer.pad_token_id}:
         yield notice("pad is the only eos; here it counts where it ends a text, but libraries that mask by id drop it")
 
 
+def _endings(s: Subject, student: set[int], fix: str) -> Iterator[Finding]:
+    """What stands at the end of completions and turns stops the student."""
+    eos, encode = s.tokenizer.eos_token_id, s.trainer.encode
+    if eos not in student | {None}:
+        message = f"the tokenizer's eos {eos} is none of the student's eos ids {sorted(student)}"
+        closed = "dataset" in s.trainer.method.uses and any(p.completion[-1:] == (eos,) for p in s.prompts)
+        if closed:
+            yield fail(f"{message}: the dataset's completions would end with a token that stops nothing", fix)
+        else:
+            yield notice(message)
+    end = encode.template.closing.token if encode.chats else None
+    if end is not None and s.tokenizer.convert_tokens_to_ids(end) not in student:
+        yield notice(
+            f"the template ends a turn with {end!r}, where the student goes on: its rollouts would not stop at it",
+            "add its id to eos_token_id in the student's generation_config.json",
+        )
+
+
 def chat_template(s: Subject) -> Iterator[Finding]:
     """The teacher reads the student's rendering of a prompt, whatever its own template."""
-    own = template_hash(s.tokenizer)
-    if own is not None:
-        messages = [{"role": "user", "content": "2+2?"}]
-        try:
-            s.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are programs and raise what they like
-            yield fail(f"the student's template cannot render a user message: {error}", "mend tokenizer.chat_template")
+    own, encode = template_hash(s.tokenizer), s.trainer.encode
+    written = _written(s, s.tokenizer) if own else None
+    if isinstance(written, str):
+        yield fail(f"the student's template cannot render a user message: {written}", "mend tokenizer.chat_template")
+    elif written is not None and "strftime_now" in encode.template.source and time.strftime("%Y") in "".join(written):
+        yield notice(
+            "the student's template writes today's date: tomorrow's prompts are others, also for a run that is resumed "
+            "or a store of the teacher's scores",
+            "data.chat_template_kwargs with the name that the template keeps the date under (often date_string)",
+        )
+    for message, rows in encode.notes.items():
+        yield notice(f"{message} ({len(rows)} rows; first: row {min(rows)})")
     bos = s.tokenizer.bos_token_id
     doubled = [p.row for p in s.prompts if bos is not None and p.ids[:2] == [bos, bos]]
     if doubled:
@@ -128,6 +151,8 @@ def chat_template(s: Subject) -> Iterator[Finding]:
         elif own is None:
             message = "the student has no chat template, the teacher has: it will see prompts as plain text"
             yield notice(s.says(side, message))
+        elif side.tokenizer is not None and side.info.template and written == _written(s, side.tokenizer):
+            yield ok(s.says(side, "the templates differ, and write conversations alike under these settings"))
         else:
             message = (
                 f"the student's template ({own}) is not the teacher's ({side.info.template}): the teacher is scored on "
@@ -135,6 +160,18 @@ def chat_template(s: Subject) -> Iterator[Finding]:
             )
             fix = "give the student the teacher's chat_template if both were tuned on it"
             yield notice(s.says(side, message), fix)
+
+
+def _written(s: Subject, tokenizer: PreTrainedTokenizerBase) -> list[str] | str:
+    """What a side's template makes of a few conversations under the settings of the data; or why it makes nothing."""
+    user, data = {"role": "user", "content": "2+2?"}, s.trainer.encode.config
+    answered = [user, {"role": "assistant", "content": "4"}, {"role": "user", "content": "3+3?"}]
+    talks = [[user], [{"role": "system", "content": "Be brief."}, user], answered]
+    try:
+        template = ChatTemplate(tokenizer, system_prompt=data.system_prompt, kwargs=data.chat_template_kwargs)
+        return [template.prompt(talk) for talk in talks]
+    except UserError as error:
+        return str(error)
 
 
 def context(s: Subject) -> Iterator[Finding]:
