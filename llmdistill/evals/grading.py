@@ -39,7 +39,7 @@ def grade(
         kept: grades that are there already; those that come are added to it.
 
     Raises:
-        UserError: math-verify is missing, nothing here confines programs, or tests of an unknown form; the samples of
+        UserError: nothing here confines programs, or tests of an unknown form; the samples of
             other problems are graded all the same, and stay graded where ``kept`` is given.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

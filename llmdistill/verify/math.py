@@ -2,8 +2,8 @@
 
     verify_answer("... so it is $\\\\boxed{0.5}$", "\\\\frac{1}{2}")   # True
 
-An answer is found in the completion (extract.py) and compared with the gold (equal.py). What plain rules cannot decide
-goes to math-verify in a worker process with a hard limit on time and memory (workers.py), so that a verdict comes
+An answer is found in the completion (extract.py), read as one of the types of answers/ and compared with the gold. What
+takes algebra goes to a worker process with a hard limit on time and memory (workers.py), so that a verdict comes
 whatever a model writes, from whatever thread it is asked for.
 """
 
@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Literal
 
@@ -56,15 +55,10 @@ class AnswerJudge:
         time_limit_s: what one verdict may take before its worker is killed.
         memory_limit_mb: what one verdict may allocate.
 
-    Raises:
-        UserError: math-verify is not installed.
-
     A context manager; ``close`` does the same. Safe from any thread and in forked children.
     """
 
     def __init__(self, workers: int = 1, time_limit_s: float = TIME_LIMIT_S, memory_limit_mb: int = 1024) -> None:
-        if find_spec("math_verify") is None:
-            raise equal.missing_library()
         self._pool = Pool(
             "llmdistill.verify.math:answer_request",
             warm_up=_WARM_UP,
@@ -192,7 +186,7 @@ def answer_request(request: dict[str, Any]) -> dict[str, Any]:
     return {"equal": decision.equal, "rule": decision.rule}
 
 
-# One of each kind of thing that math-verify meets: its grammar's caches are filled before the first fork.
+# One of each kind of thing that takes algebra: mpmath is imported and its constants are known before the first fork.
 _WARM_UP = [
     {"gold": gold, "answer": answer, "parts": (), "kind": "math"}
     for gold, answer in (
@@ -231,20 +225,12 @@ def _shared_judge() -> AnswerJudge:
 def judge_answer(
     prediction: str, gold: str, *, kind: Kind = "math", last_number: bool = True, tolerance: float | None = None
 ) -> AnswerVerdict:
-    """The verdict on a completion, with what was extracted, by which rule, and what decided. See AnswerJudge.judge.
-
-    Raises:
-        UserError: math-verify is not installed.
-    """
+    """The verdict on a completion, with what was extracted, by which rule, and what decided. See AnswerJudge.judge."""
     return _shared_judge().judge(prediction, gold, kind, last_number=last_number, tolerance=tolerance)
 
 
 def verify_answer(prediction: str, gold: str) -> bool:
-    """Whether a completion's answer is the gold one. Safe from any thread; takes TIME_LIMIT_S at most, then False.
-
-    Raises:
-        UserError: math-verify is not installed.
-    """
+    """Whether a completion's answer is the gold one. Safe from any thread; takes TIME_LIMIT_S at most, then False."""
     return judge_answer(prediction, gold).passed
 
 

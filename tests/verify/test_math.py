@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from llmdistill.errors import UserError
-from llmdistill.verify import equal
 from llmdistill.verify import math as verdicts
 from llmdistill.verify.math import AnswerJudge, AnswerVerdict, equivalent, judge_answer, verify_answer
 
@@ -213,8 +210,8 @@ def test_the_tolerance_is_absolute_and_off_by_default(judge: AnswerJudge) -> Non
 
 
 def test_the_verdict_says_what_was_judged_and_why(judge: AnswerJudge) -> None:
-    assert judge.judge("\\boxed{x+1}", "1+x") == AnswerVerdict(True, "right", "x+1", "boxed", "math-verify")
-    assert judge.judge("The answer is 4.", "5") == AnswerVerdict(False, "wrong", "4.", "answer_line", "number")
+    assert judge.judge("\\boxed{x+1}", "1+x") == AnswerVerdict(True, "right", "x+1", "boxed", "quantity")
+    assert judge.judge("The answer is 4.", "5") == AnswerVerdict(False, "wrong", "4.", "answer_line", "quantity")
 
 
 def test_classes_follow_equivalence_in_order_of_appearance(judge: AnswerJudge) -> None:
@@ -236,7 +233,7 @@ def test_plain_classes_need_no_worker() -> None:
 
 def test_many_are_judged_in_order() -> None:
     with AnswerJudge(workers=2) as two:
-        items = [(f"\\boxed{{x+{n}}}", f"{n % 3}+x") for n in range(12)]
+        items = [(f"\\boxed{{\\sqrt{{x}}+{n}}}", f"{n % 3}+\\sqrt{{x}}") for n in range(12)]
         assert [v.passed for v in two.judge_many(items)] == [n < 3 for n in range(12)]
 
 
@@ -262,23 +259,26 @@ BENIGN = [
 
 @pytest.mark.parametrize("text", HOSTILE + BENIGN, ids=lambda text: ascii(text[:24]))
 def test_a_verdict_always_comes(hurried: AnswerJudge, text: str) -> None:
-    assert hurried.judge("\\boxed{x+y}", "y+x").passed  # the worker's start is not in the time
+    assert hurried.judge(r"\boxed{\sqrt{x}+y}", r"y+\sqrt{x}").passed  # the worker's start is not in the time
     start = time.perf_counter()
     verdict = hurried.judge(text, "17")
     assert not verdict.passed
     assert time.perf_counter() - start < 6, "a limit of 1 s, and some for a busy machine"
-    assert hurried.judge("\\boxed{x+2y}", "2y+x").passed, "the next verdict is not harmed"
+    assert hurried.judge(r"\boxed{\sqrt{x}+2y}", r"2y+\sqrt{x}").passed, "the next verdict is not harmed"
 
 
-def test_what_had_to_be_stopped_is_called_that(hurried: AnswerJudge) -> None:
-    verdict = hurried.judge(r"\boxed{9^{9^{9^9}}}", "17")
-    assert (verdict.kind, verdict.stage, verdict.detail) == ("timeout", "boxed", "stopped after 1 s")
+def test_what_had_to_be_stopped_is_called_that() -> None:
+    # Four hundred sines to fifty digits, at every point: far more than the limit of a hundredth of a second.
+    with AnswerJudge(time_limit_s=0.01) as hasty:
+        verdict = hasty.judge(r"\boxed{\sum_{k=1}^{400} \sin(kx)}", r"\sum_{k=1}^{400} \sin(xk)")
+    assert (verdict.kind, verdict.stage, verdict.detail) == ("timeout", "boxed", "stopped after 0.01 s")
 
 
 def test_verdicts_from_any_thread() -> None:
-    # math-verify's own time-out needs the main thread; this must not.
     def one(n: int) -> bool:
-        return verify_answer(f"\\boxed{{x+{n}}}", f"{n}+x") and not verify_answer("\\boxed{y+1}", f"x+{n}")
+        return verify_answer(f"\\boxed{{\\sqrt{{x}}+{n}}}", f"{n}+\\sqrt{{x}}") and not verify_answer(
+            r"\boxed{\sqrt{y}+1}", rf"\sqrt{{x}}+{n}"
+        )
 
     assert threading.current_thread() is threading.main_thread()
     with ThreadPoolExecutor(4) as threads:
@@ -287,35 +287,31 @@ def test_verdicts_from_any_thread() -> None:
 
 
 def test_verify_answer_keeps_its_worker() -> None:
-    assert verify_answer("\\boxed{x+1}", "1+x")
+    assert verify_answer(r"\boxed{\sqrt{x}+1}", r"1+\sqrt{x}")
     before = verdicts._shared_judge()._pool.processes()
-    assert len(before) == 1 and all(verify_answer(f"\\boxed{{x+{n}}}", f"{n}+x") for n in range(2, 7))
+    assert len(before) == 1 and all(
+        verify_answer(f"\\boxed{{\\sqrt{{x}}+{n}}}", f"{n}+\\sqrt{{x}}") for n in range(2, 7)
+    )
     assert verdicts._shared_judge()._pool.processes() == before
 
 
 def test_a_fork_has_workers_of_its_own() -> None:
-    assert verify_answer("\\boxed{x+1}", "1+x")
+    assert verify_answer(r"\boxed{\sqrt{x}+1}", r"1+\sqrt{x}")
     child = os.fork()
     if child == 0:
         try:
             own = verdicts._shared_judge()._pool
-            right = own.processes() == [] and verify_answer("\\boxed{x+3}", "3+x") and len(own.processes()) == 1
+            right = (
+                own.processes() == []
+                and verify_answer(r"\boxed{\sqrt{x}+3}", r"3+\sqrt{x}")
+                and len(own.processes()) == 1
+            )
             own.close()
             os._exit(0 if right else 1)
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
-    assert verify_answer("\\boxed{x+4}", "4+x"), "the parent's worker has not noticed"
-
-
-def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'llmdistill\[eval\]'"):
-        AnswerJudge()
-    monkeypatch.setattr(equal, "_library", None)
-    monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UserError, match="math-verify"):
-        equal.library()
+    assert verify_answer(r"\boxed{\sqrt{x}+4}", r"4+\sqrt{x}"), "the parent's worker has not noticed"
 
 
 def _cases() -> Path | None:

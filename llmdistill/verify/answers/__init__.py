@@ -1,0 +1,1 @@
+"""What answers say, as typed values, and which of them are equal."""

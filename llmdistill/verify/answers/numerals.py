@@ -1,0 +1,149 @@
+"""Numbers in words and in other people's spellings: "three quarters", "two million", 1,50,000, 3,75, 413_5, 2:30 pm."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from llmdistill.verify.answers.notation import unwrap
+from llmdistill.verify.answers.tree import Node, number
+from llmdistill.verify.answers.values import Digits, Time
+from llmdistill.verify.answers.vocabulary import words
+
+_SMALL = words("""zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen""")
+_TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
+_VALUES = {w: i for i, w in enumerate(_SMALL)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_PART_TABLE = """2 half halves; 3 third thirds; 4 quarter quarters fourth fourths; 5 fifth fifths; 6 sixth sixths;
+7 seventh sevenths; 8 eighth eighths; 9 ninth ninths; 10 tenth tenths; 11 eleventh elevenths; 12 twelfth twelfths;
+15 fifteenth fifteenths; 16 sixteenth sixteenths; 20 twentieth twentieths; 100 hundredth hundredths;
+1000 thousandth thousandths; 1000000 millionth millionths"""
+_PARTS = {word: int(entry.split()[0]) for entry in _PART_TABLE.split(";") for word in entry.split()[1:]}
+
+
+def words_number(text: str) -> Fraction | None:
+    """The value of a number in English words: "minus twenty-five", "one and a half", "two thirds", "two million"."""
+    tokens = [t for t in re.split(r"[\s-]+", text.lower().strip(" .")) if t]
+    if not tokens or len(tokens) > 14:
+        return None
+    if tokens[0] in ("minus", "negative"):
+        found = words_number(" ".join(tokens[1:]))
+        return None if found is None else -found
+    if tokens[-1] in _PARTS:
+        return _with_fraction(tokens)
+    return _whole([t for t in tokens if t != "and"] if tokens[0] != "and" != tokens[-1] else [])
+
+
+def _with_fraction(tokens: list[str]) -> Fraction | None:
+    part = Fraction(1, _PARTS[tokens[-1]])
+    head = tokens[:-1]
+    if not head or head in (["a"], ["an"]):
+        return part
+    if "and" in head:  # "one and a half", "two and three quarters"
+        at = len(head) - 1 - head[::-1].index("and")
+        whole, top = _whole(head[:at]), head[at + 1 :]
+        above = Fraction(1) if top in (["a"], ["an"], []) else _whole(top)
+        return None if whole is None or above is None else whole + above * part
+    above = _whole(head)
+    return None if above is None else above * part
+
+
+def _whole(tokens: list[str]) -> Fraction | None:
+    total = current = 0
+    if not tokens:
+        return None
+    if tokens[0] == "a" and len(tokens) > 1:
+        tokens = ["one", *tokens[1:]]
+    last = 0
+    for token in tokens:
+        if token in _VALUES:
+            value = _VALUES[token]
+            if (last and not (last >= 20 > value > 0 and value < 10) and last < 100) or (
+                value == 0 and len(tokens) > 1
+            ):
+                return None  # "two three" is no number
+            current += value
+            last = value
+        elif token == "hundred" and 0 < current < 10:
+            current, last = current * 100, 100
+        elif token in _SCALES and current:
+            total, current, last = total + current * _SCALES[token], 0, 0
+        else:
+            return None
+    return Fraction(total + current)
+
+
+def scaled(text: str) -> Fraction | None:
+    """The factor in words behind figures: "hundred", "million", "tenths"; None for other words."""
+    word = text.lower().strip(" .-")
+    if word in _PARTS and word not in ("second", "seconds"):
+        return Fraction(1, _PARTS[word])
+    if word == "hundred":
+        return Fraction(100)
+    return Fraction(_SCALES[word]) if word in _SCALES else None
+
+
+def other_spellings(text: str) -> list[Node]:
+    """Figures with grouping or a decimal comma. 1,234 is a number (and a list, which is not said here)."""
+    bare = text.lstrip("+-").strip()
+    sign = -1 if text.lstrip().startswith("-") else 1
+    found = []
+    if re.fullmatch(
+        r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?|[1-9]\d{0,2}(?: \d{3})+(?:[.,]\d+)?",
+        bare,
+    ):
+        figures = bare.replace(" ", "")
+        figures = figures.replace(",", "") if "." in figures or " " not in bare else figures.replace(",", ".")
+        places = len(figures.partition(".")[2])
+        found.append(number(sign * Fraction(figures), places or None))
+    if re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d{1,2}", bare):
+        figures = bare.replace(".", "").replace(",", ".")
+        found.append(number(sign * Fraction(figures), len(figures.partition(".")[2])))
+    if re.fullmatch(r"\d+,\d+", bare) and (not re.search(r",\d{3}$", bare) or bare.startswith("0,")):
+        figures = bare.replace(",", ".")
+        found.append(number(sign * Fraction(figures), len(figures.partition(".")[2])))
+    if re.fullmatch(r"0\d+", bare):
+        found.append(number(sign * Fraction(bare)))
+    return found
+
+
+_TIME = re.compile(r"(?P<h>\d{1,2})(?::(?P<m>\d{2}))?(?P<blank> ?)(?P<half>[ap] ?\.? ?m\.?|noon|midnight)?", re.I)
+
+
+def read_time(text: str) -> Time | None:
+    """A time of day; None for other texts. 5am without a blank is a product, and no time."""
+    match = _TIME.fullmatch(unwrap(text).replace("{", "").replace("}", "").strip(" .")) if len(text) < 40 else None
+    if not match or not (match["m"] or match["half"]):
+        return None
+    hours, minutes, half = int(match["h"]), int(match["m"] or 0), (match["half"] or "").lower()
+    if hours > 24 or minutes > 59 or (half and not 1 <= hours <= 12):
+        return None
+    if half and not match["m"] and not match["blank"]:
+        return None
+    if half:
+        hours = hours % 12 + (12 if half[0] == "p" or half == "noon" else 0)
+    return Time(60 * hours + minutes, bool(half) or hours > 12)
+
+
+_BASES = {w: str(i) for i, w in enumerate(_SMALL) if i > 1} | {
+    "sixteen": "16",
+    "binary": "2",
+    "octal": "8",
+    "hexadecimal": "16",
+}
+_BASED = re.compile(
+    r"\(?(?P<digits>[0-9A-F]{1,200})\)?(?: ?_ ?\{? ?(?P<sub>\w+) ?\}?| ?\(? ?(?:in )?base ?(?P<word>\w+) ?\)?)"
+)
+
+
+def read_digits(text: str) -> Digits | None:
+    """413_5, 413_{five}, 413 (base 5); None of digits without a base."""
+    match = _BASED.fullmatch(unwrap(text))
+    if not match:
+        return None
+    base = (match["sub"] or match["word"]).lower()
+    base = _BASES.get(base, base)
+    if not base.isdigit() or not 2 <= int(base) <= 36 or any(int(d, 36) >= int(base) for d in match["digits"]):
+        return None
+    return Digits(match["digits"].lstrip("0") or "0", base)

@@ -1,0 +1,99 @@
+"""All readings of an answer's text. A text that is nothing we know is ``Text``, equal to itself only."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from llmdistill.verify.answers.notation import tidy, unwrap
+from llmdistill.verify.answers.numerals import read_digits, read_time
+from llmdistill.verify.answers.quantities import read_quantities
+from llmdistill.verify.answers.realsets import read_set
+from llmdistill.verify.answers.relations import read_builder, read_relation, read_union
+from llmdistill.verify.answers.sequences import read_matrix, read_permutation, read_ratio, read_sequence, split_list
+from llmdistill.verify.answers.values import Quantity, Ratio, Readings, Text, Time, Value
+from llmdistill.verify.answers.wording import read_option, read_words
+
+LONGEST = 2_000
+DEEPEST = 5
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore|i\.e\.),? )?(?:the )?(?:final |correct |required )?"
+    r"(?:answer|result|solution|value)s? (?:is|are|equals|=|:)?[: ]*"
+    r"|\\?therefore ?|\\bullet ?|\\(?:approx|sim|simeq)(?![A-Za-z]) ?|(?:approximately|about|exactly|roughly) "
+    r"|= ?|[xyn] ?: ?(?=-?\d+$)",
+    re.I,
+)
+_APPROXIMATE = re.compile(
+    r"(?<=[\d}%]) ?\((?:approximately|approx\.?|about|rounded)[^()]*\)|(?<=[\d}%]) (?:approximately|approx\.?)$"
+)
+
+
+def bare(text: str) -> str:
+    """A tidy text without the words that announce an answer."""
+    plain = re.sub(
+        r"^\\(?:text|mathrm)\{ ?((?:the |so |thus )?(?:final )?(?:answer|result|solution) (?:is|:)) ?\}",
+        r"\1 ",
+        text,
+        flags=re.I,
+    )
+    for _ in range(2):
+        match = _LEAD.match(plain)
+        if match and match.end() < len(plain) and match.end() > 0:
+            plain = plain[match.end() :].strip()
+    return _APPROXIMATE.sub("", plain).strip() or text
+
+
+@lru_cache(2048)
+def read(text: str) -> Readings:
+    """The readings of a text as it was written."""
+    return readings(bare(tidy(text)))
+
+
+def readings(text: str, depth: int = 0) -> Readings:
+    """The readings of a tidy text; never empty."""
+    if not text or len(text) > LONGEST or depth > DEEPEST:
+        return (Text(text),)
+
+    def inner(part: str) -> Readings:
+        return readings(part.strip(), depth + 1)
+
+    found: list[Value] = []
+    simple = not split_list(text)[1:]
+    for single in (read_time(text), read_digits(text), read_permutation(text), read_option(text)):
+        if single is not None:
+            found.append(single)
+    quantities = read_quantities(text)
+    found += quantities
+    if simple and ":" in text and not any(isinstance(value, Time) and value.marked for value in found):
+        ratio = read_ratio(text)
+        found += [ratio] if ratio else []
+    if not any(isinstance(q, Quantity) for q in quantities) or re.search(r",|\\pm", text):
+        found += _structured(text, simple, inner)
+    if not quantities or re.fullmatch(r"[A-Za-z]{1,3}", text):
+        words = read_words(text)
+        found += [words] if words else []
+    return tuple(dict.fromkeys(found)) or (Text(text),)
+
+
+def _structured(text: str, simple: bool, inner) -> list[Value]:  # type: ignore[no-untyped-def]
+    found: list[Value] = []
+    real = read_set(text)
+    if real is not None:
+        found.append(real)
+    if r"\begin" in text:
+        found += read_matrix(text, inner)
+    if "|" in text or ":" in text or r"\in" in text:
+        found += read_builder(text, inner)
+    if simple:
+        found += read_relation(text, inner)
+    elif re.search(r"[<>]|\\[lgn]e(?![A-Za-z])", text):
+        found += read_union(text, inner)
+    if found and isinstance(found[0], Ratio):
+        return found
+    return found + read_sequence(text, inner)
+
+
+def option_letter(text: str) -> str | None:
+    """The option a choice's answer or gold names, in either case."""
+    found = read_option(tidy(text).upper() if len(unwrap(tidy(text))) < 5 else tidy(text))
+    return found.letter if found else None
