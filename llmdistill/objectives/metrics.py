@@ -66,6 +66,19 @@ def sampled_metrics(student_logits: Tensor, token_ids: Tensor, teacher_lp: Tenso
     return {"reverse_kl": kl_k1(log_s_y, teacher_lp), "entropy": _entropy(log_s, log_s.exp())}
 
 
+@torch.no_grad()
+def chunk_metrics(
+    student_logits: Tensor, token_ids: Tensor, teacher_share: Tensor, chunks: Tensor, *_: Tensor
+) -> dict[str, Tensor]:
+    """{"reverse_kl", "entropy"} of tokens in chunks -> [...] each.
+
+    reverse_kl is log S(y) less the token's share of its chunk's log T: over the tokens of a chunk they add up to the k1
+    estimate of the chunk's, unbiased for what the student wrote. 0 in no chunk (``chunks`` -1).
+    """
+    found = sampled_metrics(student_logits, token_ids, teacher_share)
+    return {**found, "reverse_kl": found["reverse_kl"].masked_fill(chunks < 0, 0.0)}
+
+
 def kl_k1(student_lp: Tensor, teacher_lp: Tensor) -> Tensor:
     """log S - log T per token sampled from the student: unbiased for KL(S || T), noisy. No gradient."""
     return (student_lp - teacher_lp).detach()

@@ -2,6 +2,7 @@
 
 from llmdistill.texts.rollout import (
     Prompt,
+    Reading,
     Rollout,
     Sampling,
     collate,
@@ -13,6 +14,7 @@ from llmdistill.texts.rollout import (
 
 __all__ = [
     "Prompt",
+    "Reading",
     "Rollout",
     "Sampling",
     "collate",

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
-from llmdistill.texts import Prompt, Rollout, collate
+from llmdistill.texts import Prompt, Reading, Rollout, collate
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.texts.messages import Message
 from llmdistill.texts.seam import behind, text_ids
@@ -68,12 +68,21 @@ class Completion:
 class PromptEncoder:
     """Rows to :class:`Prompt`: applies the chat template to message lists, tokenises strings as they stand.
 
+    Args:
+        judges: tokenizers of judges of another family by name: each prompt is also given as they read it.
+
     Raises:
         UserError: settings of chats that the tokenizer's template does not read.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        judges: Mapping[str, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
         self.tokenizer, self.config = tokenizer, config
+        self.readers = {name: PromptEncoder(judge, config) for name, judge in (judges or {}).items()}
         self.dropped = 0  # rows left out by data.overlong drop so far
         self.notes: dict[str, set[int]] = {}  # what was done around rows and template -> the rows
         self.ends: set[int] = set()  # ids with which the template closed a completion
@@ -113,7 +122,21 @@ class PromptEncoder:
             weight=self.weight(row, index),
             contexts=self.contexts(row, index),
             record=dict(row) if self.built_later else None,
+            readings={name: reader.reading(turn, name, index) for name, reader in self.readers.items()},
         )
+
+    def reading(self, turn: Turn, name: str, index: int = 0) -> Reading:
+        """The prompt of a turn as the judge ``name``, whose encoder this is, reads it.
+
+        Raises:
+            UserError: no template, or messages that it refuses.
+        """
+        try:
+            text = self.text(turn, index)
+        except UserError as error:
+            raise UserError(str(error).replace("the student's", f"{name}'s")) from None
+        chat = not isinstance(turn.prompt, str)
+        return Reading(text, tuple(text_ids(self.tokenizer, text, special=not chat)), chat)
 
     @property
     def built_later(self) -> dict[str, str]:

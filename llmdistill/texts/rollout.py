@@ -19,6 +19,15 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A prompt as a judge of another tokenizer reads it: in its tokens and by its template."""
+
+    text: str
+    ids: tuple[int, ...]
+    chat: bool  # the template wrote it
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One tokenised prompt: its ids (template applied, generation prompt included), its text and where it came from."""
 
@@ -32,6 +41,7 @@ class Prompt:
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # other prompts of the same completions
     counts: tuple[bool, ...] = ()  # which tokens of the completion the loss trains on; empty: all
     record: Mapping[str, Any] | None = None  # the row as it was read, where a context is built from it later
+    readings: Mapping[str, Reading] = field(default_factory=dict)  # by the names of judges of other tokenizers
 
 
 @dataclass(frozen=True)

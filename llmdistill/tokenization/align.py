@@ -11,7 +11,7 @@ reason names the character.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,8 +73,8 @@ def align_chunks(
     return align(spell(student_ids, table_of(student_tok)), spell(teacher_ids, table_of(teacher_tok))).slices()
 
 
-def spell(ids: Sequence[int] | NDArray[np.int64], table: TokenTable) -> Spelling:
-    """Spells ids out, without the space that a tokenizer puts before a text.
+def spell(ids: Sequence[int] | NDArray[np.int64], table: TokenTable, *, whole: bool = False) -> Spelling:
+    """Spells ids out, without the space that a tokenizer puts before a text, unless the ``whole`` is asked for.
 
     Raises:
         IndexError: an id that the table has not.
@@ -84,7 +84,7 @@ def spell(ids: Sequence[int] | NDArray[np.int64], table: TokenTable) -> Spelling
     ends = np.cumsum(lengths)
     offsets = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
     units = table.flat[np.repeat(table.starts[at], lengths) + offsets]
-    if table.prefix and len(units):
+    if table.prefix and len(units) and not whole:
         return _without(units, ends, _put_before(units, table.prefix))
     return Spelling(units, 2 * ends)
 
@@ -103,6 +103,28 @@ def _put_before(units: Units, prefix: str) -> NDArray[np.int64]:
 def _without(units: Units, ends: Ends, gone: NDArray[np.int64]) -> Spelling:
     shift = np.searchsorted(gone, ends, side="left")  # how many of them lie before each end
     return Spelling(np.delete(units, gone), 2 * (ends - shift))
+
+
+def behind_front(spelling: Spelling, front: int) -> Spelling:
+    """The spelling without its first ``front`` units; tokens that end there spell nothing any more."""
+    return Spelling(spelling.units[front:], np.maximum(spelling.ends - 2 * front, 0))
+
+
+def substituted(spelling: Spelling, marks: Mapping[bytes, int]) -> Spelling:
+    """With every occurrence of these bytes as the one unit that they stand for."""
+    units = spelling.units.copy()
+    raw = np.where(units < MARK, units, 0xFF).astype(np.uint8).tobytes()  # no text has the byte 0xFF
+    kept, within = np.ones(len(units), dtype=bool), np.zeros(len(units) + 1, dtype=bool)
+    for pattern, unit in marks.items():
+        start = raw.find(pattern)
+        while start >= 0:
+            stop = start + len(pattern)
+            units[start] = unit
+            kept[start + 1 : stop], within[start + 1 : stop] = False, True
+            start = raw.find(pattern, stop)
+    before = np.concatenate([[0], np.cumsum(kept)])  # kept units before each place
+    places = np.where(within, 2 * before - 1, 2 * before)
+    return Spelling(units[kept], places[spelling.ends // 2])
 
 
 def align(student: Spelling, teacher: Spelling) -> Alignment:

@@ -16,7 +16,9 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
@@ -26,6 +28,7 @@ Family = Literal["byte_level", "sentencepiece", "wordpiece", "bytes"]
 MARK = 0x110000
 END, START, THINK, END_THINK, UNKNOWN = range(MARK, MARK + 5)
 SPACE = "▁"
+BLANKS = tuple(b" \t\n\r\v\f")
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}
 
 
@@ -65,6 +68,18 @@ class TokenTable:
     def byte_ids(self) -> list[int | None]:
         """The id that is exactly one byte, for each of the 256; None where the vocabulary has none."""
         return [self.ids_by_units.get((b,)) for b in range(256)]
+
+    def begins_word(self, columns: int) -> Tensor:
+        """Which ids begin after the end of a word: with a blank, or with what is no text -> [columns] bool."""
+        return self._word_starts[:columns] if columns <= len(self._word_starts) else self._padded(columns)
+
+    @cached_property
+    def _word_starts(self) -> Tensor:
+        first = np.where(self.lengths > 0, self.flat[np.minimum(self.starts, len(self.flat) - 1)], -1)
+        return torch.from_numpy((first >= MARK) | np.isin(first, BLANKS))
+
+    def _padded(self, columns: int) -> Tensor:
+        return torch.nn.functional.pad(self._word_starts, (0, columns - len(self._word_starts)))
 
     def marked(self, marks: Mapping[int, int]) -> TokenTable:
         """With ids that are no text: id -> unit."""

@@ -1,0 +1,190 @@
+"""A teacher of another tokenizer: asked how likely chunks of the text are, which both tokenizers have.
+
+It may be any teacher whose tokenizer is at hand: in this process, vLLM, a service, or stored. It is sent ids of its own
+(:mod:`llmdistill.texts.retokenized`) and its log-probabilities are summed by chunk. What is asked of whole
+distributions (how likely a word is to end there) only one in this process can say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.errors import UserError
+from llmdistill.objectives.alm import chunk_sums, merged
+from llmdistill.objectives.rows import TensorRows
+from llmdistill.teachers.base import DenseTeacher, Teacher, TeacherInfo, is_live
+from llmdistill.teachers.fingerprint import tokenizer_fingerprint
+from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.retokenized import Retokenized, Retokenizer, Shares
+from llmdistill.tokenization.special import pad_id
+
+CHUNK_ROWS = 256  # rows whose logits exist at one time
+TOLD = 3  # reasons in a message
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a term asks of chunks beside their log-probabilities."""
+
+    word_ends: bool = False  # how likely a word is to end at theirs
+    merge_threshold: float = 0.0  # chunks that end where that is not likelier go on into the next
+
+
+class ChunkTeacher:
+    """Another teacher in chunks. Implements :class:`~llmdistill.teachers.base.Teacher` as far as it can.
+
+    Args:
+        teacher: the one that is asked.
+        retokenizer: makes its text of the student's.
+        name: of the judge, by which prompts hold what it reads.
+        min_aligned: the least share of bytes that must be in a chunk.
+    """
+
+    writes = False  # what it wrote would be in its tokens
+
+    def __init__(self, teacher: Teacher, retokenizer: Retokenizer, name: str, *, min_aligned: float = 0.9) -> None:
+        self.teacher, self.retokenizer, self.name, self.min_aligned = teacher, retokenizer, name, min_aligned
+        self.live = is_live(teacher)
+        self.shares = Shares()  # since the beginning
+        self.fresh = Shares()  # since they were last logged
+
+    def info(self) -> TeacherInfo:
+        return self.teacher.info()
+
+    def close(self) -> None:
+        self.teacher.close()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Any) -> NoReturn:
+        self._refuse("writes text in its own tokens", "sequences student or dataset")
+
+    def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> NoReturn:
+        self._refuse("has another tokenizer, and no log-probabilities of the student's tokens", "--method alm")
+
+    def _refuse(self, what: str, fix: str) -> NoReturn:
+        raise UserError(f"{self.name} {self.info().name!r} {what}. Fix: {fix}.")
+
+    def chunks(self, rollout: Rollout, prompts: Sequence[Prompt], question: Question) -> TensorRows:
+        """What it says about the chunks of ``rollout``, for each of the N rows of the student.
+
+        Returns:
+            Five tensors [N]: ids of the tokens; the share of the row's chunk in log T (their sum over its rows is the
+            chunk's); the chunk's number, -1 in none; the number of the chunk that ends just before the row, -1: none;
+            and of that one log T(a word ends there), 0 where nothing was asked.
+
+        Raises:
+            UserError: less was aligned so far than ``min_aligned``, or word ends of a teacher elsewhere.
+        """
+        read = self.retokenizer(rollout, prompts, self.name)
+        self.shares.add(read.shares)
+        self.fresh.add(read.shares)
+        self._check()
+        logps_M, ends_M = self._asked(read, question)
+        count, own_N, judged_M, before_N = len(read.lasts), read.student_chunks, read.judge_chunks, read.student_before
+        ends_C = torch.full((count,), math.nan)
+        if question.word_ends:
+            known_M = read.judge_before >= 0
+            ends_C[read.judge_before[known_M]] = ends_M[known_M]
+            into_C = merged(ends_C.exp(), read.lasts, question.merge_threshold)
+            own_N, judged_M, before_N = (_renumbered(x, into_C) for x in (own_N, judged_M, before_N))
+            before_N = torch.where(before_N == own_N, -1, before_N)
+            ends_C = ends_C[torch.cat([into_C[1:] != into_C[:-1], into_C.new_ones(min(count, 1)).bool()])]
+            count = len(ends_C)
+        teacher_C = chunk_sums(logps_M, judged_M, count)
+        sizes_C = chunk_sums(torch.ones(len(own_N)), own_N, count).clamp(min=1)
+        share_N, ending_N = torch.zeros(len(own_N)), torch.zeros(len(own_N))
+        share_N[own_N >= 0] = (teacher_C / sizes_C)[own_N[own_N >= 0]]
+        told_N = before_N >= 0
+        told_N[told_N.clone()] = ends_C[before_N[told_N]].isfinite()
+        ending_N[told_N] = ends_C[before_N[told_N]]
+        tokens_N = rollout.token_rows().cpu()
+        return TensorRows((tokens_N, share_N, own_N, torch.where(told_N, before_N, -1), ending_N), len(own_N))
+
+    def _asked(self, read: Retokenized, question: Question) -> tuple[Tensor, Tensor]:
+        """log T of every token of the judge, and of a word's end just before it, [M] float32 on the CPU each."""
+        if not question.word_ends:
+            logps = [block.token_logprobs for block in self.teacher.score(read.rollout, 0)]
+            logps_M = torch.cat(logps).float().cpu() if logps else torch.zeros(0)
+            return logps_M, torch.zeros_like(logps_M)
+        if not isinstance(self.teacher, DenseTeacher):
+            raise UserError(
+                f"objective.debias asks {self.name} {self.info().name!r} how likely words end, which takes whole "
+                "distributions, and it is not a model in this process. Fix: --debias false, or teacher.model."
+            )
+        rows, tokens_M = self.teacher.dense(read.rollout), read.rollout.token_rows()
+        logps, ends = [torch.zeros(0)], [torch.zeros(0)]
+        for start in range(0, len(rows), CHUNK_ROWS):
+            part = slice(start, min(start + CHUNK_ROWS, len(rows)))
+            (logits_nV,) = rows.chunk(part, None)
+            logp_nV = logits_nV.float().log_softmax(-1)
+            words_V = self.retokenizer.judge_table.begins_word(logp_nV.shape[-1]).to(logp_nV.device)
+            picked = logp_nV.gather(1, tokens_M[part, None].to(logp_nV.device)).squeeze(1)
+            logps.append(picked.cpu())
+            ends.append(logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1).cpu())
+        return torch.cat(logps), torch.cat(ends)
+
+    def _check(self) -> None:
+        s = self.shares
+        if s.bytes and s.aligned_bytes < self.min_aligned * s.bytes:
+            reasons = "; ".join(reason for reason, _ in s.reasons.most_common(TOLD))
+            raise UserError(
+                f"teacher.min_aligned is {self.min_aligned:g}, and {s.aligned_bytes / s.bytes:.3f} of the bytes are in "
+                f"chunks of both tokenizers ({s.aligned_sequences} of {s.sequences} sequences)"
+                f"{': ' + reasons if reasons else ''}. Fix: a teacher whose tokenizer keeps the text, or a lower one."
+            )
+
+    def numbers(self) -> dict[str, tuple[float, float]]:
+        """What was aligned since this was last asked: name -> (sum, count)."""
+        s, self.fresh = self.fresh, Shares()
+        return {
+            "aligned_bytes": (s.aligned_bytes, s.bytes),
+            "aligned_rows": (s.aligned_sequences, s.sequences),
+            "inexact_rows": (s.inexact_sequences, s.sequences),
+            "single_chunks": (s.single, s.chunks),
+        }
+
+
+def _renumbered(chunks_N: Tensor, into_C: Tensor) -> Tensor:
+    return torch.where(chunks_N >= 0, into_C[chunks_N.clamp(min=0)], -1) if len(into_C) else chunks_N
+
+
+def tokenizer_of(teacher: Teacher, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher, whose ids it is sent.
+
+    Raises:
+        UserError: it is not here, or another one.
+    """
+    behind = getattr(teacher, "teacher", None) or teacher  # what a cache keeps the answers of
+    tokenizer, info = getattr(behind, "tokenizer", None), teacher.info()
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"{name} {info.name!r} is a {type(teacher).__name__} without its tokenizer, in whose ids it is asked. "
+            f"Fix: --{name}.tokenizer FOLDER_OR_HUB_NAME."
+        )
+    if tokenizer_fingerprint(tokenizer) != info.tokenizer:
+        raise UserError(
+            f"{name}.tokenizer {tokenizer.name_or_path!r} is not that of {info.name!r} ({info.tokenizer}). "
+            "Fix: the folder or hub name that the teacher was loaded from."
+        )
+    return tokenizer
+
+
+def in_chunks(
+    teacher: Teacher,
+    name: str,
+    student: PreTrainedTokenizerBase,
+    student_ends: Collection[int],
+    template: Any,
+    *,
+    min_aligned: float,
+) -> ChunkTeacher:
+    """``teacher`` as a judge in chunks; ``template`` is that of its tokenizer."""
+    tokenizer = tokenizer_of(teacher, name)
+    convert = Retokenizer(student, student_ends, tokenizer, template, pad_id=pad_id(tokenizer))
+    return ChunkTeacher(teacher, convert, name, min_aligned=min_aligned)

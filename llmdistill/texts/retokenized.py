@@ -1,0 +1,258 @@
+"""The view of a judge of another family: the same content in its own tokens, behind its own template of the prompt.
+
+What is aligned is the content alone, from the first token behind the generation prompt to the end of the turn, which is
+one more token on either side whatever each calls it. The student's ids stay as they were sampled; the judge's are made
+from the bytes that they spell. All else that the judge's template writes is read by it and has no loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.texts.chat import PROBE, ChatTemplate
+from llmdistill.texts.rollout import Prompt, Reading, Rollout, collate
+from llmdistill.texts.seam import behind, text_ids
+from llmdistill.tokenization.align import Spelling, align, behind_front, spell, substituted
+from llmdistill.tokenization.marks import THINK_TAGS, think_tags
+from llmdistill.tokenization.token_bytes import END, END_THINK, MARK, THINK, table_of
+
+
+@dataclass
+class Shares:
+    """How much of what was written could be aligned."""
+
+    bytes: int = 0
+    aligned_bytes: int = 0  # of content in a chunk that counts
+    sequences: int = 0
+    aligned_sequences: int = 0
+    inexact_sequences: int = 0  # of those: on a form without case, accents and spaces
+    chunks: int = 0
+    single: int = 0  # of those: one token on either side
+    template_tokens: int = 0  # that the judge reads around the content
+    reasons: Counter[str] = field(default_factory=Counter)  # why sequences are not aligned, or not exactly
+
+    def add(self, other: Shares) -> None:
+        for name, value in vars(other).items():
+            if name == "reasons":
+                self.reasons.update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True, eq=False)
+class Retokenized:
+    """A rollout as the judge reads it. N rows of the student, M of the judge, C chunks, numbered through the batch."""
+
+    rollout: Rollout  # in the judge's tokens; all of the content is marked
+    student_chunks: Tensor  # [N] int64: the chunk of every row of the student, -1: none
+    judge_chunks: Tensor  # [M] int64
+    student_before: Tensor  # [N] int64: the chunk that ends just before each row, -1: none
+    judge_before: Tensor  # [M] int64
+    lasts: Tensor  # [C] bool: the last chunk of its sequence
+    shares: Shares
+
+
+class Retokenizer:
+    """Turns rollouts of a student into what a judge of another tokenizer reads.
+
+    Args:
+        student: the student's tokenizer; ``student_ends`` are the ids that end its turns.
+        judge: the other's, with its template.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedTokenizerBase,
+        student_ends: Collection[int],
+        judge: PreTrainedTokenizerBase,
+        template: ChatTemplate,
+        *,
+        pad_id: int,
+    ) -> None:
+        self.judge, self.template, self.pad_id = judge, template, pad_id
+        self.student_table = table_of(student).marked(dict.fromkeys(student_ends, END))
+        self.end = self._end_of_turn()
+        ends = [i for i in (self.end, judge.eos_token_id) if i is not None]
+        self.judge_table = table_of(judge).marked(dict.fromkeys(ends, END))
+        self.student_tags, self.judge_tags = think_tags(student), think_tags(judge)
+
+    def _end_of_turn(self) -> int | None:
+        token = self.template.closing.token if self.template.source else None
+        found = self.judge.eos_token_id if token is None else self.judge.convert_tokens_to_ids(token)
+        return None if found is None else int(found)  # type: ignore[arg-type]
+
+    @cached_property
+    def lead(self) -> str:
+        """What the judge's template writes between its generation prompt and an answer: a space, an empty thought."""
+        if not self.template.source:
+            return ""
+        made = self.template.answered([{"role": "user", "content": "?"}], {"role": "assistant", "content": PROBE})
+        return made.completion.partition(PROBE)[0]
+
+    # ---------------------------------------------------------------- a round
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[Prompt], name: str) -> Retokenized:
+        """The sequences of a rollout as the judge ``name`` reads them."""
+        heads, tails, lasts = [], [], list[bool]()
+        own, other = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
+        shares, chunks = Shares(), 0
+        before = rollout.attention_mask.long().argmax(1).tolist()
+        ends = [a + n for a, n in zip(before, rollout.attention_mask.sum(1).tolist(), strict=True)]
+        for ids, mask, prompt, start, stop in zip(
+            rollout.input_ids.cpu(), rollout.completion_mask.cpu(), prompts, before, ends, strict=True
+        ):
+            reading = prompt.readings.get(name)
+            first = start + (len(prompt.ids) if reading is not None else 0)  # of a document every token is content
+            content, counted = ids[first:stop].numpy(), mask[first:stop].numpy()
+            thinking = bool(self.student_tags) and prompt.text.rstrip().endswith(self.student_tags[0])
+            written = self.sequence(content, counted, reading, predicted=first > start, thinking=thinking)
+            heads.append(written.head)
+            tails.append(written.tail)
+            numbers = torch.full((len(ids),), -1, dtype=torch.int64)
+            numbers[first:stop] = torch.from_numpy(written.student_chunks)
+            own.append(_rows(numbers, mask, chunks))
+            judged = torch.cat([torch.full((len(written.head),), -1), torch.from_numpy(written.judge_chunks)])
+            other.append(_rows(judged, torch.arange(len(judged)) >= len(written.head), chunks))
+            chunks += written.count
+            lasts += [False] * (written.count - 1) + [True] * (written.count > 0)
+            shares.add(written.shares)
+        read = collate(heads, tails, pad_id=self.pad_id, domain=rollout.domain, policy_version=rollout.policy_version)
+        (student, student_before), (judge, judge_before) = (map(torch.cat, zip(*x, strict=True)) for x in (own, other))
+        return Retokenized(
+            read, student, judge, student_before, judge_before, torch.tensor(lasts, dtype=torch.bool), shares
+        )
+
+    def sequence(
+        self, ids: np.ndarray, counted: np.ndarray, reading: Reading | None, *, predicted: bool, thinking: bool = False
+    ) -> Written:
+        """One sequence.
+
+        Args:
+            counted: which ids the loss trains on.
+            predicted: something stands before them.
+            thinking: the student's prompt has opened a thought.
+        """
+        spelled = spell(ids, self.student_table)
+        marks = np.flatnonzero(spelled.units >= MARK)
+        content = spelled.units[: marks[0]] if len(marks) else spelled.units
+        closed = bool(len(marks)) and spelled.units[marks[0]] == END and marks[0] == len(spelled.units) - 1
+        raw = content.astype(np.uint8).tobytes()
+        shares = Shares(bytes=len(raw), sequences=1)
+        head, tail, front = self._tokens(self._in_judges_tags(raw), reading, thinking)
+        if closed and self.end is not None:
+            tail = [*tail, self.end]
+        judged = behind_front(spell(tail, self.judge_table, whole=True), front)
+        skip = int((judged.ends <= 0).sum())  # tokens of the template alone
+        head, tail = [*head, *tail[:skip]], tail[skip:]
+        judged = Spelling(judged.units, judged.ends[skip:])
+        found = align(self._marked(spelled, self.student_tags), self._marked(judged, self.judge_tags))
+        own, other = (np.full(n, -1, dtype=np.int64) for n in (len(ids), len(tail)))
+        shares.template_tokens = len(head)
+        if found.reason:
+            shares.reasons[found.reason] += 1
+        if not found.aligned and len(ids):
+            return Written(head, tail, own, other, 0, shares)
+        shares.aligned_sequences, shares.inexact_sequences = 1, int(not found.exact)
+        number, starts = 0, (0, 0)
+        for stops in zip(found.student_ends.tolist(), found.teacher_ends.tolist(), strict=True):
+            rows, judged_rows = (slice(a, b) for a, b in zip(starts, stops, strict=True))
+            starts = stops
+            known = counted[rows].all() and (predicted or rows.start > 0) and (bool(head) or judged_rows.start > 0)
+            if not known:  # what the loss leaves out, or what nothing stands before
+                continue
+            own[rows], other[judged_rows] = number, number
+            number += 1
+            shares.single += int(stops[0] - rows.start == 1 and stops[1] - judged_rows.start == 1)
+            last, first = int(spelled.ends[stops[0] - 1]), int(spelled.ends[rows.start - 1]) if rows.start else 0
+            shares.aligned_bytes += int((spelled.units[first // 2 : last // 2] < MARK).sum())
+        shares.chunks = number
+        return Written(head, tail, own, other, number, shares)
+
+    # ---------------------------------------------------------------- the judge's tokens
+
+    def _tokens(self, raw: bytes, reading: Reading | None, thinking: bool) -> tuple[list[int], list[int], int]:
+        """Ids of the prompt, ids of the content, and how many units of these are the template's."""
+        if reading is None:  # a document: it begins with what the tokenizer puts in front
+            head, prompt, chat, lead = text_ids(self.judge, "", special=True), "", True, b""
+        else:
+            head, prompt, chat = list(reading.ids), reading.text, reading.chat
+            lead = self._lead(raw, prompt, thinking).encode() if chat else b""
+        tail = self._ids(prompt, head, lead + raw, special=not chat)
+        units = spell(tail, self.judge_table, whole=True).units
+        text = units[units < MARK].astype(np.uint8).tobytes()
+        put_before = int(text == b" " + lead + raw and bool(self.judge_table.prefix))
+        return head, tail, (len(lead) if text[put_before:].startswith(lead) else 0) + put_before
+
+    def _lead(self, raw: bytes, prompt: str, thinking: bool) -> str:
+        """What stands between the judge's generation prompt and the content."""
+        opened = any(prompt.rstrip().endswith(tag) for tag, _ in THINK_TAGS)
+        if thinking:
+            return f"{self.judge_tags[0]}\n" if self.judge_tags and not opened else ""
+        if self.judge_tags and raw.lstrip().startswith(self.judge_tags[0].encode()):
+            return ""
+        return f"{self.judge_tags[1]}\n\n" if self.judge_tags and opened else self.lead
+
+    def _ids(self, prompt: str, prompt_ids: list[int], raw: bytes, *, special: bool) -> list[int]:
+        """Ids of bytes behind a prompt. What is no text goes byte by byte, where the vocabulary has bytes."""
+        ids = list[int]()
+        for piece in _pieces(raw):
+            if isinstance(piece, bytes):
+                unknown = self.judge.unk_token_id
+                single = (self.judge_table.byte_ids[b] for b in piece)
+                ids += [i if i is not None else unknown for i in single if i is not None or unknown is not None]
+            elif prompt and not ids:
+                ids += behind(self.judge, prompt, prompt_ids, piece, special=special)[0]
+            else:
+                ids += text_ids(self.judge, piece, special=False)
+        return ids
+
+    def _in_judges_tags(self, raw: bytes) -> bytes:
+        for own, other in zip(self.student_tags, self.judge_tags, strict=False):
+            raw = raw.replace(own.encode(), other.encode())
+        return raw
+
+    def _marked(self, spelling: Spelling, tags: tuple[str, ...]) -> Spelling:
+        if not tags or self.student_tags == self.judge_tags:
+            return spelling
+        return substituted(spelling, {tags[0].encode(): THINK, tags[1].encode(): END_THINK})
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """One sequence in the judge's tokens, and its chunks."""
+
+    head: list[int]
+    tail: list[int]
+    student_chunks: np.ndarray  # [tokens of the student's content]
+    judge_chunks: np.ndarray  # [tail]
+    count: int
+    shares: Shares
+
+
+def _rows(chunks_T: Tensor, counted_T: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Chunks of the counted tokens of a sequence, and those that end just before them, numbered from ``first``."""
+    chunks_T = torch.where(chunks_T >= 0, chunks_T + first, -1)
+    before_T = torch.where(chunks_T[:-1] == chunks_T[1:], -1, chunks_T[:-1])
+    return chunks_T[1:][counted_T[1:]], before_T[counted_T[1:]]
+
+
+def _pieces(raw: bytes) -> list[str | bytes]:
+    """Stretches of text, and of bytes that are none."""
+    pieces, text = list[str | bytes](), ""
+    for character in raw.decode("utf-8", "surrogateescape"):
+        if 0xDC80 <= ord(character) <= 0xDCFF:
+            if text:
+                pieces.append(text)
+                text = ""
+            pieces.append(bytes([ord(character) - 0xDC00]))
+        else:
+            text += character
+    return [*pieces, text] if text else pieces
