@@ -64,6 +64,7 @@ class Groups:
 
     counts: tuple[int, ...]  # counted rows of every sequence, in row order
     sequences: tuple[int, ...]  # sequences of every text, in the order of the term's texts
+    evidence: tuple[Tensor, ...] = ()  # what the term hears and reads of the rows, where all of that is tensors
 
 
 class GroupLoss(Protocol):
