@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmdistill.composition.term import Groups, Term, in_turn
+from llmdistill.composition.term import Groups, Term, consecutive_slices
 from llmdistill.errors import UserError
 from llmdistill.objectives.rows import PairedRows, RoutedRows, TeacherRows, TensorRows
 from llmdistill.texts import Prompt, Rollout
@@ -72,19 +72,20 @@ class Text:
     def weights(self, domain_weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
         """(weight of every sequence [B], of every row within its sequence [N]); None where all are 1."""
         prompts = self.prompts
-        plain = all(isinstance(p.weight, float | int) and p.weight == 1 for p in prompts)
-        if plain and not domain_weights:
+        unweighted = all(isinstance(p.weight, float | int) and p.weight == 1 for p in prompts)
+        if unweighted and not domain_weights:
             return None
         # Weights of tokens are those of the row's own completion: on what others wrote they would lie anywhere.
-        own_text = self.author in ("", "dataset")
-        scalar = [1.0 if isinstance(p.weight, tuple) else float(p.weight) for p in prompts]
-        domain = [domain_weights.get(p.domain or "", 1.0) for p in prompts]
-        positions = self.row_tensors["position"].split(self.rollout.row_counts)
-        within = [
-            torch.tensor(p.weight)[at] if own_text and isinstance(p.weight, tuple) else torch.ones(len(at))
-            for p, at in zip(prompts, positions, strict=True)
+        is_row_completion = self.author in ("", "dataset")
+        sample_weights = [1.0 if isinstance(p.weight, tuple) else float(p.weight) for p in prompts]
+        weights_of_domain = [domain_weights.get(p.domain or "", 1.0) for p in prompts]
+        positions_by_sequence = self.row_tensors["position"].split(self.rollout.row_counts)
+        token_weights = [
+            torch.tensor(p.weight)[at] if is_row_completion and isinstance(p.weight, tuple) else torch.ones(len(at))
+            for p, at in zip(prompts, positions_by_sequence, strict=True)
         ]
-        return torch.tensor(scalar) * torch.tensor(domain), torch.cat(within) if within else torch.zeros(0)
+        per_sequence = torch.tensor(sample_weights) * torch.tensor(weights_of_domain)
+        return per_sequence, torch.cat(token_weights) if token_weights else torch.zeros(0)
 
 
 def _behavior(text: Text) -> Tensor:
@@ -118,7 +119,7 @@ def before_survey(term: Term) -> Term:
 
 
 @dataclass
-class Heard:
+class TermInputs:
     """What one term reads about its texts in this round, in the order of their rows. N rows of all its texts."""
 
     evidence: TeacherRows
@@ -126,10 +127,10 @@ class Heard:
     count: float  # what this process adds to the denominator
     effective: tuple[float, float] = (0.0, 0.0)  # sums of w and of w squared
 
-    def times(self, weights_N: Tensor) -> Heard:
+    def times(self, weights_N: Tensor) -> TermInputs:
         """With the rows' weights multiplied; the denominator is then the sum of the products."""
         product = weights_N.float() if self.weights_N is None else self.weights_N * weights_N.float()
-        return Heard(
+        return TermInputs(
             self.evidence, product, float(product.sum()), (float(product.sum()), float(product.square().sum()))
         )
 
@@ -156,27 +157,29 @@ class MicroBatch:
     total: float = 0.0  # the denominator of the method's first term
 
 
-def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, float], pad_id: int) -> Heard:
+def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, float], pad_id: int) -> TermInputs:
     """The weights of a term's rows before evidence is there: of samples, tokens, domains, contexts, sequence means."""
-    pieces, count, weighted = list[Tensor](), 0.0, False
+    weights, count, weighted = list[Tensor](), 0.0, False
     for text in texts:
-        rows = torch.tensor(text.rollout.row_counts)
-        given = text.weights(domain_weights)
-        per_sequence, per_row = given if given else (torch.ones(len(text)), torch.ones(int(rows.sum())))
+        row_counts = torch.tensor(text.rollout.row_counts)
+        text_weights = text.weights(domain_weights)
+        per_sequence, per_row = text_weights or (torch.ones(len(text)), torch.ones(int(row_counts.sum())))
         if term.select is not None:
             per_row = per_row * term.select(text.row_tensors).float()
-        has = torch.stack(
+        has_contexts = torch.stack(
             [text.view(ask.context, pad_id).has for ask in term.asks if ask.context]
             or [torch.ones(len(text), dtype=torch.bool)]
         ).all(0)
-        per_sequence = per_sequence * has
-        weighted |= given is not None or term.select is not None or not bool(has.all()) or term.mean == "sequence"
+        per_sequence = per_sequence * has_contexts
+        weighted |= text_weights is not None or term.select is not None or term.mean == "sequence"
+        weighted |= not bool(has_contexts.all())
         if term.mean == "sequence":
-            sums = torch.stack([w.sum() for w in per_row.split(rows.tolist())]) if len(rows) else torch.zeros(0)
-            per_row = per_row / sums.repeat_interleave(rows).clamp_min(1e-30)
-            count += float(per_sequence[sums > 0].sum())
-        pieces.append(per_row * per_sequence.repeat_interleave(rows))
-    weights_N = torch.cat(pieces) if pieces else torch.zeros(0)
+            split = per_row.split(row_counts.tolist())
+            weight_sums = torch.stack([w.sum() for w in split]) if len(row_counts) else torch.zeros(0)
+            per_row = per_row / weight_sums.repeat_interleave(row_counts).clamp_min(1e-30)
+            count += float(per_sequence[weight_sums > 0].sum())
+        weights.append(per_row * per_sequence.repeat_interleave(row_counts))
+    weights_N = torch.cat(weights) if weights else torch.zeros(0)
     if term.mean == "token":
         count = float(weights_N.sum()) if weighted else float(len(weights_N))
     if term.group is not None:
@@ -188,23 +191,25 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
         counts = tuple(c for text in texts for c in text.rollout.row_counts)
         count = float(term.group.count(Groups(counts, tuple(len(text) for text in texts))))
     effective = (float(weights_N.sum()), float(weights_N.square().sum()))
-    return Heard(TensorRows((), len(weights_N)), weights_N if weighted else None, count, effective)
+    return TermInputs(TensorRows((), len(weights_N)), weights_N if weighted else None, count, effective)
 
 
 def with_reads(
     term: Term, texts: Sequence[Text], answers: Sequence[TeacherRows | None], derived: Mapping[str, Tensor], device: Any
 ) -> TeacherRows:
     """Judges' answers and the rows' own tensors as one: what the term's loss is given, text after text."""
-    parts = list[TeacherRows]()
+    evidence = list[TeacherRows]()
     counts = [text.rollout.num_rows for text in texts]
-    for text, answer, place in zip(texts, answers, in_turn(counts), strict=True):
-        tensors = (derived[name][place] if name in derived else text.row_tensors[name] for name in term.reads)
+    for text, judge_rows, span in zip(texts, answers, consecutive_slices(counts), strict=True):
+        tensors = (derived[name][span] if name in derived else text.row_tensors[name] for name in term.reads)
         reads = TensorRows(tuple(x.to(device) for x in tensors), text.rollout.num_rows)
-        parts.append(reads if answer is None else answer if not term.reads else PairedRows((answer, reads)))
-    if len(parts) == 1:
-        return parts[0]
-    places = tuple(torch.arange(place.start, place.stop) for place in in_turn(counts))
-    return RoutedRows(tuple(parts), places)
+        evidence.append(
+            reads if judge_rows is None else judge_rows if not term.reads else PairedRows((judge_rows, reads))
+        )
+    if len(evidence) == 1:
+        return evidence[0]
+    rows_of_texts = tuple(torch.arange(span.start, span.stop) for span in consecutive_slices(counts))
+    return RoutedRows(tuple(evidence), rows_of_texts)
 
 
 def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
@@ -215,7 +220,7 @@ def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
 def micro_batches(
     texts: Mapping[str, Text],
     terms: Sequence[Term],
-    heard: Mapping[str, Heard],
+    term_inputs: Mapping[str, TermInputs],
     totals: Mapping[str, float],
     parts: int,
     pad_id: int,
@@ -226,23 +231,27 @@ def micro_batches(
     bounds = {name: split_evenly(len(texts[name]), parts) for name in names}
     starts = {name: torch.tensor([0, *texts[name].rollout.row_counts]).cumsum(0).tolist() for name in names}
     batches = []
-    for k in range(parts):
-        own = {n: texts[n].reorder(range(*bounds[n][k])) for n in names if bounds[n][k][0] < bounds[n][k][1]}
-        if not own:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
+    for part in range(parts):
+        part_texts = {
+            n: texts[n].reorder(range(*bounds[n][part])) for n in names if bounds[n][part][0] < bounds[n][part][1]
+        }
+        if not part_texts:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
             rollout = texts[names[0]].reorder([0]).rollout.to(device)
             batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name]))
             continue
-        shares = dict(zip(own, in_turn([text.rollout.num_rows for text in own.values()]), strict=True))
+        row_spans = dict(
+            zip(part_texts, consecutive_slices([text.rollout.num_rows for text in part_texts.values()]), strict=True)
+        )
         slices = []
         for term in terms:
-            mine = [name for name in term.texts if name in own]
-            if not mine:
+            names_here = [name for name in term.texts if name in part_texts]
+            if not names_here:
                 continue
-            index, at = list[Tensor](), 0
+            index, offset = list[Tensor](), 0
             for name in term.texts:
-                a, b = bounds[name][k]
-                index.append(torch.arange(at + starts[name][a], at + starts[name][b]))
-                at += starts[name][-1]
+                a, b = bounds[name][part]
+                index.append(torch.arange(offset + starts[name][a], offset + starts[name][b]))
+                offset += starts[name][-1]
             rows: Any = (
                 torch.cat(index)
                 if len(index) > 1
@@ -250,12 +259,12 @@ def micro_batches(
                 if len(index[0])
                 else slice(0, 0)
             )
-            h = heard[term.name]
-            counts = tuple(c for name in mine for c in own[name].rollout.row_counts)
-            groups = Groups(counts, tuple(len(own[name]) for name in mine))
-            span = slice(shares[mine[0]].start, shares[mine[-1]].stop)
-            weights = None if h.weights_N is None else h.weights_N[rows].to(device)
-            slices.append(Slice(term, h.evidence[rows], span, weights, groups, totals[term.name]))
-        rollout = stacked([text.rollout for text in own.values()], pad_id).to(device)
-        batches.append(MicroBatch(rollout, own, slices, totals[terms[0].name]))
+            inputs = term_inputs[term.name]
+            counts = tuple(c for name in names_here for c in part_texts[name].rollout.row_counts)
+            groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here))
+            span = slice(row_spans[names_here[0]].start, row_spans[names_here[-1]].stop)
+            weights = None if inputs.weights_N is None else inputs.weights_N[rows].to(device)
+            slices.append(Slice(term, inputs.evidence[rows], span, weights, groups, totals[term.name]))
+        rollout = stacked([text.rollout for text in part_texts.values()], pad_id).to(device)
+        batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name]))
     return batches

@@ -19,8 +19,8 @@ Likeliest = Callable[[Rollout, int], Tensor]  # the student's so many likeliest 
 
 
 @dataclass
-class Hearing:
-    """Asks the judges about the texts of one round. What several terms ask alike is asked once."""
+class RoundEvidence:
+    """What the judges say about the texts of one round. What several terms ask alike is asked once."""
 
     judges: Mapping[str, Teacher]
     likeliest: Likeliest
@@ -28,52 +28,59 @@ class Hearing:
     pad_id: int
 
     def __post_init__(self) -> None:
-        self._heard: dict[object, TeacherRows] = {}
-        self._lists: dict[object, Tensor] = {}
+        self._evidence: dict[object, TeacherRows] = {}
+        self._likeliest_ids: dict[object, Tensor] = {}
 
     def of(self, term: Term, name: str, text: Text) -> TeacherRows | None:
         """What the judges of ``term`` say about a text, in the order of its asks; None where it asks none."""
         if not term.asks:
             return None
-        parts = [self._answer(term, ask, name, text) for ask in term.asks]
-        return parts[0] if len(parts) == 1 else PairedRows(tuple(parts))
+        evidence = [self._answer(term, ask, name, text) for ask in term.asks]
+        return evidence[0] if len(evidence) == 1 else PairedRows(tuple(evidence))
 
     def _answer(self, term: Term, ask: Ask, name: str, text: Text) -> TeacherRows:
-        listed = ask.kind == "top_k"
-        first = next((a for a in term.asks if a.kind == "top_k"), ask)  # whose list the others are asked about
-        key = (name, ask, (term.top_k, term.support, first) if listed else None, term.hidden and term.hidden.judge)
-        if key not in self._heard:
+        lists_tokens = ask.kind == "top_k"
+        first_ask = next((a for a in term.asks if a.kind == "top_k"), ask)  # whose list the others are asked about
+        key = (
+            name,
+            ask,
+            (term.top_k, term.support, first_ask) if lists_tokens else None,
+            term.hidden and term.hidden.judge,
+        )
+        if key not in self._evidence:
             judge, rollout = self.judges[ask.judge], text.view(ask.context, self.pad_id).rollout
             if term.hidden is not None:
                 assert isinstance(judge, HiddenTeacher)  # others are refused before the first step
                 states = judge.hidden_layers(rollout, term.hidden.judge)
-                self._heard[key] = TensorRows(tuple(states), rollout.num_rows)
-            elif not listed:
-                self._heard[key] = gather(judge, rollout, ask.kind, 0, self.device)
-            elif ask == first:
-                own = 0 if term.support == "student" else term.top_k
-                self._heard[key] = gather(judge, rollout, "top_k", own, self.device, self._chosen(term, name, text))
+                self._evidence[key] = TensorRows(tuple(states), rollout.num_rows)
+            elif not lists_tokens:
+                self._evidence[key] = gather(judge, rollout, ask.kind, 0, self.device)
+            elif ask == first_ask:
+                own_top_k = 0 if term.support == "student" else term.top_k
+                self._evidence[key] = gather(
+                    judge, rollout, "top_k", own_top_k, self.device, self._chosen(term, name, text)
+                )
             else:
-                lead = self._answer(term, first, name, text)
-                assert isinstance(lead, SparseRows)
-                said = gather(judge, rollout, "top_k", 0, self.device, lead.topk_ids_NK.cpu())
-                assert isinstance(said, SparseRows)
-                self._heard[key] = in_order(said, lead.topk_ids_NK)
-        return self._heard[key]
+                first_evidence = self._answer(term, first_ask, name, text)
+                assert isinstance(first_evidence, SparseRows)
+                evidence = gather(judge, rollout, "top_k", 0, self.device, first_evidence.topk_ids_NK.cpu())
+                assert isinstance(evidence, SparseRows)
+                self._evidence[key] = in_order(evidence, first_evidence.topk_ids_NK)
+        return self._evidence[key]
 
     def _chosen(self, term: Term, name: str, text: Text) -> Tensor | None:
         if term.support == "teacher":
             return None
         key = (name, term.top_k)
-        if key not in self._lists:
-            self._lists[key] = self.likeliest(text.rollout, term.top_k)
-        return self._lists[key]
+        if key not in self._likeliest_ids:
+            self._likeliest_ids[key] = self.likeliest(text.rollout, term.top_k)
+        return self._likeliest_ids[key]
 
 
 def in_order(rows: SparseRows, ids_NK: Tensor) -> SparseRows:
     """The same log-probs in the order of ``ids_NK``, which names all of them; -1 pads."""
     if rows.topk_ids_NK.shape == ids_NK.shape and bool((rows.topk_ids_NK == ids_NK).all()):
         return rows
-    place_NK = (rows.topk_ids_NK[:, None, :] == ids_NK[:, :, None]).long().argmax(-1)
-    logprobs_NK = rows.topk_logprobs_NK.gather(1, place_NK)
+    column_NK = (rows.topk_ids_NK[:, None, :] == ids_NK[:, :, None]).long().argmax(-1)
+    logprobs_NK = rows.topk_logprobs_NK.gather(1, column_NK)
     return SparseRows(ids_NK, logprobs_NK.masked_fill(ids_NK < 0, -torch.inf))

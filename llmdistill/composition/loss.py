@@ -64,51 +64,53 @@ def loss_on(
         keep: the metric whose values per row are handed back, where a term has it.
     """
     view, result = plain(batch.rollout), Result(torch.zeros(()))
-    every = [(s, s.term.weight_now / s.total) for s in batch.slices if s.total > 0]
-    largest = max((abs(share) for _, share in every), default=1.0) or 1.0
-    on_layers = [(s, share) for s, share in every if s.term.hidden is not None]
-    active = [s for s, _ in every if s.term.hidden is None]
-    shares = [share for s, share in every if s.term.hidden is None]
+    scaled_slices = [(s, s.term.weight_now / s.total) for s in batch.slices if s.total > 0]
+    largest_scale = max((abs(scale_of_term) for _, scale_of_term in scaled_slices), default=1.0) or 1.0
+    hidden_slices = [(s, scale_of_term) for s, scale_of_term in scaled_slices if s.term.hidden is not None]
+    logit_slices = [s for s, _ in scaled_slices if s.term.hidden is None]
+    scales = [scale_of_term for s, scale_of_term in scaled_slices if s.term.hidden is None]
     options: dict[str, Any] = dict(
         chunk_tokens=chunk_tokens, logit_scale=head.logit_scale, softcap=head.softcap, vocab_size=vocab_size
     )
-    found: dict[str, Any] = {}
+    losses: dict[str, Any] = {}
     watched: dict[tuple[str, str], list[Tensor]] = {}  # (term, name) -> values of its rows, chunk by chunk
 
     def at_the_head(hidden_BTH: Tensor) -> Tensor:
         rows_NH = view.rows(hidden_BTH)
-        parts, values = list[Part](), list[Tensor | None]()
-        for s, share in zip(active, shares, strict=True):
-            weights, value = (s.weights_N, None) if s.term.group is None else _group(s, rows_NH, head, options, result)
+        parts, group_values = list[Part](), list[Tensor | None]()
+        for s, scale_of_term in zip(logit_slices, scales, strict=True):
+            weights, group_value = (
+                (s.weights_N, None) if s.term.group is None else _group(s, rows_NH, head, options, result)
+            )
             # Relative to the largest: the gradient that is kept at the head's input then suits 16 bits too.
-            part_scale = share / largest
+            part_scale = scale_of_term / largest_scale
             observe = _observer(s, metrics, keep, result, watched)
             weighted = s.term.group is None
             parts.append(Part(s.term.per_row, s.evidence, s.rows, weights, part_scale, observe, weighted))
-            values.append(value)
+            group_values.append(group_value)
         if parts:
             streamed = streamed_parts(parts, rows_NH, head.linear, norms=metrics, **options)
-            _note(active, values, streamed, largest, result, watched)
-            found["loss"] = _valued(streamed.total, parts, values, streamed.sums)
+            _note(logit_slices, group_values, streamed, largest_scale, result, watched)
+            losses["loss"] = _valued(streamed.total, parts, group_values, streamed.sums)
         else:
-            found["loss"] = rows_NH.float().sum() * 0.0
-        for s, share in on_layers:
+            losses["loss"] = rows_NH.float().sum() * 0.0
+        for s, scale_of_term in hidden_slices:
             assert s.term.hidden is not None
             states = [view.rows(states_by_layer[layer])[s.rows] for layer in s.term.hidden.student]
-            norm = _squared_norm(s, states, helpers or {}) * share**2 if metrics else 0.0
+            norm = _squared_norm(s, states, helpers or {}) * scale_of_term**2 if metrics else 0.0
             losses_n = _hidden(s, states, helpers or {})
             loss_sum = losses_n.sum() if s.weights_N is None else (losses_n * s.weights_N).sum()
             result.terms[s.term.name] = TermResult(float(loss_sum.detach()), {}, losses_n.detach(), {}, {}, norm)
-            found["loss"] = found["loss"] + loss_sum * (share / largest)
-        return found["loss"]
+            losses["loss"] = losses["loss"] + loss_sum * (scale_of_term / largest_scale)
+        return losses["loss"]
 
-    layers = [layer for s, _ in on_layers if s.term.hidden is not None for layer in s.term.hidden.student]
+    layers = [layer for s, _ in hidden_slices if s.term.hidden is not None for layer in s.term.hidden.student]
     with captured(model, layers) as states_by_layer:
         output = forward_to_head(model, head.linear, view, at_the_head, **router_inputs(model))
     # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
-    loss = (found["loss"] + 0 * output.logits.sum()) * (scale * largest)
+    loss = (losses["loss"] + 0 * output.logits.sum()) * (scale * largest_scale)
     if (balance := balance_loss(model, output)) is not None:
-        share = _share([s for s, _ in every], batch)
+        share = _share([s for s, _ in scaled_slices], batch)
         loss = loss + balance * share * scale
         result.router_balance = float(balance.detach())
     result.loss = loss
@@ -119,12 +121,12 @@ def _group(s: Slice, rows_NH: Tensor, head: Head, options: Mapping[str, Any], re
     """A group loss's first pass: (the derivative by the number of every row [n], its value)."""
     group = s.term.group
     assert group is not None
-    mine = rows_NH[s.rows].detach()
-    measured = streamed_metrics(
-        lambda logits, *evidence: {"v": group.values(logits, *evidence)}, mine, head.linear, s.evidence, **options
+    rows_nH = rows_NH[s.rows].detach()
+    row_values = streamed_metrics(
+        lambda logits, *evidence: {"v": group.values(logits, *evidence)}, rows_nH, head.linear, s.evidence, **options
     )
     with torch.enable_grad():
-        values_N = measured["v"].requires_grad_()
+        values_N = row_values["v"].requires_grad_()
         value = group.reduce(values_N, s.groups)
         (weights_N,) = torch.autograd.grad(value, values_N)
     observed = group.observe(values_N.detach(), s.groups)
@@ -177,16 +179,16 @@ def _observer(
 
 
 def _note(
-    active: list[Slice],
-    values: list[Tensor | None],
+    logit_slices: list[Slice],
+    group_values: list[Tensor | None],
     streamed: Any,
-    largest: float,
+    largest_scale: float,
     result: Result,
     watched: Mapping[tuple[str, str], list[Tensor]],
 ) -> None:
-    for k, s in enumerate(active):
-        norm = 0.0 if streamed.squared_norms is None else float(streamed.squared_norms[k]) * largest**2
-        if values[k] is None:
+    for k, s in enumerate(logit_slices):
+        norm = 0.0 if streamed.squared_norms is None else float(streamed.squared_norms[k]) * largest_scale**2
+        if group_values[k] is None:
             sums = {name: _weighted_sum(watched.get((s.term.name, name), []), s.weights_N) for name in s.term.watch}
             result.terms[s.term.name] = TermResult(
                 float(streamed.sums[k]), streamed.metric_sums[k], streamed.row_losses[k], {}, sums, norm
@@ -202,23 +204,23 @@ def _weighted_sum(pieces: list[Tensor], weights_N: Tensor | None) -> float:
     return float((values_N if weights_N is None else values_N * weights_N).sum())
 
 
-def _valued(total: Tensor, parts: list[Part], values: list[Tensor | None], sums: Tensor) -> Tensor:
+def _valued(total: Tensor, parts: list[Part], group_values: list[Tensor | None], sums: Tensor) -> Tensor:
     """``total`` with the value of each group loss in place of its surrogate's; the gradient is the surrogate's."""
-    if all(value is None for value in values):
+    if all(group_value is None for group_value in group_values):
         return total
-    true = total.new_zeros(())
-    for part, value, own in zip(parts, values, sums, strict=True):
-        own = own if value is None else value
-        true = true + (own if part.scale == 1.0 else own * part.scale)
-    return true + (total - total.detach())
+    total_value = total.new_zeros(())
+    for part, group_value, part_value in zip(parts, group_values, sums, strict=True):
+        part_value = part_value if group_value is None else group_value
+        total_value = total_value + (part_value if part.scale == 1.0 else part_value * part.scale)
+    return total_value + (total - total.detach())
 
 
-def _share(active: list[Slice], batch: MicroBatch) -> float:
+def _share(slices: list[Slice], batch: MicroBatch) -> float:
     """This micro-batch's share of the global batch, by the rows of its first term."""
-    if not active:
+    if not slices:
         return 0.0
-    s = active[0]
+    s = slices[0]
     if s.term.group is not None:
         return s.term.group.count(s.groups) / s.total
-    own = float(s.weights_N.sum()) if s.weights_N is not None else float(s.rows.stop - s.rows.start)
-    return own / s.total
+    weight_sum = float(s.weights_N.sum()) if s.weights_N is not None else float(s.rows.stop - s.rows.start)
+    return weight_sum / s.total

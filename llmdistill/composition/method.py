@@ -72,22 +72,22 @@ class Method:
         for term in terms:
             if missing := [text for text in term.texts if text not in self.texts]:
                 raise ValueError(f"term {term.name!r} is on text {missing[0]!r}; the method has {sorted(self.texts)}")
-            places = [list(self.texts).index(text) for text in term.texts]
-            if places != list(range(places[0], places[0] + len(places))):
+            text_indices = [list(self.texts).index(text) for text in term.texts]
+            if text_indices != list(range(text_indices[0], text_indices[0] + len(text_indices))):
                 raise ValueError(
                     f"term {term.name!r} reads {term.texts} of {list(self.texts)}; they must be neighbours"
                 )
-            if sum(kind is not None for kind in (term.loss, term.group, term.hidden)) != 1:
+            if sum(loss is not None for loss in (term.loss, term.group, term.hidden)) != 1:
                 raise ValueError(f"term {term.name!r} needs one of loss, group and hidden")
 
     def in_contexts(self, contexts: Mapping[str, str]) -> Method:
         """The same with judges that read the completions in another context: name of the judge -> of the context."""
 
-        def moved(term: Term) -> Term:
+        def in_context(term: Term) -> Term:
             asks = tuple(replace(a, context=a.context or contexts.get(a.judge, "")) for a in term.asks)
             return replace(term, asks=asks)
 
-        return replace(self, terms=tuple(map(moved, self.terms))) if contexts else self
+        return replace(self, terms=tuple(map(in_context, self.terms))) if contexts else self
 
     @property
     def judges(self) -> frozenset[str]:
@@ -102,8 +102,10 @@ class Method:
     @property
     def primary(self) -> Term | None:
         """The term whose judge the student is measured against: the first that asks the teacher, else any judge."""
-        asking = [term for term in self.terms if term.asks and term.hidden is None]
-        return next((t for t in asking if t.asks[0].judge == "teacher"), asking[0] if asking else None)
+        judged_terms = [term for term in self.terms if term.asks and term.hidden is None]
+        return next(
+            (t for t in judged_terms if t.asks[0].judge == "teacher"), judged_terms[0] if judged_terms else None
+        )
 
     @property
     def asked(self) -> Ask:
@@ -115,6 +117,6 @@ class Method:
         """How many tokens the primary term's evidence lists."""
         return self.primary.top_k if self.primary is not None else 0
 
-    def heard(self, judge: str) -> list[tuple[Term, Ask]]:
+    def asks_of(self, judge: str) -> list[tuple[Term, Ask]]:
         """The terms that ask a judge, and what."""
         return [(term, ask) for term in self.terms for ask in term.asks if ask.judge == judge]

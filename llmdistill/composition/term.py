@@ -190,7 +190,7 @@ class Term:
         return function(student_logits, *evidence)
 
 
-def in_turn(groups: Sequence[int]) -> list[slice]:
-    """Stretches of so many, one after another."""
-    ends = torch.tensor([0, *groups]).cumsum(0).tolist()
+def consecutive_slices(lengths: Sequence[int]) -> list[slice]:
+    """Slices of these lengths, one after another."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]

@@ -62,7 +62,7 @@ def stored(s: Subject) -> Iterator[Finding]:
     first, reasons = s.prompts[:STORED_ROWS], {}
     for prompt in first:
         try:
-            probes.heard(s.trainer, completed([prompt], s.trainer.pad_id), [prompt])
+            probes.evidence_of(s.trainer, completed([prompt], s.trainer.pad_id), [prompt])
         except UserError as error:
             reasons[prompt.row] = str(error).split(" Fix:")[0].rstrip(".")
     if reasons:
@@ -100,7 +100,7 @@ def round_trip(s: Subject) -> Iterator[Finding]:
     if problem := misplaced(rollout, blocks):
         yield fail(f"teacher {s.info.name!r} {problem}", "report it: the teacher's engine breaks its contract")
         return
-    for evidence in probes.heard(s.trainer, rollout, prompts):
+    for evidence in probes.evidence_of(s.trainer, rollout, prompts):
         if len(evidence) != rows:
             fix = "report it: the teacher's engine breaks its contract"
             yield fail(f"teacher {s.info.name!r} gave {len(evidence)} rows of evidence for {rows} counted tokens", fix)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.composition.batch import ROW_READS, MicroBatch, Text, micro_batches, row_weights, with_reads
-from llmdistill.composition.judges import Hearing
+from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import loss_on
 from llmdistill.composition.term import Term
 from llmdistill.models.heads import head_of, hidden_states
@@ -64,11 +64,11 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> tuple[Rollout, lis
     return trainer.rollout_engine.generate(chosen, sampling), chosen
 
 
-def heard(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt]) -> list[TeacherRows]:
+def evidence_of(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt]) -> list[TeacherRows]:
     """What the judges of every term would say about the sequences."""
     text = Text(rollout, list(prompts))
-    hearing = Hearing(trainer.judges, trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]
-    answers = [hearing.of(term, "probe", text) for term in trainer.method.terms if not isinstance(term.text, tuple)]
+    evidence = RoundEvidence(trainer.judges, trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]
+    answers = [evidence.of(term, "probe", text) for term in trainer.method.terms if not isinstance(term.text, tuple)]
     return [answer for answer in answers if answer is not None]
 
 
@@ -95,11 +95,13 @@ def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teache
         for t in comparable(trainer)
     ]
     text = Text(rollout, list(prompts))
-    hearing = Hearing(dict.fromkeys(trainer.judges, teacher), trainer.likeliest, trainer.args.device, trainer.pad_id)  # type: ignore[arg-type]
+    evidence = RoundEvidence(
+        dict.fromkeys(trainer.judges, teacher), trainer.likeliest, trainer.args.device, trainer.pad_id
+    )
     found, totals = {}, {}
     for term in terms:
         given = row_weights(term, [text], {}, trainer.pad_id)
-        given.evidence = with_reads(term, [text], [hearing.of(term, "main", text)], {}, trainer.args.device)
+        given.evidence = with_reads(term, [text], [evidence.of(term, "main", text)], {}, trainer.args.device)
         found[term.name], totals[term.name] = given, given.count
     return micro_batches({"main": text}, terms, found, totals, 1, trainer.pad_id, trainer.args.device)[0]
 

@@ -166,7 +166,7 @@ def check_ready(trainer: Parts) -> None:
     for term in trainer.method.terms:
         term.check_top_k(trainer.vocab_size)
     for name in sorted(trainer.method.judges - set(trainer.judges)):
-        term, _ = trainer.method.heard(name)[0]
+        term, _ = trainer.method.asks_of(name)[0]
         how = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"
         raise UserError(f"the objective reads a {name} model (term {term.name!r}), and there is none. Fix: {how}.")
     prompts = [p for p in trainer.train_dataset or [] if isinstance(p, Prompt)]

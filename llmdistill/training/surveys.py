@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from llmdistill.composition.batch import Text, before_survey, with_reads
-from llmdistill.composition.term import Rows, Term, in_turn
+from llmdistill.composition.term import Rows, Term, consecutive_slices
 from llmdistill.models.heads import head_of
 from llmdistill.models.passes import batches_of, metrics_at_head
 from llmdistill.objectives.rows import TeacherRows
@@ -55,7 +55,7 @@ def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) 
     evidence = with_reads(before_survey(term), [text], [answer], {}, args.device)
     size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
     parts = list(batches_of(text.rollout, size, args.device))
-    places = in_turn([part.num_rows for part in parts])
+    places = consecutive_slices([part.num_rows for part in parts])
     with trainer.accelerator.autocast():
         return metrics_at_head(
             trainer.forward_model(),

@@ -1,7 +1,7 @@
 """DistillationTrainer: the one training loop, for every method that is a composition of texts, judges and terms.
 
 An optimizer step is one round: its prompts are gathered, the texts made (sampled from the student, or read from the
-dataset), the judges heard on all of them, and only then are they split into micro-batches.
+dataset), the judges asked about all of them, and only then are they split into micro-batches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.compat import trainers
-from llmdistill.composition.batch import Heard, MicroBatch, Text, micro_batches, row_weights, with_reads
-from llmdistill.composition.judges import Hearing
+from llmdistill.composition.batch import MicroBatch, TermInputs, Text, micro_batches, row_weights, with_reads
+from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import Result, loss_on
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
@@ -185,28 +185,30 @@ class DistillationTrainer(RoundLog):
         self, texts: Mapping[str, Text], parts: int, judges: Mapping[str, Teacher] | None = None
     ) -> list[MicroBatch]:
         """The texts of a round as micro-batches, with all that their terms read, over the counts of all processes."""
-        heard = self.hear(texts, judges)
-        totals = self._totals(heard, self.args.device)
-        return micro_batches(texts, self.method.terms, heard, totals, parts, self.pad_id, self.args.device)
+        inputs = self.term_inputs(texts, judges)
+        totals = self._totals(inputs, self.args.device)
+        return micro_batches(texts, self.method.terms, inputs, totals, parts, self.pad_id, self.args.device)
 
-    def hear(self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None) -> dict[str, Heard]:
+    def term_inputs(
+        self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None
+    ) -> dict[str, TermInputs]:
         """What every term reads about the texts: of its judges, of the rows themselves, of its survey."""
         with self.meters.timed("time/teacher"):
-            hearing = Hearing(judges or self.judges, self.likeliest, self.args.device, self.pad_id)
-            answers = {t.name: [hearing.of(t, n, texts[n]) for n in t.texts] for t in self.method.terms}
-        heard = {}
+            evidence = RoundEvidence(judges or self.judges, self.likeliest, self.args.device, self.pad_id)
+            answers = {t.name: [evidence.of(t, n, texts[n]) for n in t.texts] for t in self.method.terms}
+        inputs = {}
         for term in self.method.terms:
-            on = [texts[name] for name in term.texts]
-            given = row_weights(term, on, self.args.domain_weights, self.pad_id)
+            term_texts = [texts[name] for name in term.texts]
+            term_inputs = row_weights(term, term_texts, self.args.domain_weights, self.pad_id)
             derived: Mapping[str, Tensor] = {}
             if term.survey is not None:
                 with self.meters.timed("time/student", 0):  # a part of it
-                    derived = survey(self, term, on, answers[term.name])
+                    derived = survey(self, term, term_texts, answers[term.name])
             if "weight" in derived:
-                given = given.times(derived["weight"].cpu())
-            given.evidence = with_reads(term, on, answers[term.name], derived, self.args.device)
-            heard[term.name] = given
-        return heard
+                term_inputs = term_inputs.times(derived["weight"].cpu())
+            term_inputs.evidence = with_reads(term, term_texts, answers[term.name], derived, self.args.device)
+            inputs[term.name] = term_inputs
+        return inputs
 
     def likeliest(self, rollout: Rollout, k: int) -> Tensor:
         """The student's likeliest tokens, which a judge is then asked about."""
@@ -224,12 +226,12 @@ class DistillationTrainer(RoundLog):
                 batch_sequences=size,
             )
 
-    def _totals(self, heard: Mapping[str, Heard], device: torch.device) -> dict[str, float]:
+    def _totals(self, inputs: Mapping[str, TermInputs], device: torch.device) -> dict[str, float]:
         """The denominator of every term: over all processes, gathered at once."""
         terms, counts = self.method.terms, list[float]()
         for term in terms:
-            h = heard[term.name]
-            counts += [h.count, *h.effective, float(h.weights_N is not None)]
+            given = inputs[term.name]
+            counts += [given.count, *given.effective, float(given.weights_N is not None)]
         sums = gathered_sums(self, counts, device)
         for i, term in enumerate(terms):
             weight, squared, weighted = sums[4 * i + 1 : 4 * i + 4]
