@@ -25,7 +25,7 @@ from llmdistill.service.gate import Gate
 from llmdistill.service.limits import Limits
 from llmdistill.service.metrics import Metrics
 from llmdistill.service.problems import Problem, first_line, invalid
-from llmdistill.service.text import tokenized
+from llmdistill.service.text import template_of, tokenized
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import ScoreBlock, encode
@@ -78,8 +78,9 @@ class Service:
 
     def score_text(self, data: bytes) -> Work:
         body = bodies.read(bodies.TextBody, data)
-        bodies.check_texts(body.items, self.limits)
-        items = [tokenized(self.engine.tokenizer, i, item) for i, item in enumerate(body.items)]
+        bodies.check_texts(body, self.limits)
+        template = template_of(self.engine.tokenizer, body.chat_template_kwargs)
+        items = [tokenized(template, i, item) for i, item in enumerate(body.items)]
         score = bodies.ScoreBody(
             sequences=[item.prompt_ids + item.ids for item in items],
             positions=[(len(item.prompt_ids), len(item.prompt_ids) + len(item.ids)) for item in items],

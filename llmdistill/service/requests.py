@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import Request
 
+from llmdistill.recipe.config import TEMPLATE_ARGUMENTS
 from llmdistill.service.engine import Engine, GenerateJob, ScoreJob
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid
@@ -70,10 +71,12 @@ class GenerateBody(_Body):
 class TextItem(_Body):
     prompt: str | list[dict[str, Any]]
     completion: str
+    tools: list[dict[str, Any]] | None = None
 
 
 class TextBody(_Body):
     items: Annotated[list[TextItem], ONE_MISTAKE]
+    chat_template_kwargs: dict[str, Any] | None = None
     top_k: Annotated[int, Field(strict=True, ge=0)] = 0
     dtype: Literal["float16", "float32"] = "float16"
     teacher: str | None = None
@@ -241,16 +244,21 @@ def allowed_folder(path: str, roots: list[Path]) -> Path:
     return folder
 
 
-def check_texts(items: list[TextItem], limits: Limits) -> None:
-    """Refuses what cannot fit before it is tokenised.
+def check_texts(body: TextBody, limits: Limits) -> None:
+    """Refuses what cannot fit before it is tokenised, and names that a template is given otherwise.
 
     Raises:
         Problem: 400.
     """
+    items, kwargs = body.items, body.chat_template_kwargs or {}
+    if ours := [name for name in kwargs if name in TEMPLATE_ARGUMENTS]:
+        raise invalid("chat_template_kwargs", f"has {ours[0]!r}; it takes names that only the template reads")
+    check_text("chat_template_kwargs", str(kwargs), limits)
     _count("items", len(items), limits)
     for i, item in enumerate(items):
         check_text(f"items[{i}].prompt", item.prompt if isinstance(item.prompt, str) else str(item.prompt), limits)
         check_text(f"items[{i}].completion", item.completion, limits)
+        check_text(f"items[{i}].tools", str(item.tools or ""), limits)
 
 
 def check_text(field: str, text: str, limits: Limits) -> None:

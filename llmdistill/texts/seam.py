@@ -41,13 +41,30 @@ def behind(
         prompt_ids: of :func:`text_ids` of the prompt.
         special: as there.
     """
+    front, ids = _front(tokenizer, prompt, prompt_ids, text, special)
+    return ids, front is prompt
+
+
+def behind_with_offsets(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], text: str, *, special: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """As :func:`behind`; and of every id the first and the last + 1 character of ``text`` that it stands for."""
+    front, ids = _front(tokenizer, prompt, prompt_ids, text, special)
+    encoded = tokenizer(front + text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
+    return ids, [(max(a - len(front), 0), max(b - len(front), 0)) for a, b in offsets]
+
+
+def _front(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: list[int], text: str, special: bool
+) -> tuple[str, list[int]]:
+    """What ``text`` is tokenised behind (the prompt, or where their tokens do not meet something else), and its ids."""
     joined = text_ids(tokenizer, prompt + text, special=special)
     if joined[: len(prompt_ids)] == prompt_ids:
-        return joined[len(prompt_ids) :], True
-    alone = text_ids(tokenizer, text, special=False)
+        return prompt, joined[len(prompt_ids) :]
     for anchor in ANCHORS:
         front = text_ids(tokenizer, anchor, special=False)
         both = text_ids(tokenizer, anchor + text, special=False)
         if both[: len(front)] == front and tokenizer.decode(both) == f"{tokenizer.decode(front)}{text}":
-            return both[len(front) :], False
-    return alone, False
+            return anchor, both[len(front) :]
+    return "", text_ids(tokenizer, text, special=False)

@@ -22,7 +22,8 @@ split over requests or replicas draws what the whole call would have drawn.
 
 ``POST /v1/score_text``::
 
-    {"items": [{"prompt": text | chat messages, "completion": text}, ...], "top_k", "dtype", "teacher"}
+    {"items": [{"prompt": text | chat messages, "completion": text, "tools": [schema, ...] | null}, ...],
+     "chat_template_kwargs": {name: value} | null, "top_k", "dtype", "teacher"}
     -> frames: {"items": [{"prompt_ids", "ids", "offsets": [[first, last + 1 character of the completion], ...]}], ...}
 
 ``POST /v1/weights``: ``{"path": folder, "policy_version": n}``, or :data:`TENSORS_TYPE` with ``?policy_version=n`` and
