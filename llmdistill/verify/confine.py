@@ -1,10 +1,11 @@
 """What a Linux process can give up without help: file access (Landlock), privileges, resources, open files.
 
 Every function acts on the calling process, for good, and raises OSError where the kernel refuses. System-call filters
-are in confine_seccomp.py, namespaces in confine_namespaces.py; sandbox_zygote.py puts them in order.
+are in confine_seccomp.py, namespaces in confine_namespaces.py, users in confine_identity.py; sandbox_zygote.py puts
+them in order.
 
-Simplified away: no cgroups (they need a delegation that most users lack); memory is bounded as address space, files
-as a small tmpfs.
+Memory is bounded as address space, process by process, files as a small tmpfs; and where this user was delegated a
+control group, all of a program's together (confine_cgroup.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 4, 23, 24
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 4, 8, 23, 24
 _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 36, 47, 4
 
 # include/uapi/linux/landlock.h
@@ -54,7 +55,8 @@ def prctl(option: int, *arguments: int) -> int:
 
 
 def die_with_parent() -> None:
-    """SIGKILL when the parent's thread ends. Only for children of single-threaded parents."""
+    """SIGKILL when the parent's thread ends. Only for children of single-threaded parents, after they became another
+    user: that forgets it."""
     prctl(_PR_SET_PDEATHSIG, 9)
 
 
@@ -71,8 +73,8 @@ def forbid_new_privileges() -> None:
 def limit_resources(
     *, address_space: int, file_bytes: int, cpu_seconds: int, open_files: int = 64, tasks: int | None = None
 ) -> None:
-    """Hard resource limits: bytes, bytes, seconds, counts. ``tasks`` counts threads and only where counting them is
-    private to the sandbox (a user namespace of its own): elsewhere it would count the user's other processes."""
+    """Hard resource limits: bytes, bytes, seconds, counts. ``tasks`` are processes and threads, all that the user has
+    (confine_identity.TaskLimit)."""
     _limit(resource.RLIMIT_AS, address_space)
     _limit(resource.RLIMIT_FSIZE, file_bytes)
     _limit(resource.RLIMIT_NOFILE, open_files)
@@ -93,8 +95,9 @@ def _limit(which: int, value: int) -> None:
     resource.setrlimit(which, (value, value))
 
 
-def drop_privileges(uid: int | None) -> None:
-    """Become ``uid`` (None: stay) without groups, and give up every capability, those of a user namespace included."""
+def become(uid: int | None, keep: int | None = None) -> None:
+    """Become ``uid`` (None: stay) without groups, and give up every capability but ``keep``, those of a user namespace
+    included."""
     for capability in range(64):
         try:
             if prctl(_PR_CAPBSET_READ, capability):
@@ -102,13 +105,17 @@ def drop_privileges(uid: int | None) -> None:
         except OSError:  # past the last capability of this kernel, or not ours to drop
             continue
     if uid is not None:
+        if keep is not None:
+            prctl(_PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     with suppress(OSError):  # Linux before 4.3 has none
         prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = struct.pack("Ii", 0x20080522, 0)
-    syscall(_CAPSET[os.uname().machine], ctypes.c_char_p(header), ctypes.c_char_p(bytes(24)))
+    kept = 0 if keep is None else 1 << keep
+    sets = struct.pack("6I", kept, kept, 0, 0, 0, 0)  # effective, permitted, inheritable; then those above 31
+    syscall(_CAPSET[os.uname().machine], ctypes.c_char_p(header), ctypes.c_char_p(sets))
     prctl(_PR_SET_DUMPABLE, 0)  # nobody of the same uid may attach or read its memory
 
 

@@ -31,7 +31,6 @@ _OPEN_TREE, _MOVE_MOUNT, _AT_FDCWD, _CLONE_TREE, _FROM_HANDLE = 428, 429, -100, 
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-NOBODY = 65534
 
 
 def readable_paths(extra: Iterable[str] = ()) -> list[str]:
@@ -48,28 +47,31 @@ def readable_paths(extra: Iterable[str] = ()) -> list[str]:
     return list(seen)
 
 
-def enter(paths: Iterable[str]) -> tuple[list[str], int | None, int | None]:
+def enter(paths: Iterable[str], outside: int | None) -> tuple[list[str], int | None, bool]:
     """Move the calling process into new namespaces and a new root that shows ``paths``. Its next child will be the
     first process of a process namespace.
 
+    Args:
+        outside: the uid, as seen from here, of root's programs; None where there is none to be had.
     Returns:
-        The names of the namespaces, the uid that programs should switch to (None: stay), and how many tasks
-        RLIMIT_NPROC may allow (None: it would count processes outside).
+        The names of the namespaces, the uid that programs should switch to (None: stay), and whether its tasks are
+        counted apart from those of processes outside.
     Raises:
         OSError: not allowed here. The process is then half moved and should end.
     """
     user, uid, root = True, None, os.geteuid() == 0
     try:
-        uid = _user_namespace()
+        uid = _user_namespace(outside)
     except OSError:
-        if not root:
+        if not root or outside is None:
             raise
-        user, uid = False, NOBODY  # root of a machine without user namespaces
+        user, uid = False, outside  # root of a machine without user namespaces
         _unshare(_NEWNS | _NEWPID | _NEWNET | _NEWIPC | _NEWUTS)
     _new_root(list(paths))
     names = (["user"] if user else []) + ["mount", "pid", "network", "ipc", "uts"]
-    counted_apart = user and _kernel() >= (5, 14) and not (root and uid is None)  # root's tasks are not counted
-    return names, uid, 64 if counted_apart else None
+    if root:  # root's own tasks are not counted at all
+        return names, uid, uid is not None
+    return names, uid, _kernel() >= (5, 14)
 
 
 def private_folder(path: str, size: int, uid: int | None, readable: Iterable[str] = ()) -> None:
@@ -88,7 +90,7 @@ def private_folder(path: str, size: int, uid: int | None, readable: Iterable[str
         os.close(handle)
 
 
-def _user_namespace() -> int | None:
+def _user_namespace(outside: int | None) -> int | None:
     """unshare everything with a user namespace whose ids are mapped by a helper outside of it."""
     me, root = os.getpid(), os.geteuid() == 0
     own = (os.geteuid(), os.getegid())
@@ -99,7 +101,7 @@ def _user_namespace() -> int | None:
         try:
             os.close(go)
             if os.read(ready, 1) == b"+":
-                status = _write_maps(me, root, own)
+                status = _write_maps(me, outside if root else None, own)
         finally:
             os._exit(status)
     os.close(ready)
@@ -111,27 +113,28 @@ def _user_namespace() -> int | None:
         status = os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])
     if status not in (0, 2):
         raise PermissionError(1, "the ids of a user namespace cannot be mapped")
-    if status == 0 and root:
+    if status == 0 and root and outside is not None:
         return 1
     return None
 
 
-def _write_maps(pid: int, root: bool, own: tuple[int, int]) -> int:
-    """0: mapped as wanted; 2: mapped, but root's second id was refused; raises OSError else."""
-    if not root:
+def _write_maps(pid: int, programs: int | None, own: tuple[int, int]) -> int:
+    """Map the starting user to 0, and root's programs, who are 1 inside, to ``programs`` outside. 0: mapped as wanted;
+    2: mapped, but the second id was refused; raises OSError else."""
+    if own[0] != 0:
         with suppress(FileNotFoundError):
             _write(f"/proc/{pid}/setgroups", "deny")
-        _write(f"/proc/{pid}/uid_map", f"0 {own[0]} 1")
-        _write(f"/proc/{pid}/gid_map", f"0 {own[1]} 1")
-        return 0
-    try:  # programs run as nobody, who is 1 inside
-        _write(f"/proc/{pid}/uid_map", f"0 0 1\n1 {NOBODY} 1")
-        _write(f"/proc/{pid}/gid_map", f"0 0 1\n1 {NOBODY} 1")
-        return 0
-    except OSError:  # root of a container that has one id only
-        _write(f"/proc/{pid}/uid_map", "0 0 1")
-        _write(f"/proc/{pid}/gid_map", "0 0 1")
-        return 2
+    status = 0
+    if programs is not None:
+        try:
+            _write(f"/proc/{pid}/uid_map", f"0 {own[0]} 1\n1 {programs} 1")
+            _write(f"/proc/{pid}/gid_map", f"0 {own[1]} 1\n1 {programs} 1")
+            return 0
+        except OSError:  # root of a container that has one id only
+            status = 2
+    _write(f"/proc/{pid}/uid_map", f"0 {own[0]} 1")
+    _write(f"/proc/{pid}/gid_map", f"0 {own[1]} 1")
+    return status
 
 
 def _write(path: str, text: str) -> None:

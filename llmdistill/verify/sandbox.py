@@ -6,11 +6,12 @@ the program and one that runs the tests. What confines them depends on the kerne
 - "namespaces": a root directory with Python and shared libraries only, no network, process table of its own, a folder
   in memory that vanishes with the process; Landlock, a system-call filter and resource limits on top.
 - "landlock": where user namespaces are forbidden (many containers): file access limited by Landlock to reading Python
-  and libraries, no writing at all; the same filter and limits.
+  and libraries, no writing at all; the same filter and limits. That files exist, and how large they are, can be seen.
 - "none": neither is there. Refused, unless allow_unsafe_exec; then only limits of time, memory and output hold.
 
 Both confined modes forbid, by the filter: new processes and programs, sockets, signals to others, ptrace, io_uring,
-namespaces. Root's programs run as another uid where that uid can read Python, without capabilities in every case.
+namespaces. Root's programs run as a uid that each worker has for itself. What a machine leaves open is said by
+``describe()``; SECURITY.md says what is promised.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import UserError
+from llmdistill.verify.confine_cgroup import Group
+from llmdistill.verify.sandbox_means import in_words
 
 _MIB = 1 << 20
 _GRACE_S = 10.0  # what a fork server may be late before it is given up
+_BESIDE_THE_PROGRAM = 3 << 30  # bytes of a control group: the judge's limit, the fork server, tests in memory files
 _SIGSYS = 31
 # Loads the zygote without importing the package (torch and friends): the two __init__ files are left out.
 _BOOT = """
@@ -192,7 +196,15 @@ class _Worker:
 
     def __init__(self, mode: str) -> None:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        options = json.dumps({"control": its.fileno(), "mode": mode, "paths": _package_folders()})
+        self.group = Group.make() if mode != "none" else None
+        options = json.dumps(
+            {
+                "control": its.fileno(),
+                "mode": mode,
+                "paths": _package_folders(),
+                "group": str(self.group.folder) if self.group else None,
+            }
+        )
         # An environment of nothing but this: no token of the user's reaches a program, whatever it reads.
         environment = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
         environment |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
@@ -232,6 +244,8 @@ class _Worker:
     def ask(self, job: dict[str, Any], files: list[int], timeout_s: float) -> dict[str, Any]:
         """Raises SandboxFailure when no answer comes; the fork server is ended then."""
         try:
+            if self.group is not None and self.means["control_group"]:
+                self.group.limit_memory(job["memory"] + job["disk"] + 2 * job["output"] + _BESIDE_THE_PROGRAM)
             socket.send_fds(self.control, [json.dumps(job).encode()], files)
             return self._reply(timeout_s)
         except (OSError, _Refused) as problem:
@@ -263,6 +277,8 @@ class _Worker:
         self.process.wait()
         if self.process.stderr is not None:
             self.process.stderr.close()
+        if self.group is not None:
+            self.group.remove()
 
 
 class _Refused(Exception):
@@ -355,22 +371,12 @@ def close_shared() -> None:
 
 def confinement(allow_unsafe_exec: bool = False) -> dict[str, Any]:
     """What confines programs on this machine, tried and not guessed: mode, namespaces, landlock_abi, seccomp,
-    switches_to_uid, rlimits, private_folder. Raises UserError where nothing does."""
+    switches_to_uid (outside of the namespaces, of the first worker), root (they stay uid 0), keeps_capability (to read
+    Python), rlimits, private_folder, dies_first (when memory runs out), control_group. Raises UserError where nothing
+    does."""
     return dict(shared_sandbox(allow_unsafe_exec).means)
 
 
 def describe(allow_unsafe_exec: bool = False) -> str:
-    """confinement() in a line for people."""
-    means = confinement(allow_unsafe_exec)
-    if means["mode"] == "none":
-        return "programs run UNCONFINED (time and memory limits only)"
-    parts = [f"namespaces ({', '.join(means['namespaces'])})"] if means["namespaces"] else []
-    if means["landlock_abi"]:
-        parts.append(f"Landlock ABI {means['landlock_abi']}")
-    parts.append("a system-call filter (seccomp)")
-    parts.append(f"limits ({', '.join(means['rlimits'])})")
-    if means["switches_to_uid"] is not None:
-        parts.append(f"uid {means['switches_to_uid']}")
-    parts.append("no capabilities")
-    folder = "a folder in memory" if means["private_folder"] else "no writable folder"
-    return f"programs run with {', '.join(parts)}, {folder}"
+    """confinement() in a line for people, with what it leaves open."""
+    return in_words(confinement(allow_unsafe_exec))

@@ -4,8 +4,8 @@ child for every program. Runs as `python -c`, started by sandbox.py, which it ob
 What it never does is read a test or an expected output. Those go to the judge's process in a memory file that this
 process only passes on, so that no program, forked from here, can find the answers in the memory it inherits.
 
-Order in a child: new session, resource limits, a private folder, another uid (root only), no capabilities, Landlock,
-system-call filter; then "+" on a pipe, then the program.
+Order in a child: new session, resource limits, a private folder, another uid (root only), no capabilities, death with
+its parent, Landlock, system-call filter; then "+" on a pipe, then the program.
 """
 
 from __future__ import annotations
@@ -25,11 +25,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from llmdistill.verify import confine, confine_namespaces, confine_seccomp, programs, sandbox_candidate, sandbox_judge
+from llmdistill.verify import (
+    confine,
+    confine_cgroup,
+    confine_identity,
+    confine_namespaces,
+    confine_seccomp,
+    programs,
+    sandbox_candidate,
+    sandbox_judge,
+)
 from llmdistill.verify.sandbox_wire import read_whole, write_all
 
 PROGRAM_ENDED = 3  # the judge's exit status when the program's process went away under it
-_JUDGE_MEMORY = 4 << 30
+_JUDGE_MEMORY = 2 << 30  # bytes; the tests of Mbpp/255 compare 120 million items
 _REPORT = 100  # the descriptor on which a child says that it is confined
 _PRELOADED = ["bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions"]
 _PRELOADED += ["functools", "heapq", "inspect", "itertools", "json", "math", "operator", "queue", "random", "re"]
@@ -41,8 +50,11 @@ class Zygote:
         self.control, self.mode = control, mode
         self.paths = confine_namespaces.readable_paths(paths)
         self.namespaces: list[str] = []
-        self.uid: int | None = None
-        self.tasks: int | None = None
+        self.started_by_root = os.geteuid() == 0
+        self.identity = confine_identity.Identity()
+        self.outside: int | None = None  # the programs' uid as the machine sees it
+        self.tasks: confine_identity.TaskLimit | None = None
+        self.dies_first = confine_identity.die_first()
         self.landlock = confine.landlock_abi() if mode != "none" else 0
         self.base_memory = 0
 
@@ -59,13 +71,19 @@ class Zygote:
         if not confine_seccomp.supported():
             raise OSError("no seccomp filter for this kernel or machine")
         if self.mode == "namespaces":
-            self.namespaces, self.uid, self.tasks = confine_namespaces.enter(self.paths)
+            self.outside = confine_identity.unused_uid() if self.started_by_root else None
+            self.namespaces, uid, counted_apart = confine_namespaces.enter(self.paths, self.outside)
+            self.identity = confine_identity.Identity(uid)
+            self.outside = None if uid is None else self.outside
             self._become_first_process()
             os.chdir("/tmp")
+            self.tasks = confine_identity.TaskLimit(counted_apart=counted_apart)
         elif self.landlock < 1:
             raise OSError("the kernel has no Landlock")
-        elif os.geteuid() == 0 and _reads_python_as(confine_namespaces.NOBODY):
-            self.uid = confine_namespaces.NOBODY
+        else:
+            self.identity = confine_identity.own_identity()
+            self.outside = self.identity.uid
+            self.tasks = confine_identity.TaskLimit(counted_apart=self.outside is not None)
 
     def _become_first_process(self) -> None:
         """Fork: the child is process 1 of the new process namespace, whose end ends all in it; the parent waits."""
@@ -83,9 +101,13 @@ class Zygote:
             "namespaces": self.namespaces,
             "landlock_abi": self.landlock,
             "seccomp": self.mode != "none",
-            "switches_to_uid": None if self.uid is None else confine_namespaces.NOBODY,
-            "rlimits": ["as", "cpu", "fsize", "nofile", "core", "stack"] + (["nproc"] if self.tasks else []),
+            "switches_to_uid": self.outside,
+            "keeps_capability": self.identity.capability is not None,
+            "root": self.started_by_root and self.outside is None,
+            "rlimits": ["as", "cpu", "fsize", "nofile", "core", "stack"]
+            + (["nproc"] if self.tasks is not None and self.tasks.enforced else []),
             "private_folder": bool(self.namespaces),
+            "dies_first": self.dies_first,
         }
 
     def serve(self) -> NoReturn:
@@ -130,7 +152,7 @@ class Zygote:
                 lambda both: sandbox_candidate.answer_calls(both[0], both[1], 3, 4),
                 text,
             )
-            own = {**job, "memory": max(job["memory"], _JUDGE_MEMORY)}
+            own = {**job, "memory": _JUDGE_MEMORY}
             content = lambda: read_whole(task)  # noqa: E731
             try:
                 judge = self._fork(own, [-1, -1, -1, to_judge[0], to_program[1], verdict], _judge, content)
@@ -192,15 +214,17 @@ class Zygote:
             address_space=self.base_memory + job["memory"],
             file_bytes=job["output"],
             cpu_seconds=math.ceil(job["time"]) + 1,
-            tasks=self.tasks,
+            tasks=None if self.tasks is None else self.tasks.now(),
             open_files=128,
         )
         if self.mode == "none":
+            confine.die_with_parent()
             return report
         if self.namespaces:
-            confine_namespaces.private_folder("/tmp", job["disk"], self.uid, self.paths)
+            confine_namespaces.private_folder("/tmp", job["disk"], self.identity.uid, self.paths)
         os.chdir("/tmp" if self.namespaces else "/")
-        confine.drop_privileges(self.uid)
+        confine.become(self.identity.uid, self.identity.capability)
+        confine.die_with_parent()
         if self.landlock:
             devices = list(confine_namespaces.DEVICES)
             confine.landlock([*self.paths, *devices], ["/dev/null", *(["/tmp"] if self.namespaces else [])])
@@ -284,22 +308,6 @@ def _probe(secret: str) -> None:
     os.fork()
 
 
-def _reads_python_as(uid: int) -> bool:
-    """Whether another user could import from this Python: one in root's home is out of reach."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            with open(os.__file__, "rb"):
-                status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def _end_leftovers() -> None:
     """Without a filter programs may leave daemons; orphans come to this process (adopt_orphans)."""
     for _ in range(1000):
@@ -321,11 +329,12 @@ def main(arguments: str) -> NoReturn:
     control.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.set_int_max_str_digits(0)  # time is limited as it is: a number of 5,000 digits is no attack
-    zygote = Zygote(control, options["mode"], options["paths"])
     try:
+        in_group = confine_cgroup.join(options["group"])  # before anything is forked
+        zygote = Zygote(control, options["mode"], options["paths"])
         zygote.enter()
     except OSError as error:
         control.send(json.dumps({"error": str(error)}).encode())
         os._exit(1)
-    control.send(json.dumps({"means": zygote.means()}).encode())
+    control.send(json.dumps({"means": {**zygote.means(), "control_group": in_group}}).encode())
     zygote.serve()

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from llmdistill.errors import UserError
 from llmdistill.verify import confine_seccomp
 from llmdistill.verify import sandbox as module
 from llmdistill.verify.code import run_stdin, run_tests
+from llmdistill.verify.confine_cgroup import Group, join
 from llmdistill.verify.sandbox import Limits, Sandbox, SandboxFailure, confinement, describe, shared_sandbox
+from llmdistill.verify.sandbox_means import in_words, remains
 from tests.verify.test_attacks import descendants
 
 DOUBLE = "def double(x): return 2 * x"
@@ -37,8 +40,89 @@ def test_something_real_confines_here():
     assert means["mode"] in ("namespaces", "landlock") and means["seccomp"]
     assert means["landlock_abi"] or means["namespaces"]
     assert "seccomp" in describe() and "UNCONFINED" not in describe()
-    if os.geteuid() == 0 and means["mode"] == "namespaces":
-        assert means["switches_to_uid"] == 65534
+    if os.geteuid() == 0:
+        assert means["switches_to_uid"] not in (None, 0) and not means["root"] and "nproc" in means["rlimits"]
+    assert means["dies_first"]
+
+
+def sandbox_of(mode: str, workers: int = 1) -> Sandbox:
+    try:
+        return Sandbox(workers, mode=mode)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give its programs another uid")
+@pytest.mark.parametrize("mode", ["namespaces", "landlock"])
+def test_roots_programs_have_a_uid_of_their_own_by_worker(mode):
+    """Also where Python lies in root's home, out of another user's reach: imports work all the same."""
+    program = "import os\nimport xml.dom.minidom\ndef who(): return os.getresuid(), os.getresgid(), os.getgroups()"
+    seen = []
+    for _ in range(2):
+        with sandbox_of(mode) as pool:
+            seen.append(pool.means["switches_to_uid"])
+            inside = 1 if mode == "namespaces" else seen[-1]
+            expected = f"(({inside},) * 3, ({inside},) * 3, [])"
+            verdict = run_tests(program, f"assert who() == {expected}, who()", sandbox=pool)
+            assert verdict.passed, verdict
+    assert 0 not in seen and len(set(seen)) == 2
+
+
+@pytest.mark.parametrize("mode", ["namespaces", "landlock"])
+def test_the_kernel_ends_programs_before_the_trainer_when_memory_runs_out(mode):
+    with sandbox_of(mode) as pool:
+
+        def sleep() -> None:
+            with suppress(SandboxFailure):
+                pool.script("import time\ntime.sleep(99)", "", Limits(time_s=99))
+
+        thread, server = threading.Thread(target=sleep), pool._all[0].process.pid
+        thread.start()
+        while len(running := descendants(server)) < (2 if mode == "namespaces" else 1):
+            assert thread.is_alive()
+        scores = {Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in running | {server}}
+        os.kill(server, signal.SIGKILL)
+        thread.join(30)
+        assert gone(running), "what runs goes with its fork server"
+        assert scores == {"1000"}
+
+
+def test_what_remains_is_said():
+    """By the line that every result carries: Landlock hides contents and not that files exist."""
+    with sandbox_of("landlock") as pool:
+        line = in_words(pool.means)
+        exists = run_tests(
+            "import os\ndef f(): return os.path.exists('/etc/shadow')", "assert f() is True", sandbox=pool
+        )
+        assert exists.passed and "they see whether files exist" in line and "what remains" in line
+    with sandbox_of("namespaces") as pool:
+        exists = run_tests(
+            "import os\ndef f(): return os.path.exists('/etc/shadow')", "assert f() is True", sandbox=pool
+        )
+        assert not exists.passed and "whether files exist" not in in_words(pool.means)
+    bare = {**pool.means, "rlimits": [], "root": True, "dies_first": False, "keeps_capability": True}
+    assert len(remains(bare)) == len(remains(pool.means)) + 4
+
+
+def test_control_groups_where_they_are_delegated(tmp_path):
+    """On a tree that looks like one (few machines of tests delegate any): limits are written, groups go away with
+    their owner, and one whose controllers are missing is left alone."""
+    assert Group.make([tmp_path]) is None
+    (tmp_path / "cgroup.subtree_control").write_text("cpu io\n")
+    assert Group.make([tmp_path]) is None
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory pids\n")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    abandoned = tmp_path / f"llmdistill-{ended.pid}-0123"
+    abandoned.mkdir()
+    group = Group.make([tmp_path / "missing", tmp_path])
+    assert group is not None and not abandoned.exists()
+    group.limit_memory(123 << 20)
+    assert (group.folder / "pids.max").read_text() == "128"
+    assert (group.folder / "memory.max").read_text() == str(123 << 20)
+    assert not join(None) and not join(str(tmp_path / "missing")) and join(str(group.folder))
+    with sandbox_of("landlock") as pool:
+        assert pool.means["control_group"] == (Group.make() is not None)
 
 
 def test_without_confinement_it_is_refused_by_name(monkeypatch):
