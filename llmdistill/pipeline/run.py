@@ -32,6 +32,7 @@ from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.prompts import load_rows
+from llmdistill.training.layout import check_layout
 from llmdistill.training.measure import Measurement
 from llmdistill.training.trainer import DistillationTrainer
 
@@ -238,6 +239,8 @@ def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) ->
     """Where to go on from; an earlier run in the way is moved aside, never overwritten."""
     if recipe.flags.resume:
         checkpoint = folder.newest_checkpoint()
+        if checkpoint:
+            check_layout(checkpoint, recipe.args)  # before anything is written about this run
         nothing = f"no complete checkpoint in {folder.path}: from the start"
         if recipe.args.process_index == 0:
             console.print(f"resuming from {checkpoint}" if checkpoint else nothing)

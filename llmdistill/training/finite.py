@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import Trainer
 from llmdistill.compat import trainers, zero3
 from llmdistill.errors import UserError
 from llmdistill.record.run_folder import RunFolder
+from llmdistill.training.layout import check_layout
 
 LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # 1.8e19: the square of more is inf, in every norm of a model
 
@@ -31,13 +33,16 @@ class FiniteTrainer(Trainer):
         trainers.before_checkpoints(self, self._refuse_lost_weights)
         trainers.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own.
 
         Raises:
-            UserError: the last update destroyed the weights; a loss or an earlier checkpoint would have said so before.
+            UserError: the checkpoint is of another launch; or the last update destroyed the weights (a loss or an
+                earlier checkpoint would have said so before).
         """
-        result = super().train(*args, **kwargs)
+        if isinstance(resume_from_checkpoint, str | Path) and resume_from_checkpoint:
+            check_layout(resume_from_checkpoint, self.args)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._refuse_lost_weights()
         return result
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,8 +211,9 @@ def test_helpers_are_trained_alike_and_not_saved_with_the_student(layouts: Any, 
 # ---------------------------------------------------------------- killed
 
 
-def write_recipe(folder: Path, steps: int) -> Path:
-    """DistiLLM-2's two terms on two texts, with an average of the student as the teacher, which reads a hint."""
+def write_recipe(folder: Path, steps: int, objective: dict[str, Any] | None = None) -> Path:
+    """An average of the student as the teacher, which reads a hint; DistiLLM-2's two terms on two texts, or another
+    objective."""
     worker.make_model(0, hidden=32, tied=True).save_pretrained(folder / "student")
     worker.make_tokenizer().save_pretrained(folder / "student")
     rows = [
@@ -227,7 +229,7 @@ def write_recipe(folder: Path, steps: int) -> Path:
         "student": {"model": str(folder / "student")},
         "teacher": {"student": "ema", "ema_decay": 0.5, "context": "hint"},
         "data": {"train": str(folder / "train.jsonl"), "contexts": {"hint": "hint"}},
-        "objective": {"method": "distillm2", "adaptive_alpha": True, "gradual_beta": True},
+        "objective": objective or {"method": "distillm2", "adaptive_alpha": True, "gradual_beta": True},
         "rollouts": {"max_new_tokens": 8},
         "train": {
             **{"max_steps": steps, "save_steps": 1, "save_total_limit": 2, "logging_steps": 1, "learning_rate": 1e-2},
@@ -272,24 +274,69 @@ def assert_same(torn: Path, whole: Path, steps: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_sharded_run_that_is_killed_and_resumed_is_the_undisturbed_one(tmp_path: Path) -> None:
-    steps = 8
-    recipe, whole, torn = write_recipe(tmp_path, steps), tmp_path / "whole", tmp_path / "torn"
-    end(start("zero3", recipe, whole))
-    killed_after(start("zero3", recipe, torn), torn, 3, 0.05)
-    assert "resuming from" in end(start("zero3", recipe, torn, "--resume"))
-    assert_same(torn, whole, steps)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_a_run_that_is_killed_and_resumed_is_the_undisturbed_one(tmp_path: Path, config: str) -> None:
+    """Both processes at once, as when a machine loses its power."""
+    torn_as_whole(tmp_path, config, kills=1)
 
 
 @pytest.mark.proof
-def test_a_run_killed_twenty_times_is_the_undisturbed_one(tmp_path: Path) -> None:
-    """At random moments: in a step, between steps, while a checkpoint is written."""
-    kills, draw = 20, random.Random(0)
-    steps = 10 * kills  # about 6 go by at most between two kills
-    recipe, whole, torn = write_recipe(tmp_path, steps), tmp_path / "whole", tmp_path / "torn"
-    end(start("one_process", recipe, whole))
+@pytest.mark.parametrize("config", ("one_process", *SEVERAL))
+def test_a_run_killed_twenty_times_is_the_undisturbed_one(tmp_path: Path, config: str) -> None:
+    """At random moments: in a step, between steps, while a checkpoint is written by one process or the other."""
+    torn_as_whole(tmp_path, config, kills=20)
+
+
+def torn_as_whole(folder: Path, config: str, kills: int) -> None:
+    draw, steps = random.Random(0), 8 if kills == 1 else 10 * kills  # about 6 go by at most between two kills
+    recipe, whole, torn = write_recipe(folder, steps), folder / "whole", folder / "torn"
+    end(start(config, recipe, whole))
     for n in range(kills):
-        process = start("one_process", recipe, torn, *(["--resume"] if n else []))
-        killed_after(process, torn, max(logged(torn), default=0) + 1, draw.uniform(0.0, 0.25))
-    end(start("one_process", recipe, torn, "--resume"))
+        process = start(config, recipe, torn, *(["--resume"] if n else []))
+        killed_after(process, torn, max(logged(torn), default=0) + (3 if kills == 1 else 1), draw.uniform(0.0, 0.25))
+    assert "resuming from" in end(start(config, recipe, torn, "--resume"))
     assert_same(torn, whole, steps)
+
+
+@pytest.mark.slow
+def test_an_averaged_student_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    """Where weights are whole on every rank, the average is too: each reads the first one's."""
+    steps, whole = 4, dict[str, Path]()
+    recipe = write_recipe(tmp_path, steps, {"sequences": "dataset"})  # nothing is drawn: the same for any number
+    layouts = {"one_process": ("--per_device_train_batch_size", "4"), "two_processes": ()}
+    for config, share in layouts.items():
+        whole[config] = tmp_path / config
+        end(start(config, recipe, whole[config], *share))
+    for config, other in (("one_process", "two_processes"), ("two_processes", "one_process")):
+        torn = tmp_path / f"{config}-torn"
+        shutil.copytree(whole[config], torn)
+        shutil.rmtree(torn / f"checkpoint-{steps}")
+        end(start(other, recipe, torn, *layouts[other], "--resume"))
+        found, expected = logged(torn), logged(whole[config])
+        assert sorted(found) == sorted(expected)
+        for name in ("loss", "grad_norm"):
+            assert found[steps][name] == pytest.approx(expected[steps][name], rel=1e-4), name
+        averages = [averaged(run / f"checkpoint-{steps}") for run in (torn, whole[config])]
+        close_tensors(*averages)
+
+
+def averaged(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint / "method_state_0.pt", weights_only=True)
+    return state["judges"]["teacher"]["average"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_what_deepspeed_keeps_in_parts_is_refused_by_another_launch(tmp_path: Path) -> None:
+    """Before anything is written: without DeepSpeed the optimizer would be a new one, in silence."""
+    recipe, run = write_recipe(tmp_path, 1, {"sequences": "dataset"}), tmp_path / "run"
+    end(start("zero2", recipe, run))
+    before = {file: file.read_bytes() for file in run.glob("*.*")}
+    for other, layout in (("one_process", "without DeepSpeed"), ("zero3", "with DeepSpeed ZeRO-3 over 2 processes")):
+        share = "4" if other == "one_process" else "2"
+        process = start(other, recipe, run, "--per_device_train_batch_size", share, "--resume")
+        said = process.communicate(timeout=TIME_LIMIT)[0]
+        assert process.returncode != 0
+        assert f"was written with DeepSpeed ZeRO-2 over 2 processes, and this is a launch {layout}" in said, said[
+            -3000:
+        ]
+    assert {file: file.read_bytes() for file in run.glob("*.*")} == before
