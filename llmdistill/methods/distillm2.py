@@ -43,8 +43,8 @@ def build(args: Any) -> Method:
     reads = ("tokens", "alpha") if args.adaptive_alpha else ()
 
     def term(text: str, side: Skew, weight: Any) -> Term:
-        more: dict[str, Any] = {"survey": side} if args.adaptive_alpha else {}
-        return Term(f"on_{text}", side.loss, (Ask("teacher"),), reads, text, weight=weight, mean="sequence", **more)
+        survey: dict[str, Any] = {"survey": side} if args.adaptive_alpha else {}
+        return Term(f"on_{text}", side.loss, (Ask("teacher"),), reads, text, weight=weight, mean="sequence", **survey)
 
     terms = term("teacher", on_teacher, lambda: 2.0 - beta.now), term("student", on_student, lambda: beta.now)
     texts = {"teacher": Only(args.teacher_text), "student": Only("student")}
@@ -78,9 +78,9 @@ class Skew(Schedule):
     anchor: float | None = None
     state = ("anchor",)
 
-    def loss(self, student_logits: Tensor, teacher_logits: Tensor, *own: Tensor) -> Any:
-        fixed = torch.full(student_logits.shape[:1], self.alpha, device=student_logits.device)
-        return self.divergence(student_logits, teacher_logits, own[1] if self.adaptive else fixed)
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor, *reads: Tensor) -> Any:
+        alpha_n = torch.full(student_logits.shape[:1], self.alpha, device=student_logits.device)
+        return self.divergence(student_logits, teacher_logits, reads[1] if self.adaptive else alpha_n)
 
     def measure(self, student_logits: Tensor, /, *evidence: Tensor) -> dict[str, Tensor]:
         teacher_logits, token_ids = evidence

@@ -79,18 +79,18 @@ class Critic:
     """MI-alpha over the teacher's states of the global batch, which the survey shows it."""
 
     def __init__(self) -> None:
-        self.everybody: list[Tensor] = []
+        self.teacher_states: list[Tensor] = []
 
     def measure(self, student_logits: Tensor, /, *evidence: Tensor) -> dict[str, Tensor]:
         return {}
 
     def derive(self, rows: Rows) -> Mapping[str, Tensor]:
-        self.everybody = [rows.everywhere[f"judge_{k}"] for k in range(len(rows.everywhere))]
+        self.teacher_states = [rows.everywhere[f"judge_{k}"] for k in range(len(rows.everywhere))]
         count = len(next(iter(rows.values.values())))
         return {"index": torch.arange(rows.first, rows.first + count)}
 
     def loss(self, states: Sequence[Tensor], *evidence: Tensor, helpers: Mapping[str, nn.Module]) -> Tensor:
         index = evidence[-1]
-        every = zip(states, self.everybody, strict=True)
-        found = [mi_alpha_rows(helpers[f"pair_{k}"], s, t.to(s), index) for k, (s, t) in enumerate(every)]
-        return torch.stack(found).mean(0)
+        layer_pairs = zip(states, self.teacher_states, strict=True)
+        losses = [mi_alpha_rows(helpers[f"pair_{k}"], s, t.to(s), index) for k, (s, t) in enumerate(layer_pairs)]
+        return torch.stack(losses).mean(0)

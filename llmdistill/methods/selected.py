@@ -43,10 +43,10 @@ class Settings:
 def build(args: Any) -> Method:
     """The reverse KL on what is selected."""
 
-    def select(own: Mapping[str, Tensor]) -> Tensor:
-        kept = torch.ones(len(own["tokens"]), dtype=torch.bool)
+    def select(row_tensors: Mapping[str, Tensor]) -> Tensor:
+        mask = torch.ones(len(row_tensors["tokens"]), dtype=torch.bool)
         if args.first:
-            kept &= first_tokens(own["position"], args.first).cpu()
-        return kept & not_in(own["tokens"], args.without).cpu() if args.without else kept
+            mask &= first_tokens(row_tensors["position"], args.first).cpu()
+        return mask & not_in(row_tensors["tokens"], args.without).cpu() if args.without else mask
 
     return Method((Term("divergence", reverse_kl, (Ask("teacher"),), select=select),))

@@ -191,12 +191,12 @@ class TokenConfig(DistillationConfig):
         """The per-token function of the estimator; sampled estimates the reverse KL only."""
         if self.estimator == "sampled":
             return partial(policy.sampled_token, **self.sampler)
-        family = divergences if self.estimator == "full" else sparse
-        takes = PARAMETER.get(self.divergence)
-        given = {takes: getattr(self, takes)} if takes and getattr(self, takes) is not None else {}
-        return partial(getattr(family, self.divergence), temperature=self.loss_temperature, **given)
+        module = divergences if self.estimator == "full" else sparse
+        parameter = PARAMETER.get(self.divergence)
+        kwargs = {parameter: getattr(self, parameter)} if parameter and getattr(self, parameter) is not None else {}
+        return partial(getattr(module, self.divergence), temperature=self.loss_temperature, **kwargs)
 
-    def term(self, loss: Callable[..., Tensor], judges: Sequence[str] = ("teacher",), **more: Any) -> Term:
+    def term(self, loss: Callable[..., Tensor], judges: Sequence[str] = ("teacher",), **term_options: Any) -> Term:
         """The term of the divergence: ``loss`` over what the judges say, weighed where its tokens were sampled."""
         sampled = self.estimator == "sampled"
         term = Term(
@@ -207,7 +207,7 @@ class TokenConfig(DistillationConfig):
             support=self.support,
             mean=self.mean,
             on_student=sampled,
-            **more,
+            **term_options,
         )
         return term.importance_weighted(self.cap, **self.sampler) if sampled else term
 
@@ -234,24 +234,24 @@ class TokenConfig(DistillationConfig):
         term = Term("reward", loss, (), ("tokens", "advantage"), weight=weight, on_student=True)
         return term.importance_weighted(self.cap, **self.sampler)
 
-    def source(self, own: Source | None = None) -> Source:
+    def source(self, source: Source | None = None) -> Source:
         """Where the text comes from: what the settings name, or a source of one's ``own`` instead.
 
         Raises:
             UserError: a name where a source is wanted, or one that the estimator has no use for.
         """
-        if isinstance(own, str):
+        if isinstance(source, str):
             raise UserError(
-                f"sequences={own!r} is a name, and names are settings: they are checked against the others. "
-                f"Fix: {type(self).__name__}(sequences={own!r}); the argument takes a source of your own."
+                f"sequences={source!r} is a name, and names are settings: they are checked against the others. "
+                f"Fix: {type(self).__name__}(sequences={source!r}); the argument takes a source of your own."
             )
-        if own is not None:
-            if self.estimator == "sampled" and own.uses != {"student"}:
+        if source is not None:
+            if self.estimator == "sampled" and source.uses != {"student"}:
                 raise UserError(
-                    f"objective.estimator sampled needs tokens that the student drew, and {type(own).__name__} uses "
-                    f"{', '.join(sorted(own.uses))}. Fix: --estimator full or top_k."
+                    f"objective.estimator sampled needs tokens that the student drew, and {type(source).__name__} uses "
+                    f"{', '.join(sorted(source.uses))}. Fix: --estimator full or top_k."
                 )
-            return own
+            return source
         return sources.make_source(
             self.sequences,
             student_fraction=self.student_fraction,

@@ -41,13 +41,13 @@ def mi_alpha_loss(scores_BB: Tensor, baseline_B: Tensor, alpha_logit: Tensor | f
         )
     scores = scores_BB.to(compute_dtype(scores_BB))
     logit = torch.as_tensor(alpha_logit, dtype=scores.dtype, device=scores.device)
-    others = torch.logaddexp(
+    log_denominator = torch.logaddexp(
         _log_mean_of_others(scores) + F.logsigmoid(logit),
         baseline_B.to(scores.dtype).unsqueeze(-1) + F.logsigmoid(-logit),
     )
-    apart = ~torch.eye(size, dtype=torch.bool, device=scores.device)
-    joint = (scores.diagonal().unsqueeze(-1) - others)[apart].mean()
-    marginal = (scores - others.diagonal().unsqueeze(-1))[apart].exp().mean()
+    is_negative = ~torch.eye(size, dtype=torch.bool, device=scores.device)
+    joint = (scores.diagonal().unsqueeze(-1) - log_denominator)[is_negative].mean()
+    marginal = (scores - log_denominator.diagonal().unsqueeze(-1))[is_negative].exp().mean()
     return -(1.0 + joint - marginal)
 
 
@@ -76,13 +76,13 @@ def mi_alpha_rows(head: MIAlphaHead | nn.Module, student_nH: Tensor, teacher_NH:
     scores, baseline, logit = head(student_nH, teacher_NH.detach())
     if scores.shape[-1] < 2:
         return scores.sum(-1) * 0.0
-    own = F.one_hot(index_n, scores.shape[-1]).bool()
-    others = torch.logaddexp(
+    is_positive = F.one_hot(index_n, scores.shape[-1]).bool()
+    log_denominator = torch.logaddexp(
         _log_mean_of_others(scores) + F.logsigmoid(logit), baseline.unsqueeze(-1) + F.logsigmoid(-logit)
     )
-    f_own, a_own = scores[own].unsqueeze(-1), others[own].unsqueeze(-1)
-    parts = (f_own - others - (scores - a_own).exp()).masked_fill(own, 0.0)
-    return -(1.0 + parts.sum(-1) / (scores.shape[-1] - 1))
+    f_ii, a_ii = scores[is_positive].unsqueeze(-1), log_denominator[is_positive].unsqueeze(-1)
+    row_bounds = (f_ii - log_denominator - (scores - a_ii).exp()).masked_fill(is_positive, 0.0)
+    return -(1.0 + row_bounds.sum(-1) / (scores.shape[-1] - 1))
 
 
 def _log_mean_of_others(scores_BB: Tensor) -> Tensor:

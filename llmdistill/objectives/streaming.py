@@ -256,21 +256,21 @@ class _Loop:
         first, last = max(chunk.start, start), max(min(chunk.stop, stop), max(chunk.start, start))
         if first == last and len(self.hidden_NH):  # none of its rows is here
             return student_logits_nV.new_zeros((), dtype=self.sums.dtype) + 0 * student_logits_nV[:0].sum()
-        own = slice(first - start, last - start)
+        part_rows = slice(first - start, last - start)
         whole = (first, last) == (chunk.start, chunk.stop)
         logits_nV = student_logits_nV if whole else student_logits_nV[first - chunk.start : last - chunk.start]
-        teacher_args = part.teacher.chunk(own, self.vocab_size)
+        teacher_args = part.teacher.chunk(part_rows, self.vocab_size)
         losses_n = part.objective(logits_nV, *teacher_args)
-        self.row_losses[k][own] = losses_n.detach()
+        self.row_losses[k][part_rows] = losses_n.detach()
         if part.weights_N is not None:
-            losses_n = losses_n * part.weights_N[own].detach()
+            losses_n = losses_n * part.weights_N[part_rows].detach()
         loss = losses_n.sum()
         self.sums[k] += loss.detach()
         if part.metrics is not None:
             sums = self.metric_sums[k]
             for name, values_n in part.metrics(logits_nV.detach(), *teacher_args).items():
                 if part.weigh_metrics and part.weights_N is not None:
-                    values_n = values_n * part.weights_N[own]
+                    values_n = values_n * part.weights_N[part_rows]
                 total = values_n.sum(dtype=torch.float64)
                 sums[name] = sums[name] + total if name in sums else total
         return loss

@@ -50,12 +50,12 @@ class ReplayBuffer:
         """Every sequence of ``rollout``; ``prompts`` has one for each."""
         for b, prompt in enumerate(prompts):
             start, end = len(prompt.ids), int(rollout.attention_mask[b].sum())
-            lp = rollout.behavior_logprobs
+            behavior_logprobs = rollout.behavior_logprobs
             self.samples.append(
                 Sample(
                     prompt,
                     rollout.input_ids[b, start:end].tolist(),
-                    None if lp is None else lp[b, start:end].tolist(),
+                    None if behavior_logprobs is None else behavior_logprobs[b, start:end].tolist(),
                     rollout.finish[b] if rollout.finish else None,
                     rollout.policy_version,
                 )
@@ -68,18 +68,18 @@ class ReplayBuffer:
         ``policy_version`` is the oldest of theirs: staleness is what it can be at most.
         """
         random_ = random.Random(seed)
-        chosen = random_.sample(self.samples, n) if n <= len(self) else random_.choices(self.samples, k=n)
-        logprobs = [s.logprobs for s in chosen]
+        samples = random_.sample(self.samples, n) if n <= len(self) else random_.choices(self.samples, k=n)
+        logprobs = [s.logprobs for s in samples]
         rollout = collate(
-            [s.prompt.ids for s in chosen],
-            [s.completion for s in chosen],
+            [s.prompt.ids for s in samples],
+            [s.completion for s in samples],
             pad_id=pad_id,
             behavior_logprobs=None if None in logprobs else [lp for lp in logprobs if lp is not None],
-            finish=[s.finish for s in chosen if s.finish is not None] if all(s.finish for s in chosen) else (),
-            domain=[s.prompt.domain for s in chosen],
-            policy_version=min(s.policy_version for s in chosen),
+            finish=[s.finish for s in samples if s.finish is not None] if all(s.finish for s in samples) else (),
+            domain=[s.prompt.domain for s in samples],
+            policy_version=min(s.policy_version for s in samples),
         )
-        return rollout, [s.prompt for s in chosen]
+        return rollout, [s.prompt for s in samples]
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: ids and log-probs end to end as tensors, 8 bytes a token, and what else a sample has."""
@@ -96,21 +96,21 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.samples, ids, logprobs = [], state["ids"].tolist(), state["logprobs"].tolist()
-        at = drawn_at = 0
+        offset = logprobs_offset = 0
         for k, (prompt, completion) in enumerate(state["lengths"]):
-            written = ids[at + prompt : at + prompt + completion]
-            own = logprobs[drawn_at : drawn_at + completion] if state["drawn"][k] else None
-            drawn_at += completion if own is not None else 0
+            completion_ids = ids[offset + prompt : offset + prompt + completion]
+            behavior_logprobs = logprobs[logprobs_offset : logprobs_offset + completion] if state["drawn"][k] else None
+            logprobs_offset += completion if behavior_logprobs is not None else 0
             self.samples.append(
                 Sample(
-                    _prompt({**state["prompts"][k], "ids": ids[at : at + prompt]}),
-                    written,
-                    own,
+                    _prompt({**state["prompts"][k], "ids": ids[offset : offset + prompt]}),
+                    completion_ids,
+                    behavior_logprobs,
                     state["finish"][k],
                     state["policy_version"][k],
                 )
             )
-            at += prompt + completion
+            offset += prompt + completion
 
 
 def _prompt(entry: dict[str, Any]) -> Prompt:

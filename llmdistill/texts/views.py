@@ -56,17 +56,17 @@ def in_context(rollout: Rollout, prompts: Sequence[Prompt], context: str, pad_id
     The rows are the same tokens in the same order: completions are carried over as ids, never as text. A sequence
     without that context keeps its prompt, so that the rows stay aligned; what is said about it must not count.
     """
-    before = rollout.attention_mask.long().argmax(1).tolist()  # padding on the left
-    ends = [a + n for a, n in zip(before, rollout.attention_mask.sum(1).tolist(), strict=True)]
+    left_padding = rollout.attention_mask.long().argmax(1).tolist()
+    ends = [a + n for a, n in zip(left_padding, rollout.attention_mask.sum(1).tolist(), strict=True)]
     has = torch.tensor([context in p.contexts for p in prompts], dtype=torch.bool)
-    heads = [list(p.contexts.get(context, p.ids)) for p in prompts]
-    starts = [a + len(p.ids) for a, p in zip(before, prompts, strict=True)]
-    tails = [ids[a:b].tolist() for ids, a, b in zip(rollout.input_ids.cpu(), starts, ends, strict=True)]
-    read = collate(heads, tails, pad_id=pad_id, finish=rollout.finish, domain=rollout.domain)
-    mask = torch.zeros_like(read.completion_mask)  # what the text leaves out of the loss is left out here too
-    for b, (head, a, end) in enumerate(zip(heads, starts, ends, strict=True)):
-        mask[b, len(head) : len(head) + end - a] = rollout.completion_mask[b, a:end].cpu()
-    return replace(read, completion_mask=mask, policy_version=rollout.policy_version), has
+    contexts_ids = [list(p.contexts.get(context, p.ids)) for p in prompts]
+    starts = [a + len(p.ids) for a, p in zip(left_padding, prompts, strict=True)]
+    completions = [ids[a:b].tolist() for ids, a, b in zip(rollout.input_ids.cpu(), starts, ends, strict=True)]
+    in_contexts = collate(contexts_ids, completions, pad_id=pad_id, finish=rollout.finish, domain=rollout.domain)
+    mask = torch.zeros_like(in_contexts.completion_mask)  # what the text leaves out of the loss is left out here too
+    for b, (context_ids, a, end) in enumerate(zip(contexts_ids, starts, ends, strict=True)):
+        mask[b, len(context_ids) : len(context_ids) + end - a] = rollout.completion_mask[b, a:end].cpu()
+    return replace(in_contexts, completion_mask=mask, policy_version=rollout.policy_version), has
 
 
 def stacked(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:

@@ -78,14 +78,14 @@ def check_hidden(method: Method, model: Any, judges: Mapping[str, Teacher]) -> t
             judge = judges.get(ask.judge)
             if judge is None:
                 continue  # check_ready says so
-            inner = model if isinstance(judge, StudentTeacher) else getattr(judge, "model", None)
-            if not isinstance(judge, HiddenTeacher) or inner is None:
+            judge_model = model if isinstance(judge, StudentTeacher) else getattr(judge, "model", None)
+            if not isinstance(judge, HiddenTeacher) or judge_model is None:
                 raise UserError(
                     f"term {term.name!r} reads hidden states of {ask.judge} {judge.info().name!r}, a "
                     f"{type(judge).__name__}; only a model in this process has them. Fix: teacher.model, engine hf."
                 )
-            check_layers(inner, term.hidden.judge, f"term {term.name!r}, {ask.judge}'s layers,")
-            sizes = (sizes[0], hidden_size(inner))
+            check_layers(judge_model, term.hidden.judge, f"term {term.name!r}, {ask.judge}'s layers,")
+            sizes = (sizes[0], hidden_size(judge_model))
     return sizes
 
 
@@ -97,11 +97,11 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
             that only replays, a text without anything to count, or weights of tokens that
             nothing is trained on.
     """
-    later = {name for name, where in trainer.data_config.contexts.items() if ":" in where}
-    by_token = [p.row for p in prompts if isinstance(p.weight, tuple)]
-    if by_token and "dataset" not in trainer.method.uses:
+    built_later = {name for name, source in trainer.data_config.contexts.items() if ":" in source}
+    token_weighted = [p.row for p in prompts if isinstance(p.weight, tuple)]
+    if token_weighted and "dataset" not in trainer.method.uses:
         raise UserError(
-            f"row {by_token[0]} has a weight for each token of its completion, and no term is on the dataset's "
+            f"row {token_weighted[0]} has a weight for each token of its completion, and no term is on the dataset's "
             "completions. Fix: one number for a row, or sequences dataset."
         )
     for term in trainer.method.terms:
@@ -119,7 +119,7 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
                     f"{ask.judge}.context is {ask.context!r}, and the teacher only replays what was stored under the "
                     "prompt. Fix: teacher.model or teacher.url."
                 )
-            if ask.context not in later and prompts and not any(ask.context in p.contexts for p in prompts):
+            if ask.context not in built_later and prompts and not any(ask.context in p.contexts for p in prompts):
                 raise UserError(
                     f"{ask.judge}.context is {ask.context!r}, and no row has such a context. "
                     f"Fix: --data.contexts '{{{ask.context}: COLUMN}}'."
@@ -130,15 +130,17 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
                 f"term {term.name!r} is on the dataset's completions, and no row has one: it would divide by nothing. "
                 "Fix: --data.completion_column NAME."
             )
-        weighed = [p for p in prompts if _counts(p.weight, trainer.args.domain_weights.get(p.domain or "", 1.0))]
-        if prompts and not weighed:
+        positive_rows = [p for p in prompts if _counts(p.weight, trainer.args.domain_weights.get(p.domain or "", 1.0))]
+        if prompts and not positive_rows:
             raise UserError(
                 f"all rows have weight 0, and term {term.name!r} would divide by nothing. "
                 "Fix: data.weight_column or objective.domain_weights."
             )
-        needed = {ask.context for ask in term.asks if ask.context} - later
+        needed = {ask.context for ask in term.asks if ask.context} - built_later
         from_dataset = all(s.uses == {"dataset"} for s in sources)
-        if prompts and not any(needed <= p.contexts.keys() and (p.completion or not from_dataset) for p in weighed):
+        if prompts and not any(
+            needed <= p.contexts.keys() and (p.completion or not from_dataset) for p in positive_rows
+        ):
             raise UserError(
                 f"no row has all that term {term.name!r} needs (a weight above 0"
                 f"{', a completion' if from_dataset else ''}{''.join(f', context {c!r}' for c in sorted(needed))}): it "
@@ -158,8 +160,8 @@ def check_ready(trainer: Parts) -> None:
             there, or a row has no teacher.
     """
     for role, judge in trainer.judges.items():
-        own = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
-        if own and judge.model is trainer.model:  # type: ignore[attr-defined]
+        is_frozen = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
+        if is_frozen and judge.model is trainer.model:  # type: ignore[attr-defined]
             raise UserError(
                 f"{role} is the student itself, which would be frozen by it. Fix: {role}=copy.deepcopy(model)."
             )
@@ -167,8 +169,8 @@ def check_ready(trainer: Parts) -> None:
         term.check_top_k(trainer.vocab_size)
     for name in sorted(trainer.method.judges - set(trainer.judges)):
         term, _ = trainer.method.asks_of(name)[0]
-        how = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"
-        raise UserError(f"the objective reads a {name} model (term {term.name!r}), and there is none. Fix: {how}.")
+        argument = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"
+        raise UserError(f"the objective reads a {name} model (term {term.name!r}), and there is none. Fix: {argument}.")
     prompts = [p for p in trainer.train_dataset or [] if isinstance(p, Prompt)]
     for judge in trainer.judges.values():
         if isinstance(judge, RoutedTeacher):

@@ -23,46 +23,49 @@ def load_functions(named: Mapping[str, str]) -> dict[str, ContextFunction]:
     Raises:
         UserError: no such module, or nothing callable there.
     """
-    found = {}
-    for name, where in named.items():
-        module, _, attribute = where.partition(":")
+    functions = {}
+    for name, path in named.items():
+        module, _, attribute = path.partition(":")
         try:
             function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(
-                f"data.contexts.{name} is {where!r}: {error}. Fix: a module:function that is there."
+                f"data.contexts.{name} is {path!r}: {error}. Fix: a module:function that is there."
             ) from None
         if not callable(function):
-            raise UserError(f"data.contexts.{name} is {where!r}, which is no function. Fix: name one.")
-        found[name] = function
-    return found
+            raise UserError(f"data.contexts.{name} is {path!r}, which is no function. Fix: name one.")
+        functions[name] = function
+    return functions
 
 
 def build_contexts(
-    text: Text, functions: Mapping[str, ContextFunction], encode: PromptEncoder, group: int, decode: Decode
+    text: Text, functions: Mapping[str, ContextFunction], encode: PromptEncoder, group_size: int, decode: Decode
 ) -> Text:
     """The text with those contexts in its prompts. Up to ``group`` neighbours are the samples of one prompt.
 
     Raises:
         UserError: a function gives other than one context a completion.
     """
-    written = decode(text.rollout, text.prompts, skip_special_tokens=True)
+    completions = decode(text.rollout, text.prompts, skip_special_tokens=True)
     prompts: list[Prompt] = []
-    for part in _groups(text.prompts, 1 if text.author == "dataset" else group):
-        row, index = dict(text.prompts[part.start].record or {}), text.prompts[part.start].row
-        rewards = None if text.rewards is None else text.rewards[part]
-        contexts: list[dict[str, tuple[int, ...]]] = [dict(p.contexts) for p in text.prompts[part]]
+    for sample_slice in _groups(text.prompts, 1 if text.author == "dataset" else group_size):
+        row, row_index = dict(text.prompts[sample_slice.start].record or {}), text.prompts[sample_slice.start].row
+        rewards = None if text.rewards is None else text.rewards[sample_slice]
+        contexts: list[dict[str, tuple[int, ...]]] = [dict(p.contexts) for p in text.prompts[sample_slice]]
         for name, function in functions.items():
-            given = list(function(row, written[part], rewards))
-            if len(given) != len(contexts):
+            new_contexts = list(function(row, completions[sample_slice], rewards))
+            if len(new_contexts) != len(contexts):
                 raise UserError(
-                    f"data.contexts.{name} gave {len(given)} contexts for the {len(contexts)} completions of row "
-                    f"{index}. Fix: one for each, None where there is none."
+                    f"data.contexts.{name} gave {len(new_contexts)} contexts for the {len(contexts)} completions of "
+                    f"row {row_index}. Fix: one for each, None where there is none."
                 )
-            for own, context in zip(contexts, given, strict=True):
+            for prompt_contexts, context in zip(contexts, new_contexts, strict=True):
                 if context is not None:
-                    own[name] = encode.in_context(row, context, f"data.contexts.{name}", index)
-        prompts += [replace(p, contexts=own) for p, own in zip(text.prompts[part], contexts, strict=True)]
+                    prompt_contexts[name] = encode.in_context(row, context, f"data.contexts.{name}", row_index)
+        prompts += [
+            replace(p, contexts=prompt_contexts)
+            for p, prompt_contexts in zip(text.prompts[sample_slice], contexts, strict=True)
+        ]
     return replace(text, prompts=prompts)
 
 

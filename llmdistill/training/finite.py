@@ -58,26 +58,26 @@ class FiniteTrainer(Trainer):
 
     def _not_finite(self, loss: float, rows: Iterable[Any]) -> UserError:
         """Of a loss in training; ``rows`` are those of its micro-batch."""
-        numbers = list(dict.fromkeys(map(str, rows)))  # a prompt may have several samples
-        named = ", ".join(numbers[:16]) + (" …" if len(numbers) > 16 else "")
-        where = f"the loss is {loss} at step {self.state.global_step + 1}, on the prompts of rows {named}"
+        row_names = list(dict.fromkeys(map(str, rows)))  # a prompt may have several samples
+        shown = ", ".join(row_names[:16]) + (" …" if len(row_names) > 16 else "")
+        message = f"the loss is {loss} at step {self.state.global_step + 1}, on the prompts of rows {shown}"
         if usable(self.model):  # type: ignore[arg-type]
-            return self._stopped(f"{where}; training cannot go on from it", "look at those rows, ")
-        return self._lost(f"{where}; ", "")
+            return self._stopped(f"{message}; training cannot go on from it", "look at those rows, ")
+        return self._lost(f"{message}; ", "")
 
-    def _lost(self, before: str, behind: str) -> UserError:
+    def _lost(self, prefix: str, suffix: str) -> UserError:
         step = self.state.global_step
-        said = f"{before}the weights are NaN, inf or too large to be squared"
+        message = f"{prefix}the weights are NaN, inf or too large to be squared"
         if step > trainers.first_step(self):
-            return self._stopped(f"{said} since the update of step {step}{behind}")
-        return self._stopped(f"{said} as they were loaded{behind}", "start from other weights, ")
+            return self._stopped(f"{message} since the update of step {step}{suffix}")
+        return self._stopped(f"{message} as they were loaded{suffix}", "start from other weights, ")
 
-    def _stopped(self, what: str, first: str = "") -> UserError:
-        last = RunFolder(self.args.output_dir or "runs/default").newest_checkpoint()
-        then = f"--resume, which goes on from {last}" if last else "start again"
+    def _stopped(self, message: str, first_fix: str = "") -> UserError:
+        checkpoint = RunFolder(self.args.output_dir or "runs/default").newest_checkpoint()
+        next_step = f"--resume, which goes on from {checkpoint}" if checkpoint else "start again"
         return UserError(
-            f"{what}. The last complete checkpoint is {last or 'none: none was saved yet'}. Fix: {first}lower "
-            f"{self.rate} or use train.bf16 instead of fp16, then {then}."
+            f"{message}. The last complete checkpoint is {checkpoint or 'none: none was saved yet'}. Fix: {first_fix}"
+            f"lower {self.rate} or use train.bf16 instead of fp16, then {next_step}."
         )
 
 

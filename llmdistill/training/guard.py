@@ -49,9 +49,9 @@ class Guard:
         self.start = self.start or [chosen, rejected]
         self.last = [*self.last, [chosen, rejected]][-self.window :]
         beyond = {"chosen": self.fall > self.drop, "rejected": self.rejected_fall > self.rejected_drop}
-        new = [side for side in SIDES if beyond[side] and side not in self.fired]
-        self.fired |= dict.fromkeys(new, step)
-        return new
+        newly_fired = [side for side in SIDES if beyond[side] and side not in self.fired]
+        self.fired |= dict.fromkeys(newly_fired, step)
+        return newly_fired
 
     @property
     def fired_at(self) -> int | None:

@@ -36,10 +36,10 @@ class MethodState:
         }
 
     def save(self, checkpoint: str | Path) -> None:
-        values = self.values()
+        state = self.values()
         if self.rank > 0 and not any(judge.sharded for judge in self.judges.values()):
-            values.pop("judges")  # the first rank's file has all of it
-        torch.save(values, self._file(checkpoint, self.rank))
+            state.pop("judges")  # the first rank's file has all of it
+        torch.save(state, self._file(checkpoint, self.rank))
 
     def restore(self, values: dict[str, Any]) -> None:
         """Takes what :meth:`values` gave."""
@@ -48,10 +48,10 @@ class MethodState:
             "schedules": self.method.schedules,
             "judges": self.judges,
         }
-        for kind, own in parts.items():
-            if sorted(values[kind]) != sorted(own):
-                raise ValueError(f"{kind} {sorted(values[kind])} there, {sorted(own)} here")
-            for name, part in own.items():
+        for kind, parts_here in parts.items():
+            if sorted(values[kind]) != sorted(parts_here):
+                raise ValueError(f"{kind} {sorted(values[kind])} there, {sorted(parts_here)} here")
+            for name, part in parts_here.items():
                 part.load_state_dict(values[kind][name])
 
     def load(self, checkpoint: str | Path) -> None:
@@ -75,9 +75,9 @@ class MethodState:
                 values["judges"] = torch.load(files[1], weights_only=True)["judges"]
             self.restore(values)
         except Exception as error:  # torch.load raises nearly anything on bytes that are no checkpoint
-            why = next(iter(str(error).splitlines()), "")
+            reason = next(iter(str(error).splitlines()), "")
             raise UserError(
-                f"{file} is not the state of this method ({type(error).__name__}: {why}). "
+                f"{file} is not the state of this method ({type(error).__name__}: {reason}). "
                 "Fix: resume from a checkpoint that the same method wrote."
             ) from error
 

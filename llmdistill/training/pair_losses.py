@@ -38,8 +38,8 @@ class PairMeans:
         return token_logprobs(student_logits, token_ids)
 
     def reduce(self, values_N: Tensor, groups: Groups) -> Tensor:
-        chosen, rejected = sequence_means(values_N, groups.counts).split(list(groups.sequences))
-        return self.loss(chosen, rejected) * len(chosen)
+        chosen_means, rejected_means = sequence_means(values_N, groups.counts).split(list(groups.sequences))
+        return self.loss(chosen_means, rejected_means) * len(chosen_means)
 
     def count(self, groups: Groups) -> int:
         return groups.sequences[0]
@@ -99,18 +99,20 @@ def measure_pairs(trainer: Any, pairs: Sequence[Pair], *, pad_id: int, chunk_tok
     Before ``train()`` or after it; every process must call it.
     """
     accelerator, world = trainer.accelerator, trainer.accelerator.num_processes
-    share = -(-len(pairs) // world)
+    per_rank = -(-len(pairs) // world)
     # Equally many forward passes everywhere (ZeRO-3 gathers parameters in them): the last pairs repeat, uncounted.
-    index = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    mine = [pairs[min(i, len(pairs) - 1)] for i in index]
+    index = range(accelerator.process_index * per_rank, (accelerator.process_index + 1) * per_rank)
+    local_pairs = [pairs[min(i, len(pairs) - 1)] for i in index]
     model: nn.Module = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     head, size = head_of(trainer.model), trainer.args.per_device_eval_batch_size
     sharded = list(trainer.model.parameters()) if trainer.model_wrapped is trainer.model else []
     with accelerator.autocast(), gathered(sharded):
-        found = _measured(model, head, [mine[i : i + size] for i in range(0, len(mine), size)], pad_id, chunk_tokens)
-    counted = [f for i, f in zip(index, found, strict=True) if i < len(pairs)]
-    everyone = gather_object(counted) if world > 1 else counted
-    return PairMeasurement(*(list(column) for column in zip(*everyone, strict=True)))  # type: ignore[arg-type]
+        measured = _measured(
+            model, head, [local_pairs[i : i + size] for i in range(0, len(local_pairs), size)], pad_id, chunk_tokens
+        )
+    counted = [f for i, f in zip(index, measured, strict=True) if i < len(pairs)]
+    all_measured = gather_object(counted) if world > 1 else counted
+    return PairMeasurement(*(list(column) for column in zip(*all_measured, strict=True)))  # type: ignore[arg-type]
 
 
 def _measured(

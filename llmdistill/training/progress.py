@@ -42,27 +42,29 @@ class Progress:
         if not self.method.schedules:
             return
         for s in batch.slices:
-            if (found := result.terms.get(s.term.name)) is None:
+            if (term_result := result.terms.get(s.term.name)) is None:
                 continue
             self.counted.add(s.term.name)
-            self.losses[s.term.name] += found.loss_sum / s.total
-            for name, total in found.watched.items():
+            self.losses[s.term.name] += term_result.loss_sum / s.total
+            for name, total in term_result.watched.items():
                 self.watched[s.term.name, name] += total / s.total
             if s.term.group is None:
-                self._note_groups(batch, s, found)
+                self._note_groups(batch, s, term_result)
 
-    def _note_groups(self, batch: MicroBatch, s: Slice, found: TermResult) -> None:
-        losses = found.row_losses if s.weights_N is None else found.row_losses * s.weights_N
+    def _note_groups(self, batch: MicroBatch, s: Slice, term_result: TermResult) -> None:
+        losses = term_result.row_losses if s.weights_N is None else term_result.row_losses * s.weights_N
         weights = torch.ones_like(losses) if s.weights_N is None else s.weights_N
         counts = list(s.groups.counts)
         sums = [float(x.sum()) for x in losses.split(counts)]
         rows = [float(x.sum()) for x in weights.split(counts)]
-        of = [(batch.texts[n].author, p) for n in s.term.texts if n in batch.texts for p in batch.texts[n].prompts]
-        for (author, prompt), total, count in zip(of, sums, rows, strict=True):
-            by = {"author": author, "domain": prompt.domain or "", "teacher": self._teacher(s.term, prompt)}
-            for axis, label in by.items():
-                pair = self.groups[s.term.name, axis, label]
-                pair[0], pair[1] = pair[0] + total, pair[1] + count
+        sequences = [
+            (batch.texts[n].author, p) for n in s.term.texts if n in batch.texts for p in batch.texts[n].prompts
+        ]
+        for (author, prompt), total, count in zip(sequences, sums, rows, strict=True):
+            labels = {"author": author, "domain": prompt.domain or "", "teacher": self._teacher(s.term, prompt)}
+            for axis, label in labels.items():
+                loss_and_rows = self.groups[s.term.name, axis, label]
+                loss_and_rows[0], loss_and_rows[1] = loss_and_rows[0] + total, loss_and_rows[1] + count
 
     def _teacher(self, term: Term, prompt: Prompt) -> str:
         """Whose word about a sequence a term hears first: the name of the judge, or of the teacher it is routed to."""
@@ -81,21 +83,21 @@ class Progress:
         self.forget()
 
     def _measured(self, step: int, accelerator: Any) -> Measured:
-        mine = (
+        local_sums = (
             {n: self.losses[n] for n in self.counted},
             dict(self.watched),
             {k: list(v) for k, v in self.groups.items()},
         )
-        parts = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+        sums_of_ranks = gather_object([local_sums]) if accelerator.num_processes > 1 else [local_sums]
         losses: dict[str, float] = defaultdict(float)
         watched: dict[tuple[str, str], float] = defaultdict(float)
         groups: Sums = defaultdict(lambda: [0.0, 0.0])
-        for some_losses, some_watched, some_groups in parts:
-            for name, value in some_losses.items():
+        for rank_losses, rank_watched, rank_groups in sums_of_ranks:
+            for name, value in rank_losses.items():
                 losses[name] += value
-            for key, value in some_watched.items():
+            for key, value in rank_watched.items():
                 watched[key] += value
-            for label, (total, count) in some_groups.items():
+            for label, (total, count) in rank_groups.items():
                 groups[label][0] += total
                 groups[label][1] += count
         return Measured(step, dict(losses), dict(watched), {k: (a, b) for k, (a, b) in groups.items()})

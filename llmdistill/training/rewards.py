@@ -20,8 +20,8 @@ def math_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[f
     """
     from llmdistill.verify.math import verify_answer
 
-    if bare := [p.row for p in prompts if not p.answer]:
-        raise UserError(f"row {bare[0]} has no answer to verify against. Fix: --data.answer_column NAME.")
+    if without_answer := [p.row for p in prompts if not p.answer]:
+        raise UserError(f"row {without_answer[0]} has no answer to verify against. Fix: --data.answer_column NAME.")
     return [float(verify_answer(text, p.answer)) for p, text in zip(prompts, completions, strict=True)]
 
 
@@ -40,18 +40,18 @@ def load_reward(name: str) -> Reward:
         return BUILT_IN[name]
     module, _, function = name.partition(":")
     try:
-        found = getattr(import_module(module), function) if function else None
+        reward = getattr(import_module(module), function) if function else None
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"objective.reward {name!r} cannot be loaded: {error}") from error
-    if not callable(found):
+    if not callable(reward):
         raise UserError(
             f"objective.reward is {name!r}; it must be {' or '.join(BUILT_IN)}, or package.module:function taking "
             "(prompts, completions) and returning one number for each."
         )
-    return found  # type: ignore[no-any-return]
+    return reward  # type: ignore[no-any-return]
 
 
-def group_advantages(rewards: Sequence[float], group: int) -> list[float]:
+def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:
     """(r - mean) / (std + 1e-4) within each run of ``group`` neighbours (GRPO, arXiv 2402.03300, section 4.1.2).
 
     The deviation is the sample's (n - 1), as TRL takes it; a group of equal rewards has advantage 0.
@@ -59,13 +59,13 @@ def group_advantages(rewards: Sequence[float], group: int) -> list[float]:
     Raises:
         ValueError: the rewards are no multiple of the group.
     """
-    if group < 2 or len(rewards) % group:
-        raise ValueError(f"{len(rewards)} rewards in groups of {group}; a group has at least 2 and all are whole")
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards in groups of {group_size}; a group has at least 2 and all are whole")
     advantages = []
-    for start in range(0, len(rewards), group):
-        part = [float(r) for r in rewards[start : start + group]]
+    for start in range(0, len(rewards), group_size):
+        group_rewards = [float(r) for r in rewards[start : start + group_size]]
         # Of equal numbers the mean is one of them: rounding must not become an advantage.
-        mean = part[0] if min(part) == max(part) else statistics.fmean(part)
-        std = statistics.stdev(part)
-        advantages += [(r - mean) / (std + 1e-4) for r in part]
+        mean = group_rewards[0] if min(group_rewards) == max(group_rewards) else statistics.fmean(group_rewards)
+        std = statistics.stdev(group_rewards)
+        advantages += [(r - mean) / (std + 1e-4) for r in group_rewards]
     return advantages

@@ -25,22 +25,26 @@ class RoundLog(RoundTexts):
                 self.meters.add(name, total, count)
 
     def _log_terms(self, batch: MicroBatch, result: Result) -> None:
-        several = len(self.method.terms) > 1
+        has_several_terms = len(self.method.terms) > 1
         for s in batch.slices:
-            if (found := result.terms.get(s.term.name)) is None:
+            if (term_result := result.terms.get(s.term.name)) is None:
                 continue
             prefix, rows = self._prefix(s.term), s.rows.stop - s.rows.start
             count = s.term.group.count(s.groups) if s.term.group else rows
             weight = float(s.weights_N.sum()) if s.weights_N is not None else count
-            self.meters.add_all(found.metric_sums, weight, prefix)
-            if several:
-                self.meters.add(f"{prefix}loss", found.loss_sum, weight)
-                self.meters.add_root(f"{prefix}grad_norm", found.squared_norm)
+            self.meters.add_all(term_result.metric_sums, weight, prefix)
+            if has_several_terms:
+                self.meters.add(f"{prefix}loss", term_result.loss_sum, weight)
+                self.meters.add_root(f"{prefix}grad_norm", term_result.squared_norm)
         if result.router_balance is not None:
             self.meters.add("distill/router_balance", result.router_balance)
-        shown = next((s for s in batch.slices if s.term.name in result.per_token and len(s.term.texts) == 1), None)
-        if shown is not None:
-            self._log_completions(batch.texts[shown.term.texts[0]], torch.cat(result.per_token[shown.term.name]))
+        logged_slice = next(
+            (s for s in batch.slices if s.term.name in result.per_token and len(s.term.texts) == 1), None
+        )
+        if logged_slice is not None:
+            self._log_completions(
+                batch.texts[logged_slice.term.texts[0]], torch.cat(result.per_token[logged_slice.term.name])
+            )
         elif batch.slices and len(self.method.terms[0].texts) == 1:
             self._log_completions(next(iter(batch.texts.values())), None)
 
@@ -55,12 +59,12 @@ class RoundLog(RoundTexts):
         for source in self.method.texts.values():
             for name, value in source.numbers().items():
                 self.meters.add(f"rollout/{name}", value)
-        for rate, clock in (
+        for rate, timer in (
             ("rollout/tokens_per_second", "time/rollout"),
             ("teacher/positions_per_second", "time/teacher"),
         ):  # of all processes together: flush() adds up tokens and seconds
             sums, processes = self.meters.sums, self.accelerator.num_processes
-            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[clock][0]]
+            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[timer][0]]
 
     def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
         if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up

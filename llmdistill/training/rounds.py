@@ -36,7 +36,7 @@ class RoundTexts(StudentTrainer):
     eos_ids: Any
     pad_id: int
     vocab_size: int
-    _pushed: tuple[int, int]  # the stretch of push_every steps, and the step, last pushed
+    _pushed: tuple[int, int]  # the interval of push_every steps, and the step, last pushed
 
     @property
     def teacher(self) -> Teacher:
@@ -56,12 +56,13 @@ class RoundTexts(StudentTrainer):
         """The texts of a round."""
         step, sampling = self.state.global_step, self._sampling(self.state.global_step)
 
-        def each(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
+        def with_prompts(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
             n = len(rollout) // len(of)
             return rollout, [p for p in of for _ in range(n)]
 
-        def others(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:  # what no student wrote is neither stale nor off
-            return each(replace(rollout, policy_version=step, behavior_logprobs=None), of)
+        def off_policy(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
+            """What no student wrote is neither stale nor off its sampler's log-probs."""
+            return with_prompts(replace(rollout, policy_version=step, behavior_logprobs=None), of)
 
         round_ = Round(
             examples,
@@ -72,9 +73,9 @@ class RoundTexts(StudentTrainer):
             self.args.rollouts.samples_per_prompt,
             self.pad_id,
             {
-                "student": lambda of: each(self._student_samples(of, sampling), of),
-                "dataset": lambda of: others(completed(of, self.pad_id), of),
-                "teacher": lambda of: others(self.teacher.generate(of, sampling), of),
+                "student": lambda of: with_prompts(self._student_samples(of, sampling), of),
+                "dataset": lambda of: off_policy(completed(of, self.pad_id), of),
+                "teacher": lambda of: off_policy(self.teacher.generate(of, sampling), of),
             },
         )
         return {name: self._text(round_, source) for name, source in self.method.texts.items()}
@@ -105,10 +106,10 @@ class RoundTexts(StudentTrainer):
 
     def _student_samples(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         # Counted from step 0 and not from the last push: a run resumed at a multiple pushes as the undisturbed one.
-        # In stretches and not at the multiples alone: the student need not be the one who writes there.
-        stretch = self.state.global_step // self.args.rollouts.push_every
-        if self._pushed[0] != stretch:
-            self._push(stretch)
+        # By intervals and not at the multiples alone: the student need not be the one who writes there.
+        interval = self.state.global_step // self.args.rollouts.push_every
+        if self._pushed[0] != interval:
+            self._push(interval)
         return self.rollout_engine.generate(prompts, sampling)
 
     def sync_engine(self) -> None:
@@ -120,20 +121,20 @@ class RoundTexts(StudentTrainer):
         """What the student writes with the weights of now, for a measurement."""
         step, every = self.state.global_step, self.args.rollouts.push_every
         if self.is_in_train and self._pushed[0] == step // every and self._pushed[1] != step:
-            # The engine writes the rest of its stretch with the weights it has: looking does not change what is
+            # The engine writes the rest of its interval with the weights it has: looking does not change what is
             # trained on.
-            beside = HFRollouts(eos_ids=self.eos_ids, pad_id=self.pad_id, ready=self._generating)
-            beside.sync(self.forward_model(), step)
-            return beside.generate(prompts, sampling)
+            beside_engine = HFRollouts(eos_ids=self.eos_ids, pad_id=self.pad_id, ready=self._generating)
+            beside_engine.sync(self.forward_model(), step)
+            return beside_engine.generate(prompts, sampling)
         self.sync_engine()
         return self.rollout_engine.generate(prompts, sampling)
 
     def _generating(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         return generation_ready(model, self.accelerator)
 
-    def _push(self, stretch: int) -> None:
+    def _push(self, interval: int) -> None:
         self.rollout_engine.sync(self.forward_model(), self.state.global_step)
-        self._pushed = (stretch, self.state.global_step)
+        self._pushed = (interval, self.state.global_step)
 
     def _sampling(self, step: int) -> Sampling:
         r = self.args.rollouts
@@ -145,16 +146,19 @@ class RoundTexts(StudentTrainer):
         if self.reward is None:
             return text
         with self.meters.timed("time/reward"):
-            written = self._completions(text.rollout, text.prompts, skip_special_tokens=True)
-            rewards = [float(r) for r in self.reward(text.prompts, written)]
+            completions = self._completions(text.rollout, text.prompts, skip_special_tokens=True)
+            rewards = [float(r) for r in self.reward(text.prompts, completions)]
         if len(rewards) != len(text):
             raise UserError(f"the reward returned {len(rewards)} numbers for {len(text)} completions")
-        if bad := [(p.row, r) for p, r in zip(text.prompts, rewards, strict=True) if not math.isfinite(r)]:
-            raise UserError(f"the reward is {bad[0][1]} on row {bad[0][0]}; it must be a finite number. Fix: return 0.")
+        for prompt, reward in zip(text.prompts, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"the reward is {reward} on row {prompt.row}; it must be a finite number. Fix: return 0."
+                )
         self.meters.add("rollout/reward", sum(rewards), len(rewards))
-        group = self.args.rollouts.samples_per_prompt
-        compared = any("advantage" in term.reads for term in self.method.terms)
-        advantages = group_advantages(rewards, group) if compared else [0.0] * len(rewards)
+        group_size = self.args.rollouts.samples_per_prompt
+        reads_advantages = any("advantage" in term.reads for term in self.method.terms)
+        advantages = group_advantages(rewards, group_size) if reads_advantages else [0.0] * len(rewards)
         return replace(text, rewards=rewards, advantages=advantages)
 
     def _in_new_contexts(self, text: Text) -> Text:
@@ -170,10 +174,10 @@ class RoundTexts(StudentTrainer):
 
         Ties keep their order, so a round is reproducible.
         """
-        together = {name: term.texts for term in self.method.terms if term.group is not None for name in term.texts}
+        text_groups = {name: term.texts for term in self.method.terms if term.group is not None for name in term.texts}
         ordered = {}
         for name, text in texts.items():
-            lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in together.get(name, (name,))]
+            lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in text_groups.get(name, (name,))]
             longest = [max(column) for column in zip(*lengths, strict=True)]
             ordered[name] = text.reorder(sorted(range(len(text)), key=lambda i: longest[i]))
         return ordered
@@ -181,5 +185,7 @@ class RoundTexts(StudentTrainer):
     def _completions(self, rollout: Rollout, prompts: Sequence[Prompt], skip_special_tokens: bool = False) -> list[str]:
         """All that was written, also what the loss leaves out."""
         ends = rollout.attention_mask.sum(1).tolist()
-        written = [ids[len(p.ids) : end].tolist() for ids, p, end in zip(rollout.input_ids, prompts, ends, strict=True)]
-        return self.encode.tokenizer.batch_decode(written, skip_special_tokens=skip_special_tokens)
+        completion_ids = [
+            ids[len(p.ids) : end].tolist() for ids, p, end in zip(rollout.input_ids, prompts, ends, strict=True)
+        ]
+        return self.encode.tokenizer.batch_decode(completion_ids, skip_special_tokens=skip_special_tokens)

@@ -42,11 +42,11 @@ def _judge_states(answer: TeacherRows) -> dict[str, Tensor]:
 def _of_all(trainer: Any, values: dict[str, Tensor], texts: Sequence[Text]) -> Rows:
     """Numbers of this process's rows with those of all."""
     counts = tuple(c for text in texts for c in text.rollout.row_counts)
-    mine = (values, counts)
-    gathered = gather_object([mine]) if trainer.accelerator.num_processes > 1 else [mine]
-    everywhere = {name: torch.cat([part[name] for part, _ in gathered]) for name in values}
-    first = sum(sum(part) for _, part in gathered[: trainer.accelerator.process_index])
-    return Rows(values, everywhere, counts, tuple(c for _, part in gathered for c in part), first)
+    local = (values, counts)
+    of_ranks = gather_object([local]) if trainer.accelerator.num_processes > 1 else [local]
+    everywhere = {name: torch.cat([part[name] for part, _ in of_ranks]) for name in values}
+    first = sum(sum(part) for _, part in of_ranks[: trainer.accelerator.process_index])
+    return Rows(values, everywhere, counts, tuple(c for _, part in of_ranks for c in part), first)
 
 
 def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) -> dict[str, Tensor]:
