@@ -18,6 +18,7 @@ import fcntl
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
@@ -140,6 +141,20 @@ class EvalFolder:
     def write_grades(self, grades: Iterable[Grade]) -> None:
         atomic_write(self.path / "grades.jsonl", "".join(as_line(g) for g in grades))
 
+    @contextmanager
+    def claimed(self, rank: int) -> Iterator[None]:
+        """Held by a process for as long as the evaluation is its own: a second command would change what is asked
+        while the first one draws, and leave it with samples of neither.
+
+        Raises:
+            UserError: another process has it.
+        """
+        file = self.path / "samples" / f"rank-{rank}.lock"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as held:
+            _lock(held, self.path)
+            yield
+
     def appender(self, rank: int) -> Appender:
         return Appender(self.path / "samples" / f"rank-{rank}.jsonl")
 
@@ -150,13 +165,7 @@ class Appender:
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.file: TextIO = file.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
-        except BlockingIOError:
-            self.file.close()
-            raise UserError(
-                f"{file} is being written by another process. Fix: wait for it, or another --output_dir."
-            ) from None
+        _lock(self.file, file)
         with file.open("rb+") as before:  # what was cut off in the middle of a line would swallow the next one
             before.truncate(sum(len(line) for line in before if line.endswith(b"\n")))
 
@@ -169,6 +178,16 @@ class Appender:
     def close(self) -> None:
         with full_disk_is_said(self.file.name):
             self.file.close()
+
+
+def _lock(opened: TextIO, what: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when the process ends, however it does
+    except BlockingIOError:
+        opened.close()
+        raise UserError(
+            f"{what} is being written by another process. Fix: wait for it, or another --output_dir."
+        ) from None
 
 
 def as_line(record: Any) -> str:
@@ -192,9 +211,9 @@ def json_rows(file: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file; one that cannot be read is left out with a warning."""
     if not file.is_file():
         return
-    with file.open(encoding="utf-8", newline="\n") as lines:
+    with file.open("rb") as lines:  # as bytes: what is being written may end in the middle of a character
         for number, line in enumerate(lines, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 continue
             try:
                 yield json.loads(line)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,18 @@ def evaluate(
         raise UserError(f"suite {sorted(repeated)[0]!r} is there twice; they would share a folder. Fix: once each.")
     source = open_source(config)
     jobs = [prepare(one, config, source) for one in suites]
-    for job in jobs:
+    with ExitStack() as held:
+        for job in jobs:
+            if rank:
+                _await_begin(job, config.timeout_s)
+            held.enter_context(job.folder.claimed(rank))  # before anything of it is read or written
+            check(job)
+            if rank == 0:
+                begin(job, console)
+        draw_all(jobs, source, console, rank, world, config.timeout_s)
         if rank:
-            _await_begin(job, config.timeout_s)
-        check(job)
-        if rank == 0:
-            begin(job, console)
-    draw_all(jobs, source, console, rank, world, config.timeout_s)
-    if rank:
-        return []
-    found = [finish(job, config, console) for job in jobs]
+            return []
+        found = [finish(job, config, console) for job in jobs]
     return found if isinstance(suite, (list, tuple)) else found[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -368,6 +369,58 @@ def test_two_processes_cannot_write_one_file(tmp_path: Path) -> None:
         EvalFolder(tmp_path).appender(0)
     writer.close()
     EvalFolder(tmp_path).appender(0).close()
+
+
+def test_a_second_command_changes_nothing_of_the_first(tmp_path: Path, model: str) -> None:
+    """Refused before it says what is asked: with another n it would remove results, and grade the other's samples."""
+    done = scored(made.suite(tmp_path), model, tmp_path / "out")
+    before = {file: file.read_bytes() for file in done.folder.iterdir() if file.is_file()}
+    with (
+        EvalFolder(done.folder).claimed(0),
+        pytest.raises(UserError, match="sums is being written by another process"),
+    ):
+        scored(made.suite(tmp_path), model, tmp_path / "out", n=4)
+    assert {file: file.read_bytes() for file in done.folder.iterdir() if file.is_file()} == before
+    assert scored(made.suite(tmp_path), model, tmp_path / "out", n=4).results["samples"] == 24
+
+
+def test_a_character_that_is_half_written_is_not_read_yet(tmp_path: Path) -> None:
+    """Killed there, or read by the first rank while another one writes: the lines before it count."""
+    folder = EvalFolder(tmp_path)
+    writer = folder.appender(0)
+    writer.add(Sample("p", 0, "é", 1, "stop", 0))
+    writer.close()
+    file = tmp_path / "samples" / "rank-0.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[: whole.index("é".encode()) + 1])
+    assert list(folder.samples()) == [("p", 0)]
+
+
+def started_at_once(barrier: Any, seen: Any, rank: int, *given: Any, **settings: Any) -> None:
+    barrier.wait()
+    try:
+        seen.put((rank, len(evaluate(*given, rank=rank, world=2, console=QUIET, **settings))))
+    except BaseException as error:
+        seen.put((rank, repr(error)))
+        raise
+
+
+@pytest.mark.slow
+def test_two_ranks_started_at_the_same_moment(tmp_path: Path, model: str) -> None:
+    """Real processes, in a folder that is not there yet, and again in one that has another n."""
+    context, suite = multiprocessing.get_context("fork"), made.suite(tmp_path)
+    for round_ in range(6):
+        barrier, seen = context.Barrier(2), context.Queue()
+        settings = {"engine": "hf", "output_dir": str(tmp_path / str(round_ // 2)), "n": 2 + round_ % 2}
+        ranks = [
+            context.Process(target=started_at_once, args=(barrier, seen, rank, [suite], model), kwargs=settings)
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            rank.start()
+        assert sorted(seen.get(timeout=120) for _ in ranks) == [(0, 1), (1, 0)]
+        for rank in ranks:
+            rank.join()
 
 
 def test_a_line_that_was_damaged_is_left_out(tmp_path: Path) -> None:
