@@ -218,8 +218,8 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(
                 raise Stop
             step_end(self, args, state, control, **kw)
 
-        def stopping_save(trainer: Any, folder: Any) -> None:
-            save(trainer, folder)
+        def stopping_save(trainer: Any, folder: Any, student: Any) -> None:
+            save(trainer, folder, student)
             if folder.path == stage_folder:  # saved, and not yet marked as finished
                 raise Stop
 

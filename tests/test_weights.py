@@ -89,7 +89,7 @@ def test_trainable_only_holds_what_training_can_change():
 
 
 def test_adapters_on_tied_embeddings_are_refused():
-    with pytest.raises(UserError, match="tied"):
+    with pytest.raises(UserError, match="tie_word_embeddings"):
         list(named_weights(lora(llama(0), target_modules=["embed_tokens"])))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmdistill.compat.patching import patched
+
 
 @contextmanager
 def not_checkpointing(model: nn.Module) -> Iterator[None]:
@@ -59,3 +61,12 @@ def as_stored(model: Any, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple
     if not conversions:
         return pairs
     return iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
+
+
+@contextmanager
+def without_writing_weights() -> Iterator[None]:
+    """``save_pretrained`` does all it does but write tensors to the disk."""
+    from transformers import modeling_utils
+
+    with patched(modeling_utils, "safe_save_file", lambda *args, **kwargs: None):
+        yield

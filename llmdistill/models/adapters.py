@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def adapted(student: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
-    """``student`` under a new adapter. Of ``all-linear`` those layers are left out that are no linear layers after all,
-    or that the model never runs.
+    """``student`` under a new adapter, as :func:`fitted` has it.
 
     Raises:
         UserError: there is an adapter already, peft refuses the config, or the outcome could not be merged.
@@ -41,11 +40,8 @@ def adapted(student: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
             "puts another on top. Fix: model.merge_and_unload() first, or leave peft_config out to train on with the "
             "one that is there."
         )
-    peft_config = copy.deepcopy(peft_config)  # get_peft_model writes into it
-    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
-        _leave_out(peft_config, list(_not_to_adapt(student)))
     try:
-        model: Any = get_peft_model(student, peft_config)
+        model: Any = get_peft_model(student, fitted(peft_config, student))
     except (ValueError, NotImplementedError) as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
@@ -54,6 +50,14 @@ def adapted(student: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
         ) from error
     refuse_unmergeable(model)
     return model  # type: ignore[no-any-return]
+
+
+def fitted(peft_config: Any, student: PreTrainedModel) -> Any:
+    """A copy of the config in which ``all-linear`` leaves out what is no linear layer after all, or is never run."""
+    peft_config = copy.deepcopy(peft_config)
+    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
+        _leave_out(peft_config, list(_not_to_adapt(student)))
+    return peft_config
 
 
 def refuse_unmergeable(student: Any) -> None:

@@ -15,7 +15,7 @@ def few_tokens(model: nn.Module, count: int) -> Rollout:
     configs = (inner.config, inner.config.get_text_config())
     named = [getattr(c, key) for c in configs for key in vars(c) if key.endswith(("_id", "_ids", "_index"))]
     special = {i for value in named for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
-    width = inner.get_input_embeddings().num_embeddings
+    width = inner.config.get_text_config().vocab_size
     plain = [i for i in range(width) if i not in special] or [0]
     at = torch.arange(1, count + 1) * 7 % len(plain)
     input_ids = torch.tensor(plain)[at][None].to(next(inner.parameters()).device)

@@ -65,6 +65,19 @@ def load_model(
         raise UserError(f"{section}.model {path!r}{of} cannot be loaded: {_first_line(error)}") from error
 
 
+def load_saved(folder: Path, like: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A student from the folder it was saved to, on the CPU, in the dtype and with the attention of the model it was
+    saved from; and the weights of its that were not found there or did not fit. A folder may hold an adapter."""
+    remote = type(like).__module__.startswith("transformers_modules")
+    options: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
+    with _one_load_at_a_time, whole_models():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=remote, output_loading_info=True, **options
+        )
+    saved, found = loaded
+    return saved.eval(), sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
+
+
 def adapter_base(path: str, section: str, revision: str = "") -> str:
     """The model that an adapter's folder or hub name adapts; empty where there are weights.
 

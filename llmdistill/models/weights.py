@@ -59,21 +59,26 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
         with gathered(list(module.parameters())):
             merged = _merged(module)
         yield from ((prefix + name, tensor) for name, tensor in merged.items())
-        for name, child in module.get_base_layer().named_children():  # below a parameter that is adapted by itself
+        base = module.get_base_layer()  # a router's has a buffer
+        yield from () if trainable_only else _buffers(base, prefix)
+        for name, child in base.named_children():
             yield from _walk(child, f"{prefix}{name}.", trainable_only)
         return
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad or not trainable_only:
             with gathered([parameter]):
                 yield _clean(prefix + name), _whole(parameter)
-    if not trainable_only:
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield _clean(prefix + name), buffer
+    yield from () if trainable_only else _buffers(module, prefix)
     for name, child in module.named_children():
         if name == HELPERS:  # trained beside the student, and no part of it
             continue
         yield from _walk(child, f"{prefix}{name}.", trainable_only)
+
+
+def _buffers(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield _clean(prefix + name), buffer
 
 
 @torch.no_grad()

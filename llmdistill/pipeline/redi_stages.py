@@ -29,6 +29,7 @@ from llmdistill.pipeline.redi_trl import TRLCallback, direct_preference, fine_tu
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.run import (
     add_evaluations,
+    check_saved,
     checkpoint_to_resume,
     load_student,
     lora_config,
@@ -69,7 +70,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     started = read_start(folder) if recipe.flags.resume else None
     changed = check_settings(recipe, folder, started, given) if started else {}
     first = folder if args.method == "sft" else RunFolder(folder.path / "stage1")
-    tuned = replace(recipe.student, model=str(first.path / "student"))
+    tuned = replace(recipe.student, model=str(first.path / "student"), revision="")
     skip = not args.has_stage1 or (recipe.flags.resume and args.method != "sft" and _finished(first))
     model, tokenizer = load_student(tuned if skip and args.has_stage1 else recipe.student)
     encoder = pair_encoder(
@@ -106,7 +107,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
         trainer: Any = fine_tuning(stage, positives)
         trainer.encode = encoder.prompts  # where saving finds the tokenizer
         if args.method == "sft":
-            add_evaluations(trainer, recipe.evals)
+            add_evaluations(trainer, recipe.evals, recipe.data)
         _train(stage, trainer, checkpoint, "stage 1", encoder.skipped)
         checkpoint = None
         if args.method != "sft":
@@ -119,7 +120,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
         stage = Stage(recipe, folder, model, tokenizer, heldout)
         trainer = direct_preference(stage, pairs) if args.method == "dpo" else _on_pairs(stage, pairs, trainer_class)
         trainer.encode = encoder.prompts
-        add_evaluations(trainer, recipe.evals)
+        add_evaluations(trainer, recipe.evals, recipe.data)
         _train(stage, trainer, checkpoint, "stage 2", encoder.skipped)
     if main_process:
         _print(first, folder, Console(markup=False))
@@ -146,7 +147,7 @@ def _refuse(recipe: Recipe) -> None:
 def _check_evaluations(recipe: Recipe, model: Any, tokenizer: Any) -> None:
     """Loads the suites for a trainer that does not exist yet: a wrong one costs no stage 1 either."""
     trainer = SimpleNamespace(args=recipe.args, model=model, processing_class=tokenizer, add_callback=lambda _: None)
-    add_evaluations(cast(Any, trainer), recipe.evals)
+    add_evaluations(cast(Any, trainer), recipe.evals, recipe.data)
 
 
 def _finished(folder: RunFolder) -> bool:
@@ -208,7 +209,11 @@ def _train(stage: Stage, trainer: Any, checkpoint: Path | None, name: str, skipp
         if callback:
             callback.stop()
     after = _snapshot(trainer, stage)
-    save_student(trainer, folder)
+    last = name == "stage 2" or stage.args.method == "sft"
+    # The second stage starts from whole weights.
+    save_student(trainer, folder, stage.recipe.student if last else replace(stage.recipe.student, saved_as="merged"))
+    if problem := check_saved(trainer, folder, stage.recipe.flags.skip_checks):
+        raise UserError(problem)
     trainer.accelerator.wait_for_everyone()  # the next stage loads what was saved
     if not trainer.is_world_process_zero():
         return

@@ -18,6 +18,9 @@ from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from llmdistill.methods.redi_config import REDIConfig
+from llmdistill.models.adapters import fitted
+from llmdistill.models.saving import check_savable
+from llmdistill.models.unused import freeze_unused
 from llmdistill.pipeline.run import lora_config
 from llmdistill.pipeline.stage import Stage
 from llmdistill.record.meters import Meters, peak_memory_gib
@@ -93,13 +96,14 @@ def fine_tuning(stage: Stage, positives: Sequence[Pair]) -> SFTTrainer:
         completion_only_loss=True,
         max_length=None,
     )
-    return _FineTuning(
+    trainer = _FineTuning(
         _prepared(stage),
         config,
         train_dataset=_chosen_sides(positives),
         eval_dataset=_chosen_sides(stage.heldout) if stage.heldout and not later else None,
         **_trl_extras(stage),
     )
+    return _checked(trainer, stage)
 
 
 def direct_preference(stage: Stage, pairs: Sequence[Pair]) -> DPOTrainer:
@@ -122,7 +126,7 @@ def direct_preference(stage: Stage, pairs: Sequence[Pair]) -> DPOTrainer:
             "completion_mask": batch.completion_mask.long(),
         }
 
-    return _DirectPreference(
+    trainer = _DirectPreference(
         _prepared(stage),
         args=config,
         data_collator=collator,
@@ -130,6 +134,7 @@ def direct_preference(stage: Stage, pairs: Sequence[Pair]) -> DPOTrainer:
         eval_dataset=_as_dataset(stage.heldout) if stage.heldout else None,
         **_trl_extras(stage),
     )
+    return _checked(trainer, stage)
 
 
 def _chosen_sides(pairs: Sequence[Pair]) -> Dataset:
@@ -172,6 +177,13 @@ def _prepared(stage: Stage) -> Any:
     return stage.model
 
 
+def _checked(trainer: Any, stage: Stage) -> Any:
+    """What :func:`~llmdistill.training.student_trainer.ready_student` looks at, where TRL puts the adapter on."""
+    check_savable(trainer.model, stage.tokenizer, writes=stage.args.should_save)
+    freeze_unused(trainer.model)
+    return trainer
+
+
 def _shared(args: REDIConfig, folder: RunFolder, **own: Any) -> dict[str, Any]:
     """The settings of ``train`` for a config of TRL's, which is a TrainingArguments too."""
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
@@ -180,7 +192,8 @@ def _shared(args: REDIConfig, folder: RunFolder, **own: Any) -> dict[str, Any]:
 
 
 def _trl_extras(stage: Stage) -> dict[str, Any]:
-    return {"processing_class": stage.tokenizer, "peft_config": lora_config(stage.recipe.student)}
+    config = lora_config(stage.recipe.student)
+    return {"processing_class": stage.tokenizer, "peft_config": config and fitted(config, stage.model)}
 
 
 class TRLCallback(RunFolderCallback):

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from llmdistill.errors import UserError
+from llmdistill.models import saving
 from llmdistill.models.loading import load_model
-from llmdistill.models.weights import base_model, named_weights
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
 from llmdistill.recipe.command_line import Recipe
-from llmdistill.recipe.config import EvalsConfig, StudentConfig
+from llmdistill.recipe.config import DataConfig, EvalsConfig, StudentConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
@@ -72,7 +73,8 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         trainer.callback_handler.callbacks.insert(0, before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = _snapshot(trainer)
-        save_student(trainer, folder)
+        save_student(trainer, folder, recipe.student)
+        problem = check_saved(trainer, folder, recipe.flags.skip_checks)
     finally:
         trainer.close()
     if main_process:
@@ -81,6 +83,8 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         page = write_report(folder.path)
         _print(folder, Console(markup=False), page)
     leave_group()
+    if problem:  # not before: all that was measured is kept
+        raise UserError(problem)
     return 0
 
 
@@ -124,7 +128,7 @@ def build(
             data=recipe.data,
             contexts=contexts_of(recipe),
         )
-        add_evaluations(trainer, recipe.evals)
+        add_evaluations(trainer, recipe.evals, recipe.data)
         return trainer
     except BaseException:
         teacher.close()
@@ -152,12 +156,13 @@ def contexts_of(recipe: Recipe) -> dict[str, str]:
     return {"teacher": named[0]}
 
 
-def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig) -> None:
-    """The benchmarks that are scored during training, if there are any."""
+def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig, data: DataConfig) -> None:
+    """The benchmarks that are scored during training, if there are any, with chats written as in training."""
     if config.suites:
         from llmdistill.evals.callback import EvalCallback
 
-        trainer.add_callback(EvalCallback(trainer, **dataclasses.asdict(config)))
+        chat: dict[str, Any] = {k: getattr(data, k) for k in ("system_prompt", "chat_template_kwargs")}
+        trainer.add_callback(EvalCallback(trainer, **dataclasses.asdict(config), **chat))
 
 
 def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -252,20 +257,26 @@ def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) ->
     return None
 
 
-def save_student(trainer: DistillationTrainer, folder: RunFolder) -> None:
-    """``student/``: a checkpoint transformers and vLLM load. A LoRA student is saved merged, its adapter beside it."""
-    model, target = trainer.model, folder.path / "student"
-    if hasattr(model, "merge_and_unload"):
-        trainer.save_model(str(folder.path / "adapter"))
-        main, merged = trainer.is_world_process_zero(), {}
-        for name, tensor in named_weights(model):  # in every process: ZeRO-3 puts shards together as they come
-            if main:
-                merged[name] = tensor.cpu()
-        if main:
-            base_model(model).save_pretrained(target, state_dict=merged)
-            trainer.encode.tokenizer.save_pretrained(target)
+def save_student(trainer: Any, folder: RunFolder, student: StudentConfig) -> None:
+    """``student/``: a checkpoint transformers and vLLM load. A LoRA student is saved merged, its adapter beside it; or
+    its adapter alone, where ``student.saved_as`` says so."""
+    target = folder.path / "student"
+    if not hasattr(trainer.model, "merge_and_unload") or student.saved_as == "adapter":
+        trainer.save_model(str(target))
         return
-    trainer.save_model(str(target))
+    trainer.save_model(str(folder.path / "adapter"))
+    saving.save_student(trainer.model, target, trainer.encode.tokenizer, main_process=trainer.is_world_process_zero())
+
+
+def check_saved(trainer: Any, folder: RunFolder, skipped: Sequence[str]) -> str | None:
+    """Loads ``student/`` again and compares it with the student in memory; what is wrong, in every process."""
+    if saving.SKIPPED_BY in skipped:
+        return None
+    model = trainer.model
+    logits = saving.logits_on_few_tokens(model, trainer.model_wrapped if trainer.is_deepspeed_enabled else model)
+    main = trainer.is_world_process_zero()
+    found = [saving.differs_from(logits, folder.path / "student", model) if main else None]
+    return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
 
 
 def _print(folder: RunFolder, console: Console, page: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
+from llmdistill.models.saving import SKIPPED_BY
 from llmdistill.preflight import machine, models, pairs, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
 from llmdistill.recipe.command_line import Recipe
@@ -77,7 +78,7 @@ def examine(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: Se
     """As :func:`preflight`, with failures among what is returned."""
     on_pairs = isinstance((list(trainer.train_dataset or []) or [None])[0], Pair)
     checks = PAIR_CHECKS if on_pairs else CHECKS
-    known = [name_of(check) for check in checks]
+    known = [*(name_of(check) for check in checks), SKIPPED_BY]  # the last is made when all is trained
     for name in skip:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

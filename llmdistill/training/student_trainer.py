@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from llmdistill.errors import UserError
+from llmdistill.models.adapters import adapted
 from llmdistill.models.heads import check_head
 from llmdistill.models.loading import load_model
+from llmdistill.models.saving import check_savable
+from llmdistill.models.unused import freeze_unused
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
@@ -31,10 +34,11 @@ def ready_student(
     args: DistillationConfig,
     peft_config: Any = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student as it is trained (loaded, frozen in part, with its adapter), and its tokenizer.
+    """The student as it is trained (loaded, frozen in part, with its adapter), and its tokenizer. It has been saved
+    once, into nothing.
 
     Raises:
-        UserError: for a model object without a tokenizer.
+        UserError: for a model object without a tokenizer, and for a student that cannot be saved.
     """
     if isinstance(model, str):
         student, tokenizer = load_model(model, "float32", "student")
@@ -46,10 +50,10 @@ def ready_student(
     if args.freeze_embeddings:
         freeze_embeddings(student)
     if peft_config is not None:
-        from peft import get_peft_model
-
         set_seed(args.seed)  # the adapter's start is random
-        student = get_peft_model(student, peft_config)  # type: ignore[assignment]
+        student = adapted(student, peft_config)
+    check_savable(student, processing_class, writes=args.should_save)
+    freeze_unused(student)
     if args.gradient_checkpointing and hasattr(student, "enable_input_require_grads"):
         student.enable_input_require_grads()
     return student, processing_class
@@ -146,5 +150,5 @@ def gathered_sums(trainer: Trainer, numbers: list[float], device: torch.device) 
     """Each of ``numbers`` summed over the processes."""
     if trainer.accelerator.num_processes == 1:
         return numbers
-    mine = torch.tensor(numbers, device=device, dtype=torch.float64)
-    return trainer.accelerator.reduce(mine, "sum").tolist()  # type: ignore[union-attr,no-any-return]
+    local = torch.tensor(numbers, device=device, dtype=torch.float64)
+    return trainer.accelerator.reduce(local, "sum").tolist()  # type: ignore[union-attr,no-any-return]
