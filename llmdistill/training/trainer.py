@@ -101,8 +101,8 @@ class DistillationTrainer(RoundLog):
         model, tokenizer = ready_student(model, processing_class, args, peft_config)
         self.method, self.data_config, self.reward = method.in_contexts(contexts or {}), data or DataConfig(), reward
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
-        given = {**({} if teacher is None else {"teacher": teacher}), **(judges or {})}
-        self.judges = {name: self._as_teacher(judge, tokenizer, args.device) for name, judge in given.items()}
+        named_judges = {**({} if teacher is None else {"teacher": teacher}), **(judges or {})}
+        self.judges = {name: self._as_teacher(judge, tokenizer, args.device) for name, judge in named_judges.items()}
         self.helpers = attach(model, method.helpers, check_hidden(self.method, model, self.judges), args.seed)
         encode = PromptEncoder(tokenizer, self.data_config)
         self.progress = Progress(self.method, self.judges)
@@ -135,7 +135,7 @@ class DistillationTrainer(RoundLog):
             seed=args.seed,
             lazy=not self.on_policy,
         )
-        self._pushed: tuple[int, int] = (-1, -1)  # the stretch of push_every steps, and the step, last pushed
+        self._pushed: tuple[int, int] = (-1, -1)  # the interval of push_every steps, and the step, last pushed
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
         self.add_callback(_FirstValidation(self))
         self.context_functions = load_functions(encode.built_later)
@@ -230,8 +230,8 @@ class DistillationTrainer(RoundLog):
         """The denominator of every term: over all processes, gathered at once."""
         terms, counts = self.method.terms, list[float]()
         for term in terms:
-            given = inputs[term.name]
-            counts += [given.count, *given.effective, float(given.weights_N is not None)]
+            term_inputs = inputs[term.name]
+            counts += [term_inputs.count, *term_inputs.effective, float(term_inputs.weights_N is not None)]
         sums = gathered_sums(self, counts, device)
         for i, term in enumerate(terms):
             weight, squared, weighted = sums[4 * i + 1 : 4 * i + 4]
@@ -272,8 +272,8 @@ class DistillationTrainer(RoundLog):
 
     def _rows_without_number(self, batch: MicroBatch, result: Result) -> list[int]:
         """The dataset rows whose losses are no number; of all of the micro-batch where none of them stands out."""
-        every = [p.row for text in batch.texts.values() for p in text.prompts]
-        found = list[int]()
+        all_rows = [p.row for text in batch.texts.values() for p in text.prompts]
+        bad_rows = list[int]()
         for s in batch.slices:
             term = result.terms.get(s.term.name)
             prompts = [p for name in s.term.texts if name in batch.texts for p in batch.texts[name].prompts]
@@ -281,8 +281,8 @@ class DistillationTrainer(RoundLog):
                 continue
             for prompt, values in zip(prompts, term.row_losses.split(list(s.groups.counts)), strict=True):
                 if not bool(values.isfinite().all()):
-                    found.append(prompt.row)
-        return found or every
+                    bad_rows.append(prompt.row)
+        return bad_rows or all_rows
 
     # ---------------------------------------------------------------- evaluation
 
@@ -371,10 +371,10 @@ class DistillationTrainer(RoundLog):
     def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
-        wanted = "dataset" in self.method.uses
-        lacking = heldout and not all(encode.turns.has_answer(row) for row in rows)
+        needs_completions = "dataset" in self.method.uses
+        lacks_completions = heldout and not all(encode.turns.has_answer(row) for row in rows)
         optional = all(getattr(s, "optional", False) for s in self.method.texts.values() if "dataset" in s.uses)
-        return encode.encode_all(rows, completions=wanted and not lacking, optional=optional)
+        return encode.encode_all(rows, completions=needs_completions and not lacks_completions, optional=optional)
 
     @staticmethod
     def _as_teacher(teacher: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:
