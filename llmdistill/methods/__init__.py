@@ -29,8 +29,8 @@ def load(name: str) -> Any:
     Raises:
         UserError: there is none of that name, or it has no Settings and build.
     """
-    package, _, own = name.partition(":")
-    where = f"{package}.{own}" if own else f"{__name__}.{name}"
+    package, _, module_name = name.partition(":")
+    where = f"{package}.{module_name}" if module_name else f"{__name__}.{name}"
     try:
         module = importlib.import_module(where)
     except ImportError as error:

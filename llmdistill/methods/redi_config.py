@@ -103,11 +103,11 @@ class REDIConfig(PairConfig):
         """What is set and means nothing to the method. No error: a recipe for all methods has some of it."""
         defaults = {f.name: f.default for f in fields(self)}
         unguarded = () if self.on_pairs else GUARD
-        found = [f"objective.{n} (it has no guard)" for n in unguarded if getattr(self, n) != defaults[n]]
-        for name, own in OF_STAGE_1.items() if self.method == "sft" else ():
+        unread = [f"objective.{n} (it has no guard)" for n in unguarded if getattr(self, n) != defaults[n]]
+        for name, stage1_name in OF_STAGE_1.items() if self.method == "sft" else ():
             if getattr(self, name) != defaults[name]:
-                found.append(f"train.{name} (stage 2's; objective.{own} is read)")
-        return found
+                unread.append(f"train.{name} (stage 2's; objective.{stage1_name} is read)")
+        return unread
 
     @property
     def has_stage1(self) -> bool:

@@ -29,5 +29,5 @@ def likeliest_ids(
 
     parts = batches_of(rollout, batch_sequences, head.linear.weight.device)
     batches = ((part, TokenRows(part.token_rows())) for part in parts)
-    found = metrics_at_head(model, head, batches, topk, chunk_tokens=chunk_tokens, vocab_size=vocab_size)
-    return found.get("ids", torch.zeros(0, k, dtype=torch.int64))
+    metrics = metrics_at_head(model, head, batches, topk, chunk_tokens=chunk_tokens, vocab_size=vocab_size)
+    return metrics.get("ids", torch.zeros(0, k, dtype=torch.int64))

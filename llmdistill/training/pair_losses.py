@@ -129,9 +129,9 @@ def _measured(
         chunk_tokens=chunk_tokens,
     )["logprob"]
     means = iter(sequence_means(logprobs_N, [n for rollout in rollouts for n in rollout.row_counts]).tolist())
-    found = []
+    measured = []
     for pairs in batches:  # the chosen sides of a batch come before its rejected ones, see collate_pairs
         chosen = [next(means) for _ in pairs]
         rejected = [next(means) if pair.rejected else float("nan") for pair in pairs]
-        found += [(c, r, len(p.chosen), len(p.rejected)) for c, r, p in zip(chosen, rejected, pairs, strict=True)]
-    return found
+        measured += [(c, r, len(p.chosen), len(p.rejected)) for c, r, p in zip(chosen, rejected, pairs, strict=True)]
+    return measured

@@ -73,8 +73,8 @@ class RoundLog(RoundTexts):
         rows = [None] * len(text) if reverse_kl_N is None else reverse_kl_N.split(rollout.row_counts)
         finish = rollout.finish or ("stop",) * len(rollout)
         rewards: Sequence[float | None] = text.rewards or [None] * len(rollout)
-        every = zip(text.prompts, self._completions(rollout, text.prompts), finish, rewards, rows, strict=True)
-        for prompt, completion, reason, reward, values in every:
+        samples = zip(text.prompts, self._completions(rollout, text.prompts), finish, rewards, rows, strict=True)
+        for prompt, completion, reason, reward, values in samples:
             self.run_folder.add_completion(
                 step=self.state.global_step + 1,
                 prompt=prompt.text,
