@@ -10,7 +10,7 @@ A subsample says how training goes. What is published comes from ``llmdistill ev
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class EvalCallback(TrainerCallback):
         longest: new tokens; None: the suite's.
         batch: sequences generated at one time.
         data_dir: folder with the benchmarks' files.
+        system_prompt, chat_template_kwargs: how the student's prompts are written in training.
 
     Raises:
         UserError: a suite or its data is not as it must be. Before training, so nothing is lost.
@@ -58,6 +59,8 @@ class EvalCallback(TrainerCallback):
         longest: int | None = None,
         batch: int = 16,
         data_dir: str = "",
+        system_prompt: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.trainer, self.every_steps, self.batch = trainer, every_steps, batch
         self.config = EvalConfig(
@@ -69,6 +72,8 @@ class EvalCallback(TrainerCallback):
             limit=problems,
             seed=trainer.args.seed,
             data_dir=data_dir,
+            system_prompt=system_prompt,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
         )
         tokenizer = trainer.processing_class
         context = context_length(trainer.model.config)

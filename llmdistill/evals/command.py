@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 from collections.abc import Sequence
-from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
@@ -120,17 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     settings = top.add_argument_group("settings (default: the suite's)")
     types = get_type_hints(EvalConfig)
     for field in dataclasses.fields(EvalConfig):
-        known = field.default not in (None, "", False)
+        known = field.default not in (None, "", False, dataclasses.MISSING)
         help = field.metadata["help"] + (f" [{field.default}]" if known else "")
         kind, options = types[field.name], {"default": field.default, "help": help}
         if kind is bool:
             settings.add_argument(f"--{field.name}", action="store_true", help=help)
+        elif get_origin(kind) is dict:
+            settings.add_argument(f"--{field.name}", type=_mapping, metavar="JSON", default={}, help=help)
         elif get_origin(kind) is Literal:
             settings.add_argument(f"--{field.name}", choices=get_args(kind), **options)
         else:  # a plain type, or one that may be None
             plain = next(t for t in (*get_args(kind), kind) if t is not type(None))
             settings.add_argument(f"--{field.name}", type=plain, metavar=plain.__name__.upper(), **options)
     return top
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("no mapping")  # argparse says which setting it is
+    return value
 
 
 def _no_more(words: Sequence[str], option: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from llmdistill.evals.engines.base import EngineName
 from llmdistill.evals.engines.http import Api
-from llmdistill.recipe.config import TOKEN_ENV, DType, option, require
+from llmdistill.recipe.config import TEMPLATE_ARGUMENTS, TOKEN_ENV, DType, option, require
 
 
 @dataclass
@@ -25,6 +25,8 @@ class EvalConfig:
     max_new_tokens: int | None = option(None, "longest completion")
     template: str | None = option(None, "prompt template by name, instead of the suite's")
     thinking: Literal["default", "on", "off"] = option("default", "enable_thinking of chat templates that know it")
+    system_prompt: str = option("", "system message of chat templates, where the suite's template has none")
+    chat_template_kwargs: dict[str, Any] = option({}, "what chat templates read beside the messages, as JSON")
     seed: int = option(0, "of samples, subsample and intervals")
     limit: int = option(0, "only so many problems, drawn at random with the seed; 0: all")
     output_dir: str = option("", "folder of results, one below it for each suite; empty: runs/eval/MODEL")
@@ -61,6 +63,11 @@ class EvalConfig:
         require(0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]", "use 0.85")
         local = self.engine in ("vllm", "hf")
         require(not (self.url and local), "url", self.url, f"empty for engine {self.engine}", "engine openai or remote")
+        told = self.thinking == "default" or "enable_thinking" not in self.chat_template_kwargs
+        needed = "default beside chat_template_kwargs with enable_thinking"
+        require(told, "thinking", self.thinking, needed, "leave one out")
+        ours = [name for name in self.chat_template_kwargs if name in TEMPLATE_ARGUMENTS]
+        require(not ours, "chat_template_kwargs", ours, "names that only the template reads", "leave them out")
         behind = self.engine in ("openai", "remote")
         require(bool(self.url) or not behind, "url", self.url, f"set for engine {self.engine}", "--url URL")
         require(bool(self.model or self.url), "model", self.model, "a folder or hub name", "--model PATH_OR_NAME")
@@ -68,7 +75,14 @@ class EvalConfig:
     @property
     def enable_thinking(self) -> bool | None:
         """What chat templates are told; None: nothing."""
-        return None if self.thinking == "default" else self.thinking == "on"
+        if self.thinking == "default":
+            return self.chat_template_kwargs.get("enable_thinking")
+        return self.thinking == "on"
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What chat templates are told besides."""
+        return {k: v for k, v in self.chat_template_kwargs.items() if k != "enable_thinking"}
 
     @property
     def resolved_engine(self) -> EngineName:

@@ -26,7 +26,7 @@ from llmdistill.texts.rollout import Sampling
 # What two halves of one evaluation have to have in common; n may grow. "prompts" covers tokenizer and context.
 IDENTITY = (
     *("suite", "data", "limit", "template", "weights", "engine", "api", "dtype", "thinking", "sampling", "seed"),
-    "prompts",
+    *("chat", "prompts"),
 )
 
 
@@ -63,7 +63,8 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
             "Fix: --n 1, or a temperature above 0 (reasoning models are scored at 0.6)."
         )
     thinking = config.enable_thinking
-    asked, shorter = ask(suite.name, problems, template, n, sampling, thinking, source)
+    chat = {"system_prompt": config.system_prompt, "kwargs": config.template_kwargs}
+    asked, shorter = ask(suite.name, problems, template, n, sampling, thinking, source, **chat)
     folder = Path(config.output_dir or Path("runs") / "eval" / _slug(config.model or config.url)) / suite.name
     settings: dict[str, Any] = {
         "suite": suite.name,
@@ -77,6 +78,7 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
         "engine": config.resolved_engine,
         "dtype": source.dtype,
         "thinking": thinking,
+        **({"chat": chat} if any(chat.values()) else {}),
         "seed": config.seed,
         "n": n,
         "template": {
@@ -101,18 +103,22 @@ def ask(
     sampling: Sampling,
     thinking: bool | None,
     source: Source,
+    **chat: Any,
 ) -> tuple[list[Asked], int]:
     """All samples to be drawn, and for how many problems the context leaves less than ``max_new_tokens``.
+
+    ``chat``: system prompt and template arguments, of :meth:`Template.render`.
 
     Raises:
         UserError: a prompt leaves no room at all; the first such problem is named.
     """
     asked, shorter = [], 0
     for problem in problems:
-        messages = tuple(template.messages(problem.question)) if template.chat else ()
+        said = template.messages(problem.question, chat.get("system_prompt", "")) if template.chat else []
+        messages = tuple(said)
         text, ids, room, opened = "", tuple[int, ...](), sampling.max_new_tokens, ""
         if source.tokenizer is not None:
-            text, given = template.render(problem.question, source.tokenizer, thinking=thinking)
+            text, given = template.render(problem.question, source.tokenizer, thinking=thinking, **chat)
             ids, room = tuple(given), min(room, source.context - len(given))
             if room < 1:
                 raise UserError(
@@ -159,10 +165,10 @@ def check(job: Job) -> None:
     if before is None and job.folder.samples():
         raise UserError(f"{job.folder.path} holds samples and no config.json says whose. Fix: another --output_dir.")
     for key in IDENTITY if before else ():
-        if before is not None and before.get(key) != job.settings[key]:
+        if before is not None and before.get(key) != job.settings.get(key):
             raise UserError(
                 f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
-                f"{_short(job.settings[key])} now. Fix: another --output_dir, or remove that folder."
+                f"{_short(job.settings.get(key))} now. Fix: another --output_dir, or remove that folder."
             )
 
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
+from llmdistill.texts.chat import ChatTemplate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,20 @@ class Template:
         """Of everything that reaches the model."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
-    def messages(self, question: str) -> list[dict[str, str]]:
+    def messages(self, question: str, system_prompt: str = "") -> list[dict[str, str]]:
         """As chat messages, the prefilled assistant turn left out."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        said = self.system or system_prompt
+        system = [{"role": "system", "content": said}] if said else []
         return [*system, {"role": "user", "content": self.user.replace("{question}", question)}]
 
     def render(
-        self, question: str, tokenizer: PreTrainedTokenizerBase, *, thinking: bool | None = None
+        self,
+        question: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        thinking: bool | None = None,
+        system_prompt: str = "",
+        kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[int]]:
         """The prompt as text and as ids.
 
@@ -69,9 +81,11 @@ class Template:
 
         Args:
             thinking: passed on as ``enable_thinking``, which templates that know it (Qwen3's) obey; None: not passed.
+            system_prompt: where the template has no system message of its own.
+            kwargs: what else the model's chat template reads beside the messages.
 
         Raises:
-            UserError: a chat prompt for a model without chat template.
+            UserError: a chat prompt for a model without chat template, or one whose template refuses it.
         """
         if not self.chat:
             text = self.user.replace("{question}", question) + self.prefill
@@ -86,10 +100,8 @@ class Template:
                 f"thinking is {'on' if thinking else 'off'} and the model's chat template takes no enable_thinking. "
                 "Fix: leave --thinking out."
             )
-        extra: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-        text = str(
-            tokenizer.apply_chat_template(self.messages(question), tokenize=False, add_generation_prompt=True, **extra)
-        )
+        told = {**(kwargs or {}), **({} if thinking is None else {"enable_thinking": thinking})}
+        text = ChatTemplate(tokenizer, kwargs=told, note=_warn).prompt(self.messages(question, system_prompt))
         text += self.prefill
         return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -101,6 +113,12 @@ class Template:
             for value in (True, False)
         )
         return on != off
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, however many questions it holds for."""
+    logger.warning(message)
 
 
 _STEPS = "Please reason step by step, and put your final answer within \\boxed{}."

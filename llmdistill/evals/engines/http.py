@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class OpenAIEngine:
         model: the name the endpoint knows it by; empty: the first one it lists.
         api: which of the two.
         thinking: sent as vLLM's and SGLang's ``chat_template_kwargs``; None: not sent.
+        chat_template_kwargs: sent beside it.
         options: of :class:`~llmdistill.wire.transport.Transport`.
 
     Raises:
@@ -42,9 +43,18 @@ class OpenAIEngine:
     """
 
     def __init__(
-        self, url: str, model: str, *, api: Api, concurrency: int, thinking: bool | None = None, **options: Any
+        self,
+        url: str,
+        model: str,
+        *,
+        api: Api,
+        concurrency: int,
+        thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.model, self.api, self.thinking, self.concurrency = model, api, thinking, concurrency
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.context: int | None = None  # vLLM says it; OpenAI's protocol does not
         self.transport = Transport(url, section="eval", admit=self._admit, in_flight=concurrency, **options)
         try:
@@ -92,8 +102,9 @@ class OpenAIEngine:
         if item.prefill:
             messages.append({"role": "assistant", "content": item.prefill})
             extra = {"continue_final_message": True, "add_generation_prompt": False}
-        if self.thinking is not None:
-            extra["chat_template_kwargs"] = {"enable_thinking": self.thinking}
+        told = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        if told := {**told, **self.chat_template_kwargs}:
+            extra["chat_template_kwargs"] = told
         return {"messages": messages, **extra}
 
     def _parse(self, response: httpx.Response) -> tuple[str, int, str]:

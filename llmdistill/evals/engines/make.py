@@ -115,6 +115,7 @@ def _behind_url(config: EvalConfig, kind: str) -> Source:
         api=config.api,
         concurrency=config.concurrency,
         thinking=config.enable_thinking,
+        chat_template_kwargs=config.template_kwargs,
         **options,
     )
     context = endpoint.context or 1 << 30
