@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from llmdistill.verify.extract import extract, looks_like_answer, maths_in
+from llmdistill.verify.extract import extract, looks_like_answer
+from llmdistill.verify.sentences import maths_in
 
 
 @pytest.mark.parametrize(

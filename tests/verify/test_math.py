@@ -197,7 +197,8 @@ def test_boxes_that_say_the_same_twice(judge: AnswerJudge) -> None:
 
 
 def test_choices_are_letters(judge: AnswerJudge) -> None:
-    assert judge.judge("The answer is (b) because", "B", "choice").kind == "no_answer", "lower case is no option here"
+    assert judge.judge("The answer is (b) because", "B", "choice").passed
+    assert judge.judge("The answer is a triangle", "A", "choice").kind == "no_answer", "an article is no option"
     assert judge.judge("\\boxed{b}", "B", "choice").passed
     assert judge.judge("The answer is **C**.", "(C)", kind="choice").passed
     assert judge.judge("The answer is C.", "D", kind="choice").kind == "wrong"

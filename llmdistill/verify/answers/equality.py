@@ -117,6 +117,7 @@ _SYMMETRIC: dict[tuple[type, type], Rule] = {
     (Sequence, Sequence): rules_several.sequence_rule,
     (Sequence, Quantity): rules_several.one_element_rule,
     (System, System): rules_several.system_rule,
+    (System, Assignment): rules_several.system_as_tuple_rule,
     (System, Sequence): rules_several.system_as_values_rule,
     (Matrix, Matrix): rules_several.matrix_rule,
     (Matrix, Sequence): rules_several.column_rule,
@@ -138,4 +139,5 @@ _RULES: dict[tuple[type, type], Rule] = {
     **_SYMMETRIC,
     **{(b, a): rule for (a, b), rule in _SYMMETRIC.items()},
     (Quantity, Residue): rules_numbers.number_with_modulus_rule,
+    (Quantity, Sizes): rules_numbers.product_of_sizes_rule,
 }

@@ -258,8 +258,8 @@ class _Parser(Figures):
                 scripts[sign] = self._script()
             if len(scripts) == 2:
                 n, k = scripts["_"], scripts["^"]
-                plain = n.op == k.op == "number" and n.value is not None and k.value is not None
-                if (plain and n.value >= k.value and n.value > 1) or (n.op == k.op == "symbol"):  # type: ignore[operator]
+                counted = n.value is not None and k.value is not None and n.value >= k.value and n.value > 1
+                if counted or (n.op == "symbol" and k.op in ("symbol", "number")):
                     return Node("binomial" if letter == "C" else "permutations", (n, k))
         except NotUnderstood:
             pass

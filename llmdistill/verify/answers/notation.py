@@ -97,6 +97,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"\\phantom\s*(?:\{[^{}]*\}|\S)|\\label\{[^{}]*\}", "", text)
     text = _numbers_in_bold(text)
     text = _money(text)
+    text = re.sub(r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = text.replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&").replace(r"\_", "_")
     text = re.sub(
         r"(?<=\d) ?\{ ?, ?\}(?=\d{3}(?!\d))|(?<=\d),\s?\\!\s?(?=\d)|(?<=\d)(?:\\[!,;: ]|~)(?=\d{3}(?!\d))", "", text

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from llmdistill.verify.answers.algebra import rational
 from llmdistill.verify.answers.expression import parse
-from llmdistill.verify.answers.notation import MONEY, TEXT, unwrap
+from llmdistill.verify.answers.notation import MONEY, TEXT, WRAPPED, unwrap
 from llmdistill.verify.answers.numerals import other_spellings, scaled, words_number
 from llmdistill.verify.answers.tree import Node, number, symbols
 from llmdistill.verify.answers.units import Unit, parse_unit
@@ -22,6 +22,11 @@ _BOUNDARY = re.compile(
     r"|(?<=[\d)}])(?=[A-Za-zμ°\u3400-\u9fff])|(?<=\\pi) ?(?=[a-zA-Z(\u3400-\u9fff])|(?<=[A-Za-z!]) (?=[a-zA-Z(])"
     r"|(?<=\d)\\ ?(?=[A-Za-z])"
 )
+_INFINITE = {
+    "infinity": Node("infinity"),
+    "positive infinity": Node("infinity"),
+    "negative infinity": Node("minus", (Node("infinity"),)),
+}
 _PART = re.compile(
     r"\s*,?\s*(?:and )?(?P<value>\d+(?:\.\d+)?(?: \d+/\d+)?) ?(?P<unit>[A-Za-z]+(?:\^\d)?\.?|\^ ?\{? ?\\circ ?\}?|''?)"
 )
@@ -38,12 +43,18 @@ def read_quantities(text: str) -> list[Value]:
         found = [q for q in read_quantities(money["sign"] + inner) if isinstance(q, Quantity)]
         unit = parse_unit(money["mark"], wrapped=True)
         return [Quantity(q.tree, _with_currency(unit, q.unit), q.totals) for q in found if _fits(unit, q.unit)]
+    negative = re.match(r"(?:minus|negative) (?=[\d.]|" + MONEY + ")", plain := unwrap(text), re.I)
+    if negative:
+        return read_quantities("-" + plain[negative.end() :])
+    if plain.lower() in _INFINITE:
+        return [Quantity(_INFINITE[plain.lower()])]
+    if WRAPPED.fullmatch(text) and re.search(r"\d", plain):
+        return read_quantities(plain)  # \text{17 people}
     compound = _compound(text)
     if compound is not None:
         return [compound]
-    spelt = words_number(unwrap(text))
-    if spelt is not None:
-        return [Quantity(number(spelt))]
+    if words_number(plain) is not None:
+        return list(_numbers(text))
     whole = _numbers(text)
     with_unit = _with_unit(text)
     if whole and with_unit and with_unit[0].unit == parse_unit("degree", wrapped=True) and whole[0].unit is None:
@@ -51,7 +62,7 @@ def read_quantities(text: str) -> list[Value]:
     if with_unit and not any(q.unit is not None and q.unit.weak for q in with_unit):
         whole = []  # 36 kJ is no product of letters
     sizes = _sizes(text)
-    return [*sizes, *whole, *with_unit] if sizes else [*whole, *with_unit]
+    return sizes or [*whole, *with_unit]
 
 
 def _fits(currency: Unit | None, unit: Unit | None) -> bool:
@@ -72,17 +83,6 @@ def _with_currency(currency: Unit | None, unit: Unit | None) -> Unit | None:
 
 def _numbers(text: str) -> list[Quantity]:
     """A text that is a number or an expression and nothing else."""
-    found = [Quantity(tree) for tree in other_spellings(text)]
-    tree = None if _is_prose(text) else parse(text)
-    if tree is not None and not (found and text.strip().lstrip("+-").startswith("0") and tree.op == "number"):
-        if tree.op == "degrees":
-            found.append(Quantity(tree.args[0], parse_unit("degree", wrapped=True)))
-        elif tree.op == "minus" and tree.args[0].op == "degrees":
-            found.append(Quantity(Node("minus", tree.args[0].args), parse_unit("degree", wrapped=True)))
-        else:
-            found.append(Quantity(tree))
-    if found:
-        return found
     plain = unwrap(text)
     spelt = words_number(plain)
     if spelt is not None:
@@ -92,7 +92,16 @@ def _numbers(text: str) -> list[Quantity]:
         parts = [_figure(chance[name]) for name in ("top", "bottom")]
         if parts[0] is not None and parts[1]:
             return [Quantity(number(parts[0] / parts[1]))]
-    return []
+    found = [Quantity(tree) for tree in other_spellings(text)]
+    tree = None if _is_prose(text) else parse(text)
+    if tree is not None and not (found and text.strip().lstrip("+-").startswith("0") and tree.op == "number"):
+        if tree.op == "degrees":
+            found.append(Quantity(tree.args[0], parse_unit("degree", wrapped=True)))
+        elif tree.op == "minus" and tree.args[0].op == "degrees":
+            found.append(Quantity(Node("minus", tree.args[0].args), parse_unit("degree", wrapped=True)))
+        else:
+            found.append(Quantity(tree))
+    return found
 
 
 def _is_prose(text: str) -> bool:
@@ -144,6 +153,9 @@ def _head_and_tail(head: str, tail: str) -> list[Quantity]:
     plain = plain[1:-1].strip() if plain.startswith("(") and plain.endswith(")") and plain.count("(") == 1 else plain
     if plain in ("pi", r"\pi"):
         return [Quantity(Node("product", (tree, Node("pi")))) for tree in heads]
+    again = words_number(plain)
+    if again is not None and again == rational(heads[-1]):
+        return [Quantity(tree) for tree in heads]  # 45 (forty-five)
     unit = parse_unit(plain, wrapped=wrapped, glued=not tail.startswith((" ", "\\", "^")), head_is_number=closed)
     if unit is None or (not closed and unit.words and not wrapped):
         return []

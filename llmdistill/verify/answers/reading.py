@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from llmdistill.verify.answers.notation import tidy, unwrap
+from llmdistill.verify.answers.notation import WRAPPED, tidy, unwrap
 from llmdistill.verify.answers.numerals import read_digits, read_time
 from llmdistill.verify.answers.quantities import read_quantities
 from llmdistill.verify.answers.realsets import read_set
@@ -18,7 +18,7 @@ LONGEST = 2_000
 DEEPEST = 5
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|i\.e\.),? )?(?:the )?(?:final |correct |required )?"
-    r"(?:answer|result|solution|value)s? (?:is|are|equals|=|:)?[: ]*"
+    r"(?:answer|result|solution|value)s? ?(?:is|are|equals|=|:)[: ]*"
     r"|\\?therefore ?|\\bullet ?|\\(?:approx|sim|simeq)(?![A-Za-z]) ?|(?:approximately|about|exactly|roughly) "
     r"|= ?|[xyn] ?: ?(?=-?\d+$)",
     re.I,
@@ -31,7 +31,7 @@ _APPROXIMATE = re.compile(
 def bare(text: str) -> str:
     """A tidy text without the words that announce an answer."""
     plain = re.sub(
-        r"^\\(?:text|mathrm)\{ ?((?:the |so |thus )?(?:final )?(?:answer|result|solution) (?:is|:)) ?\}",
+        r"^\\(?:text|mathrm)\{ ?((?:the |so |thus )?(?:final )?(?:answer|result|solution) ?(?:is|:)) ?\}",
         r"\1 ",
         text,
         flags=re.I,
@@ -57,6 +57,11 @@ def readings(text: str, depth: int = 0) -> Readings:
     def inner(part: str) -> Readings:
         return readings(part.strip(), depth + 1)
 
+    whole = WRAPPED.fullmatch(text)
+    if whole and (len(parts := split_list(whole.group(1))) > 1):
+        several = read_sequence(", ".join(rf"\text{{{part}}}" for part in parts), inner)
+        words = read_words(text)
+        return (*several, *([words] if words else [])) or (Text(text),)
     found: list[Value] = []
     simple = not split_list(text)[1:]
     for single in (read_time(text), read_digits(text), read_permutation(text), read_option(text)):

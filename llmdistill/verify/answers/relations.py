@@ -107,7 +107,7 @@ def _membership(name: str, domain: str) -> list[Value]:
 
 
 def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]:
-    trees = [parse(part) for part in parts]
+    trees = [parse(part) or _number_of(part, read) for part in parts]
     closed = [tree is not None and not symbols(tree) and tree.op != "unknown" for tree in trees]
     exact_end = signs.index("~") if "~" in signs else len(parts) - 1
     value = _chain_value(parts, trees, closed, exact_end, read)
@@ -135,6 +135,12 @@ def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]
         if flipped:
             found.append(Assignment(parts[1].strip(), tuple(read(parts[0])), True))
     return found
+
+
+def _number_of(part: str, read: Reader) -> Node | None:
+    """The number of "45 apples"."""
+    found = [value for value in read(part) if isinstance(value, Quantity)] if re.search(r"\d[^\uff04]*$", part) else []
+    return found[0].tree if found else None
 
 
 def _geometric(name: str) -> bool:

@@ -63,6 +63,8 @@ def _unit_left_out(quantity: Quantity, unit: Unit, other: Node, terms: Terms, *,
         return True
     if unit.percent:
         return same_trees(times(quantity.tree, Fraction(1, 100)), other, terms)
+    if unit.dimensions == (("dollar", 1),) and unit.factor != 1:
+        return same_trees(times(quantity.tree, unit.factor), other, terms)  # 50 cents for 0.50
     if unit.count:
         return same_trees(times(quantity.tree, Fraction(unit.count)), other, terms)
     if unit.dimensions == (("angle", 1),) and "pi" in operations(other):
@@ -134,6 +136,14 @@ def residue_rule(gold: Residue, answer: Residue, terms: Terms) -> bool:
 def number_with_modulus_rule(gold: Quantity, answer: Residue, terms: Terms) -> bool:
     """3 (mod 7) for a gold of 3."""
     return gold.unit is None and same_trees(gold.tree, answer.value, terms)
+
+
+def product_of_sizes_rule(gold: Quantity, answer: Sizes, terms: Terms) -> bool:
+    """3 x 4 for a gold of 12; 12 is no answer where the gold is 3 x 4."""
+    product = answer.factors[0]
+    for factor in answer.factors[1:]:
+        product = Node("product", (product, factor))
+    return quantity_rule(gold, Quantity(product, answer.unit), terms)
 
 
 def sizes_rule(gold: Sizes, answer: Sizes, terms: Terms) -> bool:

@@ -13,7 +13,7 @@ _HEADS = word_set("condition conditions")  # what a phrase is about, where it sa
 _DIRECTIONS = {"N": "north", "S": "south", "E": "east", "W": "west"}
 _SAME = {"dne": "does not exist", "true": "true", "correct": "true", "no real solutions": "no solution", "none": "none"}
 _OPTION = re.compile(
-    r"(?:(?:option|choice|answer)s? )?(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])[.):]|(?P<c>[A-Z])|\[(?P<d>[A-Z])\])"
+    r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer) )?(?:\((?P<a>[A-Z])\)|(?P<b>[A-Z])[.):]|(?P<c>[A-Z])|\[(?P<d>[A-Z])\])"
     r"(?P<rest>\W.{0,300})?",
     re.S,
 )

@@ -1,0 +1,55 @@
+r"""The phrases that announce an answer, in the languages that models write.
+
+Every pattern is bounded where it repeats, so that no text takes more than linear time.
+"""
+
+from __future__ import annotations
+
+import re
+
+HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct.*", re.I | re.S)
+FINAL = re.compile(r"\bfinal answer is\b[ \t]{0,9}:?(?=(?P<tail>[^\n]{0,2000}))", re.I)
+HASHES = re.compile(r"^[ \t]{0,20}####(?P<tail>[^\n]{1,2000})", re.M)
+LETTER_A = re.compile(r"^[ \t]{0,20}A[ \t]{0,20}:(?P<tail>[^\n]{1,2000})", re.M)
+ANSWER = re.compile(
+    r"\banswers?\b[\"*_ \t]{0,9}(?:\([^()\n]{0,40}\)[*_ \t]{0,9})?(?:(?:to|for|of)\b[^\n:.]{0,80}?)?"
+    r"(?:\b(?:is|are|equals|must be|should be|would be|will be|comes out to|comes to)\b[ \t]{0,9}:?"
+    r"|[*_ \t]{0,9}[:：=]|[ \t]{1,3}[-–—]{1,2}[ \t])[*_ \t]{0,9}(?=(?P<tail>[^\n]{0,2000}))",
+    re.I,
+)
+HEADING = re.compile(r"^[#*_ \t]{0,20}(?:final[ \t]{1,9})?answer[ \t]{0,9}[*_:]{0,9}[ \t]{0,9}$", re.I | re.M)
+TAG = re.compile(r"<answer>(?P<tail>.{0,4000}?)</answer>", re.I | re.S)
+_NOUNS = (
+    r"antwort|ergebnis|lösung|respuesta|solución|resposta|risposta|réponse|reponse|ответ|відповідь|odpowiedź|odpowiedz|odpověď"
+    r"|svaret|svar|antwoord|cevap|yanıt|đáp án|jawaban|答案|答え|解答|答|正解|정답|답|الإجابة|الجواب|उत्तर"
+)
+_VERBS = (
+    r"[:：=]|\b(?:ist|lautet|beträgt|es|est|é|è|jest|to|равен|это|is|är|er|là|adalah)\b"
+    r"|(?<=[\u3040-\u9fff\uac00-\ud7a3])(?:是|为|為|は|が|은|는|选|選)"
+)
+# An answer in another language: the noun, at most three words, and the verb.
+FOREIGN = re.compile(
+    rf"(?:{_NOUNS})(?:[*_ \t]{{0,3}}(?:\w{{1,15}}[ \t]{{1,3}}){{0,3}}?)[*_ \t]{{0,4}}(?:{_VERBS})"
+    r"(?:选|選)?[*_ \t:：]{0,9}(?=(?P<tail>[^\n。]{0,400}))",
+    re.I,
+)
+ANNOUNCED = (HASHES, LETTER_A, ANSWER, HEADING)
+
+CONCLUDES = re.compile(
+    r"^[\s*_#>-]*(?:therefore|thus|hence|so|consequently|in conclusion|finally|in total|altogether|overall"
+    r"|por lo tanto|por tanto|donc|ainsi|somit|daher|следовательно|значит|所以|因此|故|따라서|よって)(?!\w)",
+    re.I,
+)
+CORRECTS = re.compile(
+    r"\b(?:wait|no|nope|not|actually|oops|sorry|correct(?:ion|ed|ing)?|rather|instead|hmm|but|mistake|wrong|incorrect|recheck"
+    r"|reconsider|however|scratch)\b|n['’]t\b",
+    re.I,
+)
+GIVES_UP = re.compile(
+    r"(?:can(?:no|')t|can not|could not|couldn't|unable to|impossible to|difficult to|not possible to)"
+    r"\s+(?:be\s+)?(?:accurately\s+|exactly\s+|directly\s+|uniquely\s+|definitively\s+)?"
+    r"(?:determine|find|solve|calculate|compute|answer|know|give|provide|say)"
+    r"|not enough information|insufficient (?:information|data)|i (?:don't|do not) know|i am not sure|i'm not sure"
+    r"|work through the|walk through the|\b(?:me|you) to (?:continue|proceed|complete|finish|solve)",
+    re.I,
+)

@@ -1,0 +1,38 @@
+"""Answers as a careful teacher judges them: cases after public bug reports, and each rule in both directions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmdistill.verify.answers.equality import decide
+from llmdistill.verify.math import AnswerJudge
+
+HERE = Path(__file__).parent
+CASES = [json.loads(line) for line in (HERE / "answers.jsonl").open()]
+PAIRS = [
+    (line[0], *(part.strip() for part in line[1:].split(" ;; ")))
+    for line in (HERE / "answer_pairs.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[AnswerJudge]:
+    with AnswerJudge() as one:
+        yield one
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_a_case_has_the_verdict_of_a_teacher(judge: AnswerJudge, case: dict[str, object]) -> None:
+    verdict = judge.judge(str(case["prediction"]), str(case["gold"]), case["task"])  # type: ignore[arg-type]
+    assert verdict.passed == case["expected"], verdict
+
+
+@pytest.mark.parametrize(("sign", "gold", "answer"), PAIRS)
+def test_a_pair_is_equal_or_not(sign: str, gold: str, answer: str) -> None:
+    assert decide(gold, answer).equal == (sign == "=")
+    assert decide(gold, gold).equal and decide(answer, answer).equal
