@@ -155,6 +155,7 @@ class MicroBatch:
     texts: dict[str, Text]
     slices: list[Slice]
     total: float = 0.0  # the denominator of the method's first term
+    counts: bool = True  # whether anything counts, for any term, in the round it is a part of
 
 
 def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, float], pad_id: int) -> TermInputs:
@@ -227,7 +228,7 @@ def micro_batches(
     device: Any,
 ) -> list[MicroBatch]:
     """Micro-batches of (nearly) equally many sequences of every text, with the rows of evidence that belong to them."""
-    names = list(texts)
+    names, counted = list(texts), any(total > 0 for total in totals.values())
     bounds = {name: split_evenly(len(texts[name]), parts) for name in names}
     starts = {name: torch.tensor([0, *texts[name].rollout.row_counts]).cumsum(0).tolist() for name in names}
     batches = []
@@ -237,7 +238,7 @@ def micro_batches(
         }
         if not part_texts:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
             rollout = texts[names[0]].reorder([0]).rollout.to(device)
-            batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name]))
+            batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name], counted))
             continue
         row_spans = dict(
             zip(part_texts, consecutive_slices([text.rollout.num_rows for text in part_texts.values()]), strict=True)
@@ -266,5 +267,5 @@ def micro_batches(
             weights = None if inputs.weights_N is None else inputs.weights_N[rows].to(device)
             slices.append(Slice(term, inputs.evidence[rows], span, weights, groups, totals[term.name]))
         rollout = stacked([text.rollout for text in part_texts.values()], pad_id).to(device)
-        batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name]))
+        batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name], counted))
     return batches

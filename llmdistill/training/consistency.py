@@ -159,11 +159,14 @@ def check_ready(trainer: Parts) -> None:
         UserError: the student is its own teacher, a term lists more tokens than there are or asks a judge that is not
             there, or a row has no teacher.
     """
+    own = set(map(id, trainer.model.parameters()))
     for role, judge in trainer.judges.items():
         is_frozen = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
-        if is_frozen and judge.model is trainer.model:  # type: ignore[attr-defined]
+        if is_frozen and not own.isdisjoint(map(id, judge.model.parameters())):  # type: ignore[attr-defined]
             raise UserError(
-                f"{role} is the student itself, which would be frozen by it. Fix: {role}=copy.deepcopy(model)."
+                f"{role} is the student itself, or shares weights with it, as the model below its adapter: they would "
+                f"be frozen, and {role} would move with the student. Fix: {role}=copy.deepcopy(model), or "
+                "teacher.student initial (reference initial), which leaves the adapter out."
             )
     for term in trainer.method.terms:
         term.check_top_k(trainer.vocab_size)

@@ -8,6 +8,7 @@ batch was split over micro-batches and processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -91,7 +92,7 @@ class StudentTrainer(FiniteTrainer):
         callbacks: list[Any] | None,
         optimizers: tuple[Any, Any],
     ) -> None:
-        self.encode = encode
+        self.encode, self.step_counts = encode, True
         self.run_folder, self.meters = RunFolder(args.output_dir or "runs/default"), Meters()
         super().__init__(
             model=model,  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ class StudentTrainer(FiniteTrainer):
         self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
         self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
         self.add_callback(self._run_folder_callback)
-        self.add_callback(_BeforeTheFirstStep(self))
+        self.add_callback(_AroundSteps(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -114,9 +115,13 @@ class StudentTrainer(FiniteTrainer):
         finally:
             self._run_folder_callback.stop()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
-            return super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        # Weight decay and momentum would move the weights of a step that says nothing.
+        self.step_counts = inputs["micro_batch"].counts
+        # DeepSpeed takes the step itself, with the last backward pass.
+        still = _at_rate_zero(self.optimizer) if self.is_deepspeed_enabled and not self.step_counts else nullcontext()
+        with still, self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was measured since the last line."""
@@ -136,14 +141,33 @@ class StudentTrainer(FiniteTrainer):
         return list(islice(epoch_iterator, num_batches))
 
 
-class _BeforeTheFirstStep(TrainerCallback):
-    """What can only be looked at when the student is ready to run: where ZeRO-3 shards it, its head."""
+@contextmanager
+def _at_rate_zero(optimizer: Any) -> Iterator[None]:
+    """An optimizer at whose steps no weight moves."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class _AroundSteps(TrainerCallback):
+    """Looks at what can only be looked at when the student is ready to run: where ZeRO-3 shards it, its head. Takes the
+    gradients of a step in which nothing counted away."""
 
     def __init__(self, trainer: StudentTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_head(self.trainer.model, self.trainer.forward_model())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.step_counts and not self.trainer.is_deepspeed_enabled:
+            for parameter in self.trainer.model.parameters():
+                parameter.grad = None
 
 
 def gathered_sums(trainer: Trainer, numbers: list[float], device: torch.device) -> list[float]:
