@@ -8,6 +8,7 @@ trained. The student's side of a push is in :mod:`llmdistill.models.weights`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compat.patching import patched
+
+RESETS, RESET_S = 50, 0.1
 
 
 def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
@@ -26,7 +29,7 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
             fill the rest of a layer with uninitialised memory.
 
     Raises:
-        RuntimeError: weights of the engine's model are missing from a push that is not partial.
+        RuntimeError: weights of the engine's model are missing from a push that is not partial, or the cache stays.
     """
     if takes_partial_push(llm):
         llm.collective_rpc(_load_in_place, args=(iter(pairs), partial))
@@ -36,12 +39,25 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
         dtype = llm.llm_engine.model_config.dtype
         cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
-    llm.reset_prefix_cache()
+    forget_prefixes(llm)
+
+
+def forget_prefixes(llm: Any) -> None:
+    """Empties the prefix cache. vLLM says no while a block of it is in use, as by a request that was just aborted.
+
+    Raises:
+        RuntimeError: it keeps saying no. Samples of new weights behind old prefixes would look like any others.
+    """
+    for _ in range(RESETS):
+        if llm.reset_prefix_cache():
+            return
+        time.sleep(RESET_S)
+    raise RuntimeError("vLLM does not let go of its prefix cache; what it holds belongs to other weights")
 
 
 def takes_partial_push(llm: Any) -> bool:
     """Whether weights are loaded in place: plain linear layers and embeddings on a CPU, loaded as updatable."""
-    return bool(llm.collective_rpc(worker_is_plain)[0])
+    return all(llm.collective_rpc(worker_is_plain))
 
 
 def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:

@@ -1,7 +1,9 @@
 """Sampling in a service of its own: the trainer pushes the student's weights there and asks for completions.
 
 Requests name the weights they expect. A service that was started again, with weights of its own, therefore refuses
-them, gets the student's once more, and the step goes on.
+them, gets the student's once more, and the step goes on. Every push has a word of its own, the same on all ranks:
+before weights go out the service is asked whether it has those already, and of several ranks that find it without them
+one pushes while the others wait there.
 """
 
 from __future__ import annotations
@@ -9,34 +11,45 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llmdistill.errors import UserError
+from llmdistill.files import full_disk_is_said
 from llmdistill.models.weights import base_model, named_weights
+from llmdistill.ranks import from_first_rank, is_first
 from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate
-from llmdistill.wire.protocol import GENERATE, INFO, PROTOCOL_VERSION, READY, TENSORS_TYPE, WEIGHTS
-from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
+from llmdistill.wire.bodies import Completions, pack_prompts, unpack_completions
+from llmdistill.wire.protocol import (
+    COMPLETIONS_TYPE,
+    GENERATE,
+    IDS_TYPE,
+    INFO,
+    OFFER,
+    PROTOCOL_VERSION,
+    READY,
+    TENSORS_TYPE,
+    WEIGHTS,
+)
+from llmdistill.wire.tensors import safetensors_stream
+from llmdistill.wire.transport import Ask, Get, Refused, Request, Transport, json_object
 
-CHUNK_BYTES = 1 << 24  # of a weight, as it is handed to the socket
 PUSHES_PER_CALL = 3  # a service that forgets its weights more often shares them with another run
-_SAFETENSORS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+SAMPLE_BYTES, TOKEN_BYTES = 64, 8  # of an answer: for a sample, and for each of its tokens
+ANSWER_BYTES = 1 << 16  # and for the rest of it
+PROMPT_BYTES, FRAME_BYTES = 12, 64  # of a request, beside ids and settings: for a prompt, and for the rest of it
+LOGPROB_ROUNDING = 1e-3  # an engine in 16 bits may report so much above 0
+
+T = TypeVar("T")
 
 
 class RemoteRollouts:
@@ -68,9 +81,11 @@ class RemoteRollouts:
         self.eos_ids, self.pad_id, self.push_every = tuple(eos_ids), pad_id, push_every
         self.folder = Path(folder).resolve() if folder is not None else None
         self.policy_version: int | None = None  # of the weights in the service
+        self._digest = ""  # the word under which all of them are pushed
         self._fingerprint: str | None = None
         self._model: nn.Module | None = None
-        self._info: dict[str, Any] = {}
+        self._admitting = threading.Lock()
+        self._info: dict[str, Any] = {}  # what every replica can do
         self._written: Path | None = None  # the weights of the last push
         settings = {"token": token, "section": "rollouts", "timeout_s": timeout_s, "admit": self._admit, **options}
         self.transport = Transport(url, **settings)
@@ -84,30 +99,26 @@ class RemoteRollouts:
             raise
 
     def sync(self, model: nn.Module, policy_version: int) -> None:
-        """Pushes the weights of ``model`` if ``push_every`` steps have gone by; after the first time only the trained.
+        """Pushes the weights of ``model`` if ``push_every`` steps have gone by; after the first time only the trained,
+        where every replica takes a part.
 
-        Every rank of a launch calls it; rank 0 sends, and all go on when the service has the weights.
+        Every rank of a launch calls it; rank 0 sends, and all go on when the service has the weights. They do not wait
+        for it in a collective, which an outage of the service would time out.
 
         Raises:
-            UserError: the service does not take them.
+            UserError: the service does not take them; on every rank.
         """
         self._model = model
         if self.policy_version is not None and 0 <= policy_version - self.policy_version < self.push_every:
             return
         trained_only = self.folder is None and not all(p.requires_grad for p in base_model(model).parameters())
         # a service that was started again has not got the weights that the trained ones belong to
-        partial = _from_rank_0(trained_only and _rank() == 0 and self._has_ours())
-        weights = self._weights(model, partial, keep=_rank() == 0)
-        told: tuple[str, str | None] = ("", None)
-        if _rank() == 0:
-            try:
-                told = "", self._push(weights, policy_version, partial)
-            except UserError as error:  # on every rank, or the others would wait for this one
-                told = str(error), None
-        problem, fingerprint = _from_rank_0(told)
-        if problem:
-            raise UserError(problem)
-        self.policy_version, self._fingerprint = policy_version, fingerprint
+        plan = from_first_rank(lambda: self._plan(trained_only))
+        partial, digest = bool(plan["partial"]), str(plan["digest"])
+        weights = self._weights(model, partial, keep=is_first())
+        self._fingerprint = from_first_rank(lambda: self._push(lambda: weights, policy_version, partial, digest))
+        # should the service lose them, all weights go out: under a word that is the same on every rank
+        self.policy_version, self._digest = policy_version, f"{digest}-whole" if partial else digest
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Completions with the eos that ended them, their log-probs in the distribution sampled from, and the version
@@ -124,6 +135,7 @@ class RemoteRollouts:
                     prompts,
                     sampling,
                     limits=self._info["limits"],
+                    vocab_size=int(self._info["vocab_size"]),
                     pad_id=self.pad_id,
                     eos_ids=self.eos_ids,
                     teacher=self._fingerprint,
@@ -149,13 +161,22 @@ class RemoteRollouts:
                 f"rollouts.url {info['name']!r} is a service that takes no weights; the student's have to be pushed. "
                 f"Fix: start it so that it takes them."
             )
-        self._info = info
+        with self._admitting:
+            if before := self._info:
+                info["partial_weights"] = info["partial_weights"] and before["partial_weights"]
+                info["limits"] = {name: min(value, before["limits"][name]) for name, value in info["limits"].items()}
+            self._info = info
+
+    def _plan(self, trained_only: bool) -> dict[str, Any]:
+        """What is pushed, and the word for it."""
+        partial = trained_only and bool(self._info["partial_weights"]) and self._has_ours()
+        return {"partial": partial, "digest": uuid.uuid4().hex}
 
     def _has_ours(self) -> bool:
         if self._fingerprint is None:
             return False
-        found = [t.send(Request(INFO, json_object, method="GET"))["teacher"] for t in self._each]
-        return all(one == self._fingerprint for one in found)
+        asking = Request(INFO, json_object, method="GET")
+        return all(info["teacher"] == self._fingerprint for info in self._at_each(lambda t: t.send(asking)))
 
     def _push_again(self, model: nn.Module) -> None:
         if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
@@ -164,7 +185,8 @@ class RemoteRollouts:
                 f"ones are pushed between steps only. Fix: --resume."
             )
         assert self.policy_version is not None
-        self._fingerprint = self._push(self._weights(model, False, keep=True), self.policy_version, False)
+        weights, version = lambda: self._weights(model, False, keep=True), self.policy_version
+        self._fingerprint = self._push(weights, version, False, self._digest)
 
     def _weights(self, model: nn.Module, partial: bool, keep: bool) -> dict[str, Tensor]:
         """What is sent, on the CPU and no wider than the service holds it."""
@@ -177,17 +199,11 @@ class RemoteRollouts:
                 kept[name] = tensor.to("cpu", dtype if narrower else tensor.dtype)
         return kept
 
-    def _push(self, weights: dict[str, Tensor], policy_version: int, partial: bool) -> str:
-        """The fingerprint that the service gives the weights."""
-        if self.folder is None:
-            length, stream = safetensors_stream(weights)
-            params = {"policy_version": str(policy_version)} | ({"partial": "true"} if partial else {})
-            request = Request(WEIGHTS, json_object, body=stream, length=length, body_type=TENSORS_TYPE, params=params)
-        else:
-            self._write(weights, policy_version)
-            told = {"path": str(self._written), "policy_version": policy_version}
-            request = Request(WEIGHTS, json_object, body=json.dumps(told).encode())
-        fingerprints = {str(t.send(request)["teacher"]) for t in self._each}
+    def _push(self, weights: Callable[[], dict[str, Tensor]], policy_version: int, partial: bool, digest: str) -> str:
+        """The fingerprint that the services give the weights. All are sent to at one time, those that lack them."""
+        made = _Once(weights)
+        found = self._at_each(lambda t: t.send(self._pushing(made, policy_version, partial, digest)))
+        fingerprints = {str(told["teacher"]) for told in found}
         if len(fingerprints) > 1:
             raise UserError(
                 f"rollouts.url names services that differ after the same weights were pushed: {sorted(fingerprints)}. "
@@ -195,20 +211,66 @@ class RemoteRollouts:
             )
         return fingerprints.pop()
 
-    def _write(self, weights: dict[str, Tensor], policy_version: int) -> None:
+    def _pushing(
+        self, weights: _Once[dict[str, Tensor]], policy_version: int, partial: bool, digest: str
+    ) -> Request[dict[str, Any]]:
+        named: dict[str, Any] = {"policy_version": policy_version, "digest": digest}
+
+        def already(ask: Ask) -> dict[str, Any] | None:
+            told: dict[str, Any] = ask(Request(OFFER, json_object, body=json.dumps(named).encode()))
+            return None if told["needed"] else told
+
+        if self.folder is None:
+            stream = _Once(lambda: safetensors_stream(weights()))
+            params = {name: str(value) for name, value in named.items()} | ({"partial": "true"} if partial else {})
+            return Request(
+                WEIGHTS,
+                json_object,
+                body=lambda: stream()[1](),
+                length=lambda: stream()[0],
+                body_type=TENSORS_TYPE,
+                params=params,
+                already=already,
+            )
+        path = _Once(lambda: json.dumps({"path": str(self._write(weights(), policy_version)), **named}).encode())
+        return Request(WEIGHTS, json_object, body=lambda: [path()], length=lambda: len(path()), already=already)
+
+    def _at_each(self, work: Callable[[Transport], T]) -> list[T]:
+        """``work`` with every replica, all at one time."""
+        if len(self._each) == 1:
+            return [work(self._each[0])]
+        with ThreadPoolExecutor(len(self._each)) as threads:
+            return list(threads.map(work, self._each))
+
+    def _write(self, weights: dict[str, Tensor], policy_version: int) -> Path:
         """A folder of its own for every push: another rank may be writing too."""
         assert self.folder is not None
         self._forget_written()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._written = Path(tempfile.mkdtemp(prefix=f"policy-{policy_version}-", dir=self.folder))
-        self._written.chmod(0o755)  # the service may be another user
-        with (self._written / "model.safetensors").open("wb") as file:
-            file.writelines(safetensors_stream(weights)[1]())
+        with full_disk_is_said(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._written = Path(tempfile.mkdtemp(prefix=f"policy-{policy_version}-", dir=self.folder))
+            self._written.chmod(0o755)  # the service may be another user
+            with (self._written / "model.safetensors").open("wb") as file:
+                file.writelines(safetensors_stream(weights)[1]())
+        return self._written
 
     def _forget_written(self) -> None:
         if self._written is not None:
             shutil.rmtree(self._written, ignore_errors=True)
         self._written = None
+
+
+class _Once(Generic[T]):
+    """What a function returns, called when that is first asked for; by several threads once."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make, self._lock, self._made = make, threading.Lock(), list[T]()
+
+    def __call__(self) -> T:
+        with self._lock:
+            if not self._made:
+                self._made.append(self._make())
+            return self._made[0]
 
 
 def sample(
@@ -217,6 +279,7 @@ def sample(
     sampling: Sampling,
     *,
     limits: Mapping[str, int],
+    vocab_size: int,
     pad_id: int,
     eos_ids: Sequence[int] | None = None,
     teacher: str | None = None,
@@ -237,26 +300,34 @@ def sample(
                 f"rollouts.max_new_tokens is {sampling.max_new_tokens}; {where} {what.format(limit)}. "
                 f"Fix: lower it or data.max_prompt_tokens, or raise the service's limit."
             )
-    rest: dict[str, Any] = {"eos_ids": None if eos_ids is None else list(eos_ids), "adapter": None, "teacher": teacher}
     drawn = {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    rest["sampling"] = drawn | {"samples_per_prompt": n}
+    settings: dict[str, Any] = {
+        "sampling": drawn | {"samples_per_prompt": n},
+        "eos_ids": None if eos_ids is None else list(eos_ids),
+        "adapter": None,
+        "teacher": teacher,
+    }
     share = -(-len(prompts) * n // len(transport.urls))  # every replica gets some; one engine likes one large batch
-    costs = [(n, len(str(p.ids)) + 24, n) for p in prompts]  # 24: the row and the commas
-    room = (limits["sequences"], limits["body_bytes"] - len(json.dumps(rest)) - 256, share)
+    costs = [(n, 4 * len(p.ids) + PROMPT_BYTES, n) for p in prompts]
+    room = (limits["sequences"], limits["body_bytes"] - len(json.dumps(settings)) - FRAME_BYTES, share)
     requests = []
     for rows in pack(costs, room):
-        body = {"prompts": [list(prompts[i].ids) for i in rows], "rows": rows, **rest}
-        requests.append(Request(GENERATE, _completions_of(len(rows), sampling), body=json.dumps(body).encode()))
-    answers = transport.send_all(requests)
-    ordered = [s for _, given in answers for samples in given for s in samples]  # pack() keeps the order
+        ids = [np.asarray(prompts[i].ids, np.int32) for i in rows]
+        parse = _completions_of(len(rows), sampling, vocab_size)
+        most = ANSWER_BYTES + len(rows) * n * (SAMPLE_BYTES + TOKEN_BYTES * sampling.max_new_tokens)
+        body = pack_prompts(settings, ids, rows)
+        requests.append(
+            Request(GENERATE, parse, body=body, body_type=IDS_TYPE, answer_type=COMPLETIONS_TYPE, max_bytes=most)
+        )
+    answers = transport.send_all(requests)  # pack() keeps the order
     return collate(
         [p.ids for p in prompts for _ in range(n)],
-        [s["ids"] for s in ordered],
+        [ids.tolist() for given in answers for ids in given.ids],
         pad_id=pad_id,
-        behavior_logprobs=[s["logprobs"] for s in ordered],
-        finish=[s["finish"] for s in ordered],
+        behavior_logprobs=[logprobs.tolist() for given in answers for logprobs in given.logprobs],
+        finish=[finish for given in answers for finish in given.finish],
         domain=[p.domain for p in prompts for _ in range(n)],
-        policy_version=min((version for version, _ in answers), default=0),
+        policy_version=min((given.settings["policy_version"] for given in answers), default=0),
     )
 
 
@@ -291,55 +362,23 @@ def pack(costs: Sequence[Sequence[int]], room: Sequence[int]) -> list[list[int]]
     return groups
 
 
-def safetensors_stream(tensors: Mapping[str, Tensor]) -> tuple[int, Callable[[], Iterator[bytes]]]:
-    """Size and chunks of a safetensors file of ``tensors``, which is never in memory as a whole."""
-    entries, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+def _completions_of(count: int, sampling: Sampling, vocab_size: int) -> Callable[[httpx.Response], Completions]:
+    """Reads the samples of ``count`` prompts and makes sure that nothing is missing, and nothing is there that no
+    engine draws: an id outside the vocabulary would be looked up in the student's embeddings."""
 
-    def chunks() -> Iterator[bytes]:
-        yield len(header).to_bytes(8, "little") + header
-        for tensor in tensors.values():
-            raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-            for start in range(0, len(raw), CHUNK_BYTES):
-                yield raw[start : start + CHUNK_BYTES].numpy().tobytes()
-
-    return 8 + len(header) + end, chunks
-
-
-def _completions_of(
-    count: int, sampling: Sampling
-) -> Callable[[httpx.Response], tuple[int, list[list[dict[str, Any]]]]]:
-    """Reads (policy version, samples of each prompt) and makes sure that nothing is missing."""
-
-    def parse(response: httpx.Response) -> tuple[int, list[list[dict[str, Any]]]]:
-        body = json_object(response)
-        given = body["completions"]
-        if len(given) != count:
-            raise ValueError(f"completions of {len(given)} prompts instead of {count}")
-        for samples in given:
-            if len(samples) != sampling.samples_per_prompt:
-                raise ValueError(f"{len(samples)} samples of a prompt instead of {sampling.samples_per_prompt}")
-            for one in samples:
-                size, told = len(one["ids"]), len(one["logprobs"])
-                if size != told or size > sampling.max_new_tokens or one["finish"] not in ("stop", "length"):
-                    raise ValueError(f"a completion of {size} ids and {told} log-probs, {one['finish']!r}")
-        return int(body["policy_version"]), given
+    def parse(response: httpx.Response) -> Completions:
+        given = unpack_completions(response.content)
+        if len(given.ids) != count * sampling.samples_per_prompt:
+            raise ValueError(f"{len(given.ids)} samples of {count} x {sampling.samples_per_prompt}")
+        for ids, logprobs in zip(given.ids, given.logprobs, strict=True):
+            if len(ids) > sampling.max_new_tokens:
+                raise ValueError(f"a completion of {len(ids)} tokens; at most {sampling.max_new_tokens} were asked for")
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+                raise ValueError(f"a completion has ids {ids.min()} to {ids.max()}; the vocabulary has {vocab_size}")
+            if not bool((logprobs <= LOGPROB_ROUNDING).all()):  # a NaN is not
+                raise ValueError("a log-prob of a completion is positive or not a number")
+        if type(given.settings.get("policy_version")) is not int:
+            raise ValueError("an answer without the version of the policy")
+        return given
 
     return parse
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _from_rank_0(value: Any) -> Any:
-    """The first rank's value, on every rank; waits for it."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

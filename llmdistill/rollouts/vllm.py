@@ -10,7 +10,7 @@ from torch import nn
 
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.compat.vllm import close_vllm, load_vllm
-from llmdistill.compat.vllm_weights import push_weights, takes_partial_push
+from llmdistill.compat.vllm_weights import forget_prefixes, push_weights, takes_partial_push
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import generation_params
 from llmdistill.models.weights import base_model, named_weights
@@ -105,7 +105,7 @@ def complete(
             f"rollouts.max_new_tokens is {sampling.max_new_tokens}; the longest prompt makes that {longest} tokens, "
             f"the vLLM engine holds {max_model_len}. Fix: lower it or data.max_prompt_tokens, or raise max_model_len."
         )
-    llm.reset_prefix_cache()  # what earlier calls left would change the rounding, and a resumed run has not got it
+    forget_prefixes(llm)  # what earlier calls left would change the rounding, and a resumed run has not got it
     requests = [
         (
             {"prompt_token_ids": list(prompt.ids)},

@@ -1,18 +1,25 @@
 """What an adapter has to be before an engine sees it: plain LoRA, in safetensors, of this model's shapes.
 
 Libraries inject an adapter's layers into the model before they find out that it does not fit, and some ways to start
-one change the base weights. So everything is checked on the files.
+one change the base weights. So everything is checked on the files; and on a copy of them, which stays as long as the
+adapter does: vLLM reads one again whenever it comes back into use, and dies where its folder has gone by then.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from llmdistill.service.engine import Engine
+from llmdistill.service.problems import Problem, first_line
+from llmdistill.service.uploads import Held, Uploads
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -58,3 +65,45 @@ def check_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], max_rank:
     if max_rank is not None and rank > max_rank:
         raise ValueError(f"its rank is {rank}; at most {max_rank} (--max-lora-rank)")
     return rank
+
+
+class Adapters:
+    """The copies of those that are loaded."""
+
+    def __init__(self, uploads: Uploads) -> None:
+        self.uploads = uploads
+        self._held: dict[str, Held] = {}
+
+    def copied(self, folder: Path, engine: Engine) -> Held:
+        """A copy of what an adapter is made of, if it is one for this engine.
+
+        Raises:
+            ValueError: it is not.
+            Problem: 507, no room.
+        """
+        engine.check_adapter(folder)
+        held = self.uploads.held_folder(sum((folder / name).stat().st_size for name in FILES))
+        try:
+            for name in FILES:
+                shutil.copyfile(folder / name, held.path / name)
+            engine.check_adapter(held.path)  # what was checked before may have changed since
+        except OSError as error:
+            held.remove()
+            raise Problem(507, "storage", f"the adapter cannot be copied: {first_line(error)}") from None
+        except BaseException:
+            held.remove()
+            raise
+        return held
+
+    def keep(self, name: str, held: Held) -> None:
+        """Of an adapter that is loaded; the one before of that name goes."""
+        self.drop(name)
+        self._held[name] = held
+
+    def drop(self, name: str) -> None:
+        if held := self._held.pop(name, None):
+            held.remove()
+
+    def close(self) -> None:
+        for name in list(self._held):
+            self.drop(name)

@@ -1,4 +1,4 @@
-"""Requests that are sent again get the answer of the first: nothing is computed twice."""
+"""Requests that are sent again get the answer of the first: nothing is computed twice, and nothing for nobody."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from llmdistill.service.problems import Problem
@@ -26,20 +26,33 @@ class Answer:
 class _Entry:
     digest: bytes
     task: asyncio.Task[Answer]
-    born: float = field(default_factory=time.monotonic)
+    born: float
     size: int = 0  # when it is done
+    callers: int = 0  # that wait for it
+    ending: asyncio.TimerHandle | None = None  # when nobody has come back by then
 
 
 class Answers:
     """Answers by request id, in flight or kept: the newest ``max_bytes`` of them, for ``keep_s`` seconds.
 
     The work is a task of its own: a caller that is cut off does not stop it, and finds the answer when it comes back.
-    Errors are not kept.
+    When nobody comes back for ``abandoned_s`` seconds it is cancelled, and at once when the caller says so: an answer
+    that has arrived, or is not wanted any more, is let go by :meth:`release`. So what is kept is what may be asked for
+    again, and the bound in bytes is no window of a few seconds at full rate. Errors are not kept.
+
+    Args:
+        clock: seconds, for how long answers are kept.
     """
 
-    def __init__(self, max_bytes: int, keep_s: float) -> None:
-        self.max_bytes, self.keep_s = max_bytes, keep_s
-        self.replayed = 0
+    def __init__(
+        self,
+        max_bytes: int,
+        keep_s: float,
+        abandoned_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_bytes, self.keep_s, self.abandoned_s, self.clock = max_bytes, keep_s, abandoned_s, clock
+        self.replayed = self.cancelled = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
 
@@ -47,14 +60,14 @@ class Answers:
         """The answer to the request of that ``digest``, worked out unless it is at hand.
 
         Raises:
-            Problem: 409, the id was used for another request.
+            Problem: 409, the id was used for another request; 503, it was given up while this caller waited.
         """
         if request_id is None:
             return await work()
         self._forget_old()
         entry = self._entries.get(request_id)
         if entry is None:
-            entry = _Entry(digest, asyncio.ensure_future(work()))  # type: ignore[arg-type]
+            entry = _Entry(digest, asyncio.ensure_future(work()), self.clock())  # type: ignore[arg-type]
             self._entries[request_id] = entry
             entry.task.add_done_callback(partial(self._done, request_id, entry))
         elif entry.digest != digest:
@@ -63,28 +76,67 @@ class Answers:
             )
         else:
             self.replayed += 1
-        task = asyncio.shield(entry.task)
-        del entry  # an error would hold it, and it the error, until the collector comes by
-        return await task
+        return await self._wait(request_id, entry)
+
+    def release(self, request_ids: list[str]) -> None:
+        """Their callers have the answers, or do not want them any more."""
+        for request_id in request_ids:
+            entry = self._entries.pop(request_id, None)
+            if entry is None:
+                continue
+            self._bytes -= entry.size
+            self._cancel(entry)
 
     @property
     def bytes(self) -> int:
         """Held for answers that may be asked for again."""
         return self._bytes
 
+    async def _wait(self, request_id: str, entry: _Entry) -> Answer:
+        if entry.ending is not None:
+            entry.ending.cancel()
+        entry.callers += 1
+        task = entry.task
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled() and not asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise Problem(503, "given_up", "the request was given up", retry_after_s=1) from None
+            raise
+        finally:
+            entry.callers -= 1
+            if not entry.callers and not task.done():
+                wait = asyncio.get_running_loop().call_later
+                entry.ending = wait(self.abandoned_s, self._abandoned, request_id, entry)
+            del entry  # an error would hold it, and it the error, until the collector comes by
+
+    def _abandoned(self, request_id: str, entry: _Entry) -> None:
+        if not entry.callers and self._entries.get(request_id) is entry:
+            self.release([request_id])
+
+    def _cancel(self, entry: _Entry) -> None:
+        if entry.ending is not None:
+            entry.ending.cancel()
+        if not entry.task.done():
+            self.cancelled += 1
+            entry.task.cancel()
+
     def _done(self, request_id: str, entry: _Entry, task: asyncio.Task[Answer]) -> None:
+        if entry.ending is not None:
+            entry.ending.cancel()
+        failed = task.cancelled() or task.exception() is not None
         if self._entries.get(request_id) is not entry:
             return
-        if task.cancelled() or task.exception() is not None:
+        if failed:
             del self._entries[request_id]
             return
-        entry.size, entry.born = len(task.result().body) + ENTRY_BYTES, time.monotonic()
+        entry.size, entry.born = len(task.result().body) + ENTRY_BYTES, self.clock()
         self._entries.move_to_end(request_id)
         self._bytes += entry.size
         self._forget_old()
 
     def _forget_old(self) -> None:
-        oldest = time.monotonic() - self.keep_s
+        oldest = self.clock() - self.keep_s
         for request_id, entry in list(self._entries.items()):
             if self._bytes <= self.max_bytes and entry.born >= oldest:
                 break

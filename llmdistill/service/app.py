@@ -5,43 +5,47 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import Request
-from safetensors import SafetensorError, safe_open
 
 from llmdistill.service import requests as bodies
+from llmdistill.service.adapters import Adapters
 from llmdistill.service.answers import Answer, Answers
+from llmdistill.service.bodies import Bodies, content_type
 from llmdistill.service.engine import Engine, GenerateJob, Sample, ScoreJob
 from llmdistill.service.gate import Gate
+from llmdistill.service.gone import unless_gone
 from llmdistill.service.limits import Limits
 from llmdistill.service.metrics import Metrics
 from llmdistill.service.problems import Problem, first_line, invalid
-from llmdistill.service.text import template_of, tokenized
-from llmdistill.teachers.fingerprint import weights_fingerprint
+from llmdistill.service.text import TokenizedText, template_of, tokenized
+from llmdistill.service.uploads import Uploads
+from llmdistill.service.weights import Weights
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import ScoreBlock, encode
+from llmdistill.wire.bodies import Sequences, pack_completions
+from llmdistill.wire.tokens import secrets_of
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 Work = Callable[[], Awaitable[Answer]]
-UPLOADS = "llmdistill-weights-"
+Read = Callable[[bytes, str], Work]  # of a body and its content type, on a thread
 
 
 class Service:
     """One engine, its queue, and what it remembers.
 
     Args:
-        token: what callers have to show; None: nothing.
+        token: one or several (:mod:`llmdistill.wire.tokens`) of which callers have to show one; None: nothing.
         weight_folders: where weights and adapters may be read from.
         accept_weights: whether weights may be uploaded.
+        upload_folder: where they are written to on their way; None: memory.
         on_dead: called once when the engine will not answer any more.
     """
 
@@ -53,48 +57,50 @@ class Service:
         token: str | None = None,
         weight_folders: Sequence[Path] = (),
         accept_weights: bool = False,
+        upload_folder: Path | None = None,
         on_dead: Callable[[], None] = lambda: None,
     ) -> None:
-        self.engine, self.limits, self.token = engine, limits or Limits(), token
-        self.weight_folders, self.accept_weights, self.on_dead = list(weight_folders), accept_weights, on_dead
+        self.engine, self.limits, self.secrets = engine, limits or Limits(), secrets_of(token)
+        self.on_dead, self.dead = on_dead, False
         self.gate = Gate(self.limits)
-        self.answers = Answers(self.limits.answers_bytes, self.limits.answers_s)
+        self.answers = Answers(self.limits.answers_bytes, self.limits.answers_s, self.limits.abandoned_s)
         self.metrics = Metrics()
-        self.bodies = bodies.Bodies(self.limits)
-        self.policy_version = 0
-        self.dead = False
-        self._last_push: tuple[bool, int, str] | None = None
-        self._uploading = asyncio.Lock()
-        self._reading = asyncio.Semaphore(2)  # bodies that are parsed at one time
+        self.bodies = Bodies(self.limits)
+        self.uploads = Uploads(upload_folder)
+        self.weights = Weights(engine, self.gate, self.limits, self.uploads, list(weight_folders), accept_weights)
+        self.adapters = Adapters(self.uploads)
 
     # ---------------------------------------------------------------- what is computed
     #
     # Each of these reads a body, which happens on a thread, and returns what is to be done about it.
 
-    def score(self, data: bytes) -> Work:
-        body = bodies.read(bodies.ScoreBody, data)
-        jobs = bodies.score_jobs(body, self.engine, self.limits)
-        return partial(self._blocks, jobs, body.dtype, body.teacher, {})
+    def score(self, data: bytes, kind: str) -> Work:
+        asked, dtype, teacher = bodies.score_request(data, kind, self.limits)
+        jobs = bodies.score_jobs(asked, self.engine, self.limits)
+        return partial(self._blocks, jobs, dtype, teacher, None)
 
-    def score_text(self, data: bytes) -> Work:
+    def score_text(self, data: bytes, kind: str) -> Work:
         body = bodies.read(bodies.TextBody, data)
         bodies.check_texts(body, self.limits)
         template = template_of(self.engine.tokenizer, body.chat_template_kwargs)
         items = [tokenized(template, i, item) for i, item in enumerate(body.items)]
-        score = bodies.ScoreBody(
-            sequences=[item.prompt_ids + item.ids for item in items],
-            positions=[(len(item.prompt_ids), len(item.prompt_ids) + len(item.ids)) for item in items],
-            top_k=body.top_k,
+        spans = [(len(item.prompt_ids), len(item.prompt_ids) + len(item.ids)) for item in items]
+        asked = Sequences(
+            {"top_k": body.top_k},
+            [np.asarray(item.prompt_ids + item.ids, np.int32) for item in items],
+            np.asarray(spans, np.int64),
         )
-        jobs = bodies.score_jobs(score, self.engine, self.limits)
-        return partial(self._blocks, jobs, body.dtype, body.teacher, {"items": [asdict(item) for item in items]})
+        jobs = bodies.score_jobs(asked, self.engine, self.limits)
+        return partial(self._blocks, jobs, body.dtype, body.teacher, items)
 
-    async def _blocks(self, jobs: list[ScoreJob], dtype: str, expected: str | None, extra: dict[str, Any]) -> Answer:
+    async def _blocks(
+        self, jobs: list[ScoreJob], dtype: str, expected: str | None, texts: Sequence[TokenizedText] | None
+    ) -> Answer:
         listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
         async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
             self._expect(expected)
             blocks = await self.engine.score(jobs)
-            info, version = self.engine.info, self.policy_version
+            info, version = self.engine.info, self.weights.policy_version
         positions = sum(job.stop - job.start for job in jobs)
         head = {
             "protocol": protocol.PROTOCOL_VERSION,
@@ -102,21 +108,21 @@ class Service:
             "tokenizer": info.tokenizer,
             "policy_version": version,
             "positions": positions,
-            **extra,
         }
-        data = await asyncio.to_thread(_packed, head, blocks, dtype)
+        data = await asyncio.to_thread(_packed, head, texts, blocks, dtype)
         self.metrics.positions.inc(positions)
         self.metrics.evidence.inc(len(data))
         return Answer(data, protocol.BLOCKS_TYPE)
 
-    def generate(self, data: bytes) -> Work:
-        body = bodies.read(bodies.GenerateBody, data)
-        return partial(self._generated, bodies.generate_job(body, self.engine, self.limits), body.teacher)
+    def generate(self, data: bytes, kind: str) -> Work:
+        asked, body = bodies.generate_request(data, kind)
+        job = bodies.generate_job(asked, body, self.engine, self.limits)
+        return partial(self._generated, job, body.teacher, kind == protocol.IDS_TYPE)
 
-    async def _generated(self, job: GenerateJob, expected: str | None) -> Answer:
+    async def _generated(self, job: GenerateJob, expected: str | None, as_bytes: bool) -> Answer:
         drawn, fingerprint, version = await self.samples(job, expected)
-        completions = [[asdict(sample) for sample in samples] for samples in drawn]
-        return _json({"teacher": fingerprint, "policy_version": version, "completions": completions})
+        head = {"teacher": fingerprint, "policy_version": version}
+        return await asyncio.to_thread(_drawn, head, drawn, as_bytes)
 
     async def samples(self, job: GenerateJob, expected: str | None = None) -> tuple[list[list[Sample]], str, int]:
         """Samples of every prompt, and the fingerprint and version of the weights that drew them."""
@@ -125,100 +131,75 @@ class Service:
             self._expect(expected)
             bodies.known_adapter(job.adapter, self.engine)  # it may have gone while the request waited
             drawn = await self.engine.generate(job)
-            fingerprint, version = self.engine.info.fingerprint, self.policy_version
+            fingerprint, version = self.engine.info.fingerprint, self.weights.policy_version
         self.metrics.generated.inc(sum(len(sample.ids) for samples in drawn for sample in samples))
         return drawn, fingerprint, version
 
     # ---------------------------------------------------------------- weights and adapters
 
-    def load_folder(self, data: bytes) -> Work:
-        self._accepts_weights()
-        body = bodies.read(bodies.WeightsBody, data)
-        folder = bodies.allowed_folder(body.path, self.weight_folders)
-        _check_files(folder)
-        return partial(self._load, folder, False, body.policy_version, weights_fingerprint(folder))
+    def load_folder(self, data: bytes, kind: str) -> Work:
+        return _as_json(self.weights.from_folder(data))
 
     async def load_upload(self, request: Request) -> Answer:
-        """Weights in the body: written to memory-backed files as they come, then loaded at once."""
-        self._accepts_weights()
-        query = request.query_params
-        version, partial_ = query.get("policy_version", ""), query.get("partial", "false") in ("true", "1")
-        if not (version.isdecimal() and len(version) < 17 and int(version) < bodies.LARGEST):
-            raise invalid("policy_version", f"is {version[:40]!r}; it must be a whole number below 2**53")
-        most = self.engine.weights_bytes * 5 // 4 + (1 << 20)
-        async with self._uploading:  # one at a time: each is as large as the model
-            folder = Path(tempfile.mkdtemp(prefix=f"{UPLOADS}{os.getpid()}-", dir=_upload_root()))
-            try:
-                digest, received = hashlib.blake2b(digest_size=16), 0
-                with (folder / "model.safetensors").open("wb") as file:
-                    async for chunk in request.stream():
-                        received += len(chunk)
-                        if received > most:
-                            raise bodies.too_large(most)
-                        digest.update(chunk)
-                        file.write(chunk)
-                _check_files(folder)
-                return await self._load(folder, partial_, int(version), digest.hexdigest())
-            except OSError as error:
-                raise Problem(507, "storage", f"no room for the weights: {first_line(error)}") from None
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        return _json(await self.weights.from_body(request))
 
-    async def _load(self, folder: Path, partial_: bool, version: int, name: str) -> Answer:
-        """The same weights sent again for the same version are there already: a lost answer does no harm."""
-        async with self.gate.alone():
-            push = (partial_, version, name)
-            if push != self._last_push:
-                try:
-                    await self.engine.load_weights(folder, partial_)
-                except (ValueError, OSError) as error:
-                    raise invalid("weights", f"were refused, the old ones stay: {first_line(error)}") from None
-                self.policy_version, self._last_push = version, push
-            return _json({"teacher": self.engine.info.fingerprint, "policy_version": version})
+    def offer(self, data: bytes, kind: str) -> Work:
+        return _as_json(self.weights.offer(data))
 
-    def add_adapter(self, data: bytes) -> Work:
+    def add_adapter(self, data: bytes, kind: str) -> Work:
         body = bodies.read(bodies.AdapterBody, data)
-        return partial(self._add_adapter, body.name, bodies.allowed_folder(body.path, self.weight_folders))
+        folder = bodies.allowed_folder(body.path, self.weights.folders)
+        return partial(self._add_adapter, body.name, folder)
 
     async def _add_adapter(self, name: str, folder: Path) -> Answer:
         async with self.gate.alone():
+            loaded, most = self.engine.adapters, self.limits.adapters
+            if name not in loaded and len(loaded) >= most:
+                words = f"{len(loaded)} are loaded ({', '.join(loaded)}), at most {most}; remove one (--max-adapters)"
+                raise Problem(400, "limit", f"adapters: {words}", field="name", limit=most)
             try:
-                await self.engine.add_adapter(name, folder)
-            except (ValueError, OSError) as error:
-                raise invalid("path", f"holds no adapter for this model: {first_line(error)}") from None
-            return _json({"adapters": list(self.engine.adapters)})
+                copy = await asyncio.to_thread(self.adapters.copied, folder, self.engine)
+                try:
+                    await self.engine.add_adapter(name, copy.path)
+                except BaseException:
+                    copy.remove()
+                    raise
+            except ValueError as error:
+                raise invalid("path", f"{folder.name!r} was refused: {first_line(error)}") from None
+            self.adapters.keep(name, copy)
+            return _json({"adapters": list(loaded)})
 
     async def remove_adapter(self, name: str) -> Answer:
+        """Of an id that is none: 404."""
         async with self.gate.alone():
             bodies.known_adapter(name, self.engine)
             await self.engine.remove_adapter(name)
+            self.adapters.drop(name)
             return _json({"adapters": list(self.engine.adapters)})
-
-    def _accepts_weights(self) -> None:
-        if not self.accept_weights:
-            raise Problem(403, "weights", "this service takes no weights; start it with --updatable")
 
     # ---------------------------------------------------------------- a request
 
-    async def answered(self, request: Request, path: str, read: Callable[[bytes], Work]) -> Answer:
+    async def answered(self, request: Request, path: str, read: Read, *, kept: bool = True) -> Answer:
         """The answer to a request whose body ``read`` understands; it is not held while that is worked out.
+
+        Args:
+            kept: whether the answer is, for the same request again.
 
         Raises:
             Problem: whatever is wrong with it.
         """
-        name = request.headers.get("x-request-id")
-        if name is not None and not REQUEST_ID.fullmatch(name):
-            raise invalid("X-Request-Id", "must be 1 to 128 letters, digits or _.:-")
-        async with self.bodies.read(request) as data:
-            # the path is part of what is asked
-            digest = hashlib.blake2b(path.encode() + b"\0", digest_size=16)
-            async with self._reading:
-                await asyncio.to_thread(digest.update, data)
-                try:
-                    work = await asyncio.to_thread(read, data)
-                finally:
-                    del data
-        return await self.answers.get(name, digest.digest(), work)
+        name = request_id(request)
+        self.answers.release([done for done in request.headers.get("x-request-done", "").split(",") if done])
+        kind = content_type(request)
+
+        def prepared(data: bytes) -> tuple[bytes, Work]:  # on a thread
+            # path and kind are part of what is asked
+            digest = hashlib.blake2b(f"{path}\0{kind}\0".encode(), digest_size=16)
+            digest.update(data)
+            return digest.digest(), read(data, kind)
+
+        digest, work = await self.bodies.read(request, prepared)
+        return await unless_gone(request, self.answers.get(name if kept else None, digest, work))
 
     # ---------------------------------------------------------------- state
 
@@ -235,9 +216,10 @@ class Service:
             "template": info.template,
             "engine": engine.kind,
             "dtype": engine.dtype,
-            "policy_version": self.policy_version,
+            "policy_version": self.weights.policy_version,
             "chosen_ids": engine.chosen_ids,
-            "weights": self.accept_weights,
+            "weights": self.weights.accepts,
+            "partial_weights": engine.partial_weights,
             "adapters": list(engine.adapters),
             "limits": {
                 "top_k": min(limits.top_k, engine.max_top_k),
@@ -246,7 +228,9 @@ class Service:
                 "positions": limits.positions,
                 "new_tokens": limits.new_tokens,
                 "body_bytes": limits.body_bytes,
+                "json_bytes": min(limits.json_bytes, limits.body_bytes),
                 "in_flight": limits.in_flight,
+                "adapters": limits.adapters,
             },
         }
 
@@ -255,7 +239,8 @@ class Service:
         m, gate = self.metrics, self.gate
         m.in_house.set(gate.requests)
         m.tokens.set(gate.tokens)
-        m.version.set(self.policy_version)
+        m.version.set(self.weights.policy_version)
+        m.given_up.set(self.answers.cancelled)
         m.replayed.set(self.answers.replayed)
         m.kept.set(self.answers.bytes)
         return m.text()
@@ -276,34 +261,42 @@ class Service:
             )
 
 
-def forget_uploads() -> None:
-    """Removes what services that were killed in the middle of an upload have left."""
-    for folder in (Path(_upload_root() or tempfile.gettempdir())).glob(f"{UPLOADS}*"):
-        pid = folder.name.removeprefix(UPLOADS).split("-")[0]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def request_id(request: Request) -> str | None:
+    """Raises Problem 400 for one that is none."""
+    name = request.headers.get("x-request-id")
+    if name is not None and not REQUEST_ID.fullmatch(name):
+        raise invalid("X-Request-Id", "must be 1 to 128 letters, digits or _.:-")
+    return name
 
 
-def _upload_root() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+def _packed(
+    head: dict[str, Any], texts: Sequence[TokenizedText] | None, blocks: Sequence[ScoreBlock], dtype: str
+) -> bytes:
+    about = json.dumps(head) if texts is None else _with(head, "items", [json.dumps(asdict(text)) for text in texts])
+    return protocol.pack_frames([about.encode(), *(encode(block, dtype) for block in blocks)])
 
 
-def _check_files(folder: Path) -> None:
-    """Refuses what is no safetensors file before the engine hears of it."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise invalid("weights", f"are missing: no safetensors files in {folder.name!r}")
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise invalid("weights", f"were refused, the old ones stay: no safetensors file: {error}") from None
+def _drawn(head: dict[str, Any], drawn: list[list[Sample]], as_bytes: bool) -> Answer:
+    if as_bytes:
+        flat = [sample for samples in drawn for sample in samples]
+        columns = ([getattr(sample, name) for sample in flat] for name in ("ids", "logprobs", "finish"))
+        return Answer(pack_completions(head, *columns), protocol.COMPLETIONS_TYPE)
+    written = [f"[{', '.join(json.dumps(asdict(sample)) for sample in samples)}]" for samples in drawn]
+    return Answer(_with(head, "completions", written).encode(), protocol.JSON_TYPE)
 
 
-def _packed(head: dict[str, Any], blocks: Sequence[ScoreBlock], dtype: str) -> bytes:
-    return protocol.pack_frames([json.dumps(head).encode(), *(encode(block, dtype) for block in blocks)])
+def _with(head: dict[str, Any], name: str, written: list[str]) -> str:
+    """The object with one more list, whose entries are JSON already: one call that writes megabytes of it would keep
+    the loop's thread from running."""
+    return f'{json.dumps(head)[:-1]}, "{name}": [{", ".join(written)}]}}'
 
 
 def _json(content: dict[str, Any]) -> Answer:
-    return Answer(json.dumps(content).encode(), "application/json")
+    return Answer(json.dumps(content).encode(), protocol.JSON_TYPE)
+
+
+def _as_json(work: Callable[[], Awaitable[dict[str, Any]]]) -> Work:
+    async def answered() -> Answer:
+        return _json(await work())
+
+    return answered

@@ -75,6 +75,7 @@ class Engine(Protocol):
     tokenizer: PreTrainedTokenizerBase
 
     weights_bytes: int  # of all weights in float32
+    partial_weights: bool  # whether a push may hold only the weights that changed; known once it is started
 
     @property
     def info(self) -> TeacherInfo: ...
@@ -84,7 +85,7 @@ class Engine(Protocol):
         ...
 
     async def check(self) -> None:
-        """Raises EngineDead when the engine has died while nobody asked."""
+        """Raises EngineDead when the engine has died while nobody asked. Called every few seconds."""
         ...
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]: ...
@@ -100,7 +101,13 @@ class Engine(Protocol):
         """
         ...
 
-    async def add_adapter(self, name: str, folder: Path) -> None: ...
+    def check_adapter(self, folder: Path) -> None:
+        """Raises ValueError for what is no adapter of this model."""
+        ...
+
+    async def add_adapter(self, name: str, folder: Path) -> None:
+        """One that was checked. Its folder stays until it is removed, or another takes its name."""
+        ...
 
     async def remove_adapter(self, name: str) -> None: ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ class HFEngine:
 
     kind = "hf"
     chosen_ids = True
+    partial_weights = True
 
     def __init__(self, teacher: LocalTeacher, *, batch_tokens: int = 16384, max_model_len: int | None = None) -> None:
         self.teacher, self.tokenizer, self.batch_tokens = teacher, teacher.tokenizer, batch_tokens
@@ -66,6 +68,8 @@ class HFEngine:
         self._loop_task: asyncio.Task[None] | None = None
         self._more = asyncio.Event()
         self._peft: Any = None
+        self._failed = False  # something, since the last look
+        self._dead = ""  # why
 
     @property
     def info(self) -> TeacherInfo:
@@ -75,11 +79,19 @@ class HFEngine:
         pass
 
     async def check(self) -> None:
-        pass
+        """Whatever failed, a few tokens have to go through: an error of the GPU that sticks would fail for ever."""
+        if self._dead:
+            raise EngineDead(self._dead)
+        if self._failed:
+            self._failed = False
+            await self._look()
 
     async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
+        if self._dead:
+            raise EngineDead(self._dead)
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
+            self._loop_task.add_done_callback(self._ended)
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[ScoreBlock]] = []
         for job in jobs:
@@ -92,13 +104,25 @@ class HFEngine:
         return list(await asyncio.gather(*answers))
 
     async def generate(self, job: GenerateJob) -> list[list[Sample]]:
-        return await self._on_thread(self._generate, job)
+        if self._dead:
+            raise EngineDead(self._dead)
+        given_up = threading.Event()
+        try:
+            return await self._on_thread(self._generate, job, given_up)
+        except asyncio.CancelledError:
+            given_up.set()  # what runs ends with its batch
+            raise
+        except Exception:
+            self._failed = True
+            raise
 
     async def load_weights(self, folder: Path, partial: bool) -> None:
         await self._on_thread(self._load, folder, partial)
 
-    async def add_adapter(self, name: str, folder: Path) -> None:
+    def check_adapter(self, folder: Path) -> None:
         check_adapter(folder, self._shapes)
+
+    async def add_adapter(self, name: str, folder: Path) -> None:
         try:
             await self._on_thread(self._add_adapter, name, folder)
         except Exception as error:
@@ -130,6 +154,7 @@ class HFEngine:
             try:
                 blocks = await self._on_thread(self._score, [w.job for w in batch])
             except Exception as error:
+                self._failed = True
                 for waiting in batch:
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
@@ -137,6 +162,24 @@ class HFEngine:
             for waiting, block in zip(batch, blocks, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(block)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """The task that scores is done: at the end, or it has died, and those who wait must not for ever."""
+        if task.cancelled():
+            return
+        self._dead = f"the scoring task has ended: {first_line(task.exception() or RuntimeError())}"
+        for waiting in self._waiting:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(EngineDead(self._dead))
+        self._waiting = []
+
+    async def _look(self) -> None:
+        ids = [min(1, self.info.vocab_size - 1)] * 2
+        try:
+            await self._on_thread(self._score, [ScoreJob(ids, 1, 2, 0)])
+        except Exception as error:
+            self._dead = f"the model no longer scores two tokens: {first_line(error)}"
+            raise EngineDead(self._dead) from error
 
     def _score(self, jobs: list[ScoreJob]) -> list[ScoreBlock]:
         rollout: Rollout = collate(
@@ -150,12 +193,14 @@ class HFEngine:
 
     # ---------------------------------------------------------------- generation, weights, adapters
 
-    def _generate(self, job: GenerateJob) -> list[list[Sample]]:
+    def _generate(self, job: GenerateJob, given_up: threading.Event) -> list[list[Sample]]:
         n, samples = job.sampling.samples_per_prompt, list[Sample]()
         longest = max(map(len, job.prompts)) + job.sampling.max_new_tokens
         share = max(1, self.batch_tokens // (longest * n))
         with self._as(job.adapter) as model:
             for a in range(0, len(job.prompts), share):
+                if given_up.is_set():
+                    return []
                 part = slice(a, a + share)
                 samples += self._samples(model, job.prompts[part], job.rows[part], job.sampling, job.eos_ids)
         return [samples[i : i + n] for i in range(0, len(samples), n)]

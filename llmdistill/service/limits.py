@@ -15,9 +15,13 @@ class Limits:
     positions: int = 131072  # scored positions of one request
     new_tokens: int = 32768  # of one completion
     body_bytes: int = 64 << 20
+    json_bytes: int = 1 << 20  # of a body that is JSON: parsing it stops everything else in the process
     body_s: float = 120.0  # for a body to arrive
+    silence_s: float = 30.0  # between two parts of an upload
     bodies_bytes: int = 512 << 20  # of all bodies that are being read
     in_flight: int = 256  # requests in the house, waiting ones included
     queue_tokens: int = 1 << 20  # tokens of all requests in the house
     answers_bytes: int = 256 << 20  # kept for requests that are sent again
     answers_s: float = 600.0  # and for how long
+    abandoned_s: float = 30.0  # that work goes on whose callers have all hung up
+    adapters: int = 4  # loaded at one time

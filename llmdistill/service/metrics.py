@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+LAGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -12,6 +13,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self._longest = 0.0
         ProcessCollector(registry=registry)  # memory, CPU time, open files
         self.requests = Counter("llmdistill_requests", "Answered", ["endpoint", "status"], registry=registry)
         self.seconds = Histogram(
@@ -20,11 +22,23 @@ class Metrics:
         self.positions = Counter("llmdistill_scored_positions", "Scored, replays not counted", registry=registry)
         self.generated = Counter("llmdistill_generated_tokens", "Sampled, replays not counted", registry=registry)
         self.evidence = Counter("llmdistill_evidence_bytes", "Bytes of score blocks sent", registry=registry)
+        self.given_up = Gauge("llmdistill_given_up_requests", "Cancelled: nobody waited any more", registry=registry)
+        self.lag = Histogram(
+            "llmdistill_loop_lag_seconds", "How late the event loop was", buckets=LAGS, registry=registry
+        )
+        self.longest_lag = Gauge("llmdistill_longest_loop_lag_seconds", "Since the last time asked", registry=registry)
         self.replayed = Gauge("llmdistill_replayed_requests", "Answered from what was kept", registry=registry)
         self.kept = Gauge("llmdistill_kept_answer_bytes", "Held for requests sent again", registry=registry)
         self.in_house = Gauge("llmdistill_requests_in_house", "Waiting or at work", registry=registry)
         self.tokens = Gauge("llmdistill_tokens_in_house", "Tokens of those", registry=registry)
         self.version = Gauge("llmdistill_policy_version", "Of the weights that answer", registry=registry)
 
+    def late(self, seconds: float) -> None:
+        """The event loop ran something so much later than it was to."""
+        self.lag.observe(seconds)
+        self._longest = max(self._longest, seconds)
+
     def text(self) -> bytes:
+        self.longest_lag.set(self._longest)
+        self._longest = 0.0
         return generate_latest(self.registry)

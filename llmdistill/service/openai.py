@@ -9,14 +9,21 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from llmdistill.service import requests as bodies
-from llmdistill.service.app import Service
+from llmdistill.service.answers import Answer
+from llmdistill.service.app import Service, Work
 from llmdistill.service.engine import GenerateJob, Sample
 from llmdistill.service.problems import Problem, invalid
+from llmdistill.wire.bodies import Prompts
+from llmdistill.wire.protocol import JSON_TYPE
+
+EVENTS_TYPE = "text/event-stream"
+PART_BYTES = 1 << 16
 
 
 class CompletionBody(BaseModel):
@@ -56,22 +63,39 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        async with service.bodies.read(request) as data:
-            body, job = await asyncio.to_thread(_job, data, service)
+        answer = await service.answered(request, "/v1/completions", lambda data, kind: _work(data, service))
+        if answer.media_type != EVENTS_TYPE:
+            return Response(answer.body, media_type=answer.media_type)
+        return StreamingResponse(_parts(answer.body), media_type=EVENTS_TYPE)
+
+
+def _work(data: bytes, service: Service) -> Work:
+    body, job = _job(data, service)
+
+    async def work() -> Answer:
         drawn, _, _ = await service.samples(job)
-        choices = [
-            _choice(i * body.n + j, sample, prompt, body, service)
-            for i, (prompt, samples) in enumerate(zip(job.prompts, drawn, strict=True))
-            for j, sample in enumerate(samples)
-        ]
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        head["model"] = body.model or service.engine.info.name
-        written = sum(len(s.ids) for samples in drawn for s in samples)
-        read = sum(map(len, job.prompts))
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        if not body.stream:
-            return JSONResponse({**head, "choices": choices, "usage": usage})
-        return StreamingResponse(_events(head, choices), media_type="text/event-stream")
+        return await asyncio.to_thread(_answer, body, job, drawn, service)
+
+    return work
+
+
+def _answer(body: CompletionBody, job: GenerateJob, drawn: list[list[Sample]], service: Service) -> Answer:
+    """The whole answer. It is written choice by choice: one call for all would keep the loop's thread from running."""
+    choices = [
+        _choice(i * body.n + j, sample, prompt, body, service)
+        for i, (prompt, samples) in enumerate(zip(job.prompts, drawn, strict=True))
+        for j, sample in enumerate(samples)
+    ]
+    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
+    head["model"] = body.model or service.engine.info.name
+    if body.stream:  # what comes is what was sampled, a whole choice in each event
+        events = [f"data: {json.dumps({**head, 'choices': [choice]})}\n\n" for choice in choices]
+        return Answer("".join([*events, "data: [DONE]\n\n"]).encode(), EVENTS_TYPE)
+    written = sum(len(s.ids) for samples in drawn for s in samples)
+    read = sum(map(len, job.prompts))
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    rest = json.dumps({**head, "usage": usage})[:-1]
+    return Answer(f'{rest}, "choices": [{", ".join(map(json.dumps, choices))}]}}'.encode(), JSON_TYPE)
 
 
 def _job(data: bytes, service: Service) -> tuple[CompletionBody, GenerateJob]:
@@ -89,8 +113,7 @@ def _job(data: bytes, service: Service) -> tuple[CompletionBody, GenerateJob]:
             raise Problem(404, "model", f"model {body.model!r} is not served; {engine.info.name!r} is", field="model")
         adapter = body.model
     ids = _prompt_ids(body.prompt, service)
-    generate = bodies.GenerateBody(
-        prompts=ids,
+    settings = bodies.GenerateSettings(
         sampling=bodies.SamplingBody(
             max_new_tokens=body.max_tokens,
             temperature=body.temperature,
@@ -101,7 +124,8 @@ def _job(data: bytes, service: Service) -> tuple[CompletionBody, GenerateJob]:
         ),
         adapter=adapter,
     )
-    return body, bodies.generate_job(generate, engine, service.limits)
+    asked = Prompts({}, [np.asarray(one, np.int64) for one in ids], np.arange(len(ids)))
+    return body, bodies.generate_job(asked, settings, engine, service.limits)
 
 
 def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
@@ -116,7 +140,7 @@ def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
             bodies.check_text(field, one, service.limits)
             made.append(list(service.engine.tokenizer(one)["input_ids"]))
         elif isinstance(one, list) and all(type(token) is int for token in one):
-            made.append(one)
+            made.append([token if 0 <= token < 1 << 31 else -1 for token in one])
         else:
             raise invalid(field, "must be text or a list of token ids")
     return made
@@ -140,8 +164,6 @@ def _choice(index: int, sample: Sample, prompt: list[int], body: CompletionBody,
     return choice
 
 
-async def _events(head: dict[str, Any], choices: list[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events, a whole choice in each: what comes is what was sampled, all at once."""
-    for choice in choices:
-        yield f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
-    yield "data: [DONE]\n\n"
+async def _parts(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), PART_BYTES):
+        yield body[start : start + PART_BYTES]

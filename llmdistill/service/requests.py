@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
-from starlette.requests import Request
 
 from llmdistill.recipe.config import TEMPLATE_ARGUMENTS
 from llmdistill.service.engine import Engine, GenerateJob, ScoreJob
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid
 from llmdistill.texts import Sampling
+from llmdistill.wire.bodies import BodyError, Prompts, Sequences, unpack_prompts, unpack_sequences
+from llmdistill.wire.protocol import IDS_TYPE
 
 
 class _Fast(FailFast):
@@ -32,6 +33,8 @@ Id = Annotated[int, Field(strict=True)]
 Ids = Annotated[list[Id], ONE_MISTAKE]
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures that every engine samples at as they are
 LARGEST = 2**53  # whole numbers that survive as floats
+DIGEST = r"^[A-Za-z0-9_.-]{1,128}$"
+MOST_JSON_CELLS = 1 << 20  # of a table of chosen ids
 CHARACTERS_A_TOKEN = 64  # more than any tokenizer makes of text on average
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -40,14 +43,17 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ScoreBody(_Body):
-    sequences: Annotated[list[Ids], ONE_MISTAKE]
-    positions: Annotated[list[tuple[Id, Id]], ONE_MISTAKE]
-    top_k: Annotated[int, Field(strict=True, ge=0)] = 0
-    chosen: Annotated[list[Annotated[list[Ids], ONE_MISTAKE]], ONE_MISTAKE] | None = None
-    temperature: float = 1.0
+class ScoreSettings(_Body):
+    top_k: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] = 0
+    temperature: Annotated[float, Field(ge=1.0, le=1.0)] = 1.0  # log-softmax at 1 is all that engines give
     dtype: Literal["float16", "float32"] = "float16"
     teacher: str | None = None
+
+
+class ScoreBody(ScoreSettings):
+    sequences: Annotated[list[Ids], ONE_MISTAKE]
+    positions: Annotated[list[tuple[Id, Id]], ONE_MISTAKE]
+    chosen: Annotated[list[Annotated[list[Ids], ONE_MISTAKE]], ONE_MISTAKE] | None = None
 
 
 class SamplingBody(_Body):
@@ -59,13 +65,16 @@ class SamplingBody(_Body):
     seed: Annotated[int, Field(strict=True)] = 0
 
 
-class GenerateBody(_Body):
-    prompts: Annotated[list[Ids], ONE_MISTAKE]
-    rows: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], ONE_MISTAKE] | None = None
+class GenerateSettings(_Body):
     sampling: SamplingBody
     eos_ids: Ids | None = None
     adapter: str | None = None
     teacher: str | None = None
+
+
+class GenerateBody(GenerateSettings):
+    prompts: Annotated[list[Ids], ONE_MISTAKE]
+    rows: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], ONE_MISTAKE] | None = None
 
 
 class TextItem(_Body):
@@ -82,9 +91,15 @@ class TextBody(_Body):
     teacher: str | None = None
 
 
+class OfferBody(_Body):
+    digest: Annotated[str, Field(pattern=DIGEST)]
+    policy_version: Annotated[int, Field(strict=True, ge=0, lt=LARGEST)]
+
+
 class WeightsBody(_Body):
     path: str
     policy_version: Annotated[int, Field(strict=True, ge=0, lt=LARGEST)]
+    digest: Annotated[str, Field(pattern=DIGEST)] | None = None
 
 
 class AdapterBody(_Body):
@@ -98,8 +113,21 @@ def read(kind: type[Body], data: bytes) -> Body:
     Raises:
         Problem: 400, with the field that is wrong.
     """
+    return _validated(kind, lambda: kind.model_validate_json(data))
+
+
+def checked(kind: type[Body], settings: dict[str, Any]) -> Body:
+    """The settings of a body in bytes as ``kind``.
+
+    Raises:
+        Problem: 400, with the field that is wrong.
+    """
+    return _validated(kind, lambda: kind.model_validate(settings))
+
+
+def _validated(kind: type[Body], made: Callable[[], Body]) -> Body:
     try:
-        return kind.model_validate_json(data)
+        return made()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"]).lstrip(".") or "body"
@@ -107,90 +135,90 @@ def read(kind: type[Body], data: bytes) -> Body:
         raise invalid(field, f"{first['msg'][0].lower()}{first['msg'][1:]}{known}") from None
 
 
-class Bodies:
-    """Bodies that are being read: together they stay within a bound."""
+def score_request(data: bytes, kind: str, limits: Limits) -> tuple[Sequences, str, str | None]:
+    """What is to be scored, in which dtype the evidence goes out, and of which weights it has to be.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits, self.bytes = limits, 0
+    Args:
+        kind: content type of ``data``.
 
-    @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, held as long as the context lasts.
-
-        Raises:
-            Problem: 413 as soon as it is known to be too long, 408 when it does not arrive, 429 when too much is held.
-        """
-        limit = self.limits.body_bytes
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > limit:
-            raise too_large(limit)
-        parts, size = list[bytes](), 0
+    Raises:
+        Problem: 400.
+    """
+    if kind == IDS_TYPE:
+        cells = limits.positions * max(limits.top_k, 1)
         try:
-            try:
-                async with asyncio.timeout(self.limits.body_s):
-                    async for chunk in request.stream():
-                        size, self.bytes = size + len(chunk), self.bytes + len(chunk)
-                        if size > limit:
-                            raise too_large(limit)
-                        if self.bytes > max(self.limits.bodies_bytes, limit):
-                            raise Problem(429, "busy", "too many large bodies at one time", retry_after_s=1)
-                        parts.append(chunk)
-            except TimeoutError:
-                raise Problem(408, "limit", f"the body did not arrive in {self.limits.body_s:g} s") from None
-            data = b"".join(parts)
-            parts.clear()
-            yield data
-        finally:
-            self.bytes -= size
+            asked = unpack_sequences(data, max_cells=cells)
+        except BodyError as error:
+            raise invalid("body", f"is no request for scores: {error}") from None
+        body = checked(ScoreSettings, asked.settings)
+    else:
+        given = read(ScoreBody, data)
+        _as_many("positions", given.positions, given.sequences)
+        if given.chosen is not None:
+            _as_many("chosen", given.chosen, given.sequences)
+        spans = np.asarray(_in_range(given.positions), np.int64).reshape(-1, 2)
+        asked = Sequences({}, [_as_ids(ids) for ids in given.sequences], spans, _tables(given))
+        body = given
+    return replace(asked, settings={"top_k": body.top_k}), body.dtype, body.teacher
 
 
-def too_large(limit: int) -> Problem:
-    return Problem(413, "limit", f"the body is larger than {limit} bytes", field="body", limit=limit)
-
-
-def score_jobs(body: ScoreBody, engine: Engine, limits: Limits) -> list[ScoreJob]:
+def score_jobs(asked: Sequences, engine: Engine, limits: Limits) -> list[ScoreJob]:
     """One job per sequence.
 
     Raises:
         Problem: 400.
     """
-    if body.temperature != 1.0:
-        raise invalid(
-            "temperature", f"is {body.temperature}; scores are log-softmax at temperature 1, no engine gives others"
-        )
-    if len(body.positions) != len(body.sequences):
-        raise invalid("positions", f"has {len(body.positions)} entries for {len(body.sequences)} sequences")
-    _count("sequences", len(body.sequences), limits)
-    for i, ((start, stop), ids) in enumerate(zip(body.positions, body.sequences, strict=True)):
+    top_k = asked.settings["top_k"]
+    _count("sequences", len(asked.ids), limits)
+    for i, ((start, stop), ids) in enumerate(zip(asked.positions.tolist(), asked.ids, strict=True)):
         if not (1 <= start <= stop <= len(ids) or (start == stop == 0)):
             raise invalid(
                 f"positions[{i}]",
                 f"is [{start}, {stop}]; needed: 1 <= start <= stop <= {len(ids)} (its length)",
             )
-    _ids("sequences", body.sequences, engine, limits)
-    positions = sum(stop - start for start, stop in body.positions)
-    if positions > limits.positions:
+    _ids("sequences", asked.ids, engine, limits)
+    spans = asked.positions[:, 1] - asked.positions[:, 0]
+    if (positions := int(spans.sum())) > limits.positions:
         raise invalid("positions", f"are {positions} together; at most {limits.positions} a request", limits.positions)
-    width = max((len(row) for rows in body.chosen or () for row in rows), default=0)
-    wide, most = body.top_k + width, min(limits.top_k, engine.max_top_k)
+    width = asked.chosen[0].shape[1] if asked.chosen else 0
+    wide, most = top_k + width, min(limits.top_k, engine.max_top_k)
     if wide > most:
-        asked = f"is {body.top_k}" if body.chosen is None else f"and the chosen ids make {wide}"
-        raise invalid("top_k", f"{asked}; at most {most}", most)
-    chosen = _chosen(body, engine, width)
+        own = f"is {top_k}" if asked.chosen is None else f"and the chosen ids make {wide}"
+        raise invalid("top_k", f"{own}; at most {most}", most)
+    chosen = _chosen(asked, engine)
     return [
-        ScoreJob(ids[:stop], start, stop, body.top_k, mine)
-        for ids, (start, stop), mine in zip(body.sequences, body.positions, chosen, strict=True)
+        ScoreJob(ids[:stop].tolist(), start, stop, top_k, mine)
+        for ids, (start, stop), mine in zip(asked.ids, asked.positions.tolist(), chosen, strict=True)
     ]
 
 
-def generate_job(body: GenerateBody, engine: Engine, limits: Limits) -> GenerateJob:
+def generate_request(data: bytes, kind: str) -> tuple[Prompts, GenerateSettings]:
+    """The prompts, and everything that is said about them.
+
+    Raises:
+        Problem: 400.
+    """
+    if kind == IDS_TYPE:
+        try:
+            asked = unpack_prompts(data)
+        except BodyError as error:
+            raise invalid("body", f"is no request for completions: {error}") from None
+        return asked, checked(GenerateSettings, asked.settings)
+    given = read(GenerateBody, data)
+    rows = given.rows if given.rows is not None else list(range(len(given.prompts)))
+    _as_many("rows", rows, given.prompts, "prompts")
+    numbers = np.asarray([min(row, LARGEST) for row in rows], np.int64)
+    return Prompts({}, [_as_ids(ids) for ids in given.prompts], numbers), given
+
+
+def generate_job(asked: Prompts, body: GenerateSettings, engine: Engine, limits: Limits) -> GenerateJob:
     """The request as the engine takes it.
 
     Raises:
         Problem: 400; 404 for an unknown adapter.
     """
     sampling = body.sampling
-    _count("prompts", len(body.prompts) * sampling.samples_per_prompt, limits)
+    _count("prompts", len(asked.ids) * sampling.samples_per_prompt, limits)
     if sampling.temperature and not COLDEST <= sampling.temperature <= HOTTEST:
         raise invalid(
             "sampling.temperature",
@@ -204,17 +232,17 @@ def generate_job(body: GenerateBody, engine: Engine, limits: Limits) -> Generate
         raise invalid(
             "sampling.max_new_tokens", f"is {sampling.max_new_tokens}; at most {limits.new_tokens}", limits.new_tokens
         )
-    _ids("prompts", body.prompts, engine, limits, extra=sampling.max_new_tokens)
-    rows = body.rows if body.rows is not None else list(range(len(body.prompts)))
-    if len(rows) != len(body.prompts):
-        raise invalid("rows", f"has {len(rows)} entries for {len(body.prompts)} prompts")
+    _ids("prompts", asked.ids, engine, limits, extra=sampling.max_new_tokens)
+    if (asked.rows < 0).any():
+        raise invalid("rows", f"holds {int(asked.rows.min())}; they number the prompts from 0")
     known_adapter(body.adapter, engine)
     vocab = engine.info.vocab_size
     for i, token in enumerate(body.eos_ids or ()):
         if not 0 <= token < vocab:
             raise invalid(f"eos_ids[{i}]", f"is {token}; token ids go from 0 to {vocab - 1}", vocab - 1)
     eos = tuple(body.eos_ids) if body.eos_ids is not None else engine.info.eos_ids
-    return GenerateJob(body.prompts, rows, Sampling(**sampling.model_dump()), eos, body.adapter)
+    prompts = [ids.tolist() for ids in asked.ids]
+    return GenerateJob(prompts, asked.rows.tolist(), Sampling(**sampling.model_dump()), eos, body.adapter)
 
 
 def known_adapter(name: str | None, engine: Engine) -> None:
@@ -275,29 +303,67 @@ def _count(field: str, n: int, limits: Limits) -> None:
         raise invalid(field, f"makes {n} sequences; at most {limits.sequences} a request", limits.sequences)
 
 
-def _ids(field: str, sequences: list[list[int]], engine: Engine, limits: Limits, extra: int = 0) -> None:
+def _ids(field: str, sequences: Sequence[NDArray[Any]], engine: Engine, limits: Limits, extra: int = 0) -> None:
     """Every sequence is there, fits the context, and holds known ids."""
     vocab, most = engine.info.vocab_size, min(limits.sequence_tokens, engine.max_model_len)
     for i, ids in enumerate(sequences):
-        if not ids:
+        if not len(ids):
             raise invalid(f"{field}[{i}]", "is empty; there must be at least one token")
         if len(ids) + extra > most:
             more = f" and {extra} new ones" if extra else ""
             raise invalid(f"{field}[{i}]", f"has {len(ids)} tokens{more}; the context holds {most}", most)
-        try:
-            array = np.asarray(ids, dtype=np.int64)
-        except OverflowError:
-            array = np.asarray([-1 if abs(x) > 1 << 62 else x for x in ids])
-        wrong = np.flatnonzero((array < 0) | (array >= vocab))
-        if len(wrong):
-            j = int(wrong[0])
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+            j = int(np.flatnonzero((ids < 0) | (ids >= vocab))[0])
             raise invalid(f"{field}[{i}][{j}]", f"is {ids[j]}; token ids go from 0 to {vocab - 1}", vocab - 1)
 
 
-def _chosen(body: ScoreBody, engine: Engine, width: int) -> list[torch.Tensor | None]:
-    """The caller's ids as [n, C] tensors, one width for the whole request."""
+def _as_ids(ids: Sequence[int]) -> NDArray[Any]:
+    """A list of JSON's whole numbers, which may be of any size, as ids; what is none of any vocabulary is -1."""
+    try:
+        return np.asarray(ids, np.int64)
+    except OverflowError:
+        return np.asarray([x if 0 <= x < 1 << 31 else -1 for x in ids], np.int64)
+
+
+def _in_range(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(max(min(a, LARGEST), -1), max(min(b, LARGEST), -1)) for a, b in spans]
+
+
+def _as_many(field: str, found: Sequence[Any], others: Sequence[Any], what: str = "sequences") -> None:
+    if len(found) != len(others):
+        raise invalid(field, f"has {len(found)} entries for {len(others)} {what}")
+
+
+def _tables(body: ScoreBody) -> list[Any] | None:
+    """The ids a JSON body chooses as [n, C] arrays, one width for the whole request.
+
+    Raises:
+        Problem: 400.
+    """
     if body.chosen is None:
-        return [None] * len(body.sequences)
+        return None
+    width = max((len(row) for rows in body.chosen for row in rows), default=0)
+    made = []
+    for i, (rows, (start, stop)) in enumerate(zip(body.chosen, body.positions, strict=True)):
+        if len(rows) != stop - start:
+            raise invalid(f"chosen[{i}]", f"has {len(rows)} rows for {stop - start} positions")
+        if len(rows) * width > MOST_JSON_CELLS:  # one wide row is not spread over all the others
+            raise invalid("top_k", f"and the chosen ids make {body.top_k + width}; send such tables as bytes", width)
+        table = np.full((len(rows), width), -1, np.int64)
+        for j, row in enumerate(rows):
+            table[j, : len(row)] = _as_ids(row)
+        made.append(table)
+    return made
+
+
+def _chosen(asked: Sequences, engine: Engine) -> list[torch.Tensor | None]:
+    """The caller's ids as int32 tensors, if the engine takes them.
+
+    Raises:
+        Problem: 400.
+    """
+    if asked.chosen is None:
+        return [None] * len(asked.ids)
     if not engine.chosen_ids:
         raise Problem(
             400,
@@ -305,17 +371,11 @@ def _chosen(body: ScoreBody, engine: Engine, width: int) -> list[torch.Tensor | 
             "this engine cannot score ids a caller chooses; serve with --engine hf",
             field="chosen",
         )
-    if len(body.chosen) != len(body.sequences):
-        raise invalid("chosen", f"has {len(body.chosen)} entries for {len(body.sequences)} sequences")
     vocab, made = engine.info.vocab_size, list[torch.Tensor | None]()
-    for i, (rows, (start, stop)) in enumerate(zip(body.chosen, body.positions, strict=True)):
-        if len(rows) != stop - start:
-            raise invalid(f"chosen[{i}]", f"has {len(rows)} rows for {stop - start} positions")
-        for j, row in enumerate(rows):
-            if any(not -1 <= token < vocab for token in row):
-                raise invalid(f"chosen[{i}][{j}]", f"holds ids outside 0 to {vocab - 1} (-1 pads)", vocab - 1)
-        table = torch.full((stop - start, width), -1, dtype=torch.int32)
-        for j, row in enumerate(rows):
-            table[j, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        made.append(table)
-    return made if width else [None] * len(made)
+    for i, table_nC in enumerate(asked.chosen):
+        wrong_n = ((table_nC < -1) | (table_nC >= vocab)).any(1)
+        if wrong_n.any():
+            j = int(np.flatnonzero(wrong_n)[0])
+            raise invalid(f"chosen[{i}][{j}]", f"holds ids outside 0 to {vocab - 1} (-1 pads)", vocab - 1)
+        made.append(torch.from_numpy(table_nC.astype(np.int32)))
+    return made

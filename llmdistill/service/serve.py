@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -19,13 +20,13 @@ from transformers import HfArgumentParser
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DType, TeacherConfig, option
-from llmdistill.service.app import Service, forget_uploads
+from llmdistill.service.app import Service
 from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.limits import Limits
 from llmdistill.service.routes import create_app
 
 # Limits that are settings of the command; the others are the same for everybody.
-WATCH_S = 2.0
+WATCH_S, LAG_EVERY_S = 2.0, 0.05
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
 
 
@@ -38,13 +39,19 @@ class ServeConfig:
     dtype: DType = option("bfloat16", "dtype of the weights")
     host: str = option("127.0.0.1", "address to listen on; any but a loopback one needs a token")
     port: int = option(8100, "port; 0: a free one, which is printed")
-    token_env: str = option("LLMDISTILL_TOKEN", "environment variable with the bearer token callers have to show")
+    token_env: str = option(
+        "LLMDISTILL_TOKEN", "environment variable with the bearer token callers have to show, or several"
+    )
+    tls_cert: str = option("", "file with the certificate (chain) of this host: https instead of http")
+    tls_key: str = option("", "file with its private key")
     max_model_len: int = option(4096, "longest sequence, prompt and completion")
     updatable: bool = option(False, "take new weights: a student's, for rollouts")
     allow_weights: list[str] = field(
         default_factory=list, metadata={"help": "folders that weights and adapters may be read from"}
     )
+    upload_folder: str = option("", "where pushed weights are written to on their way; empty: memory (/dev/shm)")
     max_lora_rank: int = option(0, "largest rank of adapters (vllm); 0: no adapters")
+    max_adapters: int = option(Limits.adapters, "most adapters loaded at one time")
     batch_tokens: int = option(16384, "token budget of one forward pass")
     kv_cache_gib: float = option(0.5, "vllm's key-value cache on CPU")
     gpu_memory_utilization: float = option(0.9, "vllm's share of the GPU")
@@ -111,9 +118,20 @@ def check(config: ServeConfig, token: str | None) -> None:
             f"--updatable and --max-lora-rank {config.max_lora_rank} are both given; vLLM takes either new weights or "
             "adapters. Fix: leave out the one your student does not send."
         )
-    for folder in config.allow_weights:
-        if not Path(folder).is_dir():
-            raise UserError(f"--allow-weights {folder}: no such folder")
+    for name, folder in [
+        *(("allow-weights", f) for f in config.allow_weights),
+        ("upload-folder", config.upload_folder),
+    ]:
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"--{name} {folder}: no such folder. Fix: make it, or name another.")
+    if config.max_adapters < 1:
+        raise UserError(f"--max-adapters is {config.max_adapters}; it must be at least 1. Fix: --max-adapters 4.")
+    if bool(config.tls_cert) != bool(config.tls_key):
+        missing = "--tls-key" if config.tls_cert else "--tls-cert"
+        raise UserError(f"{missing} is missing; certificate and key go together. Fix: give both, or neither.")
+    for name, file in (("tls-cert", config.tls_cert), ("tls-key", config.tls_key)):
+        if file and not Path(file).is_file():
+            raise UserError(f"--{name} {file}: no such file. Fix: a PEM file.")
 
 
 def is_loopback(host: str) -> bool:
@@ -149,6 +167,7 @@ def load(config: ServeConfig) -> Engine:
             trust_remote_code=config.trust_remote_code,
             updatable=config.updatable,
             max_lora_rank=config.max_lora_rank,
+            max_adapters=config.max_adapters,
             max_num_batched_tokens=max(config.batch_tokens, config.max_model_len + 1),
             tensor_parallel_size=config.tensor_parallel,
         )
@@ -167,11 +186,14 @@ async def serve(config: ServeConfig, token: str | None) -> int:
     import uvicorn
 
     listening = bind(config.host, config.port)
-    forget_uploads()
     try:
         engine = load(config)
         await engine.start()
-        limits = Limits(sequence_tokens=config.max_model_len, **{name: getattr(config, name) for name in LIMITS})
+        limits = Limits(
+            sequence_tokens=config.max_model_len,
+            adapters=config.max_adapters,
+            **{name: getattr(config, name) for name in LIMITS},
+        )
 
         class Server(uvicorn.Server):
             @contextmanager
@@ -191,9 +213,13 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             token=token,
             weight_folders=[Path(folder) for folder in config.allow_weights],
             accept_weights=config.updatable,
+            upload_folder=Path(config.upload_folder) if config.upload_folder else None,
             on_dead=dead,
         )
-        settings |= {"timeout_graceful_shutdown": 10, "limit_concurrency": 4 * limits.in_flight}
+        service.uploads.clear()
+        settings |= {"timeout_graceful_shutdown": 10}
+        if config.tls_cert:
+            settings |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
         server = Server(uvicorn.Config(create_app(service), **settings))
         stopping: list[asyncio.Task[None]] = []
 
@@ -213,15 +239,17 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             asyncio.get_running_loop().add_signal_handler(number, told)
         host, port = listening.getsockname()[:2]
         most = min(limits.top_k, engine.max_top_k)
-        shown = f"[{host}]" if ":" in host else host
+        shown, scheme = f"[{host}]" if ":" in host else host, "https" if config.tls_cert else "http"
         print(
-            f"serving {config.model} ({engine.kind}, {engine.dtype}, top-k up to {most}) on http://{shown}:{port}",
+            f"serving {config.model} ({engine.kind}, {engine.dtype}, top-k up to {most}) on {scheme}://{shown}:{port}",
             flush=True,
         )
-        watching = asyncio.create_task(watch(service))
+        watching = [asyncio.create_task(watch(service)), asyncio.create_task(measure_lag(service))]
         await server.serve(sockets=[listening])
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         await engine.close()
+        service.adapters.close()
         code = 1 if service.dead else 0
         if service.gate.requests:  # what was not done in time must not keep the process
             sys.stdout.flush()
@@ -239,6 +267,14 @@ async def watch(service: Service) -> None:
             await service.engine.check()
         except EngineDead:
             service.died()
+
+
+async def measure_lag(service: Service) -> None:
+    """How late the event loop is, for the metrics: whatever keeps it busy keeps every caller waiting."""
+    while True:
+        wanted = time.monotonic() + LAG_EVERY_S
+        await asyncio.sleep(LAG_EVERY_S)
+        service.metrics.late(max(time.monotonic() - wanted, 0.0))
 
 
 def bind(host: str, port: int) -> socket.socket:

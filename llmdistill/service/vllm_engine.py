@@ -16,6 +16,7 @@ import numpy as np
 
 from llmdistill.compat.vllm import load_async_vllm
 from llmdistill.compat.vllm_scores import admit_chosen_ids
+from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import generation_params, scored_rows, scoring_params
 from llmdistill.service.adapters import check_adapter
 from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
@@ -26,6 +27,9 @@ from llmdistill.teachers.vllm import describe
 from llmdistill.texts import request_seed
 from llmdistill.wire.blocks import ScoreBlock
 
+GPU_ADAPTERS = 4  # that are computed with at one time
+RESETS, RESET_S = 50, 0.1
+
 
 class VLLMEngine:
     """Implements :class:`~llmdistill.service.engine.Engine` over vLLM's ``AsyncLLM``.
@@ -35,6 +39,7 @@ class VLLMEngine:
         max_top_k: the most tokens a job may list; the vocabulary size allows all.
         updatable: whether :meth:`load_weights` will be called (twice the memory for weights on a CPU).
         max_lora_rank: 0: no adapters.
+        max_adapters: that will be loaded at one time.
         options: further arguments of vLLM's engine.
 
     Raises:
@@ -43,6 +48,7 @@ class VLLMEngine:
 
     kind = "vllm"
     chosen_ids = True
+    partial_weights = False  # until the workers have been asked
 
     def __init__(
         self,
@@ -56,10 +62,16 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         updatable: bool = False,
         max_lora_rank: int = 0,
+        max_adapters: int = 4,
         **options: Any,
     ) -> None:
         self._info, self.tokenizer = describe(model_path, trust_remote_code)
         self._shapes = stored_shapes(model_path)
+        if (updatable or max_lora_rank) and not self._shapes:
+            raise UserError(
+                f"--model {model_path!r} has no safetensors files; what is pushed is held against their shapes, or a "
+                "wrong push would end the engine. Fix: save the model as safetensors."
+            )
         self.weights_bytes = 4 * sum(map(math.prod, self._shapes.values()))
         self._tied = is_tied(model_path)
         self.max_lora_rank = max_lora_rank
@@ -68,7 +80,9 @@ class VLLMEngine:
         self.max_model_len = min(max_model_len or self._info.context_length, self._info.context_length)
         self.dtype = dtype
         if max_lora_rank:
-            options |= {"enable_lora": True, "max_lora_rank": max_lora_rank, "max_loras": 4}
+            # all of them in CPU memory, and room for the next one of a name before the last one goes
+            options |= {"enable_lora": True, "max_lora_rank": max_lora_rank}
+            options |= {"max_loras": min(max_adapters, GPU_ADAPTERS), "max_cpu_loras": max_adapters + 1}
         self.engine = load_async_vllm(
             model_path,
             dtype=dtype,
@@ -87,9 +101,10 @@ class VLLMEngine:
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
-        if self._must_mend:
-            with _death_is_named():
+        with _death_is_named():
+            if self._must_mend:
                 await self.engine.collective_rpc("llmdistill_mend")
+            self.partial_weights = all(await self.engine.collective_rpc("llmdistill_takes_part"))
 
     async def check(self) -> None:
         with _death_is_named():
@@ -112,7 +127,8 @@ class VLLMEngine:
         vocab, at = self._info.vocab_size, np.arange(job.start, job.stop)
         params = scoring_params(len(job.ids), at, job.top_k, vocab, job.chosen)
         output = await self._ask(job.ids, params)
-        return job.block(self._info, scored_rows(output, at, job.top_k, vocab, job.chosen))
+        rows = await asyncio.to_thread(scored_rows, output, at, job.top_k, vocab, job.chosen)
+        return job.block(self._info, rows)
 
     async def generate(self, job: GenerateJob) -> list[list[Sample]]:
         n, lora = job.sampling.samples_per_prompt, self._lora[job.adapter] if job.adapter else None
@@ -146,21 +162,38 @@ class VLLMEngine:
         return outputs[-1]
 
     async def load_weights(self, folder: Path, partial: bool) -> None:
-        self._check(stored_shapes(folder), partial)
+        if partial and not self.partial_weights:
+            raise ValueError("this engine takes complete sets of weights only")
+        await asyncio.to_thread(lambda: self._check(stored_shapes(folder), partial))
         try:
             await self.engine.collective_rpc("llmdistill_load", args=(str(folder), partial))
-            await self.engine.reset_prefix_cache()  # what it holds was computed with the old ones
+            await self._forget_prefixes()
         except Exception as error:  # some weights may be in: what would answer now is neither the old nor the new
             raise EngineDead(f"new weights could not be loaded into vLLM: {first_line(error)}") from error
-        pushed = weights_fingerprint(folder)
+        pushed = await asyncio.to_thread(weights_fingerprint, folder)
         if partial:  # the rest is what it was
             pushed = hashlib.blake2b(f"{self._info.fingerprint}{pushed}".encode(), digest_size=8).hexdigest()
         self._info = replace(self._info, fingerprint=pushed)
 
+    async def _forget_prefixes(self) -> None:
+        """What the prefix cache holds was computed with the old weights. vLLM says no while a block of it is in use, as
+        by a request that was just cancelled.
+
+        Raises:
+            RuntimeError: it keeps saying no. Samples of new weights behind old prefixes would look like any others.
+        """
+        for _ in range(RESETS):
+            if await self.engine.reset_prefix_cache():
+                return
+            await asyncio.sleep(RESET_S)
+        raise RuntimeError("vLLM does not let go of the prefix cache of the old weights")
+
+    def check_adapter(self, folder: Path) -> None:
+        check_adapter(folder, self._shapes, self.max_lora_rank)
+
     async def add_adapter(self, name: str, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
-        check_adapter(folder, self._shapes, self.max_lora_rank)
         request = LoRARequest(name, next(self._numbers), str(folder))
         with _death_is_named():
             await self.engine.add_lora(request)

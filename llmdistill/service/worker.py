@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from llmdistill.compat.vllm_scores import mend_first_runner
-from llmdistill.compat.vllm_weights import keep_plain_weights, load_into_worker
+from llmdistill.compat.vllm_weights import keep_plain_weights, load_into_worker, worker_is_plain
 
 UPDATABLE = "LLMDISTILL_UPDATABLE"  # set by the service for the processes it starts
 PARENT = "LLMDISTILL_PARENT"
@@ -29,6 +29,10 @@ class Worker:
     def llmdistill_load(self, folder: str, partial: bool) -> None:
         """Loads the safetensors files of ``folder`` into the running model."""
         load_into_worker(self, _tensors(Path(folder)), partial)
+
+    def llmdistill_takes_part(self) -> bool:
+        """Whether a push may hold only the weights that changed."""
+        return worker_is_plain(self)
 
     def llmdistill_mend(self) -> None:
         mend_first_runner(self)

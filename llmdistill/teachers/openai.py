@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts.remote import pack
+from llmdistill.rollouts.remote import LOGPROB_ROUNDING, pack
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.vllm import describe
@@ -34,6 +34,7 @@ from llmdistill.wire.transport import Get, Refused, Request, Transport, json_obj
 
 COMPLETIONS, MODELS, HEALTH = "/v1/completions", "/v1/models", "/health"
 LISTED_BYTES = 72  # of JSON, for one listed token
+MOST_LISTED_BYTES, REST_BYTES = 512, 1 << 16  # that are read of an answer: for one, and for what is about all
 ANSWER_BYTES = 32 << 20  # of one answer
 MAX_PROMPTS = 512  # of one request; vLLM's own bound is 1024
 
@@ -78,6 +79,7 @@ class PlainVLLMTeacher:
             timeout_s=timeout_s,
             max_outage_s=max_outage_s,
             in_flight=in_flight,
+            keeps_answers=False,
             **options,
         )
         try:
@@ -219,7 +221,10 @@ class PlainVLLMTeacher:
             "prompt_logprobs": listed,
             "return_token_ids": True,
         }
-        return Request(COMPLETIONS, _scored_of(sequences), body=json.dumps(body).encode())
+        width = self._info.vocab_size if listed < 0 else listed
+        most = REST_BYTES + sum(map(len, sequences)) * (width + 2) * MOST_LISTED_BYTES
+        parse = _scored_of(sequences, width, self._info.vocab_size)
+        return Request(COMPLETIONS, parse, body=json.dumps(body).encode(), max_bytes=most)
 
     def _sampling(self, prompt: Prompt, sampling: Sampling, row: int, sample: int) -> Request[dict[str, Any]]:
         body = {
@@ -239,29 +244,54 @@ class PlainVLLMTeacher:
             "logprobs": 0,  # the sampled token's only
             "return_token_ids": True,
         }
-        return Request(COMPLETIONS, _drawn, body=json.dumps(body).encode())
+        most = REST_BYTES + (len(prompt.ids) + sampling.max_new_tokens) * MOST_LISTED_BYTES
+        parse = _drawn_of(sampling.max_new_tokens, self._info.vocab_size)
+        return Request(COMPLETIONS, parse, body=json.dumps(body).encode(), max_bytes=most)
 
 
-def _drawn(response: httpx.Response) -> dict[str, Any]:
-    (choice,) = json_object(response)["choices"]
-    if len(choice["token_ids"]) != len(choice["logprobs"]["token_logprobs"]):
-        raise ValueError("token ids and log-probs differ in number")
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise ValueError(f"the completion ended with {choice['finish_reason']!r}")
-    return choice  # type: ignore[no-any-return]
+def _drawn_of(max_new_tokens: int, vocab_size: int) -> Callable[[httpx.Response], dict[str, Any]]:
+    """Reads one completion, as long as was asked for, of ids that there are."""
+
+    def parse(response: httpx.Response) -> dict[str, Any]:
+        (choice,) = json_object(response)["choices"]
+        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        if len(ids) != len(logprobs) or len(ids) > max_new_tokens:
+            raise ValueError(f"{len(ids)} ids and {len(logprobs)} log-probs of a completion of {max_new_tokens} tokens")
+        for token, logprob in zip(ids, logprobs, strict=True):
+            _check_cell(token, logprob, vocab_size)
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"the completion ended with {choice['finish_reason']!r}")
+        return choice  # type: ignore[no-any-return]
+
+    return parse
 
 
-def _scored_of(sequences: list[list[int]]) -> Callable[[httpx.Response], list[list[dict[str, Any]]]]:
+def _scored_of(
+    sequences: list[list[int]], width: int, vocab_size: int
+) -> Callable[[httpx.Response], list[list[dict[str, Any]]]]:
     """Reads, for every token of every sequence, what is listed there: {id: {logprob, rank}}; None at the first."""
 
     def parse(response: httpx.Response) -> list[list[dict[str, Any]]]:
         choices = sorted(json_object(response)["choices"], key=lambda choice: choice["index"])
         for choice, ids in zip(choices, sequences, strict=True):
-            if choice["prompt_token_ids"] != ids or len(choice["prompt_logprobs"]) != len(ids):
+            listed = choice["prompt_logprobs"]
+            if choice["prompt_token_ids"] != ids or len(listed) != len(ids):
                 raise ValueError("the server scored other tokens than it was sent")
+            for token, cells in zip(ids[1:], listed[1:], strict=True):
+                if str(token) not in cells or not width <= len(cells) <= width + 1:
+                    raise ValueError(f"{len(cells)} tokens are listed, or not token {token}; asked for {width} and it")
+                for name, cell in cells.items():
+                    _check_cell(int(name), cell["logprob"], vocab_size)
         return [choice["prompt_logprobs"] for choice in choices]
 
     return parse
+
+
+def _check_cell(token: Any, logprob: Any, vocab_size: int) -> None:
+    if type(token) is not int or not 0 <= token < vocab_size:
+        raise ValueError(f"token {token!r} is none of the {vocab_size} of the vocabulary")
+    if not isinstance(logprob, int | float) or not logprob <= LOGPROB_ROUNDING:  # a NaN is not
+        raise ValueError(f"a log-prob is {logprob!r}")
 
 
 def _block(

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import httpx
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,13 +24,18 @@ from llmdistill.teachers.base import Teacher, TeacherInfo
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.tokenization import special
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode
+from llmdistill.wire.bodies import chosen_bits, chosen_bytes, pack_sequences
 from llmdistill.wire.listing import columns, support_of
-from llmdistill.wire.protocol import BLOCKS_TYPE, INFO, SCORE, SCORE_TEXT, unpack_frames
+from llmdistill.wire.protocol import BLOCKS_TYPE, IDS_TYPE, INFO, SCORE, SCORE_TEXT, unpack_frames
 from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 T = TypeVar("T")
 REQUESTS_PER_REPLICA = 2  # one is computed while the other is on its way
-FRAME_BYTES, PIECE_BYTES = 256, 40  # of a body, beside ids: for the request, and for each sequence
+FRAME_BYTES, PIECE_BYTES = 512, 12  # of a body, beside ids: for the request, and for each sequence
+BLOCK_BYTES, ROW_BYTES = 1024, 9  # of an answer, beside what is listed: for each block, and for each of its rows
+HEAD_BYTES = 1 << 16  # and for the rest of it
+# of an answer to a text, for each of its tokens: its id and its place, as JSON
+TEXT_TOKEN_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,15 @@ class _Piece:
     sequence: int
     start: int  # among the real tokens
     stop: int
-    ids_json: str
-    chosen_json: str
+    ids: NDArray[np.int32]
+    chosen: NDArray[np.int32] | None  # [stop - start, C]
+    vocab_size: int
 
-    def costs(self, length: int) -> tuple[int, int, int, int]:
+    def costs(self) -> tuple[int, int, int, int]:
         """Sequences, positions, bytes and tokens."""
-        return 1, self.stop - self.start, len(self.ids_json) + len(self.chosen_json) + PIECE_BYTES, length
+        rows = self.stop - self.start
+        listed = 0 if self.chosen is None else chosen_bytes(rows, self.chosen.shape[1], self.vocab_size)
+        return 1, rows, 4 * len(self.ids) + listed + PIECE_BYTES, len(self.ids)
 
 
 class RemoteTeacher:
@@ -126,11 +136,12 @@ class RemoteTeacher:
                 its engine cannot, or other weights than those of the start.
         """
         rollout, width = rollout.to("cpu"), self._width(top_k, chosen)
-        pieces, lengths = self._pieces(rollout, chosen)
-        order = sorted(range(len(pieces)), key=lambda i: -lengths[i])  # what is left at the end is short
-        costs = [pieces[i].costs(lengths[i]) for i in order]
-        groups = [[order[j] for j in group] for group in pack(costs, self._room(sum(lengths), FRAME_BYTES))]
-        answers = self._send([self._scoring([pieces[i] for i in g], top_k, chosen is not None) for g in groups])
+        pieces = self._pieces(rollout, chosen)
+        order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))  # what is left at the end is short
+        tokens = sum(len(piece.ids) for piece in pieces)
+        costs = [pieces[i].costs() for i in order]
+        groups = [[order[j] for j in group] for group in pack(costs, self._room(tokens, FRAME_BYTES))]
+        answers = self._send([self._scoring([pieces[i] for i in g], top_k, width) for g in groups])
         blocks = {i: block for g, found in zip(groups, answers, strict=True) for i, block in zip(g, found, strict=True)}
         parts: list[list[ScoreBlock]] = [[] for _ in range(len(rollout))]
         for i, piece in enumerate(pieces):
@@ -144,7 +155,7 @@ class RemoteTeacher:
             dtype=self.dtype,
             support=support_of(top_k, chosen),
         )
-        return [_joined(found, mask, width, empty) for found, mask in zip(parts, rollout.completion_mask, strict=True)]
+        return [_joined(found, mask, empty) for found, mask in zip(parts, rollout.completion_mask, strict=True)]
 
     def score_text(
         self,
@@ -173,12 +184,17 @@ class RemoteTeacher:
         costs = [(1, len(item[1].encode()), len(text) + 2, len(text)) for item, text in zip(items, texts, strict=True)]
         kwargs = {"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}
         rest = json.dumps({"top_k": top_k, "dtype": self.dtype, "teacher": self.info().fingerprint, **kwargs})
-        groups = pack(costs, self._room(sum(map(len, texts)), len(rest) + 16))
+        room = self._room(sum(map(len, texts)), len(rest) + 16)
+        groups = pack(costs, (*room[:2], min(room[2], self._limits["json_bytes"] - len(rest) - 16), room[3]))
         requests = []
         for group in groups:
             body = f'{{"items": [{", ".join(texts[i] for i in group)}], {rest[1:]}'
-            parse = self._reader(_scored_texts_of(len(group)))
-            requests.append(Request(SCORE_TEXT, parse, body=body.encode(), answer_type=BLOCKS_TYPE))
+            completions = [items[i][1] for i in group]
+            parse = self._reader(_scored_texts_of(completions, self.info().vocab_size), top_k)
+            # a token is at least a byte of text, and special ones beside it
+            tokens = len(body.encode()) + 64 * len(group)
+            most = HEAD_BYTES + TEXT_TOKEN_BYTES * tokens + self._evidence_bytes(len(group), tokens, top_k)
+            requests.append(Request(SCORE_TEXT, parse, body=body.encode(), answer_type=BLOCKS_TYPE, max_bytes=most))
         return [text for answer in self._send(requests) for text in answer]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -190,7 +206,15 @@ class RemoteTeacher:
         info = self.info()
         pad = special.pad_id(self.tokenizer) if self.tokenizer is not None else next(iter(info.eos_ids), 0)
         try:
-            return sample(self.transport, prompts, sampling, limits=self._limits, pad_id=pad, teacher=info.fingerprint)
+            return sample(
+                self.transport,
+                prompts,
+                sampling,
+                limits=self._limits,
+                vocab_size=info.vocab_size,
+                pad_id=pad,
+                teacher=info.fingerprint,
+            )
         except Refused as refusal:
             self._explain(refusal)
 
@@ -265,34 +289,34 @@ class RemoteTeacher:
             )
         return columns(top_k, chosen, info.vocab_size)
 
-    def _pieces(self, rollout: Rollout, chosen: Tensor | None) -> tuple[list[_Piece], list[int]]:
-        """Spans to ask for, and the length of each one's sequence. Sequences without counted tokens have none."""
-        most, space = max(self._limits["positions"], 1), self._limits["body_bytes"] - FRAME_BYTES - PIECE_BYTES
+    def _pieces(self, rollout: Rollout, chosen: Tensor | None) -> list[_Piece]:
+        """Spans to ask for. Sequences without counted tokens have none."""
+        most, vocab = max(self._limits["positions"], 1), self.info().vocab_size
         rows = chosen.split(rollout.row_counts) if chosen is not None else None
-        pieces, lengths = [], []
+        pieces = []
         for b, (ids_T, real_T, mask_T) in enumerate(
             zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True)
         ):
-            ids = ids_T[real_T].tolist()
-            at = _counted(mask_T)[real_T].nonzero().flatten().tolist()
-            if not at:
+            ids = ids_T[real_T].numpy().astype(np.int32)
+            at = _counted(mask_T)[real_T].nonzero().flatten().numpy()
+            if not len(at):
                 continue
             if len(ids) > self._limits["sequence_tokens"]:
                 raise UserError(
                     f"a sequence has {len(ids)} tokens; the service at {self.transport.urls[0]} holds "
                     f"{self._limits['sequence_tokens']}. Fix: lower data.max_prompt_tokens or rollouts.max_new_tokens."
                 )
-            listed = dict(zip(at, rows[b].tolist(), strict=True)) if rows is not None else {}
-            ids_json, step = json.dumps(ids), most
-            if listed:  # their part of the body has a bound too: 2 bytes a position and the longest row of ids
-                row = max(len(json.dumps(c)) for c in listed.values()) + 2
-                step = max(1, min(most, (space - len(ids_json)) // row))
-            for start in range(at[0], at[-1] + 1, step):
-                stop = min(start + step, at[-1] + 1)
-                own = [[c for c in listed.get(t, ()) if c >= 0] for t in range(start, stop)] if listed else []
-                pieces.append(_Piece(b, start, stop, ids_json, json.dumps(own) if own else ""))
-                lengths.append(len(ids))
-        return pieces, lengths
+            start, stop, step, table = int(at[0]), int(at[-1]) + 1, most, None
+            if rows is not None:  # their part of the body has a bound too
+                table = np.full((stop - start, rows[b].shape[1]), -1, np.int32)
+                table[at - start] = rows[b].numpy()
+                space = self._limits["body_bytes"] - FRAME_BYTES - PIECE_BYTES - 4 * len(ids)
+                step = max(1, min(most, 8 * space // max(table.shape[1] * chosen_bits(vocab), 1)))
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                own = None if table is None else table[first - start : last - start]
+                pieces.append(_Piece(b, first, last, ids, own, vocab))
+        return pieces
 
     def _room(self, tokens: int, rest: int) -> tuple[int, int, int, int]:
         """Sequences, positions, bytes and tokens of a request."""
@@ -300,14 +324,13 @@ class RemoteTeacher:
         limits = self._limits
         return limits["sequences"], limits["positions"], limits["body_bytes"] - rest, -(-tokens // max(wanted, 1))
 
-    def _scoring(self, pieces: list[_Piece], top_k: int, with_chosen: bool) -> Request[list[ScoreBlock]]:
-        chosen = f"[{', '.join(p.chosen_json for p in pieces)}]" if with_chosen else "null"
-        body = (
-            f'{{"sequences": [{", ".join(p.ids_json for p in pieces)}], '
-            f'"positions": {json.dumps([(p.start, p.stop) for p in pieces])}, "top_k": {top_k}, "chosen": {chosen}, '
-            f'"temperature": 1.0, "dtype": "{self.dtype}", "teacher": "{self.info().fingerprint}"}}'
-        )
-        expected = [slice(p.start, p.stop) for p in pieces]
+    def _scoring(self, pieces: list[_Piece], top_k: int, width: int) -> Request[list[ScoreBlock]]:
+        info = self.info()
+        settings = {"top_k": top_k, "dtype": self.dtype, "teacher": info.fingerprint}
+        chosen = None if pieces[0].chosen is None else [p.chosen for p in pieces if p.chosen is not None]
+        spans = [(p.start, p.stop) for p in pieces]
+        body = pack_sequences(settings, [p.ids for p in pieces], spans, chosen, info.vocab_size)
+        expected = [slice(*span) for span in spans]
 
         def parse(head: dict[str, Any], blocks: list[ScoreBlock]) -> list[ScoreBlock]:
             found = [block.positions for block in blocks]
@@ -315,16 +338,38 @@ class RemoteTeacher:
                 raise ValueError(f"blocks of the positions {found[:3]}..., asked for {expected[:3]}...")
             return blocks
 
-        return Request(SCORE, self._reader(parse), body=body.encode(), answer_type=BLOCKS_TYPE)
+        rows = sum(p.stop - p.start for p in pieces)
+        return Request(
+            SCORE,
+            self._reader(parse, width),
+            body=body,
+            body_type=IDS_TYPE,
+            answer_type=BLOCKS_TYPE,
+            max_bytes=HEAD_BYTES + self._evidence_bytes(len(pieces), rows, width),
+        )
 
-    def _reader(self, parse: Callable[[dict[str, Any], list[ScoreBlock]], T]) -> Callable[[httpx.Response], T]:
+    def _evidence_bytes(self, blocks: int, rows: int, width: int) -> int:
+        """The most that so many rows of so many columns are encoded: 4 bytes an id, 4 a log-prob."""
+        return blocks * BLOCK_BYTES + rows * (ROW_BYTES + 8 * width)
+
+    def _reader(
+        self, parse: Callable[[dict[str, Any], list[ScoreBlock]], T], width: int
+    ) -> Callable[[httpx.Response], T]:
+        """Reads blocks of ``width`` columns, and of nothing else than what was asked for."""
+        vocab = self.info().vocab_size
+
         def read(response: httpx.Response) -> T:
             first, *frames = unpack_frames(response.content)
             head = json.loads(bytes(first))
             self._same(head["teacher"], head["tokenizer"])
-            blocks = [decode(frame) for frame in frames]
+            blocks = [decode(frame, max_bytes=4 * len(response.content) + 64) for frame in frames]
             for block in blocks:
                 self._same(block.header.teacher, block.header.tokenizer)
+                if (block.header.top_k, block.header.vocab_size) != (width, vocab):
+                    raise ValueError(
+                        f"a block of K = {block.header.top_k} and V = {block.header.vocab_size}; asked for {width} of "
+                        f"{vocab}"
+                    )
                 if len(block.token_logprobs) != block.positions.stop - block.positions.start:
                     raise ValueError(f"a block of {len(block.token_logprobs)} rows for {block.positions}")
             return parse(head, blocks)
@@ -378,38 +423,37 @@ def _counted(mask_T: Tensor) -> Tensor:
     return counted_T
 
 
-def _joined(parts: list[ScoreBlock], mask_T: Tensor, width: int, empty: BlockHeader) -> ScoreBlock:
-    """The parts of one sequence as one block of its counted rows, as wide as every block of the call."""
+def _joined(parts: list[ScoreBlock], mask_T: Tensor, empty: BlockHeader) -> ScoreBlock:
+    """The parts of one sequence as one block of its counted rows."""
     at = _counted(mask_T).nonzero().flatten()
     if not parts:
-        rows = (torch.zeros(0), torch.zeros(0, width, dtype=torch.int32), torch.zeros(0, width))
+        rows = (torch.zeros(0), torch.zeros(0, empty.top_k, dtype=torch.int32), torch.zeros(0, empty.top_k))
         return ScoreBlock(slice(0, 0), *rows, empty)
     keep = at - at[0]
-    token = torch.cat([p.token_logprobs for p in parts])[keep]
-    missing = [width - p.topk_ids.shape[1] for p in parts]
-    ids = torch.cat(
-        [torch.nn.functional.pad(p.topk_ids, (0, m), value=-1) for p, m in zip(parts, missing, strict=True)]
+    token, ids, logprobs = (
+        torch.cat([getattr(part, name) for part in parts])[keep]
+        for name in ("token_logprobs", "topk_ids", "topk_logprobs")
     )
-    logprobs = torch.cat(
-        [
-            torch.nn.functional.pad(p.topk_logprobs, (0, m), value=-torch.inf)
-            for p, m in zip(parts, missing, strict=True)
-        ]
-    )
-    span = slice(int(at[0]), int(at[-1]) + 1)
-    return ScoreBlock(span, token, ids[keep], logprobs[keep], replace(parts[0].header, top_k=width))
+    return ScoreBlock(slice(int(at[0]), int(at[-1]) + 1), token, ids, logprobs, parts[0].header)
 
 
-def _scored_texts_of(count: int) -> Callable[[dict[str, Any], list[ScoreBlock]], list[ScoredText]]:
+def _scored_texts_of(
+    completions: Sequence[str], vocab_size: int
+) -> Callable[[dict[str, Any], list[ScoreBlock]], list[ScoredText]]:
     def parse(head: dict[str, Any], blocks: list[ScoreBlock]) -> list[ScoredText]:
         items = head["items"]
-        if not len(items) == len(blocks) == count:
-            raise ValueError(f"{len(items)} items and {len(blocks)} blocks for {count} texts")
+        if not len(items) == len(blocks) == len(completions):
+            raise ValueError(f"{len(items)} items and {len(blocks)} blocks for {len(completions)} texts")
         made = []
-        for item, block in zip(items, blocks, strict=True):
+        for text, item, block in zip(completions, items, blocks, strict=True):
             if not len(item["ids"]) == len(item["offsets"]) == len(block.token_logprobs):
                 raise ValueError(f"{len(item['ids'])} ids of a text, {len(block.token_logprobs)} scored")
+            ids = [*item["prompt_ids"], *item["ids"]]
+            if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+                raise ValueError(f"a text has ids outside 0 to {vocab_size - 1}")
             offsets = [(int(a), int(b)) for a, b in item["offsets"]]
+            if not all(0 <= a <= b <= len(text) for a, b in offsets):
+                raise ValueError(f"a token lies outside its text of {len(text)} characters")
             made.append(ScoredText(item["prompt_ids"], item["ids"], offsets, block))
         return made
 

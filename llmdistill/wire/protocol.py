@@ -1,7 +1,10 @@
 """What client and service agree on beside the score blocks: paths, bodies, framing, errors.
 
-Bodies are JSON, but for two: evidence comes as :data:`BLOCKS_TYPE`, weights go as :data:`TENSORS_TYPE` (a safetensors
-file). Nothing is ever unpickled or evaluated. fp is a fingerprint of weights; a request may name the one it expects.
+What is large is bytes: token ids go as :data:`IDS_TYPE` and come as :data:`COMPLETIONS_TYPE`
+(:mod:`llmdistill.wire.bodies`), evidence comes as :data:`BLOCKS_TYPE`, weights go as :data:`TENSORS_TYPE` (a
+safetensors file). Everything else is JSON, which small requests for scores and completions may be as well
+(``limits.json_bytes``). Nothing is ever unpickled or evaluated. fp is a fingerprint of weights; a request may name the
+one it expects. Below are the JSON forms; as bytes the same fields that are no ids are the settings.
 
 ``POST /v1/score``::
 
@@ -15,7 +18,8 @@ file). Nothing is ever unpickled or evaluated. fp is a fingerprint of weights; a
     {"prompts": [[id, ...], ...], "rows": [i, ...] | null, "eos_ids": [id, ...] | null, "adapter": name | null,
      "sampling": {"max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "seed"},
      "teacher": fp | null}
-    -> {"teacher", "policy_version", "completions": [[{"ids", "logprobs", "finish"} per sample] per prompt]}
+    -> {"teacher", "policy_version", "completions": [[{"ids", "logprobs", "finish"} per sample] per prompt]}, or, asked
+    in bytes, :data:`COMPLETIONS_TYPE` with the settings {"teacher", "policy_version"}
 
 Sample j of prompt i is drawn with ``request_seed(seed, rows[i], j)`` (rows: 0, 1, ... when null), so a call that is
 split over requests or replicas draws what the whole call would have drawn.
@@ -26,25 +30,32 @@ split over requests or replicas draws what the whole call would have drawn.
      "chat_template_kwargs": {name: value} | null, "top_k", "dtype", "teacher"}
     -> frames: {"items": [{"prompt_ids", "ids", "offsets": [[first, last + 1 character of the completion], ...]}], ...}
 
-``POST /v1/weights``: ``{"path": folder, "policy_version": n}``, or :data:`TENSORS_TYPE` with ``?policy_version=n`` and
-``&partial=true`` when only some weights are in it -> ``{"teacher", "policy_version"}``.
+``POST /v1/weights``: ``{"path": folder, "policy_version": n, "digest": d}``, or :data:`TENSORS_TYPE` with
+``?policy_version=n``, ``&digest=d`` and ``&partial=true`` when only some weights are in it -> ``{"teacher",
+"policy_version"}``. d is any word that names these weights: whoever pushes the same ones gives the same word.
+``POST /v1/weights/offer``: ``{"digest": d, "policy_version": n}`` -> ``{"needed": true}`` to the one who is to push
+them now, ``{"needed": false, "teacher", "policy_version"}`` where they are. It waits while another one pushes.
 ``POST /v1/adapters``: ``{"name", "path"}``; ``DELETE /v1/adapters/NAME``.
 
 ``GET /v1/info``::
 
     {"protocol", "name", "teacher", "tokenizer", "vocab_size", "eos_ids", "context_length", "template", "engine",
-     "dtype", "policy_version", "chosen_ids", "weights", "adapters": [name, ...],
-     "limits": {"top_k", "sequence_tokens", "sequences", "positions", "new_tokens", "body_bytes", "in_flight"}}
+     "dtype", "policy_version", "chosen_ids", "weights", "partial_weights", "adapters": [name, ...],
+     "limits": {"top_k", "sequence_tokens", "sequences", "positions", "new_tokens", "body_bytes", "json_bytes",
+                "in_flight", "adapters"}}
 
 ``GET /health`` (the process lives), ``/ready`` (200 when it takes work, else 503), ``/metrics`` (Prometheus).
 
 Headers: ``Authorization: Bearer TOKEN`` where the service has one; ``X-Request-Id`` makes a POST idempotent: while a
 request of that id is in flight or its answer is kept, the same body gets the same answer without being computed again,
-and another body gets 409.
+and another body gets 409. ``X-Request-Done: ID,ID`` lets go of what was kept for these, and gives up what is in
+flight: their caller has the answer, or does not want it any more. A caller that hangs up without a word may come back
+for its answer for a while.
 
 Errors: ``{"error": {"type", "field", "message", "limit"}}`` with 400 (a field is wrong), 401 (token), 404, 409 (other
-fingerprint, reused id), 413 (body too large), 429 (queue full) and 503 (starting, draining, engine dead), the last two
-with ``Retry-After`` in seconds and ``Retry-After-Ms``, 500.
+fingerprint, reused id), 413 (body too large), 415 (content type), 421 (Host, where there is no token), 429 (queue full)
+and 503 (starting, draining, engine dead), the last two with ``Retry-After`` in seconds and ``Retry-After-Ms``, 500, 507
+(no room for an upload).
 
 A binary answer is a sequence of frames, each a little-endian uint32 length and that many bytes. The first frame is a
 JSON object about the whole answer, the others are score blocks, one per sequence, in the order asked.
@@ -56,13 +67,16 @@ import struct
 from collections.abc import Iterator, Sequence
 
 SCORE, GENERATE, SCORE_TEXT = "/v1/score", "/v1/generate", "/v1/score_text"
-WEIGHTS, ADAPTERS = "/v1/weights", "/v1/adapters"
+WEIGHTS, OFFER, ADAPTERS = "/v1/weights", "/v1/weights/offer", "/v1/adapters"
 INFO, HEALTH, READY, METRICS = "/v1/info", "/health", "/ready", "/metrics"
 
 BLOCKS_TYPE = "application/x-llmdistill-blocks"
+IDS_TYPE = "application/x-llmdistill-ids"
+COMPLETIONS_TYPE = "application/x-llmdistill-completions"
+JSON_TYPE = "application/json"
 TENSORS_TYPE = "application/x-safetensors"
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _LENGTH = struct.Struct("<I")
 
 

@@ -6,34 +6,17 @@ it works again. Requests wait while no replica is left: one line says so, anothe
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmdistill.errors import UserError
+from llmdistill.wire.patience import Clock, Failed, Patience, jitter
 
 Status = Callable[[str], None]
 Cancelled = Callable[[], bool]
 
-UNREADABLE = (ValueError, LookupError, TypeError)  # what parsing raises where an answer has another shape
-_jitter = random.Random()  # not the global state: a resumed run has to find that undisturbed
-
-
-@dataclass(eq=False)
-class Failed(Exception):
-    """One try came to nothing; another may not."""
-
-    reason: str
-    may_be_done: bool = False  # the service may have, or come to have, the answer
-    busy: bool = False  # it works, only not for us now
-    retry_after: float | None = None
-
-    def delay(self, longest: float) -> float:
-        """Seconds to the next try: full jitter, on top of what the service asked for."""
-        drawn = _jitter.uniform(0, longest)
-        return drawn if self.retry_after is None else self.retry_after + min(drawn, self.retry_after / 4)
+UNREADABLE = (ValueError, LookupError, TypeError, RecursionError)  # of parsing, where an answer has another shape
 
 
 @dataclass(eq=False)
@@ -51,29 +34,6 @@ class Replica:
     taken_at: float = 0.0
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How failures are answered. Times in seconds.
-
-    Args:
-        max_outage_s: how long a request keeps failing before the run stops.
-        backoff_s, max_backoff_s: the n-th retry waits a random time up to ``backoff_s * 2**n``, at most the maximum.
-        eject_after: failures in a row (those of overlapping tries count once) that take a replica out.
-        cool_down_s: until a replica that was taken out is probed; doubles with every probe up to ``max_backoff_s``.
-        status_every_s: between two lines that say what is waited for.
-    """
-
-    max_outage_s: float = 3600.0
-    backoff_s: float = 0.25
-    max_backoff_s: float = 15.0
-    eject_after: int = 3
-    cool_down_s: float = 1.0
-    status_every_s: float = 30.0
-
-    def backoff(self, tries: int) -> float:
-        return min(self.max_backoff_s, self.backoff_s * 2.0 ** min(tries, 30))
-
-
 class Replicas:
     """The replicas of one service. Threads may share it.
 
@@ -81,6 +41,7 @@ class Replicas:
         section: of the recipe, for messages.
         admit: asks one replica whether it may get requests; a UserError of it stops the run.
         on_status: gets one line when requests start to wait, every ``status_every_s`` and when they go on.
+        clock: what waiting goes by.
     """
 
     def __init__(
@@ -90,8 +51,9 @@ class Replicas:
         admit: Callable[[Replica], None],
         patience: Patience,
         on_status: Status,
+        clock: Clock,
     ) -> None:
-        self.urls, self.section, self.patience = tuple(urls), section, patience
+        self.urls, self.section, self.patience, self.clock = tuple(urls), section, patience, clock
         self.changed = threading.Condition()  # replicas came or went, a request was cancelled, the end
         self.closed = False
         self.seconds_waited = 0.0
@@ -114,12 +76,12 @@ class Replicas:
         Raises:
             UserError: none within ``max_outage_s``, or what ``admit`` raised.
         """
-        since = time.monotonic()
+        since = self.clock.now()
         with self.changed:
             while not (self.up() and all(r.asked for r in self._all)):
                 self._check(None)
                 if self.up():
-                    self.changed.wait(self.patience.status_every_s)
+                    self.clock.wait(self.changed, self.patience.status_every_s)
                 else:
                     self._wait(since)
             self._check(None)
@@ -135,7 +97,7 @@ class Replicas:
         Raises:
             UserError: none within ``max_outage_s``.
         """
-        began = time.monotonic()
+        began = self.clock.now()
         with self.changed:
             while True:
                 self._check(cancelled)
@@ -143,7 +105,7 @@ class Replicas:
                     if last is None or not stay or last not in up:
                         others = [r for r in up if r is not last]
                         last = min(others or up, key=lambda r: (r.in_flight, r.taken_at))
-                    last.in_flight, last.taken_at = last.in_flight + 1, time.monotonic()
+                    last.in_flight, last.taken_at = last.in_flight + 1, self.clock.now()
                     self.seconds_waited += last.taken_at - began
                     return last
                 self._wait(began if since is None else since)
@@ -159,7 +121,7 @@ class Replicas:
     def failed(self, replica: Replica, failure: Failed, began: float) -> None:
         """The try that started at ``began`` has ended in vain."""
         with self.changed:
-            now = time.monotonic()
+            now = self.clock.now()
             replica.in_flight -= 1
             replica.reason = failure.reason
             self._down_since = now if self._down_since is None else self._down_since
@@ -177,9 +139,9 @@ class Replicas:
         Raises:
             UserError: that is ``max_outage_s`` ago.
         """
-        began = time.monotonic()
+        began = self.clock.now()
         with self.changed:
-            while (now := time.monotonic()) < began + seconds or now >= since + self.patience.max_outage_s:
+            while (now := self.clock.now()) < began + seconds or now >= since + self.patience.max_outage_s:
                 self._check(cancelled)
                 silent = self._down_since is not None and now - self._down_since >= self.patience.status_every_s
                 self._wait(since, until=began + seconds, announce=silent)
@@ -219,15 +181,18 @@ class Replicas:
                 longest = min(
                     self.patience.max_backoff_s, self.patience.cool_down_s * 2.0 ** min(replica.probes - 1, 30)
                 )
-            delay = longest * _jitter.uniform(0.5, 1)
+            delay = longest * jitter(0.5, 1)
 
     def _sleep(self, delay: float) -> bool:
+        end = self.clock.now() + delay
         with self.changed:
-            return not self.changed.wait_for(lambda: self.closed, delay)
+            while not self.closed and (now := self.clock.now()) < end:
+                self.clock.wait(self.changed, end - now)
+            return not self.closed
 
     def _wait(self, since: float, until: float = float("inf"), announce: bool = True) -> None:
         """Waits for a change, the time of a status line, or the end of patience. The lock is held."""
-        now, end = time.monotonic(), since + self.patience.max_outage_s
+        now, end = self.clock.now(), since + self.patience.max_outage_s
         if now >= end:
             where = f" {self.urls[0]}" if len(self.urls) == 1 else ""  # the reasons name several
             raise UserError(
@@ -244,11 +209,11 @@ class Replicas:
                 f"({self._reasons()}); training waits, gives up after {self.patience.max_outage_s:g} s"
             )
         line = (self._announced if self._announced is not None else now) + every
-        self.changed.wait(max(min(end, until, line) - now, 0.001))
+        self.clock.wait(self.changed, max(min(end, until, line) - now, 0.001))
 
     def _worked(self) -> None:
         if self._announced is not None and self._down_since is not None:
-            seconds = time.monotonic() - self._down_since
+            seconds = self.clock.now() - self._down_since
             self._on_status(f"{self.section} {', '.join(self.urls)} is back after {seconds:.0f} s")
         self._down_since = self._announced = None
 

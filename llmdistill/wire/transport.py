@@ -1,45 +1,39 @@
 """One idempotent request to a service, answered whatever happens on the way.
 
 Retried: refused and broken connections, time-outs, half answers, 5xx, 429, answers that cannot be read. All tries of a
-request carry one ``X-Request-Id``, so a service that kept the answer does not compute it again. Which replica gets a
-try, and what happens while none works, is in :mod:`llmdistill.wire.replicas`. Other 4xx are mistakes that a retry
-would repeat: they stop the run.
+request carry one ``X-Request-Id``, so a service that kept the answer does not compute it again; a caller that has it
+says so with its next request. A replica that is silent for a request and yet ``/ready`` is slow, not dead: the request
+waits for it there. HTTP 500 three times to one request is a fault that trying again does not mend, and stops the run.
+Which replica gets a try, and what happens while none works, is in :mod:`llmdistill.wire.replicas`; how often may be
+tried again in :mod:`llmdistill.wire.patience`. Other 4xx are mistakes that a retry would repeat: they stop the run.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import logging
 import threading
-import time
 import uuid
-import warnings
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import httpx
 
 from llmdistill.errors import UserError
-from llmdistill.wire.protocol import READY
-from llmdistill.wire.replicas import UNREADABLE, Cancelled, Failed, Patience, Replica, Replicas, Status
+from llmdistill.wire.exchange import JSON_BYTES, Exchange, Get, Refused, json_object, split_urls
+from llmdistill.wire.patience import Budget, Clock, Failed, Patience
+from llmdistill.wire.protocol import JSON_TYPE, READY
+from llmdistill.wire.replicas import UNREADABLE, Cancelled, Replica, Replicas, Status
+
+__all__ = ["Ask", "Counters", "Get", "Refused", "Request", "Transport", "json_object", "split_urls"]
 
 T = TypeVar("T")
-Get = Callable[[str], httpx.Response]
+Ask = Callable[["Request[Any]"], Any]  # another request, to the same replica
 
 _PROBE_TIMEOUT_S = 10.0  # readiness and identity are answered from memory
+_DONE_IDS = 32  # in one header
 _logger = logging.getLogger(__name__)
-_warned: set[str] = set()
-
-
-class Refused(UserError):
-    """The service understood the request and will not serve it: a 4xx that trying again would not change."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -49,19 +43,30 @@ class Request(Generic[T]):
     Args:
         parse: reads the answer; a ValueError, LookupError or TypeError means that it came damaged and is fetched again,
             a UserError stops.
-        body: bytes, or a function that gives them anew for every try; then ``length`` says how many there are.
+        body: bytes, or a function that gives them anew for every try; then ``length`` is how many there are.
         answer_type: media type of an answer; another one counts as damage.
+        max_bytes: of the answer, as much as the request can need.
+        already: asked before every try, with a way to send the same replica another request: an answer that is there
+            without this one having to be sent, or None.
     """
 
     path: str
     parse: Callable[[httpx.Response], T]
     method: str = "POST"
     body: bytes | Callable[[], Iterable[bytes]] = b""
-    length: int | None = None
-    body_type: str = "application/json"
-    answer_type: str = "application/json"
+    length: int | Callable[[], int] | None = None
+    body_type: str = JSON_TYPE
+    answer_type: str = JSON_TYPE
     params: Mapping[str, str] = field(default_factory=dict)
+    max_bytes: int = JSON_BYTES
+    already: Callable[[Ask], T | None] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def size(self) -> int:
+        """Of the body, in bytes."""
+        if isinstance(self.body, bytes):
+            return len(self.body)
+        return (self.length() if callable(self.length) else self.length) or 0
 
 
 @dataclass
@@ -70,6 +75,7 @@ class Counters:
 
     requests: int = 0  # that were answered
     retries: int = 0  # tries that came to nothing
+    reattached: int = 0  # tries that ended before a slow answer was there, and were taken up again
     bytes_sent: int = 0  # bodies of tries that were answered
     bytes_received: int = 0  # bodies, as they came over the wire
     seconds_waited: float = 0.0  # of all requests together: between tries, or without a replica
@@ -80,16 +86,19 @@ class Transport:
 
     Args:
         urls: of the replicas: a list, or one string with commas. A trailing ``/v1`` is understood.
-        token: sent as ``Authorization: Bearer``.
+        token: sent as ``Authorization: Bearer``; see :mod:`llmdistill.wire.tokens`.
         section: of the recipe, for messages.
         admit: called with a function that GETs a path from one replica, before the replica gets its first request and
             again before it comes back; returning admits it, a UserError stops the run. None: ``/ready`` has to be 200.
         timeout_s: longest silence of the service within one try.
         in_flight: requests under way at one time, over all replicas.
-        patience: the fields of :class:`~llmdistill.wire.replicas.Patience`.
+        keeps_answers: whether the service goes on with a request whose caller hung up, and has its answer when it comes
+            back. Where not, a request that timed out is given twice the time at its next try.
+        clock: what waiting goes by.
+        patience: the fields of :class:`~llmdistill.wire.patience.Patience`.
 
     Raises:
-        UserError: not an http(s) url.
+        UserError: not an http(s) url, or a token for other hosts.
     """
 
     def __init__(
@@ -102,23 +111,23 @@ class Transport:
         timeout_s: float = 120.0,
         connect_timeout_s: float = 5.0,
         in_flight: int = 8,
+        keeps_answers: bool = True,
         on_status: Status = _logger.warning,
+        clock: Clock | None = None,
         **patience: Any,
     ) -> None:
         self.urls, self.section = split_urls(urls, section), section
-        self.in_flight = in_flight
-        self._admit, self._counters = admit, Counters()
-        if token:
-            _warn_of_plain_token(self.urls, section)
-        local = {f"all://{httpx.URL(url).netloc.decode()}": None for url in self.urls if _is_loopback(url)}
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(timeout_s, connect=connect_timeout_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=in_flight + len(self.urls)),
-            mounts=local,  # type: ignore[arg-type]  # None: never through a proxy that the environment names
+        self.in_flight, self.timeout_s, self.keeps_answers = in_flight, timeout_s, keeps_answers
+        self._connect_timeout_s = connect_timeout_s
+        self._admit, self._counters, self.clock = admit, Counters(), clock or Clock()
+        self._exchange = Exchange(
+            self.urls, token, section, timeout=self._timeout(), connections=in_flight + len(self.urls)
         )
         self._slots = threading.BoundedSemaphore(in_flight)
-        self._replicas = Replicas(self.urls, section, self._ask, Patience(**patience), on_status)
+        told = Patience(**patience)
+        self._budget = Budget(told, self.clock)
+        self._done: dict[str, deque[str]] = defaultdict(deque)  # url -> ids whose answers need not be kept
+        self._replicas = Replicas(self.urls, section, self._ask, told, on_status, self.clock)
 
     @property
     def counters(self) -> Counters:
@@ -142,30 +151,11 @@ class Transport:
 
         Raises:
             Refused: the service will not serve it.
-            UserError: no answer within ``max_outage_s`` of the first failure, or what ``parse`` raised.
+            UserError: no answer within ``max_outage_s`` of the first failure, HTTP 500 again and again, or what
+                ``parse`` raised.
         """
-        replicas, since, last, stay, tries = self._replicas, None, None, False, 0
         with self._slots:
-            while True:
-                replica = replicas.take(last, stay, since, cancelled)
-                began = time.monotonic()
-                try:
-                    answer = self._try(replica, request)
-                except Failed as failure:
-                    replicas.failed(replica, failure, began)
-                    self._count(retries=1)
-                    # Where the answer may be ready by now, it is fetched from where it was computed: once.
-                    stay, last = failure.may_be_done and last is not replica, replica
-                    since = time.monotonic() if since is None else since
-                    replicas.pause(failure.delay(replicas.patience.backoff(tries)), since, cancelled)
-                    tries += 1
-                except BaseException:
-                    replicas.release(replica)
-                    raise
-                else:
-                    replicas.release(replica, worked=True)
-                    self._count(requests=1)
-                    return answer
+            return _Sending(self, request, cancelled).answer()
 
     def send_all(self, requests: Sequence[Request[T]]) -> list[T]:
         """The answers in the order of the requests; up to ``in_flight`` are under way, the first ones first.
@@ -194,7 +184,7 @@ class Transport:
     def close(self) -> None:
         """Ends what is waiting. Closing twice is harmless."""
         self._replicas.close()
-        self._client.close()
+        self._exchange.close()
 
     def _work(self, batch: _Batch) -> None:
         changed = self._replicas.changed
@@ -215,26 +205,48 @@ class Transport:
                 batch.missing -= 1
                 changed.notify_all()
 
+    def _timeout(self, doublings: int = 0) -> httpx.Timeout:
+        return httpx.Timeout(self.timeout_s * 2.0 ** min(doublings, 20), connect=self._connect_timeout_s, pool=None)
+
     def _ask(self, replica: Replica) -> None:
         def get(path: str) -> httpx.Response:
-            return self._exchange(replica, "GET", path, timeout=_PROBE_TIMEOUT_S)
+            return self._exchange.send(replica.url, "GET", path, timeout=_PROBE_TIMEOUT_S)
 
         if self._admit is None:
             get(READY)
         else:
             self._admit(get)
 
-    def _try(self, replica: Replica, request: Request[T]) -> T:
-        size = len(request.body) if isinstance(request.body, bytes) else request.length
-        response = self._exchange(
-            replica,
+    def _alive(self, replica: Replica) -> bool:
+        """Whether a replica that is silent for one request answers another: then it is only slow."""
+        try:
+            self._exchange.send(replica.url, "GET", READY, timeout=_PROBE_TIMEOUT_S)
+        except Failed as failure:
+            return failure.busy
+        except Refused:  # a server that knows no such path
+            return True
+        return True
+
+    def _try(self, replica: Replica, request: Request[T], doublings: int = 0) -> T:
+        if request.already is not None:
+            found = request.already(lambda other: self._try(replica, other))
+            if found is not None:
+                return found
+        size = request.size()
+        headers = {"X-Request-Id": request.id, "Content-Type": request.body_type, "Content-Length": str(size)}
+        if request.method == "POST" and (done := self._take_done(replica.url)):
+            headers["X-Request-Done"] = ",".join(done)
+        response = self._exchange.send(
+            replica.url,
             request.method,
             request.path,
+            max_bytes=request.max_bytes,
             content=request.body if isinstance(request.body, bytes) else request.body(),
             params=request.params,
-            headers={"X-Request-Id": request.id, "Content-Type": request.body_type, "Content-Length": str(size)},
+            headers=headers,
+            timeout=self._timeout(doublings),
         )
-        self._count(bytes_sent=size or 0, bytes_received=response.num_bytes_downloaded)
+        self._count(bytes_sent=size, bytes_received=len(response.content))
         kind = response.headers.get("content-type", "").split(";")[0].strip()
         if kind != request.answer_type:
             raise Failed(f"{request.path} answered {kind or 'no content type'} instead of {request.answer_type}", True)
@@ -245,31 +257,94 @@ class Transport:
         except UNREADABLE as error:
             raise Failed(f"answer to {request.path} is damaged: {error or type(error).__name__}", True) from error
 
-    def _exchange(self, replica: Replica, method: str, path: str, **options: Any) -> httpx.Response:
-        """One try; a 2xx comes back."""
-        try:
-            response = self._client.request(method, replica.url + path, **options)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise Failed(f"cannot connect: {error or type(error).__name__}") from error
-        except httpx.ReadTimeout as error:
-            allowed = error.request.extensions["timeout"]["read"]
-            raise Failed(f"no answer to {path} within {allowed:g} s", True) from error
-        except httpx.RequestError as error:
-            raise Failed(f"connection lost: {error or type(error).__name__}", True) from error
-        if response.is_success:
-            return response
-        status, told = response.status_code, _told(response)
-        if status >= 500 or status in (408, 425, 429):
-            wait = _retry_after(response.headers)
-            raise Failed(f"HTTP {status}: {told}", busy=status == 429, retry_after=wait)
-        if status == 401:
-            told += f". Fix: set the variable that {self.section}.token_env names to the service's token"
-        raise Refused(f"{self.section} {replica.url} refuses {path} with HTTP {status}: {told}", status)
+    def _let_go(self, url: str, request: Request[Any]) -> None:
+        """The replica need not keep the answer, nor go on working it out: told with the next request it gets."""
+        if self.keeps_answers and request.method == "POST":
+            with self._replicas.changed:
+                self._done[url].append(request.id)
+
+    def _take_done(self, url: str) -> list[str]:
+        with self._replicas.changed:
+            ids = self._done[url]
+            return [ids.popleft() for _ in range(min(len(ids), _DONE_IDS))]
 
     def _count(self, **more: int) -> None:
         with self._replicas.changed:
             for name, value in more.items():
                 setattr(self._counters, name, getattr(self._counters, name) + value)
+
+
+class _Sending(Generic[T]):
+    """One request on its way: its tries so far."""
+
+    def __init__(self, transport: Transport, request: Request[T], cancelled: Cancelled | None) -> None:
+        self.transport, self.request, self.cancelled = transport, request, cancelled
+        self.replicas, self.patience = transport._replicas, transport._replicas.patience
+        self.since: float | None = None  # it fails
+        self.last: Replica | None = None
+        self.stay = False  # with the last replica
+        self.tries = self.broken = self.late = 0
+
+    def answer(self) -> T:
+        while True:
+            replica = self.replicas.take(self.last, self.stay, self.since, self.cancelled)
+            if self.last is not None and self.last is not replica:
+                self.transport._let_go(self.last.url, self.request)
+            began = self.transport.clock.now()
+            try:
+                answer = self.transport._try(replica, self.request, 0 if self.transport.keeps_answers else self.late)
+            except Failed as failure:
+                if failure.late and self.transport._alive(replica):
+                    replica.reason = failure.reason
+                    self._reattach(replica)
+                else:
+                    self._failed(replica, failure, began)
+            except BaseException:
+                self.replicas.release(replica)
+                raise
+            else:
+                self.replicas.release(replica, worked=True)
+                self.transport._let_go(replica.url, self.request)
+                self.transport._count(requests=1)
+                with self.replicas.changed:
+                    self.transport._budget.answered()
+                return answer
+
+    def _reattach(self, replica: Replica) -> None:
+        """The replica is slow: neither a failure of its nor a reason to have another compute the same."""
+        self.replicas.release(replica)
+        self.transport._count(reattached=1)
+        self.last, self.stay, self.late = replica, True, self.late + 1
+        self.since = self.transport.clock.now() if self.since is None else self.since
+        try:
+            self.replicas.pause(0.0, self.since, self.cancelled)
+        except BaseException:
+            self.transport._let_go(replica.url, self.request)
+            raise
+
+    def _failed(self, replica: Replica, failure: Failed, began: float) -> None:
+        self.replicas.failed(replica, failure, began)
+        self.transport._count(retries=1)
+        # Where the answer may be ready by now, it is fetched from where it was computed: once.
+        self.stay, self.last = failure.may_be_done and self.last is not replica, replica
+        self.since = self.transport.clock.now() if self.since is None else self.since
+        self.broken += failure.broken
+        if self.broken >= self.patience.broken_tries:
+            raise UserError(
+                f"{self.transport.section} {replica.url} fails at {self.request.path}, {self.broken} times now "
+                f"({failure.reason}). Fix: the service's log says why; then run again (training: with --resume)."
+            )
+        wait = failure.delay(self.patience.backoff(self.tries))
+        if not failure.busy:
+            with self.replicas.changed:
+                wait = max(wait, self.transport._budget.spend())
+        self.tries += 1
+        try:
+            self.replicas.pause(wait, self.since, self.cancelled)
+        except BaseException:
+            if failure.may_be_done:
+                self.transport._let_go(replica.url, self.request)
+            raise
 
 
 class _Batch:
@@ -280,83 +355,3 @@ class _Batch:
         self.answers: list[Any] = [None] * len(requests)
         self.missing, self.cancelled = len(requests), False
         self.error: BaseException | None = None
-
-
-def split_urls(urls: str | Sequence[str], section: str = "teacher") -> tuple[str, ...]:
-    """Base urls of the replicas, without duplicates.
-
-    Raises:
-        UserError: none, or one that is not http or https.
-    """
-    parts = urls.split(",") if isinstance(urls, str) else list(urls)
-    bases = [p.strip().rstrip("/").removesuffix("/v1") for p in parts if p.strip()]
-    for base in bases or [""]:
-        try:
-            ok = httpx.URL(base).scheme in ("http", "https") and bool(httpx.URL(base).host)
-        except httpx.InvalidURL:
-            ok = False
-        if not ok:
-            raise UserError(
-                f"{section}.url is {urls!r}; it must be http://HOST:PORT of the service, or several with commas. "
-                f"Fix: --{section}.url http://HOST:PORT."
-            )
-    return tuple(dict.fromkeys(bases))
-
-
-def json_object(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of an answer.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    body = json.loads(response.content)
-    if not isinstance(body, dict):
-        raise ValueError(f"a JSON object is needed, not {type(body).__name__}")
-    return body
-
-
-def _is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _warn_of_plain_token(urls: Sequence[str], section: str) -> None:
-    for url in urls:
-        if httpx.URL(url).scheme == "http" and not _is_loopback(url) and url not in _warned:
-            _warned.add(url)
-            warnings.warn(
-                f"{section}'s token is sent to {url} unencrypted; use https, or an ssh tunnel to a loopback port",
-                stacklevel=4,
-            )
-
-
-def _told(response: httpx.Response) -> str:
-    """What an error answer says, in one line: our service, vLLM or a proxy's page."""
-    try:
-        error = json_object(response).get("error")
-    except ValueError:
-        error = None
-    if not isinstance(error, dict):
-        return " ".join(response.text.split())[:200] or response.reason_phrase
-    extra = [f"{name}: {error[name]}" for name in ("field", "limit") if error.get(name) is not None]
-    return str(error.get("message")) + (f" ({', '.join(extra)})" if extra else "")
-
-
-def _retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds of a Retry-After header: a number or a date; of ours in milliseconds where there is one."""
-    exact, value = headers.get("retry-after-ms", ""), headers.get("retry-after")
-    if exact.isdecimal() and len(exact) < 9:
-        return int(exact) / 1000
-    if value is None:
-        return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
-        return None

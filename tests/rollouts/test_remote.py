@@ -13,11 +13,12 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.models.generation import HFRollouts
-from llmdistill.rollouts.remote import RemoteRollouts, pack, safetensors_stream
+from llmdistill.rollouts.remote import RemoteRollouts, pack
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Sampling
 from llmdistill.wire import protocol
+from llmdistill.wire.tensors import safetensors_stream
 from tests.service.faulty import FAULTS, Faulty
 from tests.test_weights import lora
 from tests.tiny import llama, tokenizer
@@ -134,7 +135,7 @@ def test_a_service_started_again_gets_the_weights_again(service):
     """Between two calls: its own weights are refused by the request that names the student's."""
     model, engine = llama(1), engine_for(service)
     engine.sync(model, 7)
-    service.small.teacher, service.small.policy_version = LocalTeacher(llama(9), tokenizer()), 0
+    service.small.restart(LocalTeacher(llama(9), tokenizer()))
     assert assert_samples_from(engine, model, SAMPLED).policy_version == 7
     assert len(pushes(service)) == 2
     engine.close()
@@ -145,7 +146,7 @@ def test_a_service_started_again_gets_all_weights_not_only_the_trained(service):
     model.get_input_embeddings().weight.requires_grad_(False)
     engine = engine_for(service)
     engine.sync(model, 0)
-    service.small.teacher = LocalTeacher(llama(9), tokenizer())
+    service.small.restart(LocalTeacher(llama(9), tokenizer()))
     engine.sync(model, 1)
     assert_samples_from(engine, model, SAMPLED)
     assert all("partial" not in s.query for s in pushes(service))
@@ -158,7 +159,7 @@ def test_two_runs_on_one_service_are_told(service):
 
     def answer(seen):
         if seen.path == protocol.GENERATE:  # another run pushes between our push and our request, every time
-            service.small.teacher = LocalTeacher(llama(2), tokenizer())
+            service.small.restart(LocalTeacher(llama(2), tokenizer()))
         return whole(seen)
 
     service.small.answer = answer
@@ -171,7 +172,7 @@ def test_sharded_weights_are_not_pushed_in_the_middle_of_a_step(service):
     model, engine = llama(1), engine_for(service)
     engine.sync(model, 7)
     next(model.parameters()).ds_id = 0  # as ZeRO-3 marks what it shards
-    service.small.teacher = LocalTeacher(llama(9), tokenizer())
+    service.small.restart(LocalTeacher(llama(9), tokenizer()))
     with pytest.raises(UserError, match="was started again and lost the student's weights; sharded ones .*--resume"):
         engine.generate(PROMPTS, SAMPLED)
     engine.close()
@@ -184,7 +185,8 @@ def test_faults_change_neither_weights_nor_samples(service, fault):
     service.next(fault, None, fault, None)
     engine.sync(model, 2)
     assert_samples_from(engine, model, SAMPLED)
-    assert engine.transport.counters.retries == (0 if fault == "slow" else 2)
+    counters = engine.transport.counters
+    assert counters.retries + counters.reattached == (0 if fault == "slow" else 2)
     assert set(service.computed.values()) == {1}
     engine.close()
 
@@ -228,7 +230,7 @@ def test_what_cannot_work_is_refused(service):
 
 
 def test_the_stream_is_a_safetensors_file(monkeypatch):
-    monkeypatch.setattr("llmdistill.rollouts.remote.CHUNK_BYTES", 10)
+    monkeypatch.setattr("llmdistill.wire.tensors.CHUNK_BYTES", 10)
     tensors = {
         "a.weight": torch.arange(12.0).reshape(3, 4).t(),
         "half": torch.randn(5).half(),

@@ -215,6 +215,8 @@ class Faulty:
 def _corrupted(answer: Answer) -> Answer:
     """One bit of the last block is wrong; JSON, which has no checksum, is no longer UTF-8."""
     body = bytearray(answer.body)
+    if answer.kind == protocol.COMPLETIONS_TYPE:
+        return Answer(answer.status, bytes(body[:-3]), answer.kind)  # there is no checksum: a piece is missing
     if answer.kind == protocol.BLOCKS_TYPE:
         body[-len(list(protocol.unpack_frames(answer.body))[-1]) // 2] ^= 0x10
     else:
@@ -224,7 +226,7 @@ def _corrupted(answer: Answer) -> Answer:
 
 def _of_others(answer: Answer) -> Answer:
     """The answer as a service with other weights would head it."""
-    if answer.kind != protocol.BLOCKS_TYPE:
+    if answer.kind == protocol.JSON_TYPE:
         return Answer(200, json.dumps({**json.loads(answer.body), "teacher": OTHER}).encode())
     head, *blocks = protocol.unpack_frames(answer.body)
     changed = json.dumps({**json.loads(bytes(head)), "teacher": OTHER}).encode()

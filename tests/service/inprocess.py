@@ -37,7 +37,8 @@ def with_service(test: Callable[[Client, Service], Awaitable[None]], limits: Lim
     async def run() -> None:
         service = Service(HFEngine(teacher()), limits or Limits(sequence_tokens=128), **kw)
         transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
-        async with Client(transport=transport, base_url="http://service") as client:
+        headers = {"Content-Type": protocol.JSON_TYPE}
+        async with Client(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:
             await test(client, service)
         await service.engine.close()
 

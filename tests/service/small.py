@@ -16,6 +16,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Rollout, Sampling, collate
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import encode
+from llmdistill.wire.bodies import pack_completions, unpack_prompts, unpack_sequences
 
 LIMITS = {
     "top_k": 264,
@@ -24,6 +25,7 @@ LIMITS = {
     "positions": 4096,
     "new_tokens": 64,
     "body_bytes": 1 << 20,
+    "json_bytes": 1 << 20,
     "in_flight": 64,
 }
 
@@ -76,7 +78,12 @@ class Small:
         self.teacher, self.token = teacher, token
         self.limits, self.ready = {**LIMITS, **(limits or {})}, ready
         self.chosen_ids, self.weights = chosen_ids, weights
-        self.policy_version = 0
+        self.policy_version, self.digest = 0, ""
+        self.partial_weights = True
+
+    def restart(self, teacher: LocalTeacher) -> None:
+        """With other weights, and no memory of what was pushed."""
+        self.teacher, self.policy_version, self.digest = teacher, 0, ""
 
     def answer(self, seen: Seen) -> Answer:
         with _one_at_a_time:
@@ -89,7 +96,10 @@ class Small:
             return Answer(200, b"{}") if self.ready else error(503, "starting")
         if seen.path == protocol.INFO:
             return _json(self._info())
-        body = json.loads(seen.body) if seen.headers.get("content-type") == "application/json" else {}
+        kind = seen.headers.get("content-type")
+        body = json.loads(seen.body) if kind == protocol.JSON_TYPE else {}
+        if kind == protocol.IDS_TYPE:
+            body = as_json(seen)
         expected = body.get("teacher")
         if expected not in (None, self.teacher.info().fingerprint):
             return error(409, f"teacher is {self.teacher.info().fingerprint}", "teacher")
@@ -101,6 +111,9 @@ class Small:
             return self._generate(body)
         if seen.path == protocol.WEIGHTS:
             return self._load(seen, body)
+        if seen.path == protocol.OFFER:
+            told = {"needed": False, "teacher": self.teacher.info().fingerprint, "policy_version": self.policy_version}
+            return _json(told if body["digest"] == self.digest else {"needed": True})
         return error(404, seen.path)
 
     def _info(self) -> dict[str, Any]:
@@ -114,6 +127,7 @@ class Small:
             "policy_version": self.policy_version,
             "chosen_ids": self.chosen_ids,
             "weights": self.weights,
+            "partial_weights": self.partial_weights,
             "adapters": [],
             "limits": self.limits,
         }
@@ -169,11 +183,13 @@ class Small:
         assert drawn.behavior_logprobs is not None
         columns = zip(drawn.input_ids, drawn.behavior_logprobs, drawn.completion_mask, drawn.finish, strict=True)
         samples = [{"ids": i[m].tolist(), "logprobs": lp[m].tolist(), "finish": f} for i, lp, m, f in columns]
-        n = sampling.samples_per_prompt
         told = {"teacher": self.teacher.info().fingerprint, "policy_version": self.policy_version}
-        return _json({**told, "completions": [samples[i : i + n] for i in range(0, len(samples), n)]})
+        lists = ([sample[name] for sample in samples] for name in ("ids", "logprobs", "finish"))
+        return Answer(200, pack_completions(told, *lists), protocol.COMPLETIONS_TYPE)
 
     def _load(self, seen: Seen, body: dict[str, Any]) -> Answer:
+        if not self.partial_weights and seen.query.get("partial") == "true":
+            return error(400, "complete sets only", "partial")
         if "path" in body:
             with open(f"{body['path']}/model.safetensors", "rb") as file:
                 tensors, version, partial = load(file.read()), body["policy_version"], False
@@ -185,8 +201,19 @@ class Small:
         if problems.unexpected_keys or (missing and not partial):
             return error(400, f"weights: {problems}", "weights")
         self.teacher.forget_info()
-        self.policy_version = version
+        self.policy_version, self.digest = version, seen.query.get("digest") or body.get("digest", "")
         return _json({"teacher": self.teacher.info().fingerprint, "policy_version": version})
+
+
+def as_json(seen: Seen) -> dict[str, Any]:
+    """A request in bytes as the JSON one that asks the same."""
+    if seen.path == protocol.SCORE:
+        asked = unpack_sequences(seen.body, max_cells=1 << 24)
+        chosen = None if asked.chosen is None else [table.tolist() for table in asked.chosen]
+        ids, spans = [one.tolist() for one in asked.ids], asked.positions.tolist()
+        return {**asked.settings, "sequences": ids, "positions": spans, "chosen": chosen}
+    prompts = unpack_prompts(seen.body)
+    return {**prompts.settings, "prompts": [one.tolist() for one in prompts.ids], "rows": prompts.rows.tolist()}
 
 
 def _spans(sequences: list[list[int]], spans: list[list[int]]) -> Rollout:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -187,7 +186,7 @@ def test_no_answer_mixes_two_policies() -> None:
     with_service(test, accept_weights=True)
 
 
-def test_the_same_push_again_changes_nothing_and_odd_versions_are_refused() -> None:
+def test_the_same_push_again_changes_nothing_and_odd_versions_are_refused(tmp_path: Path) -> None:
     async def test(client: Client, service: Service) -> None:
         headers = {"Content-Type": protocol.TENSORS_TYPE}
         part = save({"model.norm.weight": torch.full((32,), 0.5)})
@@ -206,9 +205,9 @@ def test_the_same_push_again_changes_nothing_and_odd_versions_are_refused() -> N
         long = b"0" * (service.engine.weights_bytes * 5 // 4 + (2 << 20))
         answer = await client.post(protocol.WEIGHTS, params={"policy_version": 5}, content=long, headers=headers)
         assert answer.status_code == 413
-        assert not list(Path("/dev/shm").glob(f"llmdistill-weights-{os.getpid()}-*"))
+        assert not list(tmp_path.iterdir())
 
-    with_service(test, accept_weights=True)
+    with_service(test, accept_weights=True, upload_folder=tmp_path)
 
 
 def test_an_adapter_that_goes_while_a_request_waits_is_not_replaced_by_the_base_model() -> None:
@@ -293,7 +292,7 @@ def test_bodies_of_refused_requests_are_let_go_at_once() -> None:
             gc.enable()
         assert grown < 6 << 20 and service.bodies.bytes == 0
 
-    with_service(test)
+    with_service(test, Limits(sequence_tokens=128, json_bytes=4 << 20))
 
 
 def test_bodies_that_are_being_read_have_a_bound_together_and_a_time_to_arrive() -> None:

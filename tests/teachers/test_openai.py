@@ -233,7 +233,7 @@ def test_another_model_on_the_port_stops_the_run(server, teacher):
     short = collate([[5]], [[6]], pad_id=0)
     teacher.score(short, 1)
     server.small.root = "/another/model"
-    server.next("500", "500", "500")  # out, and asked again who it is
+    server.next("503", "503", "503")  # out, and asked again who it is
     with pytest.raises(UserError, match="root was .* and is now '/another/model'"):
         teacher.score(short, 1)
 

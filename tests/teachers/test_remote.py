@@ -1,7 +1,8 @@
 """The teacher behind a service against the same teacher in this process."""
 
-import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,10 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher, connect
 from llmdistill.texts import Prompt, Sampling, collate
 from llmdistill.wire import protocol
+from llmdistill.wire.blocks import decode, encode
+from llmdistill.wire.bodies import pack_completions, unpack_completions
 from tests.service.faulty import OTHER, Faulty
+from tests.service.small import as_json
 from tests.tiny import llama, tokenizer
 
 VOCAB = 264
@@ -77,7 +81,7 @@ def assert_alike(blocks, exact, header=True):
 
 
 def bodies(service, path=protocol.SCORE):
-    return [json.loads(seen.body) for seen in service.posts(path)]
+    return [as_json(seen) for seen in service.posts(path)]
 
 
 # -------------------------------------------------------------------- scores
@@ -247,27 +251,72 @@ def test_completions_carry_the_version_the_service_told(service, remote):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda c: c["completions"].pop(),
-        lambda c: c["completions"][0].pop(),
-        lambda c: c["completions"][0][0]["logprobs"].pop(),
-        lambda c: c["completions"][0][0].update(finish="abort"),
-        lambda c: c.pop("completions"),
+        lambda c: c.ids.pop() is c.logprobs.pop() is c.finish.pop(),
+        lambda c: c.logprobs.__setitem__(0, c.logprobs[0][:-1]),
+        lambda c: c.ids.__setitem__(0, np.arange(40)),
+        lambda c: c.ids[0].__setitem__(0, VOCAB),
+        lambda c: c.ids[0].__setitem__(0, -1),
+        lambda c: c.logprobs[0].__setitem__(0, 0.5),
+        lambda c: c.logprobs[0].__setitem__(0, np.nan),
+        lambda c: c.settings.pop("policy_version"),
+        lambda c: c.settings.update(policy_version="7"),
     ],
 )
-def test_completions_that_are_not_whole_are_asked_for_again(service, remote, spoil):
+def test_completions_that_are_not_whole_or_of_no_vocabulary_are_asked_for_again(service, remote, spoil):
     exact, whole, times = remote.generate(prompts(2), Sampling(3)), service.small.answer, [1]
 
     def answer(seen):
         made = whole(seen)
-        if times and times.pop():
-            content = json.loads(made.body)
-            spoil(content)
-            made.body = json.dumps(content).encode()
+        if seen.path == protocol.GENERATE and times and times.pop():
+            given = unpack_completions(made.body)
+            given = replace(given, ids=[a.copy() for a in given.ids], logprobs=[a.copy() for a in given.logprobs])
+            spoil(given)
+            if len(given.ids[0]) == 40:
+                given.logprobs[0] = np.zeros(40)
+            made.body = pack_completions(given.settings, given.ids, given.logprobs, given.finish)
         return made
 
     service.keeps, service.small.answer = False, answer
     assert torch.equal(remote.generate(prompts(2), Sampling(3)).input_ids, exact.input_ids)
-    assert remote.transport.counters.retries == 1
+    assert remote.transport.counters.retries == 1 and not times
+
+
+@pytest.mark.parametrize("spoil", ["columns", "vocabulary", "rows", "blocks", "positions"])
+def test_evidence_of_another_shape_than_was_asked_for_is_asked_for_again(service, remote, local, spoil):
+    """A block with a valid checksum, from a service that is out of its mind."""
+    made, whole, times = rollout(3), service.small.answer, [1]
+
+    def answer(seen):
+        answered = whole(seen)
+        if seen.path == protocol.SCORE and times and times.pop():
+            head, *frames = protocol.unpack_frames(answered.body)
+            blocks = [decode(frame) for frame in frames]
+            block = blocks[0]
+            if spoil == "columns":
+                narrow = replace(block.header, top_k=2)
+                blocks[0] = replace(
+                    block, topk_ids=block.topk_ids[:, :2], topk_logprobs=block.topk_logprobs[:, :2], header=narrow
+                )
+            elif spoil == "vocabulary":
+                blocks[0] = replace(block, header=replace(block.header, vocab_size=2 * VOCAB))
+            elif spoil == "rows":
+                blocks[0] = replace(
+                    block,
+                    token_logprobs=block.token_logprobs[:-1],
+                    topk_ids=block.topk_ids[:-1],
+                    topk_logprobs=block.topk_logprobs[:-1],
+                )
+            elif spoil == "positions":
+                span = block.positions
+                blocks[0] = replace(block, positions=slice(span.start + 1, span.stop + 1))
+            else:
+                blocks.pop()
+            answered.body = protocol.pack_frames([bytes(head), *(encode(b, "float32") for b in blocks)])
+        return answered
+
+    service.keeps, service.small.answer = False, answer
+    assert_alike(remote.score(made, 4), local.score(made, 4))
+    assert remote.transport.counters.retries == 1 and not times
 
 
 # -------------------------------------------------------------------- whose answers they are
@@ -327,7 +376,7 @@ def test_a_replica_with_other_weights_is_found_when_it_comes_late(local, other):
 def test_another_protocol_is_refused(local, monkeypatch):
     with Faulty(local) as service:
         monkeypatch.setattr("tests.service.small.protocol.PROTOCOL_VERSION", 9)
-        with pytest.raises(UserError, match="speaks protocol 9, this llmdistill 1"):
+        with pytest.raises(UserError, match="speaks protocol 9, this llmdistill 2"):
             RemoteTeacher(service.url, **QUICK)
 
 

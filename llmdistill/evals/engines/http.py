@@ -25,6 +25,7 @@ from llmdistill.texts.rollout import Prompt, Sampling
 from llmdistill.wire.transport import Get, Request, Transport, json_object
 
 Api = Literal["chat", "completions"]
+ANSWER_BYTES, TOKEN_BYTES = 1 << 22, 256  # that are read of an answer: whatever it is about, and for a token
 
 
 class OpenAIEngine:
@@ -56,7 +57,9 @@ class OpenAIEngine:
         self.model, self.api, self.thinking, self.concurrency = model, api, thinking, concurrency
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.context: int | None = None  # vLLM says it; OpenAI's protocol does not
-        self.transport = Transport(url, section="eval", admit=self._admit, in_flight=concurrency, **options)
+        self.transport = Transport(
+            url, section="eval", admit=self._admit, in_flight=concurrency, keeps_answers=False, **options
+        )
         try:
             self.transport.wait_ready()
         except BaseException:
@@ -78,7 +81,12 @@ class OpenAIEngine:
             }
             path = "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
             text, tokens, finish = self.transport.send(
-                Request(path, self._parse, body=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
+                Request(
+                    path,
+                    self._parse,
+                    body=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
+                    max_bytes=ANSWER_BYTES + TOKEN_BYTES * (item.room or sampling.max_new_tokens),
+                )
             )
             return item.sample(text, tokens, finish, stop)
 

@@ -1,0 +1,182 @@
+"""New weights on their way into the engine: offered, then read from a folder or from the body of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from safetensors import SafetensorError, safe_open
+
+from llmdistill.service import requests as bodies
+from llmdistill.service.bodies import too_large
+from llmdistill.service.engine import Engine
+from llmdistill.service.gate import Gate
+from llmdistill.service.limits import Limits
+from llmdistill.service.problems import Problem, first_line, invalid
+from llmdistill.service.uploads import Uploads, written
+from llmdistill.teachers.fingerprint import weights_fingerprint
+
+Told = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Push:
+    """Which weights are in the engine: a push of the same is nothing new."""
+
+    partial: bool
+    version: int
+    digest: str
+
+
+class Weights:
+    """Changes the engine's weights while nothing else is at work.
+
+    Args:
+        folders: weights may be read from these.
+        accepts: whether the service takes any.
+    """
+
+    def __init__(
+        self, engine: Engine, gate: Gate, limits: Limits, uploads: Uploads, folders: list[Path], accepts: bool
+    ) -> None:
+        self.engine, self.gate, self.limits, self.uploads = engine, gate, limits, uploads
+        self.folders, self.accepts = folders, accepts
+        self.policy_version = 0
+        self._last: Push | None = None
+        self._uploading = asyncio.Lock()
+        self._offered: dict[str, asyncio.Event] = {}  # set when the one who was told to push has, or has not
+
+    def offer(self, data: bytes) -> Callable[[], Awaitable[Told]]:
+        """Whether a push is needed. To the first who asks: yes; others wait for what becomes of it.
+
+        Raises:
+            Problem: 400, 403.
+        """
+        self.check(False)
+        body = bodies.read(bodies.OfferBody, data)
+        return lambda: self._offer(body.digest, body.policy_version)
+
+    async def _offer(self, digest: str, version: int) -> Told:
+        while True:
+            if self._last is not None and (self._last.digest, self._last.version) == (digest, version):
+                return {"needed": False, **self._told()}
+            under_way = self._offered.get(digest)
+            if under_way is None:
+                ended = self._offered[digest] = asyncio.Event()
+                # one who says that it will push, and does not, keeps nobody else waiting for long
+                asyncio.get_running_loop().call_later(self.limits.silence_s, self._lapse, digest, ended)
+                return {"needed": True}
+            await under_way.wait()
+
+    def _lapse(self, digest: str, ended: asyncio.Event) -> None:
+        if self._offered.get(digest) is not ended:
+            return
+        if self._uploading.locked():  # it may be that one, or stand behind another
+            asyncio.get_running_loop().call_later(self.limits.silence_s, self._lapse, digest, ended)
+        else:
+            self._end(digest)
+
+    def _end(self, digest: str) -> None:
+        if ended := self._offered.pop(digest, None):
+            ended.set()
+
+    @asynccontextmanager
+    async def _pushing(self, digest: str | None) -> AsyncIterator[None]:
+        try:
+            async with self._uploading:  # one at a time: each is as large as the model
+                yield
+        finally:
+            if digest is not None:
+                self._end(digest)
+
+    def from_folder(self, data: bytes) -> Callable[[], Awaitable[Told]]:
+        """Weights in files that the service can read.
+
+        Raises:
+            Problem: 400, 403.
+        """
+        self.check(False)
+        body = bodies.read(bodies.WeightsBody, data)
+        folder = bodies.allowed_folder(body.path, self.folders)
+        check_files(folder)
+        digest = body.digest or weights_fingerprint(folder)
+
+        async def load() -> Told:
+            async with self._pushing(digest):
+                return await self._load(folder, Push(False, body.policy_version, digest))
+
+        return load
+
+    async def from_body(self, request: Request) -> Told:
+        """Weights in the body: written to files as they come, then loaded at once.
+
+        Raises:
+            Problem: 400, 403, 408, 413, 507.
+        """
+        query = request.query_params
+        version, partial, digest = query.get("policy_version", ""), query.get("partial", "false"), query.get("digest")
+        self.check(partial in ("true", "1"))
+        if not (version.isdecimal() and len(version) < 17 and int(version) < bodies.LARGEST):
+            raise invalid("policy_version", f"is {version[:40]!r}; it must be a whole number below 2**53")
+        if digest is not None and not re.fullmatch(bodies.DIGEST, digest):
+            raise invalid("digest", f"is {digest[:40]!r}; it must match {bodies.DIGEST}")
+        most = self.engine.weights_bytes * 5 // 4 + (1 << 20)
+        declared = request.headers.get("content-length", "")
+        size = int(declared[:20]) if declared.isdecimal() else 0
+        if size > most:
+            raise too_large(most)
+        async with self._pushing(digest):
+            with self.uploads.folder(size) as folder:
+                stream = aiter(request.stream())
+                found = await written(stream, folder / "model.safetensors", most, self.limits.silence_s)
+                await asyncio.to_thread(check_files, folder)
+                return await self._load(folder, Push(partial in ("true", "1"), int(version), digest or found))
+
+    def check(self, partial: bool) -> None:
+        """Raises Problem: 403, no weights are taken; 400, no part of them."""
+        if not self.accepts:
+            raise Problem(403, "weights", "this service takes no weights; start it with --updatable")
+        if partial and not self.engine.partial_weights:
+            raise Problem(
+                400,
+                "partial_weights",
+                "this engine takes complete sets of weights only (see /v1/info)",
+                field="partial",
+            )
+
+    async def _load(self, folder: Path, push: Push) -> Told:
+        """The same weights sent again for the same version are there already: a lost answer does no harm."""
+        async with self.gate.alone():
+            if push != self._last:
+                try:
+                    await self.engine.load_weights(folder, push.partial)
+                except (ValueError, OSError) as error:
+                    raise invalid("weights", f"were refused, the old ones stay: {first_line(error)}") from None
+                self.policy_version, self._last = push.version, push
+            return self._told()
+
+    def _told(self) -> Told:
+        return {"teacher": self.engine.info.fingerprint, "policy_version": self.policy_version}
+
+
+def check_files(folder: Path) -> None:
+    """Refuses what is no safetensors file before the engine hears of it.
+
+    Raises:
+        Problem: 400.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise invalid("weights", f"are missing: no safetensors files in {folder.name!r}")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise invalid("weights", f"were refused, the old ones stay: no safetensors file: {error}") from None
