@@ -259,10 +259,10 @@ async def serve(config: ServeConfig, token: str | None) -> int:
         listening.close()
 
 
-async def watch(service: Service) -> None:
+async def watch(service: Service, every_s: float = WATCH_S) -> None:
     """Notices an engine that dies while nobody asks it."""
     while not service.dead:
-        await asyncio.sleep(WATCH_S)
+        await asyncio.sleep(every_s)
         try:
             await service.engine.check()
         except EngineDead:

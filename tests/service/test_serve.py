@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -138,7 +139,8 @@ def test_pushed_weights_are_those_that_answer(server: ServiceProcess) -> None:
 
 @pytest.mark.slow
 def test_adapters_are_swapped_while_vllm_runs(model: str, tmp_path: Path) -> None:
-    """And scores stay the base model's, with an adapter at work in the same steps."""
+    """And scores stay the base model's, with an adapter at work in the same steps. With more of them than are computed
+    with at one time, and after the folders they came from have gone: each is read again when it comes back into use."""
     pytest.importorskip("vllm", reason="the vllm extra is not installed")
     from peft import LoraConfig, get_peft_model
 
@@ -148,6 +150,7 @@ def test_adapters_are_swapped_while_vllm_runs(model: str, tmp_path: Path) -> Non
         return get_peft_model(tiny.llama(1, hidden=64, tied=True), config)
 
     options = ["--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05", "--max-lora-rank", "8"]
+    options += ["--max-adapters", "6"]
     with (
         ServiceProcess(model, *options, "--allow-weights", str(tmp_path), token="secret") as server,
         client(server) as http,
@@ -166,6 +169,21 @@ def test_adapters_are_swapped_while_vllm_runs(model: str, tmp_path: Path) -> Non
                 scored = pool.submit(http.post, protocol.SCORE, json=body())
             assert_same(blocks_of(scored.result())[1], exact(tiny.llama(1, hidden=64, tied=True)), 1e-4)
             assert all(d.result() == greedily(lora) for d in drawn)
+        wanted = {"a": greedily(lora)}
+        for seed in range(3, 8):  # six with the one above; four are computed with at one time
+            lora = adapted(seed)
+            folder = tmp_path / f"lora{seed}"
+            lora.save_pretrained(folder)
+            answer = http.post(protocol.ADAPTERS, json={"name": f"a{seed}", "path": str(folder)})
+            assert answer.status_code == 200, answer.text
+            wanted[f"a{seed}"] = greedily(lora)
+        full = http.post(protocol.ADAPTERS, json={"name": "one-more", "path": str(folder)})
+        assert full.status_code == 400 and full.json()["error"]["limit"] == 6
+        for folder in tmp_path.glob("lora*"):
+            shutil.rmtree(folder)
+        for _ in range(2):
+            for name, ids in wanted.items():
+                assert greedy(http, adapter=name) == ids
         assert http.delete(protocol.ADAPTERS + "/a").status_code == 200
 
 
