@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.texts.messages import Message
+from llmdistill.texts.seam import text_ids
 
 PROBE = "Quince 7"  # words that no template has of its own
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -68,9 +69,7 @@ class ChatTemplate:
     ) -> None:
         self.tokenizer, self.system_prompt = tokenizer, system_prompt
         self.kwargs, self.note = dict(kwargs or {}), note
-        if unread := [
-            name for name in self.kwargs if self.source and not re.search(rf"\b{re.escape(name)}\b", self.source)
-        ]:
+        if unread := [name for name in self.kwargs if self.source and not reads(tokenizer, name)]:
             raise UserError(
                 f"data.chat_template_kwargs has {unread[0]!r}, which the tokenizer's chat template does not read. "
                 "Fix: leave it out, or correct its name."
@@ -79,8 +78,7 @@ class ChatTemplate:
     @property
     def source(self) -> str:
         """All templates of the tokenizer as one text; empty without any."""
-        template = self.tokenizer.chat_template
-        return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+        return _source(self.tokenizer)
 
     # ---------------------------------------------------------------- conversations
 
@@ -98,14 +96,30 @@ class ChatTemplate:
             self.note("the chat template writes no tools, and rows have some")
         return text
 
-    def answered(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any] | None = None) -> Answered:
+    def answered(
+        self,
+        messages: Sequence[Message],
+        answer: Message,
+        tools: Sequence[Any] | None = None,
+        *,
+        prompt: str | None = None,
+    ) -> Answered:
         """The prompt and the answer behind it.
+
+        ``prompt``: what :meth:`prompt` has made of the messages, where that is known.
 
         Raises:
             UserError: as :meth:`prompt`; or thoughts or tool calls of the answer that the template does not write.
         """
-        prompt, answer = self.prompt(messages, tools), self._open(answer)
-        whole = self._rendered([*self._prepared(messages), answer], tools, add_generation_prompt=False)
+        answer, prompt = self._open(answer), self.prompt(messages, tools) if prompt is None else prompt
+        if self.closing.kept and self.closing.token is None:
+            self.note(
+                f"the chat template ends a turn with {self.closing.kept!r}, which is no token; the eos follows it"
+            )
+        try:
+            whole = self._rendered([*self._prepared(messages), answer], tools, add_generation_prompt=False)
+        except UserError:  # some write conversations to be answered only
+            whole = ""
         rest = whole[len(prompt) :]
         if whole.startswith(prompt) and _holds(rest, answer["content"]):
             _check_written(rest, answer)
@@ -132,7 +146,7 @@ class ChatTemplate:
         if not GENERATION_TAG.search(self.source) or not self.tokenizer.is_fast:
             return None
         encoded: Any = self.tokenizer.apply_chat_template(
-            [*self._prepared(messages), self._open(answer)],
+            [self._in_form(m) for m in [*self._prepared(messages), self._open(answer)]],
             tools=list(tools) if tools else None,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -150,10 +164,10 @@ class ChatTemplate:
         if text is None or PROBE not in text:
             return Closing("", "", None)
         written = text.rpartition(PROBE)[2]
-        if (run := _first_run(written, self._added_tokens)) is None:
+        run = _first_run(written, self._added_tokens)
+        if run is None or not self._is_token(run[1]):
             return Closing(written, written.rstrip(), None)
-        end, token = run
-        return Closing(written, written[:end], token)
+        return Closing(written, written[: run[0]], run[1])
 
     @cached_property
     def has_system_role(self) -> bool:
@@ -169,6 +183,10 @@ class ChatTemplate:
         forms = ([message], [{**message, "content": [{"type": "text", "text": PROBE}]}])
         text, parts = (self._probed(form, add_generation_prompt=True) for form in forms)
         return not (text and PROBE in text) and bool(parts and PROBE in parts)
+
+    def _is_token(self, text: str) -> bool:
+        """Whether it is one id, and not a word that a template was taken over with from another tokenizer."""
+        return len(text_ids(self.tokenizer, text, special=False)) == 1
 
     @cached_property
     def _added_tokens(self) -> list[str]:
@@ -252,9 +270,9 @@ class ChatTemplate:
         closing = self.closing
         if closing.token is not None and rest.endswith(closing.written):
             return rest[: len(rest) - len(closing.written)] + closing.kept, True
-        special = self.tokenizer.all_special_tokens
-        if any(rest.rstrip().endswith(token) for token in special):  # tool calls may end otherwise than words
-            return rest.rstrip(), True
+        for token in self.tokenizer.all_special_tokens:  # tool calls may end otherwise than words
+            if rest.rstrip().endswith(token) and self._is_token(token):
+                return rest.rstrip(), True
         if closing.written and rest.endswith(closing.written):
             return rest[: len(rest) - len(closing.written)] + closing.kept, False
         return rest, False
@@ -275,6 +293,16 @@ def _check_written(text: str, answer: Message) -> None:
                 f"the chat template does not write the answer's tool call {name!r}. Fix: a template that does, or the "
                 "call as text in content."
             )
+
+
+def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether a chat template of the tokenizer reads an argument of that name."""
+    return re.search(rf"\b{re.escape(name)}\b", _source(tokenizer)) is not None
+
+
+def _source(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
 def _first_run(text: str, tokens: Sequence[str]) -> tuple[int, str] | None:

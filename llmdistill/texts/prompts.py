@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Reading, Rollout, collate
-from llmdistill.texts.chat import ChatTemplate
+from llmdistill.texts.chat import ChatTemplate, reads
 from llmdistill.texts.messages import Message
 from llmdistill.texts.seam import behind, text_ids
 from llmdistill.texts.turns import Turn, TurnReader, is_empty, with_hint
@@ -82,17 +82,17 @@ class PromptEncoder:
         judges: Mapping[str, PreTrainedTokenizerBase] | None = None,
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.readers = {name: PromptEncoder(judge, config) for name, judge in (judges or {}).items()}
+        self.readers = {name: PromptEncoder(judge, _read_by(judge, config)) for name, judge in (judges or {}).items()}
         self.dropped = 0  # rows left out by data.overlong drop so far
         self.notes: dict[str, set[int]] = {}  # what was done around rows and template -> the rows
         self.ends: set[int] = set()  # ids with which the template closed a completion
         self.chats = 0  # prompts that the template has written so far
         self._row = 0
+        self._last: tuple[int, Turn, str, list[int]] | None = None  # what was written last: a row asks twice
         self._told: dict[str, set[int]] = {}
         self.template = ChatTemplate(
             tokenizer, system_prompt=config.system_prompt, kwargs=config.chat_template_kwargs, note=self._note
         )
-
         self.turns = TurnReader(config, tokenizer.all_special_tokens, self._note)
 
     def __call__(self, row: Mapping[str, Any], index: int = 0) -> Prompt:
@@ -105,8 +105,7 @@ class PromptEncoder:
 
     def prompt(self, turn: Turn, row: Mapping[str, Any], index: int = 0) -> Prompt:
         """The prompt of a turn of ``row``. Raises as calling does."""
-        text = self.text(turn, index)
-        ids = text_ids(self.tokenizer, text, special=isinstance(turn.prompt, str))
+        text, ids = self._written(turn, index)
         if len(ids) > self.config.max_prompt_tokens:
             raise UserError(
                 f"row {index}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
@@ -132,11 +131,10 @@ class PromptEncoder:
             UserError: no template, or messages that it refuses.
         """
         try:
-            text = self.text(turn, index)
+            text, ids = self._written(turn, index)
         except UserError as error:
             raise UserError(str(error).replace("the student's", f"{name}'s")) from None
-        chat = not isinstance(turn.prompt, str)
-        return Reading(text, tuple(text_ids(self.tokenizer, text, special=not chat)), chat)
+        return Reading(text, tuple(ids), not isinstance(turn.prompt, str))
 
     @property
     def built_later(self) -> dict[str, str]:
@@ -183,8 +181,7 @@ class PromptEncoder:
                     f"row {index}: {setting} ends with {'nothing' if not prompt else 'an assistant message'}; it must "
                     "end where the completion begins. Fix: end it with the user's message."
                 )
-        text = self.text(Turn(prompt, tools=turn.tools), index)
-        return tuple(text_ids(self.tokenizer, text, special=isinstance(prompt, str)))
+        return tuple(self._written(Turn(prompt, tools=turn.tools), index)[1])
 
     def weight(self, row: Mapping[str, Any], index: int = 0) -> float | tuple[float, ...]:
         """The row's weight in the loss, or one for every token of its completion."""
@@ -228,15 +225,21 @@ class PromptEncoder:
             raise UserError("no document is left: none has two tokens. Fix: other data.")
         return windows
 
-    def text(self, turn: Turn, index: int = 0) -> str:
-        """The prompt as the model sees it."""
-        if isinstance(turn.prompt, str):
-            return turn.prompt
-        self._row, self.chats = index, self.chats + 1
-        try:
-            return self.template.prompt(turn.prompt, turn.tools)
-        except UserError as error:
-            raise UserError(f"row {index}: {error}") from None
+    def _written(self, turn: Turn, index: int = 0) -> tuple[str, list[int]]:
+        """The prompt as the model sees it, and its ids."""
+        last = self._last
+        if last is not None and (last[0], last[1].prompt, last[1].tools) == (index, turn.prompt, turn.tools):
+            return last[2:]
+        chat, text = not isinstance(turn.prompt, str), turn.prompt
+        if not isinstance(text, str):
+            self._row, self.chats = index, self.chats + 1
+            try:
+                text = self.template.prompt(text, turn.tools)
+            except UserError as error:
+                raise UserError(f"row {index}: {error}") from None
+        ids = text_ids(self.tokenizer, text, special=not chat)
+        self._last = (index, turn, text, ids)
+        return text, ids
 
     def completion(self, turn: Turn, column: str, index: int = 0) -> Completion:
         """The turn's answer behind its prompt, closed by the template's end of turn, or by the eos where it has none.
@@ -248,33 +251,32 @@ class PromptEncoder:
         if is_empty(answer):
             raise UserError(f"row {index}: {column} is empty. Fix: --data.completion_column NAME.")
         self._row, eos = index, tokenizer.eos_token_id
+        prompt, prompt_ids = self._written(turn, index)
         if isinstance(turn.prompt, str):
             assert isinstance(answer, str)
-            prompt, text, closed = turn.prompt, answer, False
+            text, closed = answer, False
             ended = [end for end in (tokenizer.eos_token, self.template.closing.token) if end]
             text = text.rstrip() if text.rstrip().endswith(tuple(ended)) else text
         else:
             assert isinstance(answer, dict)
             try:
-                made = self.template.answered(turn.prompt, answer, turn.tools)
+                made = self.template.answered(turn.prompt, answer, turn.tools, prompt=prompt)
             except UserError as error:
                 raise UserError(f"row {index}: {error}") from None
-            prompt, text, closed = made.prompt, made.completion, made.closed
-        special = isinstance(turn.prompt, str)
-        prompt_ids = text_ids(tokenizer, prompt, special=special)
-        ids, meets = behind(tokenizer, prompt, prompt_ids, text, special=special)
+            text, closed = made.completion, made.closed
+        ids, meets = behind(tokenizer, prompt, prompt_ids, text, special=isinstance(turn.prompt, str))
         if not meets:
             self._note("a token of the joined text reaches from the prompt into the completion; it is split there")
-        counts = () if isinstance(turn.prompt, str) else self._counted(turn, prompt_ids, ids)
+        counts = () if isinstance(turn.prompt, str) else self._counted(turn, prompt_ids, ids, closed)
         if closed:
             self.ends.add(ids[-1])
         token = self.template.closing.token
         ends = {eos} if token is None else {eos, tokenizer.convert_tokens_to_ids(token)}
-        if not closed and eos is not None and ids[-1] not in ends:
+        if not closed and eos is not None and (not ids or ids[-1] not in ends):
             ids, counts = [*ids, eos], (*counts, True) if counts else ()
         return Completion(tuple(ids), counts)
 
-    def _counted(self, turn: Turn, prompt_ids: list[int], ids: list[int]) -> tuple[bool, ...]:
+    def _counted(self, turn: Turn, prompt_ids: list[int], ids: list[int], closed: bool) -> tuple[bool, ...]:
         """Which of the completion's tokens are the assistant's, where the template says so; empty: all.
 
         The end of turn is, whether the template's generation tags hold it or not: nothing else teaches to stop.
@@ -288,9 +290,10 @@ class PromptEncoder:
         if whole[:end] != [*prompt_ids, *ids] or not any(mask[start:end]):
             self._note("the template's generation tags mark nothing of the completion; all of it counts")
             return ()
-        if not mask[end - 1]:
+        if closed and not mask[end - 1]:
             self._note("the template's generation tags leave out the end of turn; it counts all the same")
-        counts = (*(bool(m) for m in mask[start : end - 1]), True)
+            mask[end - 1] = 1
+        counts = tuple(bool(m) for m in mask[start:end])
         return () if all(counts) else counts
 
     def _note(self, message: str, row: int | None = None) -> None:
@@ -303,6 +306,8 @@ class PromptEncoder:
                 few = ", ".join(map(str, fresh[:3])) + (", ..." if len(fresh) > 3 else "")
                 logger.warning("%s%s (%d rows: %s)", f"{source}: " if source else "", message, len(fresh), few)
                 self._told[message] = set(rows)
+        for name, reader in self.readers.items():
+            reader.warn(f"{source or 'prompts'} as {name} reads them")
 
     # ---------------------------------------------------------------- all rows
 
@@ -320,6 +325,8 @@ class PromptEncoder:
             turns = self.turns.counted(self.turns.of(row, index))
             if completions and len(turns) > 1 and turns[-1].answer is None:
                 turns = turns[:-1]  # nobody answered the last one
+            if not completions and turns[-1].answer is not None and not row.get(self.config.completion_column):
+                self._note("conversations end with an answer; the student is asked for its own in that place", index)
             for turn in turns:
                 try:
                     prompt = self.prompt(turn, row, index)
@@ -349,6 +356,12 @@ class PromptEncoder:
                 f"tokens (with the eos {n}){several}. Fix: one weight for each of them."
             )
         return replace(prompt, completion=made.ids, counts=made.counts, weight=_closed(weight, n))
+
+
+def _read_by(judge: PreTrainedTokenizerBase, config: DataConfig) -> DataConfig:
+    """The settings without what a judge of another family has in no template of its own."""
+    kwargs = {name: value for name, value in config.chat_template_kwargs.items() if reads(judge, name)}
+    return replace(config, chat_template_kwargs=kwargs)
 
 
 def _closed(weight: float | tuple[float, ...], tokens: int) -> float | tuple[float, ...]:

@@ -142,7 +142,7 @@ def test_pairs_as_whole_conversations() -> None:
         encoder(parted)
 
 
-def test_an_answered_prompt_asks_for_no_other_answer(tmp_path: Path) -> None:
+def test_an_answered_prompt_asks_for_no_other_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The student is sampled where the answer stood, and all that is sampled or measured begins there."""
     tokenizer = quirks.byte_level(quirks.CHATML)
     args = OPDConfig(
@@ -154,6 +154,7 @@ def test_an_answered_prompt_asks_for_no_other_answer(tmp_path: Path) -> None:
         model, args, other, train_dataset=rows, eval_dataset=rows[:2], processing_class=tokenizer, preflight=False
     )
     assert {tokenizer.decode(p.ids) for p in trainer.train_dataset} == {CHATML_PROMPT}
+    assert "conversations end with an answer; the student is asked for its own in that place (8 rows" in caplog.text
     trainer.train()
 
 

@@ -69,6 +69,7 @@ CHATML_PROMPT = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
         (quirks.PARTS_ONLY, "4", CHATML_PROMPT, "4<|im_end|>"),
         (quirks.WITH_TOOLS, "4", CHATML_PROMPT, "4<|im_end|>"),
         (tiny.TEMPLATE, "4", "<user>2+2?<assistant>", "4<eos>"),
+        (tiny.TEMPLATE, "4<eos>", "<user>2+2?<assistant>", "4<eos>"),
     ],
 )
 def test_an_answer_is_what_the_template_writes_behind_the_prompt(
@@ -110,6 +111,26 @@ def test_thoughts_of_an_answer_that_generation_has_opened_already(caplog: pytest
     assert only(tokenizer, {"prompt": [ASK], "completion": "a sum</think>4"}) == (prompt, "a sum</think>4<|stop|>")
     thought = only(tokenizer, {"prompt": [ASK], "completion": [said("4", reasoning_content="a sum")]})
     assert thought == (prompt, "a sum\n</think>\n\n4<|stop|>")
+
+
+def test_a_template_that_writes_no_answers_is_read_for_its_prompts(caplog: pytest.LogCaptureFixture) -> None:
+    asks = "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('ends with an answer') }}{% endif %}"
+    with caplog.at_level(logging.WARNING, "llmdistill"):
+        got = only(quirks.byte_level(asks + quirks.CHATML), {"prompt": [ASK, said("4")]})
+    assert got == (CHATML_PROMPT, "4<eos>") and "completions are the answers' own words" in caplog.text
+    tools = {"prompt": [ASK, said("", tool_calls=[{"function": {"name": "add", "arguments": {}}}])]}
+    with pytest.raises(UserError, match="not known how the answer's tool calls stand behind the prompt. Fix"):
+        only(quirks.byte_level(asks + quirks.WITH_TOOLS), tools)
+
+
+def test_a_mark_that_is_no_token_of_the_tokenizer_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A template that was taken over from another family: the mark is words, and the eos stands behind it."""
+    tokenizer = quirks.byte_level(quirks.CHATML.replace("<|im_end|>", "<|done|>"))
+    encoder = PromptEncoder(tokenizer, DataConfig())
+    with caplog.at_level(logging.WARNING, "llmdistill"):
+        (p,) = encoder.encode_all([{"prompt": [ASK, said("4")]}], completions=True)
+    assert tokenizer.decode(list(p.completion)) == "4<|done|><eos>" and not encoder.ends
+    assert "ends a turn with '<|done|>', which is no token; the eos follows it" in caplog.text
 
 
 def test_thoughts_apart_are_written_or_refused() -> None:
@@ -265,6 +286,15 @@ def test_contexts_are_rendered_with_the_same_settings() -> None:
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n2+2?\n\nIt is 4.<|im_end|>\n<|im_start|>assistant\n"
         "<think>\n\n</think>\n\n"
     )
+
+
+def test_a_judge_of_another_family_is_given_what_its_template_reads() -> None:
+    data = DataConfig(system_prompt="Be kind.", chat_template_kwargs={"enable_thinking": False})
+    own, judge = quirks.byte_level(quirks.THINKING), quirks.byte_level(quirks.NO_SYSTEM)
+    encoder = PromptEncoder(own, data, {"teacher": judge})
+    prompt = encoder({"prompt": [ASK, said("4")]})
+    assert prompt.readings["teacher"].text == "<bos><turn>user\nBe kind.\n\n2+2?<end>\n<turn>model\n"
+    assert prompt.text.endswith("<think>\n\n</think>\n\n")
 
 
 # ---------------------------------------------------------------- generation tags
