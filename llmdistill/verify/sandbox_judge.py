@@ -22,7 +22,7 @@ from llmdistill.verify.sandbox_bindings import Bindings, askable
 from llmdistill.verify.sandbox_cases import CaseFailed, compare_cases
 from llmdistill.verify.sandbox_numpy import strict_comparisons
 from llmdistill.verify.sandbox_remote import FromProgram, Gone, Link, Remote, raised
-from llmdistill.verify.sandbox_tests import STATEMENT, UnitTests, compiled, names_at_top, names_used, uncalled
+from llmdistill.verify.sandbox_tests import STATEMENT, UnitTests, compiled, names_read, names_used, uncalled
 from llmdistill.verify.sandbox_wire import Channel, Closed, Failed
 
 Result = tuple[str, str]  # kind of verdict, detail
@@ -129,7 +129,7 @@ def _asserts(task: dict[str, Any], parts: list[Any], link: Link) -> Result:
         ended = _run(parts[2][0], names)
         new = {name: value for name, value in names.items() if before.get(name, link) is not value}
         if not units.failures:  # what is known to fail needs no more tests
-            _run_uncalled(new, used, units)
+            _run_uncalled(new, task["tests"], units)
     except MemoryError as error:
         return ("memory", f"out of memory: {error}") if not isinstance(error, FromProgram) else _program_error(error)
     except Exception as error:
@@ -142,7 +142,7 @@ def _asserts(task: dict[str, Any], parts: list[Any], link: Link) -> Result:
         return _program_error(failure) if failed_by_program else ("wrong", f"{test}: {failure}"[:1000])
     if ended not in (None, 0, False):
         return "wrong", f"the tests exited: {ended}"
-    if not (link.asked or bindings.constants() & names_at_top(task["tests"])):
+    if not (link.asked or bindings.constants() & names_read(task["tests"], in_functions=False)):
         return "wrong", "the tests use nothing that the program defines"
     return "pass", ""
 
@@ -156,11 +156,11 @@ def _run(code: types.CodeType, names: dict[str, Any]) -> Any:
     return None
 
 
-def _run_uncalled(new: dict[str, Any], used: set[str], units: UnitTests) -> None:
+def _run_uncalled(new: dict[str, Any], source: str, units: UnitTests) -> None:
     """Tests that were defined and are left for a runner to call."""
     new = {name: value for name, value in new.items() if getattr(value, "__module__", None) == "__main__"}
     units.run([v for v in new.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)])
-    for test in uncalled(new, used):
+    for test in uncalled(new, source):
         result = test()
         if inspect.iscoroutine(result):
             import asyncio

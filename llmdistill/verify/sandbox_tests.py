@@ -81,15 +81,15 @@ def names_used(codes: Iterable[types.CodeType]) -> set[str]:
     return {name for name in found if name.isidentifier() and not (name.startswith("__") and name.endswith("__"))}
 
 
-def names_at_top(source: str) -> set[str]:
-    """The names that test code itself reads, outside of functions that something would have to call."""
+def names_read(source: str, *, in_functions: bool = True) -> set[str]:
+    """The names that test code reads; without ``in_functions`` only where nothing would have to be called for it."""
     found: set[str] = set()
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             found.add(node.id)
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if in_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             pending += ast.iter_child_nodes(node)
     return found
 
@@ -138,10 +138,12 @@ def _noting(method: Any, failures: list[tuple[str, Any]]) -> Any:
     return noted
 
 
-def uncalled(defined: dict[str, Any], used: set[str]) -> Iterator[Any]:
+def uncalled(defined: dict[str, Any], source: str) -> Iterator[Any]:
     """Functions that pytest would collect and that the tests themselves do not use: ``test*`` without arguments, and
     methods of that name of classes ``Test*`` that are no unittest.TestCase."""
-    for name, value in sorted(defined.items()):
+    collected = {name: value for name, value in sorted(defined.items()) if name.lower().startswith("test")}
+    used = names_read(source) if collected else set()
+    for name, value in collected.items():
         if isinstance(value, types.FunctionType) and name.startswith("test") and name not in used:
             if not _needs_arguments(value):
                 yield value

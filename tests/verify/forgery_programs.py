@@ -1,4 +1,4 @@
-"""Attempts to be judged right without being right, for test_attacks.py; see attack_programs.py."""
+"""Attempts to be judged right without being right, for attack_runner.py: wrong programs, where right is f(x) == 2 x."""
 
 from tests.verify.attack_programs import programs
 
@@ -16,15 +16,6 @@ import sys
 
 def f(x):
     sys.exit(0)
-### SystemExit
-def f(x):
-    raise SystemExit(0)
-### KeyboardInterrupt
-def f(x):
-    raise KeyboardInterrupt
-### GeneratorExit
-def f(x):
-    raise GeneratorExit
 ### exit function
 import atexit, os
 atexit.register(os._exit, 0)
@@ -141,23 +132,72 @@ def f(x):
         pass
     return 7
 ### own names
-def __statement__(g, *a):
-    return 6
+NAMES = ['a statement of the tests', '_statement', 'check', 'assertion', 'candidate', 'inputs', 'results']
+NAMES += ['is_floats', 'isclose', 'allclose', 'np', 'numpy', 'math', 'unittest', 'TestF', 'test_values', 'load_tests']
+NAMES += ['setUpModule', 'test_three', 'TestMore', 'failures', 'enumerate', 'AssertionError']
 
-def check(*a):
+class Anything:
+    def __call__(self, *a, **k): return self
+    def __getattr__(self, name): return self
+    def __iter__(self): return iter(())
+    def __bool__(self): return True
+    def __eq__(self, other): return True
+
+for name in NAMES:
+    globals()[name] = Anything()
+
+def __statement__(*a, **k):
     pass
-
-def isclose(*a):
-    return True
-
-def abs(x):
-    return 0
 
 def len(x):
     return 6
 
 def f(x):
     return 7
+### every name there is
+import sys
+
+def passes(*a, **k):
+    return 6
+
+def describe(server, name):
+    return ['value', server.codec.encode(passes if name != 'f' else f)]
+
+def f(x):
+    return 7
+for m in list(sys.modules.values()):
+    if hasattr(m, '_Server'):
+        m._Server._describe = describe
+### other modules than asked for
+import sys
+
+def f(x):
+    return 7
+for m in list(sys.modules.values()):
+    if hasattr(m, '_Server'):
+        honest = m._Server._describe
+        m._Server._describe = lambda s, n: honest(s, n) if n == 'f' else ['module', 'operator']
+### changes the tests' names
+import sys
+
+def f(x):
+    return 7
+names = ['a statement of the tests', '__statement__', 'check', 'assertion', 'f', 'failures', 'results', '__builtins__']
+for m in list(sys.modules.values()):
+    if hasattr(m, '_Server'):
+        m._Server._changed_globals = lambda s: [[n, ['value', 6]] for n in names]
+### answers nonsense
+import sys
+
+def f(x):
+    return 7
+answers = [6, [6], [6, [], '', []], [6, 7, 8, 9], [6, [[0, 6], [-1, 6], ['x', 6]], '', []], {}, None, 'x', [[]] * 4,
+           [6, [], '', [['f', ['value', 6]]]], [{'i': 'zz'}, [], '', []], [{'a': 1, 'b': 2}, [], '', []]]
+turn = iter(range(10 ** 6))
+for m in list(sys.modules.values()):
+    if hasattr(m, '_Server'):
+        honest = m._Server.serve
+        m._Server.serve = lambda s, r: honest(s, r) if r[0] == 'names' else answers[next(turn) % len(answers)]
 ### harness by modules
 import sys
 for name, m in list(sys.modules.items()):
@@ -290,9 +330,50 @@ def f(x):
     return range(10 ** 18)
 """)
 
+# Whatever a program raises ends its call and nothing else: no loop, no test, no judge.
+RAISED = {
+    "StopIteration": "raise StopIteration",
+    "StopIteration with a value": "raise StopIteration(6)",
+    "StopAsyncIteration": "raise StopAsyncIteration",
+    "GeneratorExit": "raise GeneratorExit",
+    "KeyboardInterrupt": "raise KeyboardInterrupt",
+    "SystemExit": "raise SystemExit(0)",
+    "BaseException": "raise BaseException",
+    "AssertionError": "raise AssertionError",
+    "NotImplementedError": "raise NotImplementedError",
+    "ExceptionGroup": "raise ExceptionGroup('x', [StopIteration()])",
+    "UnicodeError": "raise UnicodeDecodeError('utf-8', b'', 0, 1, 'x')",
+    "MemoryError": "raise MemoryError",
+    "SkipTest": "import unittest; raise unittest.SkipTest('no')",
+    "own StopIteration": "raise type('E', (StopIteration,), {})",
+    "own StopIteration by the builtin's name": "raise type('StopIteration', (StopIteration, ValueError), {})",
+    "own SystemExit": "raise type('E', (SystemExit,), {})(0)",
+    "hostile class": "raise type('E', (Exception,), {'__class__': property(lambda s: 1 / 0)})",
+    "class that exits": "raise type('E', (Exception,), {'__class__': property(lambda s: exit(0))})",
+    "hostile text": "raise type('E', (StopIteration,), {'__str__': lambda s: exit(0), '__repr__': lambda s: 1 / 0})",
+    "text that is none": "raise type('E', (Exception,), {'__str__': lambda s: 5})",
+    "text of its own": (
+        "S = type('S', (str,), {'__getitem__': exit})\n    raise type('E', (Exception,), {'__str__': lambda s: S()})"
+    ),
+    "hostile metaclass": (
+        "M = type('M', (type,), {'__mro__': property(lambda c: 1 / 0), '__name__': property(lambda c: exit(0)),\n"
+        "        '__module__': property(lambda c: exit(0))})\n    raise M('E', (Exception,), {})"
+    ),
+    "hostile errno": "raise type('E', (OSError,), {'errno': property(lambda s: exit(0))})",
+    "errno that is none": "raise OSError([], {})",
+}
+FORGERY |= {f"raises {name}": f"def f(x):\n    {body}\n" for name, body in RAISED.items()}
+FORGERY |= {
+    f"raises {name} once": f"n = []\ndef f(x):\n    n.append(x)\n    if len(n) > 1: return 7\n    {body}\n"
+    for name, body in RAISED.items()
+}
+
 FORGERY |= {
     "NUL": "def f(x): return 6\n\x00",
     "lone surrogate": "def f(x): return 7\ny = '\ud800'",
     "fifty megabytes": "def f(x): return 6\n#" + "x" * (50 << 20),
     "nested too deep": "def f(x): return 6\ny = " + "(" * 100_000,
 }
+
+# (program, shape) pairs that run until their time is over by the nature of the thing: a script ends with its threads.
+SLOW_BY_SHAPE = {("late thread", "standard input")}
