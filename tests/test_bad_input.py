@@ -63,7 +63,7 @@ def test_data(refused: Any, tmp_path: Path) -> None:
     assert f"data.train {nowhere!r} cannot be read" in refused("--data.train", nowhere)
     other = write_rows(tmp_path, "1+1=", column="question")
     line = refused("--data.train", other)
-    assert "has no column 'prompt' (it has question). Fix: --data.prompt_column NAME" in line
+    assert "has no column 'prompt' (it has question). Fix: --data.prompt_column question" in line
     assert "row 1: prompt is empty" in refused("--data.train", write_rows(tmp_path, "1+1=", ""))
     empty_chat = [{"role": "user", "content": ""}]
     assert "no message with content" in refused("--data.train", write_rows(tmp_path, empty_chat))
