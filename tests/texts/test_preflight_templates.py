@@ -13,10 +13,10 @@ from llmdistill.preflight import CHECKS, examine, name_of
 from llmdistill.teachers.local import LocalTeacher
 from tests import tiny
 from tests.texts import quirks
-from tests.texts.test_templates import ASK, SYSTEM, said
+from tests.texts.test_templates import ASK, SYSTEM
 
 NAMES = [name_of(check) for check in CHECKS]
-ROWS = [{"prompt": [ASK, said("4")]}, {"prompt": [SYSTEM, ASK, said("4")]}]
+ROWS = [{"prompt": [ASK], "completion": "4"}, {"prompt": [SYSTEM, ASK], "completion": "4"}]
 
 
 def found(out: Path, check: str, student: str, teacher: str | None = None, **settings: Any) -> list[str]:
