@@ -90,9 +90,10 @@ class Chromium:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
 
     def requests(self) -> list[str]:
-        """What was asked of anything but the page's own file."""
+        """What was asked of anything but the page's own file and the blobs it made itself."""
         urls = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-        return [url for url in urls if url.partition("#")[0] not in (self.page, "about:blank", "data:,")]
+        own = (self.page, "about:blank", "data:,")
+        return [url for url in urls if url.partition("#")[0] not in own and not url.startswith("blob:null/")]
 
     def complaints(self) -> list[str]:
         """Console messages, exceptions, blocked loads."""

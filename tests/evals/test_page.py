@@ -1,6 +1,7 @@
 """The evaluation's page: hostile text stays text, numbers are those of results.json, samples can be read and found.
 
-What the scripts do is tried in a headless Chromium, where there is one (``$CHROMIUM``, or on the path).
+What the scripts do is tried in a headless Chromium, where there is one (``$CHROMIUM``, or on the path); hostile and
+large runs in ``test_page_size``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llmdistill.evals.page import render, write_page
 from llmdistill.evals.page.packing import SHORTEST_TEXT, clip, pack, verdict
 from llmdistill.evals.records import EvalFolder, Grade, Problem, Sample
 from llmdistill.evals.summary import summarise
-from tests.evals.chromium import Chromium, chromium, executable
+from tests.evals.chromium import Chromium
 from tests.report.test_page import HOSTILE, Page
 
 TRICKS = HOSTILE + "</script><!-- <svg onload=alert(1)> $\\href{javascript:alert(1)}{x}$ \ue000 0\ue001 \ue0027\ue003"
@@ -151,12 +152,15 @@ def test_the_scripts_make_no_markup_of_text_and_load_nothing(run: EvalFolder) ->
         "outerHTML",
         "insertAdjacent",
         "document.write",
-        "eval(",
-        "fetch(",
+        "new Function",
         "import(",
         "url(",
+        "<script>",  # within a script it would make its end another one
     ):
-        assert forbidden not in raw, forbidden
+        assert raw.count(forbidden) == (forbidden == "<script>"), forbidden
+    # "fetch(){" is a method of Temml's reader of macros
+    loads = r"(?<![\w.$])(?:eval|fetch|XMLHttpRequest|WebSocket|EventSource|importScripts)\((?!\)\{)"
+    assert not re.search(loads, raw)
     for tag, attributes in Page(raw).elements:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, name)
@@ -195,7 +199,7 @@ def test_an_unfinished_run_says_what_is_missing(run: EvalFolder) -> None:
     text = Page(raw).text
     assert "results.json is not there" in text and "11 of 12 samples are there" in text
     assert "1 samples are not graded" in text and "Not scored yet" in text
-    assert unpacked(raw, "index")[3]["verdicts"] == "r--"
+    assert unpacked(raw, "index")[3]["verdicts"] == "ru-"
 
 
 def test_an_empty_folder_gives_a_page(tmp_path: Path) -> None:
@@ -236,16 +240,7 @@ def test_clipping_ends_at_lines_and_verdicts_have_their_letter() -> None:
     assert list(letters.values()) == ["r", "w", "T", "R", "t"]
     stopped = Sample("p", 0, "", 1, "stop", 0)
     assert verdict(stopped, Grade("p", 0, False, "no_program", None, "", "")) == "n"
-    assert verdict(stopped, Grade("p", 0, False, "timeout", None, "", "")) == "e" and verdict(stopped, None) == "-"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    if not executable():
-        pytest.skip("no Chromium on this machine")
-    with chromium(tmp_path_factory.mktemp("profile")) as tab:
-        tab.size(1200, 900)
-        yield tab
+    assert verdict(stopped, Grade("p", 0, False, "timeout", None, "", "")) == "e" and verdict(stopped, None) == "u"
 
 
 def listed(browser: Chromium) -> list[str]:
@@ -260,7 +255,7 @@ def choose(browser: Chromium, field: str, value: str) -> None:
 
 def test_filters_orders_and_search_of_the_samples(run: EvalFolder, browser: Chromium) -> None:
     browser.open(write_page(run.path))
-    browser.wait("document.querySelectorAll('#problem-list li').length === 4")
+    browser.wait("document.querySelectorAll('#problem-list a').length === 4")
     a, b, c, d = (f"quiz/{key}" for key in "abcd")
     for show, rows in {"right": [a], "wrong": [b, c], "mixed": [d], "truncated": [c, d], "": [a, b, c, d]}.items():
         choose(browser, "show", show)
@@ -283,7 +278,7 @@ def test_a_problem_opens_with_its_formulas(run: EvalFolder, browser: Chromium) -
     assert browser.value(detail.format(".question math", "textContent")) == "xd"
     assert browser.value(detail.format(".gold mfrac", "textContent")) == "34"
     assert browser.value(detail.format(".written .display msup", "textContent")) == "x2"
-    assert browser.value(detail.format(".written .boxed mfrac", "textContent")) == "34"
+    assert browser.value(detail.format(".written p math mrow[style*=border] mfrac", "textContent")) == "34"
     assert browser.value(detail.format(".written code.source", "textContent")) == r"$\nosuchcommand{1}$"
     assert browser.value(detail.format(".written pre code", "textContent")) == 'print("$a$")'
     assert browser.value(detail.format(".written strong", "textContent")) == "First"
@@ -302,8 +297,7 @@ def test_a_problem_opens_with_its_formulas(run: EvalFolder, browser: Chromium) -
 
 def test_injections_do_not_run(hostile: EvalFolder, browser: Chromium) -> None:
     browser.open(write_page(hostile.path))
-    browser.wait("document.querySelectorAll('#problem-list li').length === 3")
-    browser.press("j")
+    browser.wait("document.querySelectorAll('#problem-list a').length === 3")
     browser.wait("document.querySelector('#problem-detail .written')")
     browser.press("o")
     browser.wait("document.querySelectorAll('#problem-detail .written').length === 3")
@@ -321,21 +315,21 @@ FORMULAS = {
     r"\sqrt[3]{x}": ("x3", "mroot"),
     r"{n \choose k}": ("(nk)", "mfrac"),
     r"1 \over 2": ("12", "mfrac"),
-    r"\sum_{i=1}^n i": ("∑i=1ni", "munderover"),
+    r"\sum_{i=1}^n i": ("∑i=1ni", "msubsup"),
     r"\mathbb{R}^n": ("ℝn", "msup"),
     r"f'(x)": ("f′(x)", "msup"),
     r"\text{if $x$ is } 1{,}000": ("if\u00a0x\u00a0is\u00a01,000", "mtext"),
     r"\left.\frac{a}{b}\right|_0": ("ab|0", "msub"),
-    r"a \not= b, \{1, 2\}": ("a≠b,{1,2}", "mo"),
+    r"a \not= b, \{1, 2\}": ("a=\u0338b,{1,2}", "mo"),
     r"\begin{cases} 1 & x \\ 2 & y \end{cases}": ("{1x2y", "mtable"),
     r"\begin{array}{c|c} 1 & 2 \\ \hline 3 & 4 \end{array}": ("1234", "mtable"),
     r"a &= b \\ &= c": ("a=b=c", "mtable"),
-    r"\overline{AB} \cong \widehat{C}": ("AB≅C^", "mover"),
+    r"\overline{AB} \cong \widehat{C}": ("AB≅Cˆ", "mover"),
     r"5 \pmod{7}": ("5(mod7)", "mrow"),
-    r"\operatorname{lcm}(2, 3) = 6\%": ("lcm(2,3)=6%", "mi"),
+    r"\operatorname{lcm}(2, 3) = 6\%": ("lcm\u2061(2,3)=6%", "mi"),
 }
 PROSE = ("$5 and $6", "US$5/$6 each", "It costs $5.", "$20 per day and 30$ more", "($5) or (6)", r"\$5 and \$6")
-FAILURES = (r"\frac{1}", r"{x", r"x}", r"\left( x", r"\begin{align} x", r"\nope", "{" * 100 + "}" * 100, "x" * 4001)
+FAILURES = (r"\frac{1}", r"{x", r"x}", r"\left( x", r"\begin{align} x", r"\nope", "{" * 100 + "}" * 99, "x" * 4001)
 
 
 def test_formulas_become_mathml_and_money_does_not(run: EvalFolder, browser: Chromium) -> None:
@@ -348,9 +342,10 @@ def test_formulas_become_mathml_and_money_does_not(run: EvalFolder, browser: Chr
         writer.add(Sample(problem.id, 0, text, 1, "stop", 0))
     writer.close()
     browser.open(write_page(made.path))
-    browser.wait("document.querySelectorAll('#problem-list li').length > 0")
+    browser.wait("document.querySelectorAll('#problem-list a').length > 0")
     for i, text in enumerate(answers):
-        browser.press("j")
+        if i:  # the first one is open
+            browser.press("j")
         browser.wait(f"document.querySelector('#problem-detail h3')?.textContent === 'f/{i}'")
         box = "document.querySelector('#problem-detail .written')"
         if i < len(FORMULAS):

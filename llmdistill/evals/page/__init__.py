@@ -3,13 +3,17 @@
 The page asks nothing of a network and nothing of an installed tool. Numbers and plots are made here; samples travel
 compressed (``packing``) and are laid out by the page's own scripts when they are opened:
 
-    symbols.js, math.js   LaTeX formulas to MathML; what they do not understand is shown as its source
-    stretch.js            tall brackets where there is no mathematical font
-    text.js               formulas, code, light Markdown and folded thinking in what a model wrote
-    browser.js            the list, its filters and search, one problem's samples
+    vendor/        Temml (LaTeX to MathML) and markdown-it, as published: ``python eval/vendor.py`` remakes them
+    pieces.js      where code and formulas are; a formula that Temml does not understand is shown as its source
+    stretch.js     tall brackets where there is no mathematical font
+    text.js        Markdown and folded thinking in what a model wrote
+    list.js        the list, of which only the rows near the screen are in the page
+    search.js      search in the samples, in a worker
+    browser.js     filters and orders, one problem's samples
 
 Everything a model wrote is hostile until shown: it enters the page escaped or compressed, the scripts make text nodes
-of it and never markup, and the page's policy lets no other script run and nothing be loaded.
+of it and never markup, and the page's policy lets no other script run and nothing be loaded. (A worker may be made of a
+``blob:`` only; only the page's own script can make one, and the worker is under the same policy.)
 """
 
 from __future__ import annotations
@@ -30,7 +34,10 @@ from llmdistill.record.page.load import finite
 from llmdistill.record.page.page import environment
 from llmdistill.record.page.text import name, safe
 
-SCRIPTS = ("symbols.js", "math.js", "stretch.js", "text.js", "browser.js")
+SCRIPTS = (
+    *("vendor/markdown-it.min.js", "vendor/temml.min.js", "pieces.js", "stretch.js", "text.js", "list.js"),
+    *("search.js", "browser.js"),
+)
 
 
 def write_page(folder: str | Path) -> Path:

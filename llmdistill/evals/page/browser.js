@@ -2,7 +2,7 @@
 // is opened (or searched), so that a page of many megabytes opens at once.
 const VERDICTS = new Map([
   ["r", "right"], ["R", "right, though cut at the token limit"], ["w", "wrong"], ["t", "cut at the token limit, wrong"],
-  ["T", "cut at the token limit, no answer"], ["n", "no answer"], ["e", "failed"], ["-", "missing"],
+  ["T", "cut at the token limit, no answer"], ["n", "no answer"], ["e", "failed"], ["u", "not graded"], ["-", "missing"],
 ]);
 const FILTERS = [
   ["", "all", () => true],
@@ -21,13 +21,11 @@ const ORDERS = [
   ["short", "shortest first", (a, b) => a.tokens - b.tokens],
 ];
 
-const byId = (id) => document.getElementById(id);
-const whole = (number) => Number(number).toLocaleString("en");
-
+// Only here do texts come from: of what models wrote nothing is read elsewhere.
 async function unpack(id) {
   const bytes = Uint8Array.from(atob(byId(id).textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return JSON.parse(await new Response(stream).text());
+  return JSON.parse(tamed(await new Response(stream).text()));
 }
 
 // Text that came in two ends: [head, characters left out, tail], or a string when it is whole.
@@ -35,7 +33,8 @@ const joined = (text) => (typeof text === "string" ? text : text.map((part) =>
   (typeof part === "number" ? `${CUT}${part}\uE003` : part.replace(/[\uE002\uE003]/g, "\uFFFD"))).join(""));
 const rawText = (text) => (typeof text === "string" ? text
   : `${text[0]}\n[… ${whole(text[1])} characters left out of this page …]\n${text[2]}`);
-const typeset = (text) => rendered(typeof text === "string" ? text.replace(/[\uE002\uE003]/g, "\uFFFD") : joined(text));
+const typeset = (text, code) =>
+  rendered(typeof text === "string" ? text.replace(/[\uE002\uE003]/g, "\uFFFD") : joined(text), code);
 
 function dots(verdicts) {
   const shown = [...verdicts].slice(0, 64).map((v) => element("i", { class: `dot v-${v}` }));
@@ -46,9 +45,17 @@ function dots(verdicts) {
 }
 
 const solved = (problem) => {
-  const there = problem.verdicts.replaceAll("-", "").length;
+  const there = problem.verdicts.replace(/[-u]/g, "").length;
+  if (!there && problem.verdicts.includes("u")) return "not graded";
   return there ? `${problem.verdicts.replace(/[^rR]/g, "").length} of ${there}` : "no samples";
 };
+
+// Which mark stands for which verdict, of those that are there.
+function legend(problems) {
+  const there = new Set(problems.map((problem) => problem.verdicts).join(""));
+  return [...VERDICTS].filter(([v]) => there.has(v)).map(([v, label]) =>
+    element("span", null, element("i", { class: `dot v-${v}`, "aria-hidden": "true" }), label));
+}
 
 // An extracted answer is a formula as a rule; whatever is none is shown as it is.
 function answer(text) {
@@ -62,7 +69,7 @@ function answer(text) {
 class Browser {
   constructor(index) {
     this.problems = index.map((problem, place) => {
-      const there = problem.verdicts.replaceAll("-", "");
+      const there = problem.verdicts.replace(/[-u]/g, "");
       const rate = there ? there.replace(/[^rR]/g, "").length / there.length : -1;
       const words = [problem.id, problem.start, problem.gold ?? "", ...Object.values(problem.groups)].join("\n");
       const href = `#problem=${encodeURIComponent(problem.id)}`;
@@ -71,8 +78,8 @@ class Browser {
     this.shown = [];
     this.current = null;
     this.raw = false;
-    this.search = 0; // number of the newest search; older ones stop
-    this.list = byId("problem-list");
+    this.list = new VirtualList(byId("problem-list"), (problem) => this.row(problem));
+    this.search = new Search((found) => this.found(found));
     this.detail = byId("problem-detail");
   }
 
@@ -95,9 +102,10 @@ class Browser {
     form.addEventListener("change", (event) => event.target.id !== "search" && this.update());
     addEventListener("hashchange", () => this.follow());
     addEventListener("keydown", (event) => this.key(event));
-    this.rows = this.problems.map((problem) => this.row(problem));
+    byId("legend").append(...legend(this.problems));
     this.update();
     this.follow();
+    if (!this.current && !location.hash && this.shown.length) this.open(this.shown[0], false, false);
   }
 
   groupOptions() {
@@ -119,59 +127,36 @@ class Browser {
     const facts = element("span", { class: "facts" }, dots(problem.verdicts), element("span", null, solved(problem)),
       element("span", null, problem.tokens ? `${whole(Math.round(problem.tokens))} tokens` : ""));
     const title = element("span", { class: "id" }, problem.id);
-    const link = element("a", { href: problem.href }, title, facts);
-    // Formulas are made when the row first comes near the screen.
-    const start = element("span", { class: "start", dir: "auto" }, problem.start);
-    link.append(start);
-    const item = element("li", null, link);
-    item.typeset = () => {
-      start.replaceChildren(...line(problem.start));
-      stretched(start);
-    };
-    return item;
+    const start = element("span", { class: "start", dir: "auto" }, ...line(problem.start));
+    const current = this.current === problem ? "true" : null;
+    return element("li", null, element("a", { href: problem.href, "aria-current": current }, title, facts, start));
   }
 
-  // Filters and orders; then looks for what is searched in the samples themselves, one problem after the other.
-  async update() {
-    const search = ++this.search;
+  // Filters and orders; what is searched is looked for in the samples too, by the worker.
+  update() {
     const wanted = byId("search").value.trim().toLowerCase();
     const fits = FILTERS.find(([value]) => value === byId("show").value)[2];
     const group = byId("group").value ? JSON.parse(byId("group").value) : null;
-    const candidates = this.problems.filter((p) => fits(p.verdicts) && (!group || p.groups[group[0]] === group[1]));
+    this.candidates = this.problems.filter((p) => fits(p.verdicts) && (!group || p.groups[group[0]] === group[1]));
     const order = ORDERS.find(([value]) => value === byId("order").value)[2];
-    if (order) candidates.sort((a, b) => order(a, b) || a.place - b.place);
-    const hits = new Set(candidates.filter((p) => p.words.includes(wanted)));
-    const show = (note) => {
-      this.shown = candidates.filter((p) => hits.has(p));
-      this.list.replaceChildren(...this.shown.map((p) => this.rows[p.place]));
-      byId("count").textContent = `${whole(this.shown.length)} of ${whole(this.problems.length)} problems${note}`;
-      this.watch();
-    };
-    show(wanted ? ", searching the samples…" : "");
-    if (!wanted) return;
-    for (const [i, problem] of candidates.entries()) {
-      if (hits.has(problem)) continue;
-      const data = await unpack(`data-${problem.place}`);
-      if (search !== this.search) return; // something else was typed
-      const texts = [data.question, ...data.samples.flatMap((s) => [s.text, s.extracted ?? "", s.detail])];
-      if (texts.some((text) => rawText(text).toLowerCase().includes(wanted))) hits.add(problem);
-      if (i % 50 === 49) show(`, searching the samples… ${Math.round((100 * i) / candidates.length)} %`);
-    }
-    show("");
+    if (order) this.candidates.sort((a, b) => order(a, b) || a.place - b.place);
+    this.hits = new Set(this.candidates.filter((p) => p.words.includes(wanted)));
+    this.show(wanted ? ", searching the samples…" : "");
+    this.search.start(wanted, this.candidates.filter((p) => !this.hits.has(p)).map((p) => p.place));
   }
 
-  watch() {
-    this.watcher ??= new IntersectionObserver((entries) => {
-      for (const { target, isIntersecting } of entries) {
-        if (!isIntersecting) continue;
-        target.typeset();
-        this.watcher.unobserve(target);
-      }
-    }, { root: this.list, rootMargin: "300px" });
-    for (const item of this.list.children) {
-      if (!item.watched) this.watcher.observe(item);
-      item.watched = true;
+  found({ hits, done, failed }) {
+    for (const place of hits) this.hits.add(this.problems[place]);
+    if (failed) this.show(", the samples cannot be searched in this browser");
+    else this.show(done < 1 ? `, searching the samples… ${Math.round(100 * done)} %` : "", hits.length > 0);
+  }
+
+  show(note, changed = true) {
+    if (changed) {
+      this.shown = this.candidates.filter((p) => this.hits.has(p));
+      this.list.show(this.shown);
     }
+    byId("count").textContent = `${whole(this.shown.length)} of ${whole(this.problems.length)} problems${note}`;
   }
 
   follow() {
@@ -186,19 +171,20 @@ class Browser {
     else this.detail.replaceChildren(element("p", { class: "none" }, "No problem of this name is on this page."));
   }
 
-  async open(problem, focus) {
+  // `seen`: the page moves to it, as when it was asked for.
+  async open(problem, focus, seen = true) {
     this.current = problem;
-    for (const item of this.rows) item.firstChild.removeAttribute("aria-current");
-    this.rows[problem.place].firstChild.setAttribute("aria-current", "true");
+    for (const [item, row] of this.list.rows) {
+      if (item === problem) row.firstChild.setAttribute("aria-current", "true");
+      else row.firstChild.removeAttribute("aria-current");
+    }
     const data = await unpack(`data-${problem.place}`);
     if (this.current !== problem) return;
     this.detail.replaceChildren(...this.problem(problem, data));
     stretched(this.detail);
+    if (!seen) return;
     byId("browser").classList.add("opened");
-    const item = this.rows[problem.place];
-    const [top, bottom] = [this.list.scrollTop, this.list.scrollTop + this.list.clientHeight];
-    const place = item.offsetTop; // within the list, which is positioned
-    if (place < top || place + item.offsetHeight > bottom) this.list.scrollTop = place - this.list.clientHeight / 3;
+    this.list.reveal(problem);
     const box = this.detail.getBoundingClientRect();
     if (focus || box.top < 0 || box.top > innerHeight / 2) byId("browser").scrollIntoView({ block: "start" });
     this.detail.scrollTop = 0;
@@ -210,7 +196,8 @@ class Browser {
     const tags = groups.map(([key, value]) => element("bdi", { class: "tag" }, `${key}: ${value}`));
     const back = element("a", { class: "back", href: "#problems" }, "← the list");
     back.addEventListener("click", () => this.close());
-    const samples = data.samples.map((sample, i) => this.sample(sample, i === 0));
+    const code = data.kind === "code";
+    const samples = data.samples.map((sample, i) => this.sample(sample, i === 0, code));
     const jump = (i) => {
       samples[i].open = true;
       samples[i].scrollIntoView({ block: "nearest" });
@@ -234,9 +221,9 @@ class Browser {
     return [
       back,
       element("h3", { tabindex: "-1" }, element("bdi", null, problem.id)),
-      element("p", { class: "facts" }, ...tags, element("span", null, `${solved(problem)} right`)),
+      element("p", { class: "facts" }, ...tags, element("span", null, `${solved(problem)}${/^\d/.test(solved(problem)) ? " right" : ""}`)),
       element("h4", null, "Question"),
-      this.text(data.question, "question"),
+      this.text(data.question, "question", code),
       ...this.gold(data),
       element("div", { class: "strip" }, element("span", { class: "dots" }, ...strip),
         element("label", null, raw, " text as it was written")),
@@ -258,12 +245,12 @@ class Browser {
     return made;
   }
 
-  text(text, kind) {
+  text(text, kind, code) {
     const box = element("div", { class: `text ${kind}`, dir: "auto" });
     box.fill = () => {
       const plain = () => element("pre", { class: "raw" }, rawText(text));
       try {
-        box.replaceChildren(...(this.raw ? [plain()] : typeset(text)));
+        box.replaceChildren(...(this.raw ? [plain()] : typeset(text, code)));
       } catch { // a text the page cannot lay out is still shown
         box.replaceChildren(plain());
       }
@@ -272,7 +259,7 @@ class Browser {
     return box;
   }
 
-  sample(sample, open) {
+  sample(sample, open, code) {
     const long = sample.extracted !== null && (sample.extracted.length > 120 || sample.extracted.includes("\n"));
     const found = sample.extracted !== null && sample.stage && `found by ${sample.stage}`;
     const facts = [`${whole(sample.tokens)} tokens`, found, sample.finish === "length" && "truncated",
@@ -281,21 +268,33 @@ class Browser {
     const summary = element("summary", null,
       element("span", { class: `badge v-${sample.verdict}` }, dot, sample.kind.replaceAll("_", " ")),
       element("span", { class: "number" }, `#${sample.index}`),
-      element("span", { class: "answer" }, ...(long ? ["program"] : [answer(sample.extracted)])),
+      element("span", { class: "answer" }, ...(long ? ["program"] : sample.verdict === "u" ? [] : [answer(sample.extracted)])),
       element("span", { class: "facts" }, ...facts.map((f) => element("span", null, f))));
     const node = element("details", { class: "sample" }, summary);
-    const fill = () => {
+    node.fill = () => {
       if (!node.open || node.childElementCount > 1) return;
       if (sample.detail) node.append(element("p", { class: "why" }, element("span", null, "verdict: "), sample.detail));
       if (long) node.append(folded("Extracted", () => [element("pre", { class: "code" }, sample.extracted)], false));
       const empty = element("p", { class: "none" }, "An empty completion.");
-      node.append(sample.text.length ? this.text(sample.text, "written") : empty);
+      node.append(sample.text.length ? this.text(sample.text, "written", code) : empty);
       stretched(node);
     };
-    node.addEventListener("toggle", fill);
+    node.addEventListener("toggle", node.fill);
     node.open = open;
-    fill();
+    node.fill();
     return node;
+  }
+
+  // All samples with their thinking; closes them where all are open.
+  openAll() {
+    const all = () => [...this.detail.querySelectorAll("details.sample, .written details.think")];
+    const open = !all().every((part) => part.open);
+    for (const selected of ["details.sample", ".written details.think"]) { // the second are made by the first
+      for (const part of this.detail.querySelectorAll(selected)) {
+        part.open = open;
+        part.fill();
+      }
+    }
   }
 
   toggleRaw(raw) {
@@ -307,8 +306,7 @@ class Browser {
 
   close() {
     byId("browser").classList.remove("opened");
-    const item = this.current && this.rows[this.current.place];
-    if (item?.isConnected) item.firstChild.focus();
+    this.list.rows.get(this.current)?.firstChild.focus();
   }
 
   key(event) {
@@ -327,9 +325,7 @@ class Browser {
     } else if (event.key === "r" && this.current) {
       this.toggleRaw(!this.raw);
     } else if (event.key === "o" && this.current) {
-      const samples = [...this.detail.querySelectorAll("details.sample")];
-      const open = !samples.every((s) => s.open);
-      for (const sample of samples) sample.open = open;
+      this.openAll();
     } else if (event.key === "Escape") {
       if (typing) event.target.blur();
       else this.close();

@@ -48,9 +48,10 @@ def length_panels(title: str, edges: Sequence[float], groups: Sequence[tuple[str
         parts.append(f'<path class="grid" d="M{x.at(tick):.1f} {TOP}V{bottom}"/>')
         parts.append(label_at(x.at(tick), bottom + 15, tick_label(tick), "middle"))
     parts.append(label_at((x.start + x.end) / 2, height - 4, "tokens", "middle"))
+    most = max(max(counts) for _, _, counts, _ in drawn)  # one scale, so that heights can be compared
     for i, (label, colour, counts, _) in enumerate(drawn):
         base = TOP + panel * (i + 1)
-        up = Axis(0, max(counts), base, base - panel + 24)
+        up = Axis(0, most, base, base - panel + 24)
         bars = "".join(
             f"M{x.at(a) + 0.5:.1f} {base}V{up.at(count):.1f}H{x.at(b) - 0.5:.1f}V{base}z"
             for a, b, count in zip(edges, edges[1:], counts, strict=False)

@@ -60,7 +60,19 @@ def headline(results: Mapping[str, Any]) -> str:
         spread = percent(results["seed_sd"])
         parts.append(f'<div class="figure"><strong>± {spread}</strong> <span>sd between repetitions</span></div>')
     counted = f" on {whole(problems)} problems" if problems is not None else ""
+    if (right := _right(results)) is not None:
+        counted += f": {right} right"
     return f'<div class="hero"><p class="kicker">{what}{counted}</p><div class="big">{"".join(parts)}</div></div>'
+
+
+def _right(results: Mapping[str, Any]) -> str | None:
+    """Of how many samples the score is: "8 of 1,319"."""
+    counts = {kind: finite(count) for kind, count in as_dict(results.get("verdicts")).items()}
+    total = finite(results.get("samples"))
+    if not counts or total is None or None in counts.values():
+        return None
+    right = sum(int(counts.get(kind) or 0) for kind in ("right", "pass"))
+    return f"{whole(right)} of {whole(total)}" + ("" if finite(results.get("n")) == 1 else " samples")
 
 
 def cards(results: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def clip(text: str, limit: int) -> Clipped:
 def verdict(sample: Sample, grade: Grade | None) -> str:
     """One letter per sample, as the page's script knows them."""
     if grade is None:
-        return "-"
+        return "u"
     cut = sample.finish == "length"
     if grade.passed:
         return "R" if cut else "r"
@@ -156,7 +156,7 @@ def _sample(sample: Sample, grade: Grade | None, longest: int) -> dict[str, Any]
         "text": clip(sample.text, longest),
         "tokens": sample.tokens,
         "finish": sample.finish,
-        "seed": sample.seed,
+        "seed": str(sample.seed),  # of 63 bits: JavaScript has 53
         "verdict": verdict(sample, grade),
         "kind": _short(grade.kind, 40) if grade else "not graded",
         "extracted": None if extracted is None else _short(extracted, EXTRACTED),

@@ -2,6 +2,13 @@
 // the height of what they enclose, braces and arrows to the width of what they are above or below.
 let stretches = null;
 
+const mathElement = (tag, attributes, ...children) => {
+  const node = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
+  for (const [key, value] of Object.entries(attributes ?? {})) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+};
+
 function stretched(box) {
   const size = (node) => node.getBoundingClientRect();
   if (stretches === null) {
