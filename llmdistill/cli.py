@@ -5,6 +5,7 @@
     llmdistill eval gsm8k --model runs/quickstart/student
     llmdistill serve --model TEACHER                     # the teacher-rollout service
     llmdistill contamination --train prompts.jsonl       # which benchmark problems are in there
+    llmdistill verify answers.jsonl                      # verdicts on completions, with their reasons
 
 Training has its own front doors (``accelerate launch -m llmdistill.opd``). Nothing heavy is imported before a command
 is known.
@@ -89,6 +90,13 @@ def contamination(words: argparse.Namespace, rest: Sequence[str]) -> int:
     return check(rest)
 
 
+def verify(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Verdicts on completions in a file, with their reasons."""
+    from llmdistill.verify.command import run
+
+    return run(rest)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="llmdistill", description="Distil large language models into small ones.")
     top.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -110,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     for name, command, what in (
         ("eval", evaluation, "score a model on MATH500, AIME, GSM8K, HumanEval, ... or a suite of yours"),
         ("contamination", contamination, "find benchmark problems in a training set"),
+        ("verify", verify, "judge completions in a file against right answers or tests"),
     ):
         other = commands.add_parser(name, help=what, add_help=False, allow_abbrev=False)
         other.set_defaults(run_command=command)

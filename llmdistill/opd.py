@@ -73,7 +73,7 @@ class OPDConfig(TokenConfig):
     reference_kl: float = setting(
         0.0, "weight of the reverse KL to the reference beside the divergence: a trust region", at_least=0
     )
-    reward: str = setting("", "task reward: math (verifies data.answer_column), or package.module:function")
+    reward: str = setting("", "task reward: math or choice (verify data.answer_column), or package.module:function")
     reward_weight: float = setting(
         0.0, "weight of the group-normalised task reward beside the distillation advantage", at_least=0
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from llmdistill.errors import UserError
 from llmdistill.texts import Prompt
-from llmdistill.training.rewards import group_advantages, load_reward, math_reward
+from llmdistill.training.rewards import group_advantages, load_reward, task_rewards
+from llmdistill.verify.rewards import choice_reward, code_reward, math_reward
 
 
 def asked(*answers: str) -> list[Prompt]:
@@ -25,12 +27,71 @@ def test_answers_are_verified_and_not_compared_as_text() -> None:
         "I do not know.",
         "",
     ]
-    assert math_reward(asked("1/2", "\\frac12", "1,234", "42", "42", "42"), completions) == [1, 1, 1, 0, 0, 0]
+    assert task_rewards(math_reward, asked("1/2", "\\frac12", "1,234", "42", "42", "42"), completions) == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_a_row_without_an_answer_is_named() -> None:
     with pytest.raises(UserError, match=r"row 1 has no answer to verify against. Fix: --data.answer_column NAME"):
-        math_reward(asked("1", ""), ["1", "1"])
+        task_rewards(math_reward, asked("1", ""), ["1", "1"])
+
+
+def test_a_reward_of_ones_own_is_given_the_columns_that_it_names() -> None:
+    prompts = [
+        Prompt([1], "q", answer="a", record={"level": 3, "hint": "h"}),
+        Prompt([1], "r", answer="b", record={"level": 5}),
+    ]
+
+    def named(prompts: list[str], completions: list[str], level: list[int]) -> list[float]:
+        assert prompts == ["q", "r"]
+        return [n + len(c) for n, c in zip(level, completions, strict=True)]
+
+    seen: dict[str, object] = {}
+
+    def all_of_them(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+        seen.update(columns)
+        return [0.0, 1.0]
+
+    assert task_rewards(named, prompts, ["x", "yy"]) == [4, 7]
+    assert task_rewards(all_of_them, prompts, ["x", "yy"]) == [0, 1]
+    assert seen == {"level": [3, 5], "answer": ["a", "b"]}, "columns that some rows lack are left out"
+
+
+def trl_calls(reward: object, completions: list[object], **columns: list[object]) -> list[float | None]:
+    """As TRL's GRPOTrainer calls it: everything by keyword, its own extras among the columns."""
+    extras = {
+        "completion_ids": [[1]] * len(completions),
+        "trainer_state": None,
+        "log_extra": print,
+        "log_metric": print,
+    }
+    return reward(prompts=["q"] * len(completions), completions=completions, **columns, **extras)  # type: ignore[operator]
+
+
+def test_rewards_have_the_signature_of_trl() -> None:
+    told = [{"role": "assistant", "content": "It is \\boxed{0.5}."}]
+    assert trl_calls(math_reward, ["The answer is 4.", told, "5"], answer=["5", "1/2", None]) == [0, 1, None]
+    assert trl_calls(math_reward, ["5"], solution=["We add.\n#### 5"]) == [1]
+    assert trl_calls(choice_reward, ["Option A is wrong, so B is correct.", "Answer: C"], answer=["B", "D"]) == [1, 0]
+    with pytest.raises(UserError, match="needs a column answer or solution or gold in the dataset; it was given"):
+        trl_calls(math_reward, ["5"], target=["5"])
+    with pytest.raises(UserError, match="2 completions and 1 values of 'answer'"):
+        trl_calls(math_reward, ["5", "6"], answer=["5"])
+
+
+def test_programs_are_rewarded_by_their_tests() -> None:
+    tests = {"style": "asserts", "test": "assert double(2) == 4", "entry_point": "double"}
+    right, wrong = (f"```python\ndef double(x):\n    return {n} * x\n```" for n in (2, 3))
+    assert trl_calls(code_reward, [right, wrong, "none"], tests=[tests, json.dumps(tests), tests]) == [1, 0, 0]
+    assert trl_calls(code_reward, [right], tests=[None]) == [None]
+    with pytest.raises(UserError, match="needs a column tests"):
+        trl_calls(code_reward, [right], answer=["4"])
 
 
 def test_names_of_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,12 +100,12 @@ def test_names_of_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert load_reward("math") is math_reward
-    assert load_reward("my_rewards:length")(asked("", ""), ["ab", "c"]) == [2, 1]
+    assert task_rewards(load_reward("my_rewards:length"), asked("", ""), ["ab", "c"]) == [2, 1]
     for name, said in (
-        ("maths", "it must be math, or package.module:function"),
-        ("my_rewards", "it must be math, or package.module:function"),
-        ("my_rewards:X", "it must be math, or package.module:function"),
-        ("my_rewards:", "it must be math, or package.module:function"),
+        ("maths", "it must be math or choice, or package.module:function"),
+        ("my_rewards", "it must be math or choice, or package.module:function"),
+        ("my_rewards:X", "it must be math or choice, or package.module:function"),
+        ("my_rewards:", "it must be math or choice, or package.module:function"),
         ("my_rewards:longest", "'my_rewards:longest' cannot be loaded: .*longest"),
         ("no_such_module_here:f", "cannot be loaded: No module named"),
         (":f", "cannot be loaded"),

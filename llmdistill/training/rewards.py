@@ -1,37 +1,24 @@
-"""Task rewards of sampled completions: verdicts, normalised over the samples of a prompt as in GRPO."""
+"""Task rewards of sampled completions, normalised over the samples of a prompt as in GRPO."""
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
 from llmdistill.errors import UserError
 from llmdistill.texts import Prompt
+from llmdistill.verify.rewards import choice_reward, math_reward
 
-Reward = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
-
-
-def math_reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-    """1 where the completion's final answer is the row's ``answer``, else 0 (llmdistill.verify.math).
-
-    Raises:
-        UserError: a row has no answer.
-    """
-    from llmdistill.verify.math import verify_answer
-
-    if without_answer := [p.row for p in prompts if not p.answer]:
-        raise UserError(f"row {without_answer[0]} has no answer to verify against. Fix: --data.answer_column NAME.")
-    return [float(verify_answer(text, p.answer)) for p, text in zip(prompts, completions, strict=True)]
-
-
-math_reward.reads_answers = True  # type: ignore[attr-defined]  # what the preflight looks for
-
-BUILT_IN: dict[str, Reward] = {"math": math_reward}
+# TRL's signature, every argument by keyword: (prompts, completions, **columns) -> a number for each completion.
+Reward = Callable[..., Sequence[float | None]]
+BUILT_IN: dict[str, Reward] = {"math": math_reward, "choice": choice_reward}
 
 
 def load_reward(name: str) -> Reward:
-    """``math``, or a function of yours as ``package.module:name``.
+    """``math``, ``choice``, or a function of yours as ``package.module:name``.
 
     Raises:
         UserError: there is none of that name.
@@ -40,15 +27,38 @@ def load_reward(name: str) -> Reward:
         return BUILT_IN[name]
     module, _, function = name.partition(":")
     try:
-        reward = getattr(import_module(module), function) if function else None
+        found = getattr(import_module(module), function) if function else None
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"objective.reward {name!r} cannot be loaded: {error}") from error
-    if not callable(reward):
+    if not callable(found):
         raise UserError(
             f"objective.reward is {name!r}; it must be {' or '.join(BUILT_IN)}, or package.module:function taking "
-            "(prompts, completions) and returning one number for each."
+            "(prompts, completions, **columns) and returning one number for each."
         )
-    return reward  # type: ignore[no-any-return]
+    return found  # type: ignore[no-any-return]
+
+
+def task_rewards(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    """The numbers of a reward function with TRL's signature.
+
+    Its columns are those of the rows where they were kept, and ``answer``; a function without ``**columns`` is given
+    those that it names.
+
+    Raises:
+        UserError: a row has no answer to verify against.
+    """
+    if getattr(reward, "reads_answers", False) and (bare := [p.row for p in prompts if not p.answer]):
+        raise UserError(f"row {bare[0]} has no answer to verify against. Fix: --data.answer_column NAME.")
+    records = [p.record or {} for p in prompts]
+    names = set.intersection(*(set(record) for record in records)) if records else set()
+    columns: dict[str, Any] = {name: [record[name] for record in records] for name in sorted(names)}
+    columns["answer"] = [p.answer for p in prompts]
+    columns.pop("prompts", None), columns.pop("completions", None)
+    taken = inspect.signature(reward).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        columns = {name: values for name, values in columns.items() if name in taken}
+    found = reward(prompts=[p.text for p in prompts], completions=list(completions), **columns)
+    return [float("nan") if number is None else float(number) for number in found]
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:

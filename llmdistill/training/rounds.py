@@ -21,7 +21,7 @@ from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
 from llmdistill.texts.sources import Drawn, Round
 from llmdistill.training.contexts import ContextFunction, build_contexts
-from llmdistill.training.rewards import Reward, group_advantages
+from llmdistill.training.rewards import Reward, group_advantages, task_rewards
 from llmdistill.training.student_trainer import StudentTrainer
 
 
@@ -147,7 +147,7 @@ class RoundTexts(StudentTrainer):
             return text
         with self.meters.timed("time/reward"):
             completions = self._completions(text.rollout, text.prompts, skip_special_tokens=True)
-            rewards = [float(r) for r in self.reward(text.prompts, completions)]
+            rewards = task_rewards(self.reward, text.prompts, completions)
         if len(rewards) != len(text):
             raise UserError(f"the reward returned {len(rewards)} numbers for {len(text)} completions")
         for prompt, reward in zip(text.prompts, rewards, strict=True):

@@ -212,8 +212,9 @@ class Numeric:
             raise Undefined
         if op in ("series", "product_over"):
             return _series(tree, at, self._value)
-        if op == "unknown" and not self.applied:
-            return self._symbol(tree.name, at) * self._value(tree.args[0], at)
+        if op == "unknown":
+            value = self._value(tree.args[0], at)
+            return self._unknown(tree.name, value) if self.applied else self._symbol(tree.name, at) * value
         if op in ("factorial", "binomial", "permutations", "gcd", "lcm", "floor", "ceiling"):
             return self._whole(tree, at)
         values = [self._value(arg, at) for arg in tree.args]
@@ -302,8 +303,10 @@ class Numeric:
     def _min(self, *values: Any) -> Any:
         return min(map(self._real, values))
 
-    def _unknown(self, value: Any) -> Any:
-        return self.mp.cos(value * 3 / 7 + 1) + value / 11
+    def _unknown(self, name: str, value: Any) -> Any:
+        """Some function of no pattern, another one for each name."""
+        drawn = zlib.crc32(name.encode()) % 997 + 3
+        return self.mp.cos(value * drawn / 700 + drawn) + value / drawn
 
     def _power(self, written: Node, at: Point, base: Any, exponent: Any) -> Any:
         mp = self.mp

@@ -236,6 +236,9 @@ class _Parser(Figures):
         return inner
 
     def _letter(self, letter: str) -> Node:
+        number_in_brackets = self.is_sign("(") and [t.text if t else "" for t in (self.peek(2),)] == [")"]
+        if number_in_brackets and (inner := self.peek(1)) is not None and inner.kind == "number":
+            return Node("unknown", (self._group("(", ")"),), name=letter)  # I(0)
         if letter in "fgh" and self.is_sign("(") or letter in "CAP" and self.is_sign("_", "^"):
             found = self._combinations(letter) if letter in "CAP" else self._applied(letter)
             if found is not None:

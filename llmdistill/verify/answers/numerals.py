@@ -24,7 +24,10 @@ _PARTS = {word: int(entry.split()[0]) for entry in _PART_TABLE.split(";") for wo
 
 def words_number(text: str) -> Fraction | None:
     """The value of a number in English words: "minus twenty-five", "one and a half", "two thirds", "two million"."""
-    tokens = [t for t in re.split(r"[\s-]+", text.lower().strip(" .")) if t]
+    text = text.lower().strip(" .")
+    if text.startswith("-"):
+        return None if (found := words_number(text[1:])) is None else -found
+    tokens = [t for t in re.split(r"[\s-]+", text) if t]
     if not tokens or len(tokens) > 14:
         return None
     if tokens[0] in ("minus", "negative"):
@@ -84,8 +87,8 @@ def scaled(text: str) -> Fraction | None:
     return Fraction(_SCALES[word]) if word in _SCALES else None
 
 
-def other_spellings(text: str) -> list[Node]:
-    """Figures with grouping or a decimal comma. 1,234 is a number (and a list, which is not said here)."""
+def other_spellings(text: str) -> list[tuple[Node, bool]]:
+    """Figures with grouping or a decimal comma, and whether it is the latter. That 1,234 may be a list is not said."""
     bare = text.lstrip("+-").strip()
     sign = -1 if text.lstrip().startswith("-") else 1
     found = []
@@ -96,15 +99,15 @@ def other_spellings(text: str) -> list[Node]:
         figures = bare.replace(" ", "")
         figures = figures.replace(",", "") if "." in figures or " " not in bare else figures.replace(",", ".")
         places = len(figures.partition(".")[2])
-        found.append(number(sign * Fraction(figures), places or None))
+        found.append((number(sign * Fraction(figures), places or None), False))
     if re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d{1,2}", bare):
         figures = bare.replace(".", "").replace(",", ".")
-        found.append(number(sign * Fraction(figures), len(figures.partition(".")[2])))
+        found.append((number(sign * Fraction(figures), len(figures.partition(".")[2])), False))
     if re.fullmatch(r"\d+,\d+", bare) and (not re.search(r",\d{3}$", bare) or bare.startswith("0,")):
         figures = bare.replace(",", ".")
-        found.append(number(sign * Fraction(figures), len(figures.partition(".")[2])))
+        found.append((number(sign * Fraction(figures), len(figures.partition(".")[2])), True))
     if re.fullmatch(r"0\d+", bare):
-        found.append(number(sign * Fraction(bare)))
+        found.append((number(sign * Fraction(bare)), False))
     return found
 
 

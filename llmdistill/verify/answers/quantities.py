@@ -92,7 +92,7 @@ def _numbers(text: str) -> list[Quantity]:
         parts = [_figure(chance[name]) for name in ("top", "bottom")]
         if parts[0] is not None and parts[1]:
             return [Quantity(number(parts[0] / parts[1]))]
-    found = [Quantity(tree) for tree in other_spellings(text)]
+    found = [Quantity(tree, comma=comma) for tree, comma in other_spellings(text)]
     tree = None if _is_prose(text) else parse(text)
     if tree is not None and not (found and text.strip().lstrip("+-").startswith("0") and tree.op == "number"):
         if tree.op == "degrees":

@@ -120,7 +120,7 @@ def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]
     found: list[Value] = []
     applied = _APPLIED.fullmatch(name.replace(" ", ""))
     label = bool(_LABEL.fullmatch(name)) or _geometric(name)
-    if not closed[0] and not (not label and _is_multiple(trees[0])):
+    if not closed[0] and (label or not (_is_multiple(trees[0]) or (len(parts) == 2 and _is_curve(trees[0])))):
         compact = re.sub(r"\\(?:text|mathrm)\b|[{}\\ ]", "", name) if label else name.replace(" ", "")
         found.append(
             Assignment(
@@ -158,6 +158,11 @@ def _is_multiple(tree: Node | None) -> bool:
         and tree.op in ("product", "minus", "quotient")
         and any(rational(arg) is not None for arg in tree.args)
     )
+
+
+def _is_curve(tree: Node | None) -> bool:
+    """x^2 + y^2 of x^2 + y^2 = 1, where p + q of p + q = 122 is what was asked for."""
+    return tree is not None and bool(symbols(tree) & {"x", "y", "z"})
 
 
 def _consistent(trees: list[Node | None]) -> bool:

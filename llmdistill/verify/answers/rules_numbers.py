@@ -14,6 +14,12 @@ from llmdistill.verify.answers.values import Digits, Quantity, Ratio, Residue, S
 
 def quantity_rule(gold: Quantity, answer: Quantity, terms: Terms) -> bool:
     """Equal values, units taken into account; one that a side leaves out is no difference."""
+    if gold.comma and answer.comma:
+        return False  # two lists: 330,90 is not 330,9
+    if gold.comma or answer.comma:
+        value = algebra.rational((answer if gold.comma else gold).tree)
+        if value is None or value.denominator == 1:
+            return False  # -3,0 is a list where -3 is the answer
     ours, theirs = gold.unit, answer.unit
     if ours is None and theirs is None:
         return same_trees(gold.tree, answer.tree, terms)
@@ -33,6 +39,10 @@ def _both_units(gold: Quantity, ours: Unit, answer: Quantity, theirs: Unit, term
     if ours.percent != theirs.percent:
         return False
     if ours.dimensions and theirs.dimensions:
+        if _squares(ours) == _squares(theirs) and (ours.dimensions[0][0] == "unit") != (
+            theirs.dimensions[0][0] == "unit"
+        ):
+            return same_trees(gold.tree, answer.tree, terms)  # "square units" for cm^2
         if ours.dimensions != theirs.dimensions:
             return False
         factor = theirs.factor / ours.factor
@@ -47,6 +57,11 @@ def _both_units(gold: Quantity, ours: Unit, answer: Quantity, theirs: Unit, term
     if counts[0] == counts[1]:
         return same_trees(gold.tree, answer.tree, terms)
     return same_trees(times(gold.tree, Fraction(counts[0][0])), times(answer.tree, Fraction(counts[1][0])), terms)
+
+
+def _squares(unit: Unit) -> int:
+    """The power of a length, or of a unit of length that is not named; 0 of anything else."""
+    return unit.dimensions[0][1] if len(unit.dimensions) == 1 and unit.dimensions[0][0] in ("unit", "length") else 0
 
 
 def _unit_left_out(quantity: Quantity, unit: Unit, other: Node, terms: Terms, *, by_gold: bool) -> bool:

@@ -65,6 +65,8 @@ def system_as_values_rule(gold: Value, answer: Value, terms: Terms) -> bool:
     assert isinstance(system, System) and isinstance(sequence, Sequence)
     if sequence.kind in ("set", "bracket") or len(system.parts) != len(sequence.items):
         return False
+    if any(isinstance(value, Assignment) for item in sequence.items for value in item):
+        return False  # names on both sides, and not the same ones
     orders = [sorted(system.parts, key=lambda part: (part.name.lower(), part.name))]
     if sequence.kind == "list":
         orders.append(list(system.parts))

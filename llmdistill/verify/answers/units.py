@@ -80,6 +80,9 @@ def parse_unit(text: str, *, wrapped: bool = False, glued: bool = False, head_is
     han = re.fullmatch(r"[\u3400-\u9fff]+", text)
     if han:
         text = HAN.get(text, text)
+    unnamed = re.fullmatch(r"(?P<power>sq(?:uare)?\.?|cu(?:bic)?\.?) units?\.?", text)
+    if unnamed:
+        return Unit((("unit", 2 if unnamed["power"].startswith("s") else 3),))
     known = _known(text)
     if known is not None:
         return _careful(known, text, wrapped, glued, head_is_number)

@@ -10,11 +10,17 @@ from llmdistill.verify.answers.units import Unit
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number or an expression, perhaps with a unit. Of "5 feet 6 inches" ``totals`` are 5.5 and 66."""
+    """A number or an expression, perhaps with a unit.
+
+    Attributes:
+        totals: 5.5 and 66 of "5 feet 6 inches".
+        comma: written with a decimal comma, and so perhaps a list of two.
+    """
 
     tree: Node
     unit: Unit | None = None
     totals: tuple[Node, ...] = ()
+    comma: bool = False
 
 
 @dataclass(frozen=True, slots=True)
