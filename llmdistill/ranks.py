@@ -23,8 +23,8 @@ LONGEST_NAP_S = 0.2
 _numbers = itertools.count()
 
 
-class FirstRankFailed(RuntimeError):
-    """On the other ranks, when the first one failed for another reason than the user's input."""
+class RankFailed(RuntimeError):
+    """On the other ranks, when one failed for another reason than the user's input."""
 
 
 def is_first() -> bool:
@@ -38,7 +38,7 @@ def from_first_rank(work: Callable[[], T]) -> T:
 
     Raises:
         UserError: that ``work`` raised, on every rank.
-        FirstRankFailed: on the other ranks, when ``work`` raised anything else.
+        RankFailed: on the other ranks, when ``work`` raised anything else.
     """
     store = launch_store()
     if store is None:
@@ -46,6 +46,28 @@ def from_first_rank(work: Callable[[], T]) -> T:
     key = f"llmdistill/first/{next(_numbers)}"
     if not is_first():
         return _awaited(store, key)  # type: ignore[no-any-return]
+    return _told(store, key, work)
+
+
+def on_every_rank(work: Callable[[], None]) -> None:
+    """``work()`` on every rank, and back on all of them when all are done, however long one takes.
+
+    Raises:
+        UserError: that one of them raised, on every rank.
+        RankFailed: on the other ranks, when one raised anything else.
+    """
+    store = launch_store()
+    if store is None:
+        work()
+        return
+    key = f"llmdistill/every/{next(_numbers)}"
+    _told(store, f"{key}/{torch.distributed.get_rank()}", lambda: work())
+    for rank in range(torch.distributed.get_world_size()):
+        _awaited(store, f"{key}/{rank}")
+
+
+def _told(store: Any, key: str, work: Callable[[], T]) -> T:
+    """What ``work()`` returns; that, or what it raised, is told under ``key``."""
     try:
         value = work()
         content = json.dumps({"value": value})
@@ -67,4 +89,4 @@ def _awaited(store: Any, key: str) -> Any:
         return told["value"]
     if told["kind"] == "user":
         raise UserError(told["error"])
-    raise FirstRankFailed(f"the first rank failed: {told['error']}")
+    raise RankFailed(f"another rank failed: {told['error']}")

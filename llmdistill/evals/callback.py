@@ -27,6 +27,7 @@ from llmdistill.evals.jobs import Job, begin, prepare
 from llmdistill.evals.records import EvalFolder
 from llmdistill.evals.runner import draw, finish
 from llmdistill.evals.suite import load_suite
+from llmdistill.ranks import from_first_rank, on_every_rank
 from llmdistill.tokenization.special import context_length
 
 
@@ -111,25 +112,30 @@ class EvalCallback(TrainerCallback):
         if step in self.done:
             return
         self.done.add(step)
-        first, console = accelerator.is_main_process, Console(stderr=True, markup=False)
+        console = Console(stderr=True, markup=False)
         wrapped = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
         jobs = [self._at(job, step) for job in self.jobs]
-        if first:  # of a run that was killed behind its last checkpoint: those weights are gone
-            for job in jobs:
-                shutil.rmtree(job.folder.path, ignore_errors=True)
-                begin(job, console)
-        accelerator.wait_for_everyone()
+        from_first_rank(lambda: self._begin(jobs, console))
         # entered by every rank, also by one that has nothing to draw: gathering sharded parameters is a collective
         with generation_ready(wrapped, accelerator) as model:
             engine = HFEngine(model, self.trainer.processing_class, batch_size=self.batch)
-            for job in jobs:
-                own = job.asked[accelerator.process_index :: accelerator.num_processes]
-                draw(job, own, engine, console, accelerator.process_index)
-            accelerator.wait_for_everyone()
-        if first:
-            for job in jobs:
-                self.trainer.log(self._numbers(job, finish(job, self.config, console).results))
-        accelerator.wait_for_everyone()
+            on_every_rank(lambda: self._draw(jobs, engine, console))
+        # grading may take longer than a collective waits, and an error of one rank is everybody's
+        for numbers in from_first_rank(
+            lambda: [self._numbers(job, finish(job, self.config, console).results) for job in jobs]
+        ):
+            if accelerator.is_main_process:
+                self.trainer.log(numbers)
+
+    def _begin(self, jobs: Sequence[Job], console: Console) -> None:
+        for job in jobs:  # of a run that was killed behind its last checkpoint: those weights are gone
+            shutil.rmtree(job.folder.path, ignore_errors=True)
+            begin(job, console)
+
+    def _draw(self, jobs: Sequence[Job], engine: HFEngine, console: Console) -> None:
+        rank, world = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
+        for job in jobs:
+            draw(job, job.asked[rank::world], engine, console, rank)
 
     def _at(self, job: Job, step: int) -> Job:
         folder = Path(self.trainer.args.output_dir) / "evals" / f"step-{step:06d}" / job.suite.name

@@ -23,7 +23,7 @@ from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, EvalsConfig, StudentConfig
-from llmdistill.recipe.launches import leave_group
+from llmdistill.recipe.launches import check_outages, leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.page.paired import TOKENS, change
@@ -113,6 +113,9 @@ def build(
 ) -> DistillationTrainer:
     """Models, data and trainer of a recipe; ``data`` as :func:`load_data` has it."""
     args, rows = recipe.args, data or load_data(recipe)
+    named = zip(recipe.teacher_sections, recipe.teachers, strict=True)
+    outages = {f"{section}.max_outage_s": teacher.max_outage_s for section, teacher in named if teacher.url}
+    check_outages(outages, args.ddp_timeout, args.world_size)
     student, tokenizer = load_student(recipe.student)
     longest = recipe.data.max_prompt_tokens + args.rollouts.max_new_tokens
     teacher = load_teachers(recipe.teachers, args.device, longest, recipe.teacher_sections)

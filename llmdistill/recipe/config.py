@@ -252,6 +252,9 @@ class DistillationConfig(TrainingArguments):
     # Defaults of ours over transformers': explicit precision (a CPU build may choose bfloat16 by itself), losses that
     # are shown as they are, raw columns for our own collator.
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights"})
+    ddp_timeout: int = field(
+        default=5400, metadata={"help": "seconds that ranks wait for each other; longer than a teacher's max_outage_s"}
+    )
     learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
     logging_steps: float = field(default=5, metadata={"help": "write a line of metrics.jsonl every so many steps"})
     logging_nan_inf_filter: bool = field(

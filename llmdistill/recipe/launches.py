@@ -38,6 +38,25 @@ def check_cpu_launch(env: Mapping[str, str] = os.environ) -> None:
         )
 
 
+def check_outages(outages: Mapping[str, float], ddp_timeout: float, processes: int) -> None:
+    """Refuses patience with a service that outlives the ranks' patience with each other: while one rank waits for its
+    teacher the others wait for it in a collective, and would be timed out first.
+
+    Args:
+        outages: ``max_outage_s`` of each service, by the name of the setting.
+
+    Raises:
+        UserError: names both settings.
+    """
+    for setting, seconds in outages.items():
+        if processes > 1 and seconds >= ddp_timeout:
+            raise UserError(
+                f"{setting} is {seconds:g} and train.ddp_timeout {ddp_timeout:g}: with {processes} processes the ranks "
+                f"would give each other up before the service. Fix: --ddp_timeout {seconds + 600:.0f}, or a shorter "
+                f"--{setting}."
+            )
+
+
 @contextmanager
 def whole_models() -> Iterator[None]:
     """``from_pretrained`` within this context loads whole weights also under ZeRO-3.

@@ -194,7 +194,8 @@ async def hang_up(app: Any, path: str, body: bytes, when: asyncio.Event, headers
     told = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
     scope = {
         "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-        "scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1), "root_path": "",
+        "scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+        "root_path": "",
         "headers": [(k.encode(), v.encode()) for k, v in told.items()],
     }  # fmt: skip
     messages = [{"type": "http.request", "body": body, "more_body": False}]
