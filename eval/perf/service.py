@@ -5,8 +5,10 @@
 Two processes hold the same model in the same vLLM engine: ``bare`` calls it directly, nothing in between and the
 numbers thrown away; ``service`` is `llmdistill serve`, asked over HTTP by as many concurrent clients, which decode the
 score blocks they get. Both score the same sequences with as many in flight, in alternating windows, so that what else
-the machine does hits both. Prints JSON: scored positions a second of each window and the ratio of each pair, latencies,
-statuses, bytes a position, and the resident memory of the service after every window.
+the machine does hits both. In the middle of each of the service's windows one caller posts the largest body that is
+legal, which is refused in the end. Prints JSON: scored positions a second of each window and the ratio of each pair,
+latencies, statuses, bytes a position, how late the service's event loop was (its own word, and what a probe of /health
+every 50 ms had to wait), and the resident memory of the service after every window.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -49,10 +52,10 @@ async def bare(options: argparse.Namespace) -> None:
     """Reads the seconds of a window from stdin, scores for so long, writes positions and seconds."""
     import numpy as np
 
-    from llmdistill import compat
+    from llmdistill.compat.vllm import load_async_vllm
     from llmdistill.models.vllm_requests import scoring_params
 
-    engine = compat.load_async_vllm(
+    engine = load_async_vllm(
         options.model,
         dtype=options.dtype,
         max_model_len=options.max_model_len + 1,
@@ -86,27 +89,37 @@ async def bare(options: argparse.Namespace) -> None:
 
 async def clients(options: argparse.Namespace) -> None:
     """As :func:`bare`, over HTTP."""
+    import numpy as np
+
     from llmdistill.wire import protocol
     from llmdistill.wire.blocks import decode
+    from llmdistill.wire.bodies import pack_sequences
 
+    headers = {"Content-Type": protocol.IDS_TYPE}
     asked, numbers = sequences(options, 1), itertools.count()
     limits = httpx.Limits(max_connections=options.clients)
     async with httpx.AsyncClient(base_url=options.url, timeout=600, limits=limits) as http:
+        done: list[str] = []
 
         async def caller(end: float, seen: dict[str, Any]) -> None:
             while time.monotonic() < end:
                 i = next(numbers)
                 ids = asked[i % len(asked)]
-                body = {"sequences": [ids], "positions": [[options.prompt, len(ids)]], "top_k": options.top_k}
+                spans = [(options.prompt, len(ids))]
+                body = pack_sequences({"top_k": options.top_k}, [np.asarray(ids, np.int32)], spans, None, options.ids)
+                named = headers | {"X-Request-Id": f"{os.getpid()}-{i}"}
+                if done:
+                    named["X-Request-Done"] = done.pop()
                 while True:
                     started = time.monotonic()
-                    answer = await http.post(protocol.SCORE, json=body, headers={"X-Request-Id": f"{os.getpid()}-{i}"})
+                    answer = await http.post(protocol.SCORE, content=body, headers=named)
                     seen["status"][answer.status_code] += 1
                     if answer.status_code != 429:
                         break
                     await asyncio.sleep(float(answer.headers["retry-after-ms"]) / 1000 * random.uniform(0.5, 1))
                 if answer.status_code != 200:
                     continue
+                done.append(named["X-Request-Id"])
                 head, block = protocol.unpack_frames(answer.content)
                 seen["positions"] += len(decode(block).token_logprobs)
                 seen["bytes"] += len(answer.content)
@@ -143,6 +156,42 @@ class Worker:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
+
+
+class Probe:
+    """Asks /health every 50 ms, and once in between posts the largest legal body."""
+
+    def __init__(self, url: str, body_bytes: int) -> None:
+        self.url, self.body_bytes = url, body_bytes
+        self.seconds: list[float] = []
+        self.status = 0
+        self._end = threading.Event()
+
+    def __enter__(self) -> Probe:
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._ask, self._post)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        with httpx.Client(timeout=120) as http:
+            while not self._end.wait(0.05):
+                started = time.monotonic()
+                http.get(f"{self.url}/health")
+                self.seconds.append(time.monotonic() - started)
+
+    def _post(self) -> None:
+        from llmdistill.wire import protocol
+
+        self._end.wait(2)
+        kind = {"Content-Type": protocol.IDS_TYPE}
+        answer = httpx.post(self.url + protocol.SCORE, content=bytes(self.body_bytes), headers=kind, timeout=120)
+        self.status = answer.status_code
 
 
 def resident_mib(pid: int) -> dict[str, int]:
@@ -182,8 +231,13 @@ def main(options: argparse.Namespace) -> None:
         for worker in (direct, callers):
             worker.window(min(5, options.window))  # caches, first-time compilation
         pairs, memory = [], [resident_mib(served.process.pid)]
+        lag: list[float] = []
+        httpx.get(f"{url}/metrics")  # the longest lag is counted from here
         for _ in range(windows):
-            pairs.append((direct.window(options.window), callers.window(options.window)))
+            bare_side = direct.window(options.window)
+            with Probe(url, 64 << 20) as probe:
+                pairs.append((bare_side, callers.window(options.window)))
+            lag += probe.seconds
             memory.append(resident_mib(served.process.pid))
         metrics = httpx.get(f"{url}/metrics").text
     finally:
@@ -192,6 +246,7 @@ def main(options: argparse.Namespace) -> None:
     rate = [[round(side["positions"] / side["seconds"], 1) for side in pair] for pair in pairs]
     latency = [value for _, ours in pairs for value in ours["latency"]]
     status = sum((Counter(ours["status"]) for _, ours in pairs), Counter[str]())
+    longest = re.search(r"^llmdistill_longest_loop_lag_seconds (\S+)", metrics, re.M)
     cpu = re.search(r"^process_cpu_seconds_total (\S+)", metrics, re.M)
     print(
         json.dumps(
@@ -208,6 +263,8 @@ def main(options: argparse.Namespace) -> None:
                 "service_over_bare": [round(b / a, 3) for a, b in rate],
                 "median_ratio": round(statistics.median(b / a for a, b in rate), 3),
                 "latency": percentiles(latency),
+                "health_latency": percentiles(lag) | {"longest_s": round(max(lag), 3)},
+                "longest_loop_lag_s": round(float(longest[1]), 3) if longest else None,
                 "requests": len(latency),
                 "status": dict(status),
                 "bytes_per_position": round(
