@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CrossTokenizerConfig": "llmdistill.cross_tokenizer",
+    "CrossTokenizerTrainer": "llmdistill.cross_tokenizer",
     "DistillationConfig": "llmdistill.recipe.config",
     "DataConfig": "llmdistill.recipe.config",
     "RolloutConfig": "llmdistill.recipe.config",
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from llmdistill.composition.method import Method as Method
     from llmdistill.composition.term import Ask as Ask
     from llmdistill.composition.term import Term as Term
+    from llmdistill.cross_tokenizer import CrossTokenizerConfig as CrossTokenizerConfig
+    from llmdistill.cross_tokenizer import CrossTokenizerTrainer as CrossTokenizerTrainer
     from llmdistill.errors import UserError as UserError
     from llmdistill.methods.redi_config import REDIConfig as REDIConfig
     from llmdistill.opd import OPDConfig as OPDConfig

@@ -22,7 +22,11 @@ from pathlib import Path
 from llmdistill.errors import UserError
 
 # module of the package -> its config and trainer
-METHODS = {"opd": ("OPDConfig", "OPDTrainer"), "taid": ("TAIDConfig", "TAIDTrainer")}
+METHODS = {
+    "opd": ("OPDConfig", "OPDTrainer"),
+    "taid": ("TAIDConfig", "TAIDTrainer"),
+    "cross_tokenizer": ("CrossTokenizerConfig", "CrossTokenizerTrainer"),
+}
 
 
 def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -15,7 +15,12 @@ from llmdistill.recipe.command_line import parse
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-DOORS = {"taid": ("taid", "TAIDConfig"), "redi": ("redi", "REDIConfig")}  # every other one is opd's
+DOORS = {
+    "taid": ("taid", "TAIDConfig"),
+    "redi": ("redi", "REDIConfig"),
+    "alm": ("cross_tokenizer", "CrossTokenizerConfig"),
+    "chunk_opd": ("cross_tokenizer", "CrossTokenizerConfig"),
+}  # every other one is opd's
 RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
 
 

@@ -189,10 +189,22 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
                 f"term {term.name!r} is a loss of groups of rows, and rows have weights, which it would not read. Fix: "
                 "leave data.weight_column and objective.domain_weights out."
             )
-        counts = tuple(c for text in texts for c in text.rollout.row_counts)
-        count = float(term.group.count(Groups(counts, tuple(len(text) for text in texts))))
+        count = 0.0  # of groups, which are counted when the evidence is there
     effective = (float(weights_N.sum()), float(weights_N.square().sum()))
     return TermInputs(TensorRows((), len(weights_N)), weights_N if weighted else None, count, effective)
+
+
+def with_evidence(term: Term, inputs: TermInputs, texts: Sequence[Text], evidence: TeacherRows) -> TermInputs:
+    """The inputs with the evidence, by which a loss of groups counts them."""
+    count = inputs.count
+    if term.group is not None:
+        counts = tuple(c for text in texts for c in text.rollout.row_counts)
+        count = float(term.group.count(Groups(counts, tuple(map(len, texts)), _tensors(evidence))))
+    return replace(inputs, evidence=evidence, count=count)
+
+
+def _tensors(evidence: TeacherRows) -> tuple[Tensor, ...]:
+    return evidence.tensors if isinstance(evidence, TensorRows) else ()
 
 
 def with_reads(
@@ -262,10 +274,11 @@ def micro_batches(
             )
             inputs = term_inputs[term.name]
             counts = tuple(c for name in names_here for c in part_texts[name].rollout.row_counts)
-            groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here))
+            evidence = inputs.evidence[rows]
+            groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here), _tensors(evidence))
             span = slice(row_spans[names_here[0]].start, row_spans[names_here[-1]].stop)
             weights = None if inputs.weights_N is None else inputs.weights_N[rows].to(device)
-            slices.append(Slice(term, inputs.evidence[rows], span, weights, groups, totals[term.name]))
+            slices.append(Slice(term, evidence, span, weights, groups, totals[term.name]))
         rollout = stacked([text.rollout for text in part_texts.values()], pad_id).to(device)
         batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name], counted))
     return batches

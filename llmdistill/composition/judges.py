@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from llmdistill.composition.batch import Text
+from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.rows import PairedRows, SparseRows, TeacherRows, TensorRows
 from llmdistill.teachers.base import HiddenTeacher, Teacher
+from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.teachers.evidence import gather
 from llmdistill.texts import Rollout
 
@@ -39,6 +41,8 @@ class RoundEvidence:
         return evidence[0] if len(evidence) == 1 else PairedRows(tuple(evidence))
 
     def _answer(self, term: Term, ask: Ask, name: str, text: Text) -> TeacherRows:
+        if ask.kind == "chunks":
+            return self._chunks(term, ask, name, text)
         lists_tokens = ask.kind == "top_k"
         first_ask = next((a for a in term.asks if a.kind == "top_k"), ask)  # whose list the others are asked about
         key = (
@@ -66,6 +70,14 @@ class RoundEvidence:
                 evidence = gather(judge, rollout, "top_k", 0, self.device, first_evidence.topk_ids_NK.cpu())
                 assert isinstance(evidence, SparseRows)
                 self._evidence[key] = in_order(evidence, first_evidence.topk_ids_NK)
+        return self._evidence[key]
+
+    def _chunks(self, term: Term, ask: Ask, name: str, text: Text) -> TeacherRows:
+        judge, loss = self.judges[ask.judge], term.group
+        assert isinstance(judge, ChunkTeacher) and isinstance(loss, ChunkLoss)
+        key = (name, ask, loss.question)
+        if key not in self._evidence:
+            self._evidence[key] = judge.chunks(text.rollout, text.prompts, loss.question, self.device)
         return self._evidence[key]
 
     def _chosen(self, term: Term, name: str, text: Text) -> Tensor | None:

@@ -14,6 +14,7 @@ from llmdistill.composition.batch import MicroBatch, Slice
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.models.layers import captured
 from llmdistill.models.router import balance_loss, router_inputs
+from llmdistill.objectives.rows import PairedRows, TensorRows
 from llmdistill.objectives.streaming import Part, streamed_metrics, streamed_parts
 from llmdistill.texts.views import plain
 
@@ -85,8 +86,11 @@ def loss_on(
             # Relative to the largest: the gradient that is kept at the head's input then suits 16 bits too.
             part_scale = scale_of_term / largest_scale
             observe = _observer(s, metrics, keep, result, watched)
-            weighted = s.term.group is None
-            parts.append(Part(s.term.per_row, s.evidence, s.rows, weights, part_scale, observe, weighted))
+            weighted, loss, evidence = s.term.group is None, s.term.per_row, s.evidence
+            if weights is not None and weights.ndim == 2:  # several numbers of every row, each with its own
+                evidence, weights = PairedRows((evidence, TensorRows((weights,), len(weights)))), None
+                loss, observe = _each_weighted(loss), observe and _without_last(observe)
+            parts.append(Part(loss, evidence, s.rows, weights, part_scale, observe, weighted))
             group_values.append(group_value)
         if parts:
             streamed = streamed_parts(parts, rows_NH, head.linear, norms=metrics, **options)
@@ -118,7 +122,7 @@ def loss_on(
 
 
 def _group(s: Slice, rows_NH: Tensor, head: Head, options: Mapping[str, Any], result: Result) -> tuple[Tensor, Tensor]:
-    """A group loss's first pass: (the derivative by the number of every row [n], its value)."""
+    """A group loss's first pass: (the derivative by the numbers of every row [n] or [n, D], its value)."""
     group = s.term.group
     assert group is not None
     rows_nH = rows_NH[s.rows].detach()
@@ -132,6 +136,20 @@ def _group(s: Slice, rows_NH: Tensor, head: Head, options: Mapping[str, Any], re
     observed = group.observe(values_N.detach(), s.groups)
     result.terms[s.term.name] = TermResult(float(value.detach()), {}, values_N.detach(), observed)
     return weights_N, value.detach()
+
+
+def _each_weighted(values: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The sum of a row's numbers [n, D], each times its weight, which are the last of the evidence."""
+
+    def summed(student_logits: Tensor, *evidence: Tensor) -> Tensor:
+        *given, weights_nD = evidence
+        return (values(student_logits, *given) * weights_nD).sum(-1)
+
+    return summed
+
+
+def _without_last(observe: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    return lambda student_logits, *evidence: observe(student_logits, *evidence[:-1])
 
 
 def _hidden(s: Slice, states: list[Tensor], helpers: Mapping[str, nn.Module]) -> Tensor:

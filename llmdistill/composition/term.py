@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from llmdistill.errors import UserError
 from llmdistill.objectives.composed import on_samples
-from llmdistill.objectives.metrics import dense_metrics, sampled_metrics, sparse_metrics
-from llmdistill.teachers.evidence import Kind
+from llmdistill.objectives.metrics import chunk_metrics, dense_metrics, sampled_metrics, sparse_metrics
 
 Support = Literal["teacher", "student", "union"]
 Mean = Literal["token", "sequence"]
-ARGUMENTS: dict[Kind, int] = {"full": 1, "top_k": 2, "sampled": 2}  # tensors of evidence from one judge
-METRICS: dict[Kind, Callable[..., dict[str, Tensor]]] = {
+AskKind = Literal["full", "top_k", "sampled", "chunks"]
+ARGUMENTS: dict[AskKind, int] = {"full": 1, "top_k": 2, "sampled": 2, "chunks": 5}  # tensors of evidence from one judge
+METRICS: dict[AskKind, Callable[..., dict[str, Tensor]]] = {
     "full": dense_metrics,
     "top_k": sparse_metrics,
     "sampled": sampled_metrics,
+    "chunks": chunk_metrics,
 }
 
 
@@ -28,12 +29,13 @@ METRICS: dict[Kind, Callable[..., dict[str, Tensor]]] = {
 class Ask:
     """What a term hears from one judge.
 
-    ``full``: logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and their log-probs [n]. All
+    ``full``: logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and their log-probs [n];
+    ``chunks``, of a judge with another tokenizer: what :class:`~llmdistill.teachers.chunks.ChunkTeacher` returns. All
     that a term hears as ``top_k`` is about one list of ids, whoever is asked.
     """
 
     judge: str = "teacher"
-    kind: Kind = "full"
+    kind: AskKind = "full"
     context: str = ""  # the judge reads the completion under this one of the row's contexts; empty: the prompt
 
 
@@ -75,7 +77,7 @@ class GroupLoss(Protocol):
     """
 
     def values(self, student_logits: Tensor, /, *evidence: Tensor) -> Tensor:
-        """The number of every row, [n]; differentiable."""
+        """The number of every row, [n], or the numbers, [n, D]; differentiable."""
         ...
 
     def reduce(self, values_N: Tensor, groups: Groups) -> Tensor:

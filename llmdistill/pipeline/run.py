@@ -130,6 +130,7 @@ def build(
             peft_config=lora_config(recipe.student),
             data=recipe.data,
             contexts=contexts_of(recipe),
+            min_aligned=min(config.min_aligned for config in recipe.teachers),
         )
         add_evaluations(trainer, recipe.evals, recipe.data)
         return trainer
@@ -292,6 +293,8 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
         for column in ("per token", "before", "after", "change"):
             table.add_column(column, justify="left" if column == "per token" else "right")
         for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance"):
+            if any(metric not in side[text] for side in (before, after)):  # of a teacher that tells no distributions
+                continue
             cells = [interval(side[text], metric) for side in (before, after)]
             table.add_row(metric, *cells, difference(change(before, after, text, metric)))
         console.print(table)

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill.composition.batch import ROW_READS, MicroBatch, Text, micro_batches, row_weights, with_reads
+from llmdistill.composition.batch import (
+    ROW_READS,
+    MicroBatch,
+    Text,
+    micro_batches,
+    row_weights,
+    with_evidence,
+    with_reads,
+)
 from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import loss_on
 from llmdistill.composition.term import Term
@@ -76,6 +84,7 @@ def comparable(trainer: Run) -> list[Term]:
     """The terms that a judge in the student's place would make 0: they read logits, and nothing that a survey derives
     from a whole round."""
     every = [t for t in trainer.method.terms if t.asks and t.vanishes and not isinstance(t.text, tuple)]
+    every = [t for t in every if all(ask.kind != "chunks" for ask in t.asks)]  # those ask about other tokens
     return [t for t in every if t.hidden is None and set(t.reads) <= ROW_READS.keys()]
 
 
@@ -101,7 +110,8 @@ def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teache
     found, totals = {}, {}
     for term in terms:
         given = row_weights(term, [text], {}, trainer.pad_id)
-        given.evidence = with_reads(term, [text], [evidence.of(term, "main", text)], {}, trainer.args.device)
+        rows = with_reads(term, [text], [evidence.of(term, "main", text)], {}, trainer.args.device)
+        given = with_evidence(term, given, [text], rows)
         found[term.name], totals[term.name] = given, given.count
     return micro_batches({"main": text}, terms, found, totals, 1, trainer.pad_id, trainer.args.device)[0]
 

@@ -89,6 +89,7 @@ class TeacherConfig:
     name: str = option("", "what messages and --teachers.NAME.key call it")
     domains: list[str] = option([], "rows of these domains are its own; empty: all that no other teacher has")
     weight: float = option(0.0, "share in the average of teachers with the same domains; 0: it is not averaged")
+    min_aligned: float = option(0.9, "of another tokenizer: least share of the bytes that both have chunks for")
     context: str = option("", "it reads the completions under this one of data.contexts instead of the prompt")
     student: Literal["", "live", "initial", "ema"] = option(
         "", "the student is its own teacher: as it is, as it began, or as an average over its steps (needs a context)"
@@ -105,6 +106,7 @@ class TeacherConfig:
             "empty beside teacher.student",
             "leave one out",
         )
+        require(0 <= self.min_aligned <= 1, "teacher.min_aligned", self.min_aligned, "in [0, 1]", "use 0.9")
         require(0 <= self.ema_decay < 1, "teacher.ema_decay", self.ema_decay, "in [0, 1)", "use 0.999")
         stored_alone = self.stored and self.context
         require(

@@ -70,7 +70,9 @@ class ChunkTeacher:
     def _refuse(self, what: str, fix: str) -> NoReturn:
         raise UserError(f"{self.name} {self.info().name!r} {what}. Fix: {fix}.")
 
-    def chunks(self, rollout: Rollout, prompts: Sequence[Prompt], question: Question) -> TensorRows:
+    def chunks(
+        self, rollout: Rollout, prompts: Sequence[Prompt], question: Question, device: torch.device | str = "cpu"
+    ) -> TensorRows:
         """What it says about the chunks of ``rollout``, for each of the N rows of the student.
 
         Returns:
@@ -104,7 +106,8 @@ class ChunkTeacher:
         told_N[told_N.clone()] = ends_C[before_N[told_N]].isfinite()
         ending_N[told_N] = ends_C[before_N[told_N]]
         tokens_N = rollout.token_rows().cpu()
-        return TensorRows((tokens_N, share_N, own_N, torch.where(told_N, before_N, -1), ending_N), len(own_N))
+        tensors = (tokens_N, share_N, own_N, torch.where(told_N, before_N, -1), ending_N)
+        return TensorRows(tuple(x.to(device) for x in tensors), len(own_N))
 
     def _asked(self, read: Retokenized, question: Question) -> tuple[Tensor, Tensor]:
         """log T of every token of the judge, and of a word's end just before it, [M] float32 on the CPU each."""

@@ -327,7 +327,7 @@ def _described(
     folder = _local(root)
     given: Any = tokenizer
     if isinstance(tokenizer, str):
-        given = _loaded(AutoTokenizer, tokenizer, f"tokenizer {tokenizer!r}")
+        given = tokenizer_named(tokenizer)
     if folder is not None:
         info, found = describe(folder)
         info = replace(info, name=card["id"])
@@ -379,6 +379,15 @@ def _local(root: str) -> str | None:
         return snapshot_download(root, local_files_only=True)
     except (OSError, ValueError):
         return None
+
+
+def tokenizer_named(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        UserError: none there.
+    """
+    return _loaded(AutoTokenizer, path, f"tokenizer {path!r}")  # type: ignore[no-any-return]
 
 
 def _loaded(kind: Any, path: str, what: str) -> Any:

@@ -387,7 +387,7 @@ def connect(url: str | Sequence[str], **options: Any) -> Teacher:
     Raises:
         UserError: neither is there within ``max_outage_s``.
     """
-    from llmdistill.teachers.openai import PlainVLLMTeacher
+    from llmdistill.teachers.openai import PlainVLLMTeacher, tokenizer_named
 
     kinds: list[type[RemoteTeacher] | type[PlainVLLMTeacher]] = []
 
@@ -409,10 +409,10 @@ def connect(url: str | Sequence[str], **options: Any) -> Teacher:
         probe.close()
     if kinds[0] is PlainVLLMTeacher:
         options.pop("lossless", None)  # JSON is
-    else:  # this one says what its tokenizer is
+    else:  # this one says what its tokenizer is; whoever sends it ids of its own needs the tokenizer itself
         options.pop("model", None)
         if isinstance(options.get("tokenizer"), str):
-            del options["tokenizer"]
+            options["tokenizer"] = tokenizer_named(options["tokenizer"])
     return kinds[0](url, **options)
 
 

@@ -22,7 +22,7 @@ from llmdistill.texts.rollout import Prompt, Reading, Rollout, collate
 from llmdistill.texts.seam import behind, text_ids
 from llmdistill.tokenization.align import Spelling, align, behind_front, spell, substituted
 from llmdistill.tokenization.marks import THINK_TAGS, think_tags
-from llmdistill.tokenization.token_bytes import END, END_THINK, MARK, THINK, table_of
+from llmdistill.tokenization.token_bytes import END, END_THINK, MARK, THINK, UNKNOWN, table_of
 
 
 @dataclass
@@ -78,11 +78,16 @@ class Retokenizer:
         pad_id: int,
     ) -> None:
         self.judge, self.template, self.pad_id = judge, template, pad_id
-        self.student_table = table_of(student).marked(dict.fromkeys(student_ends, END))
+        self.student = student
+        self.student_ends_at(student_ends)
         self.end = self._end_of_turn()
         ends = [i for i in (self.end, judge.eos_token_id) if i is not None]
         self.judge_table = table_of(judge).marked(dict.fromkeys(ends, END))
         self.student_tags, self.judge_tags = think_tags(student), think_tags(judge)
+
+    def student_ends_at(self, ids: Collection[int]) -> None:
+        """Which ids end the student's turns."""
+        self.student_table = table_of(self.student).marked(dict.fromkeys(ids, END))
 
     def _end_of_turn(self) -> int | None:
         token = self.template.closing.token if self.template.source else None
@@ -140,7 +145,7 @@ class Retokenizer:
             predicted: something stands before them.
             thinking: the student's prompt has opened a thought.
         """
-        spelled = spell(ids, self.student_table)
+        spelled = _known(spell(ids, self.student_table))
         marks = np.flatnonzero(spelled.units >= MARK)
         content = spelled.units[: marks[0]] if len(marks) else spelled.units
         closed = bool(len(marks)) and spelled.units[marks[0]] == END and marks[0] == len(spelled.units) - 1
@@ -153,6 +158,8 @@ class Retokenizer:
         skip = int((judged.ends <= 0).sum())  # tokens of the template alone
         head, tail = [*head, *tail[:skip]], tail[skip:]
         judged = Spelling(judged.units, judged.ends[skip:])
+        if closed and self.end is None:  # what the judge cannot say is in no chunk
+            spelled = Spelling(spelled.units[:-1], spelled.ends[:-1])
         found = align(self._marked(spelled, self.student_tags), self._marked(judged, self.judge_tags))
         own, other = (np.full(n, -1, dtype=np.int64) for n in (len(ids), len(tail)))
         shares.template_tokens = len(head)
@@ -235,6 +242,15 @@ class Written:
     judge_chunks: np.ndarray  # [tail]
     count: int
     shares: Shares
+
+
+def _known(spelling: Spelling) -> Spelling:
+    """Up to the first token that spells nothing known: one that a head has a column for, and a vocabulary no word."""
+    unknown = np.flatnonzero(spelling.units == UNKNOWN)
+    if not len(unknown):
+        return spelling
+    tokens = int(np.searchsorted(spelling.ends, 2 * unknown[0], side="right"))
+    return Spelling(spelling.units[: unknown[0]], spelling.ends[:tokens])
 
 
 def _rows(chunks_T: Tensor, counted_T: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from llmdistill.tokenization.token_bytes import MARK, UNKNOWN, TokenTable, table_of
+from llmdistill.tokenization.token_bytes import END, MARK, UNKNOWN, TokenTable, table_of
 
 Units = NDArray[np.int32]
 Ends = NDArray[np.int64]
@@ -76,10 +76,9 @@ def align_chunks(
 def spell(ids: Sequence[int] | NDArray[np.int64], table: TokenTable, *, whole: bool = False) -> Spelling:
     """Spells ids out, without the space that a tokenizer puts before a text, unless the ``whole`` is asked for.
 
-    Raises:
-        IndexError: an id that the table has not.
+    An id past the vocabulary, as heads have columns for, is unknown.
     """
-    at = np.asarray(ids, dtype=np.int64)
+    at = np.minimum(np.asarray(ids, dtype=np.int64), len(table.units))
     lengths = table.lengths[at]
     ends = np.cumsum(lengths)
     offsets = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
@@ -197,8 +196,10 @@ def _difference(student: Units, teacher: Units, show: Callable[[Units], str]) ->
 
 
 def _bytes_shown(units: Units) -> str:
-    return repr(units[units < MARK].astype(np.uint8).tobytes().decode("utf-8", "replace"))
+    text = repr(units[units < MARK].astype(np.uint8).tobytes().decode("utf-8", "replace"))
+    return f"{text} and the end of the turn" if len(units) and units[-1] == END else text
 
 
 def _characters_shown(units: Units) -> str:
-    return repr("".join(map(chr, units[units < MARK].tolist())).encode("utf-8", "replace").decode())
+    text = repr("".join(map(chr, units[units < MARK].tolist())).encode("utf-8", "replace").decode())
+    return f"{text} and the end of the turn" if len(units) and units[-1] == END else text

@@ -46,18 +46,22 @@ class TokenTable:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Units of every id, [V]."""
-        return np.fromiter(map(len, self.units), np.int64, len(self.units))
+        """Units of every id, and of what is none, [V + 1]."""
+        return np.fromiter(map(len, self._and_none), np.int64, len(self._and_none))
+
+    @property
+    def _and_none(self) -> tuple[tuple[int, ...], ...]:
+        return (*self.units, (UNKNOWN,))
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where the units of every id begin in ``flat``, [V]."""
+        """Where the units of every id begin in ``flat``, [V + 1]."""
         return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def flat(self) -> NDArray[np.int32]:
         """The units of all ids, one after another."""
-        return np.fromiter((u for token in self.units for u in token), np.int32, int(self.lengths.sum()))
+        return np.fromiter((u for token in self._and_none for u in token), np.int32, int(self.lengths.sum()))
 
     @cached_property
     def ids_by_units(self) -> dict[tuple[int, ...], int]:
@@ -75,8 +79,8 @@ class TokenTable:
 
     @cached_property
     def _word_starts(self) -> Tensor:
-        first = np.where(self.lengths > 0, self.flat[np.minimum(self.starts, len(self.flat) - 1)], -1)
-        return torch.from_numpy((first >= MARK) | np.isin(first, BLANKS))
+        first = np.where(self.lengths > 0, self.flat[np.minimum(self.starts, len(self.flat) - 1)], -1)[:-1]
+        return torch.from_numpy(((first >= MARK) & (first != UNKNOWN)) | np.isin(first, BLANKS))
 
     def _padded(self, columns: int) -> Tensor:
         return torch.nn.functional.pad(self._word_starts, (0, columns - len(self._word_starts)))

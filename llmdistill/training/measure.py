@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from llmdistill.composition.method import Method
-from llmdistill.composition.term import METRICS
+from llmdistill.composition.term import METRICS, AskKind
 from llmdistill.errors import UserError
 from llmdistill.models.heads import Head, head_of
 from llmdistill.models.passes import batches_of, metrics_at_head
@@ -19,7 +19,8 @@ from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live, max_top_k, writes
-from llmdistill.teachers.evidence import Kind, gather
+from llmdistill.teachers.chunks import ChunkTeacher, Question
+from llmdistill.teachers.evidence import Evidence, gather
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
 from llmdistill.texts.views import in_context
@@ -52,6 +53,11 @@ class Measurement:
             values.update({metric: self.mean(metric), f"{metric}_low": low, f"{metric}_high": high})
         return values
 
+    def of_others(self) -> Measurement:
+        """The estimate of the reverse KL as that of the forward KL, for text that is the teacher's or like it."""
+        sums = {name: values for name, values in self.sums.items() if name != "reverse_kl"}
+        return Measurement({"forward_kl": [-x for x in self.sums["reverse_kl"]], **sums}, self.tokens)
+
     def gathered(self, accelerator: Any) -> Measurement:
         """The sequences of all ranks together."""
         if accelerator.num_processes == 1:
@@ -61,12 +67,23 @@ class Measurement:
         return Measurement(sums, [n for p in parts for n in p.tokens])
 
 
-def question(teacher: Teacher, kind: Kind, top_k: int) -> tuple[Kind, int]:
+def question(teacher: Teacher, kind: AskKind, top_k: int) -> tuple[AskKind, int]:
     """What is asked of the teacher for measuring, given what the objective asks: never less, and what it can give."""
+    if kind == "chunks":
+        return "chunks", 0
     if kind == "full" or isinstance(teacher, DenseTeacher):
         return "full", 0
     listed = top_k or min(UNLISTED_TOP_K, max_top_k(teacher))
     return ("top_k", listed) if listed else ("sampled", 0)
+
+
+def _answer(
+    teacher: Teacher, rollout: Rollout, prompts: Sequence[Prompt], kind: AskKind, top_k: int, device: Any
+) -> Evidence:
+    if isinstance(teacher, ChunkTeacher):
+        return teacher.chunks(rollout, prompts[: len(rollout)], Question(), device)
+    assert kind != "chunks"  # with_chunks sees to it
+    return gather(teacher, rollout, kind, top_k, device)
 
 
 @torch.no_grad()
@@ -79,10 +96,11 @@ def measure(
     vocab_size: int,
     chunk_tokens: int,
     batch_sequences: int,
-    kind: Kind = "full",
+    kind: AskKind = "full",
     top_k: int = 0,
     counted: Sequence[bool] | None = None,
     teacher_rollout: Rollout | None = None,
+    prompts: Sequence[Prompt] = (),
 ) -> Measurement:
     """reverse_kl, forward_kl, top1_agreement, acceptance and entropy of ``model`` against ``teacher`` on ``rollout``.
 
@@ -91,15 +109,18 @@ def measure(
     ``kind`` and ``top_k`` say what is asked of a teacher that does not live in this process; the KLs of its top-k and
     tail are lower bounds.
     ``teacher_rollout`` is what the teacher reads instead: the same completions in another context.
+    ``prompts`` are those of the sequences, for a teacher in chunks, of whom there is the k1 estimate too.
     ``counted[b]`` false leaves sequence b out (it only kept the ranks in step).
     """
     asked_kind, asked_top_k = question(teacher, kind, top_k)
     device = head.linear.weight.device
 
     def judged() -> Iterator[tuple[Rollout, TeacherRows]]:
+        start = 0
         read = batches_of(rollout if teacher_rollout is None else teacher_rollout, batch_sequences, device)
         for part, teacher_part in zip(batches_of(rollout, batch_sequences, device), read, strict=True):
-            yield part, gather(teacher, teacher_part, asked_kind, asked_top_k, device)
+            yield part, _answer(teacher, teacher_part, prompts[start:], asked_kind, asked_top_k, device)
+            start += len(part)
 
     values = metrics_at_head(
         model, head, judged(), METRICS[asked_kind], chunk_tokens=chunk_tokens, vocab_size=vocab_size
@@ -178,13 +199,18 @@ class HeldOut:
                     top_k=t.method.top_k,
                     counted=[c and h for c, h in zip(counted, has_context, strict=True)],
                     teacher_rollout=teacher_rollout,
+                    prompts=local_prompts,
                 ).gathered(t.accelerator)
+            if t.method.asked.kind == "chunks" and name == "dataset":  # log T - log S of what others wrote
+                measured[name] = measured[name].of_others()
         return measured
 
     def _texts(self, prompts: Sequence[Prompt]) -> dict[str, Rollout]:
         t = self.trainer
         if not is_live(t.teacher):
             return {} if self._reason(prompts) else {"dataset": completed(prompts, t.pad_id)}
+        if t.method.asked.kind == "chunks" and t.method.uses == {"dataset"} and all(p.completion for p in prompts):
+            return {"dataset": completed(prompts, t.pad_id)}
         if t.data_config.text_column:  # a document has no prompt that anybody could answer
             return {"dataset": completed(prompts, t.pad_id)}
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
@@ -222,7 +248,7 @@ class HeldOut:
             if not reason:
                 try:
                     kind, top_k = question(t.teacher, t.method.asked.kind, t.method.top_k)
-                    gather(t.teacher, completed(prompts, t.pad_id), kind, top_k)
+                    _answer(t.teacher, completed(prompts, t.pad_id), prompts, kind, top_k, "cpu")
                 except UserError as error:
                     reason = str(error)
             reasons = gather_object([reason]) if t.accelerator.num_processes > 1 else [reason]

@@ -20,7 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.compat import trainers
-from llmdistill.composition.batch import MicroBatch, TermInputs, Text, micro_batches, row_weights, with_reads
+from llmdistill.composition.batch import (
+    MicroBatch,
+    TermInputs,
+    Text,
+    micro_batches,
+    row_weights,
+    with_evidence,
+    with_reads,
+)
 from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import Result, loss_on
 from llmdistill.composition.method import Method
@@ -44,6 +52,7 @@ from llmdistill.training.contexts import load_functions
 from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
+from llmdistill.training.other_tokenizers import bind, note_alignment, tokenizers, widths, with_chunks
 from llmdistill.training.progress import Progress, ProgressCallback
 from llmdistill.training.rewards import Reward
 from llmdistill.training.round_log import RoundLog
@@ -72,6 +81,7 @@ class DistillationTrainer(RoundLog):
         reward: the task reward of a completion, for terms that read its advantage.
         rollout_engine: samples from the student; by default what ``args.rollouts`` names.
         data: names of the columns and the limits.
+        min_aligned: of judges with another tokenizer: the least share of the bytes that must be in chunks of both.
         preflight: whether :meth:`train` begins with the start-up checks; None: once per process and kind of run.
     """
 
@@ -96,6 +106,7 @@ class DistillationTrainer(RoundLog):
         data: DataConfig | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         preflight: bool | None = None,
+        min_aligned: float = 0.9,
     ) -> None:
         self.wants_preflight = preflight
         model, tokenizer = ready_student(model, processing_class, args, peft_config)
@@ -104,7 +115,8 @@ class DistillationTrainer(RoundLog):
         named_judges = {**({} if teacher is None else {"teacher": teacher}), **(judges or {})}
         self.judges = {name: self._as_teacher(judge, tokenizer, args.device) for name, judge in named_judges.items()}
         self.helpers = attach(model, method.helpers, check_hidden(self.method, model, self.judges), args.seed)
-        encode = PromptEncoder(tokenizer, self.data_config)
+        self.judges = with_chunks(self.method, self.judges, tokenizer, self.eos_ids, self.data_config, min_aligned)
+        encode = PromptEncoder(tokenizer, self.data_config, tokenizers(self.judges))
         self.progress = Progress(self.method, self.judges)
         super().__init__(
             model,
@@ -122,8 +134,8 @@ class DistillationTrainer(RoundLog):
                 size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
                 parts = (self.model, tokenizer, self.forward_model)
                 judge.bind(*parts, batch_sequences=size, chunk_tokens=args.chunk_tokens)
-        widths = [judge.info().vocab_size for judge in self.judges.values()]
-        self.vocab_size = min(head_of(self.model).vocab_size, *widths) if widths else head_of(self.model).vocab_size
+        bind(self.method, self.judges, self.eos_ids)
+        self.vocab_size = min([head_of(self.model).vocab_size, *widths(self.judges)])
         self.heldout = HeldOut(self)
         self.rollout_engine = rollout_engine or make_rollout_engine(
             args.rollouts,
@@ -206,8 +218,9 @@ class DistillationTrainer(RoundLog):
                     derived = survey(self, term, term_texts, answers[term.name])
             if "weight" in derived:
                 term_inputs = term_inputs.times(derived["weight"].cpu())
-            term_inputs.evidence = with_reads(term, term_texts, answers[term.name], derived, self.args.device)
-            inputs[term.name] = term_inputs
+            rows = with_reads(term, term_texts, answers[term.name], derived, self.args.device)
+            inputs[term.name] = with_evidence(term, term_inputs, term_texts, rows)
+        note_alignment(self.judges, self.meters)
         return inputs
 
     def likeliest(self, rollout: Rollout, k: int) -> Tensor:

@@ -35,7 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_every_method_is_here() -> None:
-    assert {name for name, _ in CASES.values()} == set(methods.names())
+    in_chunks = {"alm", "chunk_opd"}  # see test_chunks.py: their judge has another tokenizer
+    assert {name for name, _ in CASES.values()} == set(methods.names()) - in_chunks
 
 
 def trainer(folder: Path, case: str, **more: Any) -> Any:

@@ -116,12 +116,14 @@ KICKERS = {
     "margin": "Margin of the chosen side",
     "chosen_logp": "Log-prob of the chosen side",
     "reverse_kl": "Reverse KL to the teacher",
+    "forward_kl": "Forward KL from the teacher",
 }
 # What a change is of, when it is up, when it is down.
 SUBJECTS = {
     "margin": ("the margin", "grew", "shrank"),
     "chosen_logp": ("the chosen side", "became likelier", "became less likely"),
     "reverse_kl": ("the student", "is further from the teacher", "is closer to the teacher"),
+    "forward_kl": ("the student", "is further from the teacher", "is closer to the teacher"),
 }
 
 
@@ -130,7 +132,8 @@ def headline(data: RunData) -> str:
     text, title = _headline_text(data)
     sides = [as_dict(s.get(text)) for s in (data.before, data.after)]
     positives = text == "pairs" and not any("margin" in side for side in sides)  # held-out rows without a wrong side
-    metric = "chosen_logp" if positives else "margin" if text == "pairs" else "reverse_kl"
+    told = "reverse_kl" if any("reverse_kl" in side for side in sides) else "forward_kl"
+    metric = "chosen_logp" if positives else "margin" if text == "pairs" else told
     before, after = (Estimate.of(side, metric) for side in sides)
     if before is None and after is None:
         return '<p class="verdict">Nothing was measured on held-out prompts, so there is no before and after.</p>'

@@ -1,0 +1,49 @@
+"""On-policy distillation from a teacher of any tokenizer: the policy gradient of the chunks that both have.
+
+    accelerate launch -m llmdistill.cross_tokenizer --config recipes/chunk_opd.yaml
+
+The student writes; every token of a chunk gets log T(chunk) - log S(chunk), without gradient: at the cuts that both
+tokenizers share this is the estimator of the reverse KL that ``objective.estimator: sampled`` takes token by token
+(METHODS-2026 9.3.7). Any teacher will do that gives log-probs of its own tokens: here, vLLM, a service.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llmdistill.composition.chunks import ChunkLoss
+from llmdistill.composition.method import Method
+from llmdistill.composition.term import Ask, Term
+from llmdistill.objectives.alm import chunk_credit
+from llmdistill.objectives.labels import cross_entropy
+from llmdistill.recipe.settings import GREEDY, Conflict, setting
+from llmdistill.teachers.chunks import Question
+from llmdistill.texts.sources import Only
+
+
+@dataclass
+class Settings:
+    """Settings of on-policy distillation in chunks."""
+
+    ce_weight: float = setting(0.0, "weight of the cross-entropy on the rows' own completions", at_least=0)
+
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        GREEDY,
+        Conflict(
+            lambda s: s.rollouts.temperature != 1 or s.rollouts.top_p != 1 or s.rollouts.top_k,
+            "rollouts.temperature is {rollouts.temperature:g}, top_p {rollouts.top_p:g}, top_k {rollouts.top_k}; the "
+            "gradient is that of tokens drawn from the student's own distribution",
+            "--rollouts.temperature 1 --rollouts.top_p 1 --rollouts.top_k 0",
+        ),
+    )
+
+
+def build(args: Any) -> Method:
+    """A term on chunks of the student's text, and one on the dataset's tokens where it has weight."""
+    group, asks = ChunkLoss(chunk_credit, Question()), (Ask("teacher", "chunks"),)
+    terms, texts = [Term("chunks", group=group, asks=asks, on_student=True)], {"main": Only("student")}
+    if args.ce_weight:
+        texts["labels"] = Only("dataset", optional=True)
+        terms.append(Term("cross_entropy", cross_entropy, (), ("tokens",), "labels", weight=args.ce_weight))
+    return Method(tuple(terms), texts)

@@ -1,0 +1,261 @@
+"""Methods on chunks: a teacher of another tokenizer, by hand and in a trainer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmdistill import MethodTrainer, methods
+from llmdistill.composition.batch import Text
+from llmdistill.errors import UserError
+from llmdistill.objectives.alm import binary_divergence, chunk_credit, merged
+from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.teachers.chunks import ChunkTeacher
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import collate
+from llmdistill.tokenization.align import align_chunks
+from llmdistill.tokenization.token_bytes import table_of
+from tests import tiny
+from tests.methods import rounds
+from tests.tokenization import vocabularies
+
+PAIRS = ["o k", "ok ok", "ad d", "a d", "1 2", "Ġ ok", "ok Ġok"]  # merges of the teacher's vocabulary
+
+
+def teacher_tokenizer() -> Any:
+    tok = vocabularies.byte_level(PAIRS, eos_token="<end>", pad_token="<p>")
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}: {% endif %}"
+    )
+    return tok
+
+
+def other_teacher(seed: int = 2) -> LocalTeacher:
+    tok = teacher_tokenizer()
+    model = tiny.llama(seed, vocab=len(tok) + 3)  # columns past the vocabulary, as heads have them
+    model.generation_config.eos_token_id = tok.eos_token_id
+    return LocalTeacher(model, tok)
+
+
+def make(
+    folder: Path, method: str, *, student: Any = None, teacher: Any = None, rows: Any = None, **settings: Any
+) -> Any:
+    more = {k: settings.pop(k) for k in ("data", "min_aligned", "processing_class") if k in settings}
+    shared = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "rollouts": RolloutConfig(max_new_tokens=5),
+    }
+    args = methods.config_class(method)(output_dir=str(folder / "run"), **{**shared, **settings})
+    return MethodTrainer(
+        student or tiny.llama(1),
+        args,
+        teacher or other_teacher(),
+        train_dataset=tiny.rows(8) if rows is None else rows,
+        **{"processing_class": tiny.tokenizer(), **more},
+    )
+
+
+COMPLETIONS = ["ok ok 12", "add 1212 ok", "12", "é ok okok"]
+
+
+def text(t: Any, completions: list[str] = COMPLETIONS, *, left: int = 0, right: int = 0) -> Text:
+    tok = t.encode.tokenizer
+    prompts = [t.encode(row, i) for i, row in enumerate(tiny.rows(len(completions), completion=False))]
+    tails = [[*vocabularies.encode(tok, c), *([tok.eos_token_id] if i != 1 else [])] for i, c in enumerate(completions)]
+    rollout = collate([p.ids for p in prompts], tails, pad_id=0)
+    return Text(rounds.padded(rollout, left, right), prompts)
+
+
+def by_hand(t: Any, given: Text, student: Any, *, word_ends: bool, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
+    """log S and log T of every chunk, sequence after sequence, from unpadded forwards and the contract's alignment."""
+    judge: ChunkTeacher = t.judges["teacher"]
+    model, tok, own_tok = judge.teacher.model, judge.retokenizer.judge, t.encode.tokenizer  # type: ignore[attr-defined]
+    student_C, teacher_C, ends_C, student_ends_C, last_C = [], [], [], [], []
+    for b, prompt in enumerate(given.prompts):
+        ids = given.rollout.input_ids[b][given.rollout.attention_mask[b]].tolist()
+        tail = ids[len(prompt.ids) :]
+        content = [i for i in tail if i != own_tok.eos_token_id]
+        written = bytes(u for i in content for u in table_of(own_tok).units[i]).decode()
+        head = vocabularies.encode(tok, tok.apply_chat_template(t_row(b), tokenize=False, add_generation_prompt=True))
+        judged = [*vocabularies.encode(tok, written), *([tok.eos_token_id] if tail != content else [])]
+
+        def logps(model: Any, head: list[int], tail: list[int], table: Any) -> tuple[list[Tensor], list[Tensor]]:
+            logp = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].double().log_softmax(-1)
+            words = [
+                i for i, u in enumerate(table.units) if u and (u[0] in (32, 9, 10, 11, 12, 13) or u[0] >= 0x110000)
+            ]
+            return [row[i] for row, i in zip(logp, tail, strict=True)], list(logp[:, words].logsumexp(-1))
+
+        own, own_ends = logps(student, list(prompt.ids), tail, table_of(own_tok))
+        with torch.no_grad():
+            other, other_ends = logps(model, head, judged, table_of(tok))
+        for a, c in align_chunks(tail, judged, own_tok, tok):
+            student_C.append(torch.stack(own[a]).sum())
+            teacher_C.append(torch.stack(other[c]).sum())
+            closed = a.stop < len(own)
+            student_ends_C.append(own_ends[a.stop] if closed else torch.zeros((), dtype=torch.float64))
+            ends_C.append(other_ends[c.stop] if closed else torch.zeros((), dtype=torch.float64))
+            last_C.append(not closed)
+    s, o, e, se = (torch.stack(x) for x in (student_C, teacher_C, ends_C, student_ends_C))
+    if not word_ends:
+        return s, o
+    into = merged(e.exp(), torch.tensor(last_C), threshold)
+    count = int(into[-1]) + 1
+    closes = torch.cat([into[1:] != into[:-1], torch.tensor([True])])
+    sums = [torch.zeros(count, dtype=torch.float64).index_add(0, into, x) for x in (s, o)]
+    return sums[0] + se[closes], sums[1] + e[closes]
+
+
+def t_row(b: int) -> Any:
+    return tiny.rows(b + 1, completion=False)[b]["prompt"]
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "plain": ("alm", {"debias": False}, partial(binary_divergence, temperature=100.0)),
+    "debiased": ("alm", {"merge_threshold": 0.0}, partial(binary_divergence, temperature=100.0)),
+    "merged": ("alm", {"merge_threshold": 0.017}, partial(binary_divergence, temperature=100.0)),
+    "tau 1, reverse": (
+        "alm",
+        {"debias": False, "chunk_temperature": 1.0, "divergence": "reverse_binary_kl"},
+        partial(binary_divergence, temperature=1.0, divergence="reverse_binary_kl"),
+    ),
+    "credit": ("chunk_opd", {}, chunk_credit),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("padding", [{}, {"left": 3, "right": 2}], ids=["", "padded"])
+def test_loss_and_gradients_by_hand(tmp_path: Path, case: str, padding: dict[str, int]) -> None:
+    method, settings, loss = CASES[case]
+    student = tiny.llama(1)
+    t = make(tmp_path, method, student=student, **settings)
+    question = t.method.terms[0].group.question
+    twin = copy.deepcopy(student).double()
+    ends, threshold = question.word_ends, question.merge_threshold
+    given = text(t)
+    s, o = by_hand(t, given, twin, word_ends=ends, threshold=threshold)
+    if case == "merged":
+        assert len(s) < len(by_hand(t, given, twin, word_ends=True)[0])  # some are, and not all
+        assert len(s) > len(COMPLETIONS)
+    expected = loss(s, o).mean()
+    value, found = rounds.gradients(t, text(t, **padding))
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4)
+    twin.zero_grad()
+    expected.backward()
+    rounds.assert_same(found, {n: p.grad.float() for n, p in twin.named_parameters() if p.grad is not None}, 1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_do_not_depend_on_micro_batches_or_padding(tmp_path: Path, case: str) -> None:
+    method, settings, _ = CASES[case]
+    t = make(tmp_path, method, **settings)
+    loss, whole = rounds.gradients(t, text(t))
+    for parts, padding in ((2, {}), (4, {"left": 2}), (1, {"right": 4})):
+        other, found = rounds.gradients(t, text(t, **padding), parts)
+        assert other == pytest.approx(loss, rel=1e-5, abs=1e-8)
+        rounds.assert_same(found, whole, 5e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "credit", "debiased"])
+def test_it_trains_and_logs_what_was_aligned(tmp_path: Path, case: str) -> None:
+    method, settings, _ = CASES[case]
+    student = tiny.llama(1)
+    before = copy.deepcopy(student.state_dict())
+    t = make(tmp_path, method, student=student, **settings)
+    t.train()
+    assert any(not torch.equal(p, before[n]) for n, p in student.state_dict().items())
+    lines = [line for line in t.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    assert lines[0]["teacher/aligned_bytes"] == lines[0]["teacher/aligned_rows"] == 1.0
+    assert 0 < lines[0]["teacher/single_chunks"] <= 1 and lines[0]["distill/chunk_tokens"] >= 1
+
+
+def test_a_teacher_of_the_students_own_weights_and_tokenizer_leaves_nothing(tmp_path: Path, caplog: Any) -> None:
+    student = tiny.llama(1)
+    teacher = LocalTeacher(copy.deepcopy(student), tiny.tokenizer())
+    for k, settings in enumerate(({"debias": False}, {})):
+        t = make(tmp_path / str(k), "alm", student=student, teacher=teacher, **settings)
+        loss, found = rounds.gradients(t, text(t))
+        assert abs(loss) < 1e-7 and all(float(g.abs().max()) < 1e-6 for g in found.values())
+    assert "has the student's tokenizer: every token is a chunk" in caplog.text
+
+
+def test_the_held_out_estimate_is_of_the_chunks(tmp_path: Path) -> None:
+    t = make(tmp_path, "alm", debias=False)
+    t.eval_dataset = t._encoded(tiny.rows(4), t.encode)
+    found = t.evaluate()
+    given = Text(*_completed(t))
+    s, o = by_hand(t, given, copy.deepcopy(t.model).double(), word_ends=False)
+    assert found["eval_dataset/forward_kl"] == pytest.approx(float((o - s).sum()) / given.rollout.num_rows, rel=1e-4)
+    assert found["eval_loss"] == found["eval_dataset/forward_kl"]
+
+
+def _completed(t: Any) -> Any:
+    from llmdistill.texts.prompts import completed
+
+    return completed(t.eval_dataset, 0), t.eval_dataset
+
+
+def test_too_little_that_is_aligned_is_refused_with_what_breaks(tmp_path: Path) -> None:
+    words = vocabularies.wordpiece(["ok", "add"])
+    words.pad_token = "[UNK]"
+    model = tiny.llama(3, vocab=len(words))
+    rows = [{"prompt": "ok ", "completion": "ok 猫 add"}] * 4
+    teacher = LocalTeacher(model, words)
+    t = make(tmp_path, "alm", teacher=teacher, rows=rows, debias=False)
+    with pytest.raises(UserError, match=r"teacher.min_aligned is 0.9, and 0.000 of the bytes .* no token for what"):
+        t.train()
+    t = make(tmp_path / "b", "alm", teacher=teacher, rows=[*rows[:2], *[{"prompt": "ok ", "completion": "ok add"}] * 2],
+             debias=False, min_aligned=0.1)  # fmt: skip
+    t.train()
+    assert t.state.log_history[0]["teacher/aligned_rows"] == 0.5
+
+
+def test_what_does_not_go_together_is_refused_at_once(tmp_path: Path) -> None:
+    class Elsewhere:
+        max_top_k = 5
+        tokenizer = teacher_tokenizer()
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def info(self) -> Any:
+            return self.inner.info()
+
+        def score(self, *args: Any) -> Any:
+            return self.inner.score(*args)
+
+        def close(self) -> None: ...
+
+    elsewhere = Elsewhere(other_teacher())
+    t = make(tmp_path, "chunk_opd", teacher=elsewhere)  # which needs its tokens' log-probs alone
+    t.train()
+    t = make(tmp_path / "b", "alm", teacher=elsewhere)
+    with pytest.raises(UserError, match="objective.debias asks teacher .* Fix: --debias false"):
+        t.train()
+    del Elsewhere.tokenizer
+    with pytest.raises(UserError, match="without its tokenizer.*Fix: --teacher.tokenizer"):
+        make(tmp_path / "c", "alm", teacher=elsewhere)
+    with pytest.raises(UserError, match="merge_threshold is 0.3 and objective.debias false"):
+        make(tmp_path / "d", "alm", debias=False, merge_threshold=0.3)
+    with pytest.raises(UserError, match="rollouts.temperature is 0.5"):
+        make(tmp_path / "e", "chunk_opd", rollouts=RolloutConfig(temperature=0.5))
+    with pytest.raises(UserError, match="teacher.context is 'hint'"):
+        rows = [{**row, "hint": "h"} for row in tiny.rows(8)]
+        method = methods.config_class("alm")(output_dir=str(tmp_path / "f"))
+        MethodTrainer(tiny.llama(1), method, other_teacher(), train_dataset=rows, processing_class=tiny.tokenizer(),
+                      data=DataConfig(contexts={"hint": "hint"}), contexts={"teacher": "hint"})  # fmt: skip
+    no_template = other_teacher()
+    no_template.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="row 0: teacher's tokenizer has no chat template"):
+        make(tmp_path / "g", "alm", teacher=no_template)
