@@ -71,6 +71,8 @@ class BegunProgram:
         """The body as it stands; its first line moved to the function's indentation (a tokenizer ate the spaces);
         all of it moved there."""
         margin = self._margin()
+        if "\n\t" not in self.text:  # the prompt indents by blanks: tabs among them are an error
+            lines = list(_without_tabs(lines))
         yield lines
         yield [" " * margin + lines[0].lstrip(" \t"), *lines[1:]]
         shift = margin - _indent(lines[0])
@@ -112,6 +114,14 @@ def _body(lines: list[str]) -> list[str]:
         state.feed(line)
         kept.append(line)
     return kept
+
+
+def _without_tabs(lines: list[str]) -> Iterator[str]:
+    state = Lines()
+    for line in lines:
+        bare, inside = line.lstrip(" \t"), bool(state.quote)
+        state.feed(line)
+        yield line if inside or not bare else " " * _indent(line) + bare
 
 
 def _indent(line: str) -> int:

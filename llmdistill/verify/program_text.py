@@ -14,7 +14,7 @@ from typing import Literal
 PYTHON = frozenset({"python", "py", "python3", "py3", "ipython", "ipython3"})
 """What the code of a fenced block may be called."""
 
-PARSED_AT_MOST = 2_000_000  # characters, all tries of one completion together: a few seconds
+PARSED_AT_MOST = 1_200_000  # characters, all tries of one completion together: a few seconds
 _TRIES = 40
 _SHORT_TRIES = 6  # line by line; then statement by statement
 _DIGITS = re.compile(r"[0-9]{4000,}")  # what Python refuses to read as a number is no error of the program's

@@ -48,8 +48,11 @@ def extract_program(completion: str, *, entry_point: str | None = None, prompt: 
     parser = Parser()
     begun = BegunProgram.read(prompt, entry_point)
     found = blocks(text, parser)
+    unfenced = not any(block.closed for block in found)
+    if begun and unfenced and text.lstrip("\n")[:1].isspace() and (continued := begun.continued(text, parser)):
+        return continued  # it begins indented: whatever comes later, this is the function's body
     program = _fenced(found, entry_point, parser)
-    if program is None and not any(block.closed for block in found):
+    if program is None and unfenced:
         program = _bare(text, entry_point, parser)
     if program is not None and (entry_point is None or defines(program, entry_point)):
         return begun.complete(program) if begun else program

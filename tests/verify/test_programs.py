@@ -1,8 +1,13 @@
 """extract_program: which of a completion's texts is the program."""
 
+import time
+
 import pytest
 
+from llmdistill.verify import sandbox
+from llmdistill.verify.code import find_program
 from llmdistill.verify.programs import extract_program
+from llmdistill.verify.sandbox import Limits, Sandbox
 
 PROMPT = '''import math
 
@@ -133,6 +138,153 @@ def test_a_block_without_the_entry_point_is_still_handed_on():
     assert extract_program("```python\ndef g(): pass\n```", entry_point="f") == "def g(): pass\n"
 
 
-def test_hostile_texts_end():
-    for text in ("```" * 5000, "(" * 100_000, "def f(:\n" * 2000, "\x00", "`" * 99999 + "\n", "def f(): pass\n" * 5000):
-        extract_program(text, entry_point="f", prompt=PROMPT)
+DOCSTRINGS = [
+    '```python\ndef f(x):\n    """Twice.\n\n    ```\n    f(2)\n    ```\n    """\n    return 2 * x\n```',
+    '```python\ndef f(x):\n    """\n```python\nf(2)\n```\n    """\n    return 2 * x\n```\nIt doubles.',
+    "```python\nT = '''\n```\n~~~\n```js\n'''\n\ndef f(x):\n    return 2 * x\n```\n```text\n4\n```",
+    '```\ndef f(x):\n    r"""\n    ```\n    \\""" # no end\n    """\n    return 2 * x\n```',
+]
+
+
+@pytest.mark.parametrize("text", DOCSTRINGS)
+def test_fences_within_strings_close_nothing(text):
+    assert runs(extract_program(text, entry_point="f"))["f"](2) == 4
+
+
+def test_stray_quotes_hide_no_fence():
+    """A draft whose docstring is never closed, and prose with quotes: later blocks are found all the same."""
+    text = (
+        '```python\ndef f(x):\n    """Twice\n```\nI\'d rather:\n```python\ndef f(x):\n    return 2 * x\n```\nIt\'s so.'
+    )
+    assert runs(extract_program(text, entry_point="f"))["f"](2) == 4
+
+
+GLUED = [
+    "```python\ndef f(x):\n    return 2 * x```",
+    "```python\ndef f(x):\n    return 2 * x```\nDone. Use it:\n```python\nprint(f(2))\n```",
+    "```python\ndef f(x):\n    return 2 * x  ````",
+    "Here it is: ```python\ndef f(x):\n    return 2 * x\n```",
+    "```python def f(x):\n    return 2 * x\n```",
+    "```python\ndef f(x):\n    return 2 * x\n``` That is all.",
+    "~~~python\ndef f(x):\n    return 2 * x~~~",
+    "<|channel|>final<|message|>```python\ndef f(x):\n    return 2 * x\n```<|return|>",
+    "python\ndef f(x):\n    return 2 * x\n```\nThis doubles.",
+    "python\ndef f(x):\n    return 2 * x\n```\nExample:\n```python\nprint(f(2))\n```",
+    "def f(x):\n    return 2 * x```\nDone.",
+    "[PYTHON]\ndef f(x):\n    return 2 * x\n[/PYTHON]",
+    "[BEGIN]\ndef f(x):\n    return 2 * x\n[DONE]\n",
+    "Sure.\n<answer>\ndef f(x):\n    return 2 * x\n</answer>\nBye.",
+    "\ufeffdef f(x):\n    return 2 * x\n<|endoftext|>",
+    "def f(x):\n    return 2 * x<|im_end|>\n",
+]
+
+
+@pytest.mark.parametrize("text", GLUED)
+def test_marks_in_other_places(text):
+    assert runs(extract_program(text, entry_point="f"))["f"](2) == 4
+
+
+def test_marks_in_strings_and_comments_are_code():
+    code = "def f(x):\n    # a fence is ```\n    return ['```', \"```\", '''```'''][x]\n"
+    program = extract_program(f"```python\n{code}```\nDone.", entry_point="f")
+    assert program == code
+
+
+EXAMPLES = [
+    "Example run:\n```python\n>>> print(1)\n1\n```",
+    "Output:\n```python\n1\n```",
+    "Output:\n```python\n1 2\n3 4\n```",
+    "Use it:\n```python\nmain()\n```",
+    "Use it:\n```python\nprint(solve([1]))\n```",
+    "Run:\n```bash\npython a.py\n```",
+    "```\n1\n```",
+    "",
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_program_and_not_the_example_after_it(example):
+    code = "def solve(xs):\n    return len(xs)\n\ndef main():\n    print(solve(input()))\n\nmain()\n"
+    assert extract_program(f"```python\n{code}```\n{example}") == code
+
+
+def test_an_improved_version_after_a_program_is_the_program():
+    """It binds what it uses: no example of the first."""
+    second = "def main():\n    print(2)\n\nmain()\n"
+    text = f"```python\ndef main():\n    print(1)\nmain()\n```\nBetter:\n```python\n{second}```"
+    assert extract_program(text) == second
+
+
+TWICE = 'def f(x):\n    """Twice x."""\n'
+CONTINUED = [
+    " return 2 * x\n",
+    "   return 2 * x",
+    "  y = 2 * x\n  return y\n",
+    "\ty = 2 * x\n\treturn y\n",
+    "      y = 2 * x\n      return y\n",
+    " y = 2 * x\n    return y\n",
+    "y = 2 * x\n    if y:\n        return y\n    return 0\n",
+    '    s = """\nabc\n"""\n    return 2 * x\n',
+    "    y = (2 *\nx\n)\n    return y\n",
+    "    y = [\n2,\n]\n    return y[0] * x\n",
+    "    y = 2\n# now the rest\n    return y * x\n\nprint(f(",
+    "    return g(x)\n\n\ndef g(x):\n    return 2 * x\n\n\nprint(f(3))\n",
+    "    return g(x)\n\nimport math\ndef g(x):\n    return 2 * x\n\ndef f(x):\n    return 0\n",
+    "  y = '''\n  kept\n'''\n  return 2 * x if y == '\\n  kept\\n' else 0\n",
+]
+
+
+@pytest.mark.parametrize("body", CONTINUED)
+def test_bodies_at_any_indentation_and_lines_at_the_margin(body):
+    assert runs(extract_program(body, entry_point="f", prompt=TWICE))["f"](2) == 4
+
+
+def test_numbers_of_any_length_are_no_error():
+    text = f"```python\nx = {'7' * 6000}\ndef f(): return 1\n```"
+    assert f"{'7' * 6000}" in extract_program(text, entry_point="f")
+
+
+HOSTILE = {
+    "fence of blanks": "```" + " " * 16_000 + "`",
+    "starts": "".join(f"def f{i}(:\n" for i in range(900)),
+    "nested": "".join(" " * i + "if x:\n" for i in range(99)) + "y = (\n",
+    "imports": "import a\n" * 300 + "x = (\n" * 300,
+    "open strings": "```python\n'''\n```\n" * 3000,
+    "open strings 2": "```\n'''\n" * 5000,
+    "fences in a string": '```python\n"""\n' + "```\n" * 20_000,
+    "glued": "```python\nx = 1```\n" * 5000,
+    "marks": "`" * 500_000,
+    "marks 2": "```" * 5000,
+    "quotes": "'" * 100_001,
+    "ends": "<|a|>" * 100_000,
+    "tags": "[PYTHON]\n" * 20_000,
+    "brackets": "(" * 100_000,
+    "braces": "{" * 5000,
+    "operators": "x = " + "-" * 200_000,
+    "definitions": "def f(): pass\n" * 5000,
+    "halves": "def f():\n    return (\n" * 20_000,
+    "before a fence": "x = 1\n" * 20_000 + "```\n",
+    "blanks": "def" + " " * 100_000 + "(" + "\n" * 100_000,
+    "NUL": "\x00",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_texts_end(name):
+    """Linear rules and a budget for parsing: seconds at most, where a parser for every line would take hours."""
+    for prompt, entry_point in ((PROMPT, "f"), (TWICE, "f"), (None, None)):
+        start = time.process_time()
+        extract_program(HOSTILE[name], entry_point=entry_point, prompt=prompt)
+        assert time.process_time() - start < 10  # of processor time; the slowest takes two
+
+
+def test_a_text_that_costs_too_much_holds_no_program(monkeypatch):
+    """In a confined process: what it allocates or how long it takes is not the trainer's trouble."""
+    with Sandbox(1) as pool:
+        assert find_program("```python\nprint(1)\n```", sandbox=pool) == "print(1)\n"
+        monkeypatch.setattr(sandbox, "_EXTRACTION", Limits(time_s=10.0, memory_mb=1))
+        assert find_program("```python\n" + "x = [1, 2, 3]\n" * 50_000 + "```", sandbox=pool) is None
+        monkeypatch.setattr(sandbox, "_EXTRACTION", Limits(time_s=0.01, memory_mb=512))
+        assert find_program("def f(): pass\n" * 60_000, sandbox=pool) is None
+        monkeypatch.undo()
+        assert find_program("def f(): pass", entry_point="f", sandbox=pool) == "def f(): pass\n"
