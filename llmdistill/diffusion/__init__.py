@@ -1,0 +1,27 @@
+"""Masked-diffusion language models: backbone, training conventions, sampling, likelihood, distillation, reinforcement.
+
+``from llmdistill.diffusion import MaskedDiffusionLM, elbo`` works, and importing the package loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "MaskedDiffusionLM": "llmdistill.diffusion.backbone",
+    "elbo": "llmdistill.diffusion.likelihood",
+    "loglikelihood": "llmdistill.diffusion.likelihood",
+    "perplexity": "llmdistill.diffusion.likelihood",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
