@@ -149,4 +149,7 @@ class EvalCallback(TrainerCallback):
             f"{name}_low": average["low"],
             f"{name}_high": average["high"],
             f"eval/{job.suite.name}/truncated": results["health"]["truncated"],
+            # Without these a score says little: longer answers and other temperatures score otherwise.
+            f"eval/{job.suite.name}/tokens": results["lengths"]["all"]["mean"],
+            f"eval/{job.suite.name}/temperature": results["sampling"]["temperature"],
         }

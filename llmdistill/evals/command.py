@@ -24,6 +24,7 @@ from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.runner import Evaluation, evaluate, launch, regrade
 from llmdistill.evals.suite import bundled_suites
+from llmdistill.evals.summary import drawn_with
 
 
 def run(argv: Sequence[str]) -> int:
@@ -71,7 +72,8 @@ def table(done: Evaluation) -> Table:
         interval = f"{100 * entry['low']:.1f} – {100 * entry['high']:.1f}"
         shown.add_row(Text(name), f"{100 * entry['value']:.1f}", interval)  # a group may look like rich's markup
 
-    row(f"avg@{r['n']}" if r["n"] > 1 else "accuracy", r["avg"])
+    score = f"avg@{r['n']}" if r["n"] > 1 else "accuracy"
+    row(f"{score} ({drawn_with(r)})", r["avg"])
     for k, entry in r["pass"].items():
         if r["n"] > 1 and k != "1":  # pass@1 is avg@n
             row(f"pass@{k}", entry)

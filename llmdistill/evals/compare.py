@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmdistill.errors import UserError
+from llmdistill.evals.differing import differing
 from llmdistill.evals.metrics import McNemar, mcnemar_exact, paired_bootstrap, paired_permutation
 from llmdistill.evals.records import EvalFolder, Problem
+from llmdistill.evals.summary import drawn_with
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +35,8 @@ class Comparison:
         a, b: the folders.
         problems: how many both have.
         avg_a, avg_b: mean score over those problems.
+        drawn_a, drawn_b: temperature and mean length of each side's samples, in words; "" where results.json is not
+            there.
         difference, low, high: mean of B - A and its 95% percentile bootstrap interval over problems.
         p_value: two-sided, of the sign-flip permutation test (valid at any number of problems).
         p_bootstrap: two-sided, of the bootstrap under the null; close to ``p_value`` for many problems.
@@ -58,6 +62,8 @@ class Comparison:
     only_b: list[str]
     scores: dict[str, tuple[float, float]]
     notes: list[str] = field(default_factory=list)
+    drawn_a: str = ""
+    drawn_b: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -71,8 +77,8 @@ class Comparison:
         table = Table("", "", title=Text(f"A {self.a}\nB {self.b}"), show_header=False)
         rows = [
             ("problems", str(self.problems)),
-            ("A", f"{100 * self.avg_a:.1f}"),
-            ("B", f"{100 * self.avg_b:.1f}"),
+            ("A", f"{100 * self.avg_a:.1f}" + (f"  ({self.drawn_a})" if self.drawn_a else "")),
+            ("B", f"{100 * self.avg_b:.1f}" + (f"  ({self.drawn_b})" if self.drawn_b else "")),
             ("B - A", f"{100 * self.difference:+.1f}  (95% {100 * self.low:+.1f} to {100 * self.high:+.1f})"),
             ("p", f"{self.p_value:.4f} permutation, {self.p_bootstrap:.4f} bootstrap"),
         ]
@@ -146,6 +152,8 @@ def compare(folder_a: str | Path, folder_b: str | Path, *, num_resamples: int = 
         only_b=[i for i, s, t in zip(shared, x, y, strict=True) if t > 0 and s == 0],
         scores={i: (s, t) for i, s, t in zip(shared, x, y, strict=True)},
         notes=notes,
+        drawn_a=_drawn(a),
+        drawn_b=_drawn(b),
     )
 
 
@@ -154,7 +162,13 @@ def _verdicts(folder: EvalFolder) -> dict[str, list[bool]]:
     for grade in folder.grades():
         found[grade.problem][grade.index] = grade.passed
     if not found:
-        raise UserError(f"{folder.path} has no grades.jsonl with verdicts. Fix: a folder of a finished evaluation.")
+        below = sorted(file.parent.name for file in folder.path.glob("*/grades.jsonl"))
+        raise UserError(
+            f"{folder.path} holds the evaluations {', '.join(below)}; one suite is compared at a time. "
+            f"Fix: {folder.path / below[0]}."
+            if below
+            else f"{folder.path} has no grades.jsonl with verdicts. Fix: a folder of a finished evaluation."
+        )
     return {problem: list(verdicts.values()) for problem, verdicts in found.items()}
 
 
@@ -171,14 +185,19 @@ def _digest(problem: Problem) -> str:
 
 
 def _other_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What else may explain a difference: every setting on record that is not the model itself."""
-    keys = sorted((a.keys() | b.keys()) - {"model", "weights", "suite"})
-    return [f"{key} differs: {_short(a.get(key))} and {_short(b.get(key))}" for key in keys if a.get(key) != b.get(key)]
+    """What else may explain a difference: every setting on record that is not the model itself, field by field.
+
+    The hash of prompts is of token ids: two tokenizers make two of one text. What makes other texts (template, data) is
+    on record by itself.
+    """
+    told = {"model", "weights", "suite", "prompts"}
+    left = [{key: value for key, value in settings.items() if key not in told} for settings in (a, b)]
+    return [f"{key} differs: {first} and {second}" for key, first, second in differing(*left)]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _drawn(folder: EvalFolder) -> str:
+    results = folder.read_results()
+    return drawn_with(results) if results.get("sampling") and results.get("lengths") else ""
 
 
 def _mean(verdicts: list[bool]) -> float:

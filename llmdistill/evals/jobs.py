@@ -16,6 +16,7 @@ from rich.console import Console
 
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
+from llmdistill.evals.differing import differing
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.make import Source
 from llmdistill.evals.records import EvalFolder, Problem
@@ -164,11 +165,14 @@ def check(job: Job) -> None:
         return
     if before is None and job.folder.samples():
         raise UserError(f"{job.folder.path} holds samples and no config.json says whose. Fix: another --output_dir.")
-    for key in IDENTITY if before else ():
-        if before is not None and before.get(key) != job.settings.get(key):
+    if before is None:
+        return
+    # in this order: of what follows from another (prompts from a template) the first is named
+    for key in IDENTITY:
+        for field, then, now in differing({key: before.get(key)}, {key: job.settings.get(key)}):
             raise UserError(
-                f"{job.folder.path} holds samples of another evaluation: {key} is {_short(before.get(key))} there and "
-                f"{_short(job.settings.get(key))} now. Fix: another --output_dir, or remove that folder."
+                f"{job.folder.path} holds samples of another evaluation: {field} is {then} there and {now} now. "
+                "Fix: another --output_dir, or remove that folder."
             )
 
 
@@ -220,11 +224,6 @@ def _prompts_hash(asked: Sequence[Asked]) -> str:
 def _slug(name: str) -> str:
     parts = [p for p in name.replace("://", "/").split("/") if p not in ("", ".", "..")]
     return "--".join(parts[-2:]).replace(":", "-") or "model"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:97]}..."
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, comb
-from statistics import NormalDist
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -20,10 +19,11 @@ from llmdistill.evals.majority import expected_over_subsets, over_subsets, vote
 from llmdistill.record.intervals import (
     PairedDifference,
     bootstrap_ci,
-    check_confidence,
     differences,
     paired_bootstrap,
     paired_permutation,
+    share_interval,
+    wilson_interval,
 )
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "paired_permutation",
     "pass_at_k",
     "seed_sd",
+    "share_interval",
     "wilson_interval",
 ]
 
@@ -173,25 +174,6 @@ def mean_g_pass_at_k(n: int, c: int, k: int) -> float:
     """
     pass_at_k(n, c, k)
     return 2 / k * sum(g_pass_at_k(n, c, k, i / k) for i in range(ceil(k / 2) + 1, k + 1))
-
-
-def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927): right near 0 and 1 and for small n, where p +- 1.96 se is not.
-
-    For one sample per problem. With repeated samples the verdicts are not independent: use :func:`bootstrap_ci`.
-
-    Raises:
-        ValueError: n < 1, successes outside [0, n], or ``confidence`` outside (0, 1).
-    """
-    check_confidence(confidence)
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"wilson_interval needs 0 <= successes <= n and n >= 1; got {successes} of {n}")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = successes / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    # The bounds are exactly 0 and 1 there; rounding must not say otherwise.
-    return middle - half if successes > 0 else 0.0, middle + half if successes < n else 1.0
 
 
 def clustered_error(scores: Sequence[Sequence[float]]) -> float:

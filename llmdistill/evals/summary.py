@@ -5,7 +5,8 @@ defined (the spread of one repetition) is None. ::
 
     format      1
     problems, samples, n                     counts; n samples of every problem
-    avg         {value, low, high, se}       avg@n; 95% bootstrap over problems; standard error clustered by problem
+    avg         {value, low, high, se}       avg@n; 95% bootstrap over problems (Wilson where all are alike); standard
+                                         error clustered by problem
     pass        {k: {value, low, high}}      unbiased pass@k
     maj         {k: {value, low, high}}      maths and choice only, ties by lot; {} for code
     g_pass      {k: {tau: value, "mean": mG-Pass@k}}     only if asked for
@@ -39,13 +40,13 @@ from llmdistill.evals.calibration import (
 )
 from llmdistill.evals.health import examine
 from llmdistill.evals.metrics import (
-    bootstrap_ci,
     clustered_error,
     g_pass_at_k,
     maj_at_k,
     mean_g_pass_at_k,
     pass_at_k,
     seed_sd,
+    share_interval,
 )
 from llmdistill.evals.records import Grade, Problem, Sample
 
@@ -120,6 +121,15 @@ def summarise(
     }
 
 
+def drawn_with(results: Mapping[str, Any]) -> str:
+    """What a score cannot be read without: "temperature 0.6, 1,234 tokens"."""
+    temperature, mean = results["sampling"].get("temperature"), results["lengths"]["all"].get("mean")
+    if temperature is None:
+        return "" if mean is None else f"{mean:,.0f} tokens"
+    drawn = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    return drawn if mean is None else f"{drawn}, {mean:,.0f} tokens"
+
+
 def _complete(ids: set[str], n: int, records: Sequence[Any], what: str) -> dict[tuple[str, int], Any]:
     """The records by problem and index, of which there must be exactly n for each problem."""
     by_key = {(r.problem, r.index): r for r in records}
@@ -142,7 +152,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def _interval(values: Sequence[float], seed: int) -> dict[str, float]:
-    low, high = bootstrap_ci(values, seed=seed)
+    low, high = share_interval(values, seed=seed)
     return {"value": float(np.mean(values)), "low": low, "high": high}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -115,6 +116,44 @@ def paired_permutation(a: Sequence[float], b: Sequence[float], *, num_flips: int
         signs = 1.0 - 2.0 * rng.integers(0, 2, (size, d.size), dtype=np.int8)
         extreme += int((np.abs(signs @ d) >= reach).sum())
     return (1 + extreme) / (1 + num_flips)
+
+
+def share_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Interval of the mean of shares in [0, 1], items resampled; Wilson's where all items are alike.
+
+    Resampling equal values gives them again: 0 of 8 would be "0.0 to 0.0", as if nothing could be learnt of a ninth.
+    Wilson's interval for as many items says what that many can tell (0 of 8: up to 0.32).
+
+    Args:
+        values: [P] the share of each item, an item being what is independent of others (a problem, a pair).
+
+    Raises:
+        ValueError: no values, one outside [0, 1], or ``confidence`` outside (0, 1).
+    """
+    if not len(values) or not all(-1e-9 <= value <= 1 + 1e-9 for value in values):  # rounding
+        raise ValueError(f"share_interval needs values in [0, 1], at least one; got {len(values)}: {list(values)[:3]}")
+    if max(values) - min(values) > 1e-9:
+        return bootstrap_ci(values, confidence=confidence, seed=seed)
+    return wilson_interval(min(max(values[0], 0.0), 1.0) * len(values), len(values), confidence)
+
+
+def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927): right near 0 and 1 and for small n, where p +- 1.96 se is not.
+
+    For one verdict per item. Repeated verdicts of one item are not independent: use :func:`share_interval`.
+
+    Raises:
+        ValueError: n < 1, successes outside [0, n], or ``confidence`` outside (0, 1).
+    """
+    check_confidence(confidence)
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"wilson_interval needs 0 <= successes <= n and n >= 1; got {successes} of {n}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    # The bounds are exactly 0 and 1 there; rounding must not say otherwise.
+    return middle - half if successes > 0 else 0.0, middle + half if successes < n else 1.0
 
 
 def differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:

@@ -17,7 +17,7 @@ from llmdistill.models.weights import gathered
 from llmdistill.objectives.policy import token_logprobs
 from llmdistill.objectives.redi import sequence_means
 from llmdistill.objectives.rows import TokenRows
-from llmdistill.record.intervals import bootstrap_ci
+from llmdistill.record.intervals import bootstrap_ci, share_interval
 from llmdistill.texts.pairs import Pair, collate_pairs
 
 # loss(mean log-probs of the chosen [P], of the rejected [P]) -> scalar, the mean over pairs
@@ -87,7 +87,7 @@ class PairMeasurement:
             }
         values: dict[str, float] = {"pairs": len(self.chosen)}
         for name, of_pairs in series.items():
-            low, high = bootstrap_ci(of_pairs)
+            low, high = share_interval(of_pairs) if name == "accuracy" else bootstrap_ci(of_pairs)
             values |= {name: sum(of_pairs) / len(of_pairs), f"{name}_low": low, f"{name}_high": high}
         return values | {name: sum(of_pairs) / len(of_pairs) for name, of_pairs in lengths.items()}
 

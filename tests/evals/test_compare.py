@@ -52,7 +52,36 @@ def test_partial_overlap_and_other_settings_are_noted(tmp_path: Path) -> None:
     assert got.mcnemar is None
     assert got.only_a == got.only_b == []
     assert got.notes[0] == f"1 problems only in {a}, left out"
-    assert got.notes[1].startswith("sampling differs")
+    assert got.notes[1] == "sampling.temperature differs: 0.6 and 1.0"
+
+
+def test_what_differs_is_seen_however_long_it_is(tmp_path: Path) -> None:
+    """The field itself, also where two long values begin alike; ids of two tokenizers are no other prompts."""
+    template = {"name": "boxed", "system": "x" * 100, "user": "y" * 100}
+    a = write(tmp_path / "a", {"p": [1]}, template={**template, "user": "y" * 100 + "!"}, prompts="1")
+    b = write(tmp_path / "b", {"p": [1]}, template=template, prompts="2")
+    (note,) = compare(a, b).notes
+    assert note.startswith("template.user differs: ") and note.count("yyyy... (") == 2
+    first, second = note.split("differs: ")[1].split(" and ")
+    assert first != second
+
+
+def test_scores_stand_beside_temperature_and_length(tmp_path: Path) -> None:
+    folders = [write(tmp_path / name, {"p": [1]}) for name in "ab"]
+    results = {"sampling": {"temperature": 0.6}, "lengths": {"all": {"mean": 1234.4}}}
+    EvalFolder(folders[1]).write_json(EvalFolder(folders[1]).results_file, results)
+    got = compare(*folders)
+    assert (got.drawn_a, got.drawn_b) == ("", "temperature 0.6, 1,234 tokens")
+    console = Console(record=True, width=100, file=StringIO())
+    console.print(got.table())
+    assert "100.0  (temperature 0.6, 1,234 tokens)" in console.export_text()
+
+
+def test_a_folder_of_several_suites_says_which(tmp_path: Path) -> None:
+    for name in ("gsm8k", "math500"):
+        write(tmp_path / "a" / name, {"p": [1]})
+    with pytest.raises(UserError, match="holds the evaluations gsm8k, math500; one suite .* Fix: .*/a/gsm8k"):
+        compare(tmp_path / "a", tmp_path / "a")
 
 
 @pytest.mark.parametrize(

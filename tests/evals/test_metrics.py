@@ -33,6 +33,7 @@ from llmdistill.evals.metrics import (
     paired_permutation,
     pass_at_k,
     seed_sd,
+    share_interval,
     wilson_interval,
 )
 
@@ -151,6 +152,19 @@ def test_known_values_of_a_published_example() -> None:
         classes = [number.setdefault(r["extracted"], len(number)) for r in rows]
         votes.append(maj_at_k(classes, [bool(r["correct"]) for r in rows], 8, ties="first"))
     assert np.mean(votes) == pytest.approx(0.930)
+
+
+def test_where_all_are_alike_the_interval_says_what_that_many_can_tell() -> None:
+    """0 of 8 is not "0.0 to 0.0"; where they differ it is the bootstrap's."""
+    assert share_interval([0.0] * 8) == wilson_interval(0, 8) == (0.0, pytest.approx(0.3244, abs=1e-4))
+    assert share_interval([1.0] * 8) == wilson_interval(8, 8) and share_interval([1.0] * 8)[0] < 0.68
+    low, high = share_interval([0.25] * 4)  # a quarter of every problem's samples
+    assert low < 0.05 < 0.25 < 0.6 < high
+    mixed = [0.0, 1.0, 0.5, 0.5]
+    assert share_interval(mixed, seed=3) == bootstrap_ci(mixed, seed=3)
+    for bad in ([], [1.5]):
+        with pytest.raises(ValueError, match="share_interval needs"):
+            share_interval(bad)
 
 
 def test_wilson_interval_matches_published_ones() -> None:

@@ -118,7 +118,7 @@ def test_samples_of_another_evaluation_are_not_mixed_in(
     tmp_path: Path, model: str, change: dict[str, object], named: str
 ) -> None:
     scored(made.suite(tmp_path), model, tmp_path / "out")
-    with pytest.raises(UserError, match=f"samples of another evaluation: {named} is"):
+    with pytest.raises(UserError, match=rf"samples of another evaluation: {named}[.\w]* is"):
         scored(made.suite(tmp_path), model, tmp_path / "out", **change)
 
 
@@ -242,7 +242,12 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
     suite, out = str(made.suite(tmp_path)), str(tmp_path / "a")
     assert main(["eval", suite, "--model", model, "--engine", "hf", "--output_dir", out, "--n", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "avg@3" in printed and "maj@2" in printed and "template plain v1" in printed
+    assert (
+        "avg@3 (temperature 1, " in printed
+        and " tokens)" in printed
+        and "maj@2" in printed
+        and "template plain v1" in printed
+    )
     assert (
         main(["eval", suite, "--model", model, "--engine", "hf", "--output_dir", str(tmp_path / "b"), "--n", "3"]) == 0
     )

@@ -62,6 +62,7 @@ def headline(results: Mapping[str, Any]) -> str:
     counted = f" on {whole(problems)} problems" if problems is not None else ""
     if (right := _right(results)) is not None:
         counted += f": {right} right"
+    counted += "".join(f"; {fact}" for fact in (_drawn_with(results), _length(results)) if fact)
     return f'<div class="hero"><p class="kicker">{what}{counted}</p><div class="big">{"".join(parts)}</div></div>'
 
 
@@ -73,6 +74,16 @@ def _right(results: Mapping[str, Any]) -> str | None:
         return None
     right = sum(int(counts.get(kind) or 0) for kind in ("right", "pass"))
     return f"{whole(right)} of {whole(total)}" + ("" if finite(results.get("n")) == 1 else " samples")
+
+
+def _drawn_with(results: Mapping[str, Any]) -> str:
+    temperature = finite(as_dict(results.get("sampling")).get("temperature"))
+    return "" if temperature is None else "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
+def _length(results: Mapping[str, Any]) -> str:
+    mean = finite(as_dict(as_dict(results.get("lengths")).get("all")).get("mean"))
+    return "" if mean is None else f"{whole(mean)} tokens a sample"
 
 
 def cards(results: Mapping[str, Any]) -> str:
