@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from llmdistill.compat.patching import environment, patched, put_back, random_state_kept
+from llmdistill.compat.vllm_classes import classes_kept
 from llmdistill.compat.vllm_scores import admit_chosen_ids, mend_first_runner
 from llmdistill.compat.vllm_weights import keeping_plain_weights
 from llmdistill.errors import UserError
@@ -93,7 +94,7 @@ def load_vllm(
             import vllm
         except ImportError as error:
             raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
-        with keeping_plain_weights() if updatable else nullcontext():
+        with classes_kept() as give_own_classes, keeping_plain_weights() if updatable else nullcontext():
             try:
                 llm: Any = vllm.LLM(
                     model=model_path,
@@ -111,9 +112,10 @@ def load_vllm(
                     **backend,
                     **options,
                 )
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:  # NotImplementedError is one
                 reason = _last_line(error)
                 raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+            llm.collective_rpc(lambda worker: give_own_classes(worker.get_model()))
     if admit_chosen_ids(llm.llm_engine):
         llm.collective_rpc(mend_first_runner)
     _owns_group = _owns_group or not had_group

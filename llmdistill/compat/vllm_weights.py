@@ -31,14 +31,7 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
     Raises:
         RuntimeError: weights of the engine's model are missing from a push that is not partial, or the cache stays.
     """
-    if takes_partial_push(llm):
-        llm.collective_rpc(_load_in_place, args=(iter(pairs), partial))
-    elif partial:
-        raise ValueError("this engine takes complete sets of weights only")
-    else:
-        dtype = llm.llm_engine.model_config.dtype
-        cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
+    llm.collective_rpc(load_into_worker, args=(iter(pairs), partial))
     forget_prefixes(llm)
 
 
@@ -71,9 +64,29 @@ def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: 
     elif partial:
         raise ValueError("this engine takes complete sets of weights only")
     else:
-        dtype = worker.model_config.dtype
+        dtype, model = worker.model_config.dtype, worker.get_model()
         cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
-        worker.reload_weights(weights_iterator=cast)
+        _forget_packed_experts(model)
+        # As they were loaded: vLLM copies what it made of the new weights into what it had made of the old ones.
+        with keeping_plain_weights():
+            worker.reload_weights(weights_iterator=_without_a_head_it_lacks(model, cast))
+
+
+def _forget_packed_experts(model: nn.Module) -> None:
+    """On a CPU experts are packed when their kernel is made. For a kernel that is there vLLM would pack no new ones and
+    run it on plain weights."""
+    if next(model.parameters()).device.type != "cpu":
+        return
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
+def _without_a_head_it_lacks(model: nn.Module, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The pairs without the output head, where the model reads its embeddings for that (Gemma) and has none."""
+    heads = any(name.endswith("lm_head.weight") for name, _ in model.named_parameters(remove_duplicate=False))
+    return ((name, tensor) for name, tensor in pairs if heads or not name.endswith("lm_head.weight"))
 
 
 def keep_plain_weights() -> None:
@@ -109,7 +122,8 @@ def worker_is_plain(worker: Any) -> bool:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     model = worker.get_model()
-    methods = ((m, vars(m).get("quant_method")) for m in model.modules())
+    # Of a mixture's experts it is a module itself, and so in none of the layer's variables.
+    methods = ((m, getattr(m, "quant_method", None)) for m in model.modules())
     return next(model.parameters()).device.type == "cpu" and all(
         method is None
         or (isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod) and layer.weight.numel() > 0)
@@ -127,7 +141,8 @@ def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bo
     tied = set(parameters) - {name for name, _ in model.named_parameters()}
     # copy_ converts the dtype on the way, which is faster than a converted copy; vLLM would warn of every one
     with patched(loading.logger, "warning", lambda *args, **kwargs: None):
-        loaded = model.load_weights((name, tensor) for name, tensor in pairs if name not in tied)
+        kept = _without_a_head_it_lacks(model, pairs)
+        loaded = model.load_weights((name, tensor) for name, tensor in kept if name not in tied)
     missing = set(parameters) - tied - set(loaded)
     if missing and not partial:
         raise RuntimeError(f"weights of the vLLM model that the student did not provide: {sorted(missing)[:5]}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmdistill.compat.patching import random_state_kept
@@ -14,6 +16,7 @@ from llmdistill.compat.vllm_weights import forget_prefixes, push_weights, takes_
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import generation_params
 from llmdistill.models.weights import base_model, named_weights
+from llmdistill.rollouts.probe import check_engine
 from llmdistill.texts import request_seed
 from llmdistill.texts.rollout import Finish, Prompt, Rollout, Sampling, collate
 
@@ -65,17 +68,25 @@ class VLLMRollouts:
             self.llm = load_vllm(student, dtype=dtype, **settings)  # type: ignore[arg-type]
         else:
             with tempfile.TemporaryDirectory() as folder:
-                base_model(student).config.save_pretrained(folder)
+                config = copy.deepcopy(base_model(student).config)
+                config.architectures = [type(base_model(student)).__name__]  # vLLM goes by it; one made here has none
+                config.save_pretrained(folder)
                 self.llm = load_vllm(folder, dtype=dtype, load_format="dummy", **settings)  # type: ignore[arg-type]
 
     def sync(self, model: nn.Module, policy_version: int) -> None:
         """Pushes the weights of ``model``; after the first time, where the engine can, only those that are trained.
 
         ``model`` is always the same student, as the trainer holds it: adapters and sharding are handled.
+
+        Raises:
+            UserError: after the first push the engine's log-probs are not the student's.
         """
         partial = self._was_pushed and takes_partial_push(self.llm)
         push_weights(self.llm, named_weights(model, trainable_only=partial), partial=partial)
+        first = not self._was_pushed
         self.policy_version, self._was_pushed, self._has_weights = policy_version, True, True
+        if first:
+            check_engine(self, model, float32=self.llm.llm_engine.model_config.dtype == torch.float32)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Completions with the eos that ended them. ``behavior_logprobs`` are those of the distribution sampled from:
