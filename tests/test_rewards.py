@@ -60,7 +60,7 @@ def test_a_reward_of_ones_own_is_given_the_columns_that_it_names() -> None:
 
     assert task_rewards(named, prompts, ["x", "yy"]) == [4, 7]
     assert task_rewards(all_of_them, prompts, ["x", "yy"]) == [0, 1]
-    assert seen == {"level": [3, 5], "answer": ["a", "b"]}, "columns that some rows lack are left out"
+    assert seen == {"level": [3, 5], "answer": ["a", "b"], "row": [0, 0]}, "columns that some rows lack are left out"
 
 
 def trl_calls(reward: object, completions: list[object], **columns: list[object]) -> list[float | None]:

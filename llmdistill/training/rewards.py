@@ -12,7 +12,7 @@ from llmdistill.errors import UserError
 from llmdistill.texts import Prompt
 from llmdistill.verify.rewards import choice_reward, math_reward
 
-# TRL's signature, every argument by keyword: (prompts, completions, **columns) -> a number for each completion.
+# TRL's signature: (prompts, completions, **columns) -> a number for each completion.
 Reward = Callable[..., Sequence[float | None]]
 BUILT_IN: dict[str, Reward] = {"math": math_reward, "choice": choice_reward}
 
@@ -41,8 +41,8 @@ def load_reward(name: str) -> Reward:
 def task_rewards(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
     """The numbers of a reward function with TRL's signature.
 
-    Its columns are those of the rows where they were kept, and ``answer``; a function without ``**columns`` is given
-    those that it names.
+    Its columns are those of the rows where they were kept, ``answer`` and ``row``; a function without ``**columns`` is
+    given those that it names.
 
     Raises:
         UserError: a row has no answer to verify against.
@@ -52,12 +52,12 @@ def task_rewards(reward: Reward, prompts: Sequence[Prompt], completions: Sequenc
     records = [p.record or {} for p in prompts]
     names = set.intersection(*(set(record) for record in records)) if records else set()
     columns: dict[str, Any] = {name: [record[name] for record in records] for name in sorted(names)}
-    columns["answer"] = [p.answer for p in prompts]
+    columns |= {"answer": [p.answer for p in prompts], "row": [p.row for p in prompts]}
     columns.pop("prompts", None), columns.pop("completions", None)
     taken = inspect.signature(reward).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
         columns = {name: values for name, values in columns.items() if name in taken}
-    found = reward(prompts=[p.text for p in prompts], completions=list(completions), **columns)
+    found = reward([p.text for p in prompts], list(completions), **columns)
     return [float("nan") if number is None else float(number) for number in found]
 
 

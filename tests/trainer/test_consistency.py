@@ -54,8 +54,8 @@ def test_a_reward_compares_fresh_samples_of_one_prompt(tmp_path: Path, policy: A
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_reward_that_is_no_number_names_the_row(tmp_path: Path, broken: float) -> None:
-    def reward(prompts: Any, texts: Any) -> list[float]:
-        return [broken if p.row == 3 else 0.0 for p in prompts]
+    def reward(prompts: Any, texts: Any, row: list[int]) -> list[float]:
+        return [broken if r == 3 else 0.0 for r in row]
 
     rollouts = RolloutConfig(max_new_tokens=4, samples_per_prompt=2)
     t = opd(tmp_path, reward=reward, reward_weight=1.0, rollouts=rollouts, max_steps=4)
