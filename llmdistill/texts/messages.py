@@ -3,8 +3,9 @@
     {"role": "user", "content": "2+2?"}
 
 What is understood beside it: ShareGPT's ``{"from": "human", "value": ...}``, a struct of lists (how ``datasets`` keeps
-a sequence of structs), keys that are None because Parquet gives every message the keys of all, content as a list of
-text parts, arguments of tool calls as JSON text. Simplified away: images and sound, which no text model reads.
+a sequence of structs), all of it as JSON text, keys that are None because Parquet gives every message the keys of all,
+content as a list of text parts, arguments of tool calls as JSON text. Simplified away: images and sound, which no text
+model reads.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 def is_chat(value: Any) -> bool:
     """Whether a column holds messages, and not text or nothing."""
     return isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+
+
+def from_json(value: Any) -> Any:
+    """Messages that a file without structs (CSV, a column of strings) keeps as JSON text; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        read = json.loads(value)
+    except json.JSONDecodeError:
+        return value
+    chat = all(isinstance(m, dict) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys()) for m in read)
+    return read if chat else value
 
 
 def read_messages(value: Any, what: str) -> list[Message]:

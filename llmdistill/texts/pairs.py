@@ -15,7 +15,7 @@ from typing import Any, Literal
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
-from llmdistill.texts.messages import is_chat
+from llmdistill.texts.messages import from_json, is_chat
 from llmdistill.texts.prompts import Completion, PromptEncoder
 from llmdistill.texts.sources import Drawn, Round
 from llmdistill.texts.turns import Turn, is_empty
@@ -106,6 +106,11 @@ class PairEncoder:
                 f"row {index}: {self.chosen_column} and {self.rejected_column} are conversations that part before "
                 "their last messages; a pair has one prompt. Fix: end both where they part."
             )
+        if len(sides) > 1 and len(self.prompts.turns.counted(sides[0])) > 1:
+            raise UserError(
+                f"row {index}: data.assistant_turns is all, and of a pair's conversation the last answers are "
+                "compared. Fix: data.assistant_turns last."
+            )
         prompt = self._prompt(sides[0], row, index)
         counts = (chosen.counts, rejected.counts)
         pair = Pair(prompt, chosen.ids, rejected.ids, cut_chosen + cut_rejected, *counts)
@@ -171,7 +176,7 @@ class PairEncoder:
         return [self._pair([turn], row, index) for turn in turns]
 
     def _turn(self, row: Mapping[str, Any], column: str, index: int) -> Turn:
-        chat = any(is_chat(row.get(c)) for c in (self.chosen_column, self.rejected_column))
+        chat = any(is_chat(from_json(row.get(c))) for c in (self.chosen_column, self.rejected_column))
         return self.prompts.turns.with_completion(row, row.get(column), column, index, chat=chat)
 
     def _prompt(self, turn: Turn, row: Mapping[str, Any], index: int) -> Prompt:

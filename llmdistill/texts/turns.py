@@ -12,7 +12,7 @@ from typing import Any
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
-from llmdistill.texts.messages import Message, is_chat, read_messages, read_tools
+from llmdistill.texts.messages import Message, from_json, is_chat, read_messages, read_tools
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TurnReader:
 
     def has_answer(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has a completion: in its column, or as the last message of the prompt."""
-        completion, prompt = row.get(self.config.completion_column), row.get(self.config.prompt_column)
+        completion, prompt = row.get(self.config.completion_column), from_json(row.get(self.config.prompt_column))
         if completion:
             return True
         return is_chat(prompt) and [m["role"] for m in read_messages(prompt, self.config.prompt_column)][-1:] == [
@@ -62,7 +62,7 @@ class TurnReader:
         Raises:
             UserError: as :meth:`of`.
         """
-        name, asked = self.config.prompt_column, self._asked(row, index)
+        name, asked, completion = self.config.prompt_column, self._asked(row, index), from_json(completion)
         tools = read_tools(row.get(self.config.tools_column), f"row {index}: {self.config.tools_column}")
         if isinstance(asked, str):
             self._check_plain(asked, tools, index, chat or is_chat(completion))
@@ -112,7 +112,7 @@ class TurnReader:
     def _asked(self, row: Mapping[str, Any], index: int) -> str | list[Message]:
         """The column of the prompt, in the usual form."""
         name = self.config.prompt_column
-        prompt = row.get(name)
+        prompt = from_json(row.get(name))
         if prompt is None and name not in row:
             raise UserError(
                 f"row {index} has no column {name!r}, it has {', '.join(map(repr, row))}. "

@@ -46,6 +46,16 @@ def test_a_sequence_of_structs_as_datasets_keeps_it() -> None:
     assert only(quirks.byte_level(quirks.CHATML), rows[0]) == (CHATML_PROMPT, "4<|im_end|>")
 
 
+def test_conversations_as_json_text() -> None:
+    tokenizer = quirks.byte_level(quirks.CHATML)
+    expected = (CHATML_PROMPT, "4<|im_end|>")
+    for talk in ([ASK, said("4")], SHAREGPT[1:]):
+        assert only(tokenizer, {"prompt": json.dumps(talk)}) == expected
+    assert only(tokenizer, {"prompt": json.dumps([ASK]), "completion": json.dumps([said("4")])}) == expected
+    for text in ('[{"a": 1}]', "[{not JSON", '[{"role": "user"}]'):  # a prompt like any other
+        assert only(tokenizer, {"prompt": text, "completion": "4"}) == (text, "4<eos>")
+
+
 def test_keys_that_are_none_because_of_parquet_are_not_there(tmp_path: Path) -> None:
     """Of messages, of tool calls and their arguments, and of tools; the message itself has content, if empty."""
     rows = [
@@ -137,6 +147,10 @@ def test_pairs_as_whole_conversations() -> None:
     assert [tokenizer.decode(list(side)) for side in (pair.chosen, pair.rejected)] == ["4<|im_end|>", "5<|im_end|>"]
     mixed = encoder({**row, "rejected": "5"})
     assert (mixed.prompt.ids, mixed.rejected) == (pair.prompt.ids, pair.rejected)
+    talks = {"prompt": TALK[:3], "chosen": "6", "rejected": "7"}
+    assert encoder(talks).chosen == encoder({**talks, "prompt": json.dumps(TALK[:3])}).chosen
+    with pytest.raises(UserError, match="row 0: data.assistant_turns is all, and of a pair's .* Fix: "):
+        pair_encoder(tokenizer, DataConfig(assistant_turns="all"))(talks)
     parted = {**row, "rejected": [ASK, said("5"), ASK, said("6")]}
     with pytest.raises(UserError, match="row 0: chosen and rejected are conversations that part before their last"):
         encoder(parted)
