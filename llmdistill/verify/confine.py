@@ -82,11 +82,16 @@ def limit_resources(
     _limit(resource.RLIMIT_MEMLOCK, 0)
     _limit(resource.RLIMIT_MSGQUEUE, 0)
     _limit(resource.RLIMIT_STACK, 64 << 20)  # deep recursion in C code; threads keep the size read at start
-    if tasks is not None:
-        _limit(resource.RLIMIT_NPROC, tasks)
+    limit_tasks(tasks)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     wanted = cpu_seconds + 1 if hard == resource.RLIM_INFINITY else min(cpu_seconds + 1, hard)
     resource.setrlimit(resource.RLIMIT_CPU, (max(1, wanted - 1), wanted))  # SIGXCPU, then SIGKILL a second later
+
+
+def limit_tasks(tasks: int | None) -> None:
+    """At most so many processes and threads of this user; None: as before."""
+    if tasks is not None:
+        _limit(resource.RLIMIT_NPROC, tasks)
 
 
 def _limit(which: int, value: int) -> None:

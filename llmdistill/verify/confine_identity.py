@@ -11,7 +11,7 @@ import resource
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -54,26 +54,27 @@ def _mapped(path: str) -> list[range]:
     return [range(first, first + count) for first, _, count in numbers]
 
 
-def own_identity() -> Identity:
-    """Another user for root's programs, tried: one that can read this Python, if need be by a capability that Landlock
-    narrows to it."""
+def own_identity(paths: Iterable[str]) -> Identity:
+    """Another user for root's programs, tried: one that can read this Python and these files and folders, if need be by
+    a capability that Landlock narrows to them."""
     uid = unused_uid() if os.geteuid() == 0 else None
     if uid is None:
         return Identity()
     for capability in (None, _DAC_READ_SEARCH, _DAC_OVERRIDE):
         identity = Identity(uid, capability)
-        if _reads_python_as(identity):
+        if _reads_as(identity, paths):
             return identity
     return Identity()
 
 
-def _reads_python_as(identity: Identity) -> bool:
-    """Whether such a process could import from this Python: one in root's home is out of others' reach."""
+def _reads_as(identity: Identity, paths: Iterable[str]) -> bool:
+    """Whether such a process could import from there: a Python in root's home is out of others' reach."""
+    readable = [os.__file__, *(path for path in paths if os.access(path, os.R_OK))]
 
     def read() -> None:
         become(identity.uid, identity.capability)
-        with open(os.__file__, "rb"):
-            pass
+        for path in readable:
+            os.close(os.open(path, os.O_RDONLY))
 
     return succeeds(read)
 

@@ -33,6 +33,7 @@ from typing import Any
 
 from llmdistill.errors import UserError
 from llmdistill.verify.confine_cgroup import Group
+from llmdistill.verify.confine_worker import clean_environment, package_folders
 from llmdistill.verify.sandbox_means import in_words
 
 _MIB = 1 << 20
@@ -201,20 +202,15 @@ class _Worker:
             {
                 "control": its.fileno(),
                 "mode": mode,
-                "paths": _package_folders(),
+                "paths": package_folders(),
                 "group": str(self.group.folder) if self.group else None,
             }
         )
-        # An environment of nothing but this: no token of the user's reaches a program, whatever it reads.
-        environment = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
-        environment |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-        if "LD_LIBRARY_PATH" in os.environ:
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-c", _BOOT, str(Path(__file__).parent.parent), options],
                 pass_fds=[its.fileno()],
-                env=environment,
+                env=clean_environment(),  # no token of the user's reaches a program, whatever it reads
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -306,11 +302,6 @@ def _first_worker(allow_unsafe_exec: bool, wanted: str | None) -> tuple[str, _Wo
         f"code verdicts need a sandbox and this machine offers none ({'; '.join(reasons)}). Use a kernel with "
         f"Landlock (5.13 or later) or one that lets users make namespaces{how}"
     )
-
-
-def _package_folders() -> list[str]:
-    """Where this process finds installed packages; a working directory or an editable checkout is none of it."""
-    return [path for path in sys.path if path.rstrip("/").endswith(("site-packages", "dist-packages"))]
 
 
 def _utf8(text: str) -> bytes:

@@ -81,7 +81,7 @@ class Zygote:
         elif self.landlock < 1:
             raise OSError("the kernel has no Landlock")
         else:
-            self.identity = confine_identity.own_identity()
+            self.identity = confine_identity.own_identity(self.paths)
             self.outside = self.identity.uid
             self.tasks = confine_identity.TaskLimit(counted_apart=self.outside is not None)
 

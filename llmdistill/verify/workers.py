@@ -7,6 +7,9 @@ anew in milliseconds, without another import. Signals and threads play no part, 
     our process  --request, one line of JSON-->  keeper  --the same-->  child
                  <--reply, one line of JSON----          <------------
 
+Text that a worker reads is a model's and may be written against the library: children are confined (confine_worker.py),
+and neither they nor keepers have anything of our environment.
+
 Nothing outlives its parent: the child asks the kernel to be killed with its keeper; the keeper ends when its standard
 input does or when it is adopted by another process (a forked sibling may hold the other end of its pipe open).
 """
@@ -32,11 +35,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
 from typing import Any
 
+from llmdistill.verify.confine_identity import die_first
+from llmdistill.verify.confine_worker import Confinement, clean_environment
+
 Request = dict[str, Any]
 Reply = dict[str, Any]
 
 STARTUP_LIMIT_S = 180.0
 GRACE_S = 5.0
+LONGEST_LINE = 1 << 28
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from llmdistill.verify.workers import keep; keep()"
 
 
@@ -175,6 +182,11 @@ class Pool:
         with self._lock:
             return [keeper.process.pid for keeper in self._keepers]
 
+    def confinement(self) -> list[str]:
+        """What confines the workers that run, in words."""
+        with self._lock:
+            return sorted({means for keeper in self._keepers for means in keeper.confined})
+
     def _after_fork(self) -> None:
         for keeper in self._keepers:
             keeper.disown()
@@ -210,10 +222,11 @@ class _Keeper:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # its group is ours to kill, and Ctrl-C at the terminal is not its business
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=clean_environment(),  # what takes a worker over finds no token in it
             bufsize=0,
         )
         assert self.process.stdin and self.process.stdout
+        self.confined: list[str] = []
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
         self._rest = b""
 
@@ -221,6 +234,7 @@ class _Keeper:
         started = self._exchange(settings, STARTUP_LIMIT_S)
         if "failed" in started:
             raise RuntimeError(f"a worker process cannot start: {started['failed']}")
+        self.confined = list(started["confined"])
 
     def call(self, request: Request, time_limit_s: float) -> Reply:
         # The keeper holds the time limit. Ours is for a keeper that is itself beyond hope.
@@ -265,13 +279,16 @@ def _write(fd: int, data: bytes, deadline: float | None) -> None:
 
 
 def _read_line(fd: int, rest: bytes, deadline: float | None) -> tuple[bytes, bytes]:
-    chunks = [rest]
+    chunks, size = [rest], len(rest)
     while b"\n" not in chunks[-1]:
+        if size > LONGEST_LINE:  # no message of ours: nobody fills the memory of the one who reads
+            raise OSError(f"a message of more than {LONGEST_LINE} bytes")
         _wait(fd, select.POLLIN, deadline)
         chunk = os.read(fd, 1 << 16)
         if not chunk:
             raise EOFError
         chunks.append(chunk)
+        size += len(chunk)
     line, _, rest = b"".join(chunks).partition(b"\n")
     return line, rest
 
@@ -293,6 +310,7 @@ def keep() -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)  # what libraries print must not get between the replies
     parent = os.getppid()
+    die_first()
     rest = b""
     child: _Child | None = None
     try:
@@ -306,18 +324,19 @@ def keep() -> None:
         except BaseException as error:
             _send(replies, {"failed": f"{type(error).__name__}: {error}"})
             return
-        _send(replies, {"ready": True})
+        confinement = Confinement()
+        _send(replies, {"ready": True, "confined": confinement.means})
         while True:
             line, rest = _read_request(requests, rest, parent)
             if child is None:
-                child = _Child(function, settings["memory_limit_mb"], (requests, replies))
+                child = _Child(function, settings["memory_limit_mb"], confinement)
             reply = child.answer(line, settings["time_limit_s"], requests, parent)
             if reply is None:
                 return
             if reply.get("memory") and child.answered:
                 # What earlier requests left in its caches is not this one's fault: once more in a fresh child.
                 child.kill()
-                child = _Child(function, settings["memory_limit_mb"], (requests, replies))
+                child = _Child(function, settings["memory_limit_mb"], confinement)
                 reply = child.answer(line, settings["time_limit_s"], requests, parent)
                 if reply is None:
                     return
@@ -357,7 +376,7 @@ def _send(fd: int, reply: Reply) -> None:
 class _Child:
     """The keeper's end of the process that does the work."""
 
-    def __init__(self, function: Callable[[Request], Reply], memory_limit_mb: int, inherited: Iterable[int]) -> None:
+    def __init__(self, function: Callable[[Request], Reply], memory_limit_mb: int, confinement: Confinement) -> None:
         self._requests, self._replies = os.pipe(), os.pipe()
         self._rest = b""
         self.answered = 0
@@ -366,10 +385,8 @@ class _Child:
         if self.pid == 0:
             status = 1
             try:
-                _die_with(keeper)
-                for fd in (*inherited, self._requests[1], self._replies[0]):
-                    os.close(fd)
                 _limit_memory(memory_limit_mb)
+                confinement.enter(keeper, (self._requests[0], self._replies[1]))
                 _work(function, self._requests[0], self._replies[1])
                 status = 0
             finally:
@@ -434,16 +451,6 @@ def _work(function: Callable[[Request], Reply], requests: int, replies: int) -> 
         except Exception as error:
             reply = {"failed": f"{type(error).__name__}: {error}"[:500], "trace": traceback.format_exc(limit=-3)[:2000]}
         _send(replies, reply)
-
-
-def _die_with(keeper: int) -> None:
-    """Ask the kernel to kill this process when the keeper dies. Linux only; elsewhere the pipe's end does it."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != keeper:
-        os._exit(1)
 
 
 def _limit_memory(megabytes: int) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from llmdistill.errors import UserError
 from llmdistill.verify.code import judge_program, run_functional, run_stdin, run_tests
+from llmdistill.verify.printed import differs
+from llmdistill.verify.sandbox import Sandbox
 
 DATA = Path(os.environ.get("LLMDISTILL_DATA", Path(__file__).parents[3] / "shared/data")) / "benchmarks"
 
@@ -259,6 +261,116 @@ def test_numbers_in_output():
     assert not run_stdin("print(10**18 + 1)", [("", str(10**18))]).passed
     assert not run_stdin("print('yes')", [("", "YES")]).passed
     assert not run_stdin("print('nan')", [("", "0.5")]).passed
+
+
+@pytest.mark.parametrize(
+    "expected, got",
+    [
+        ("0110", "110"), ("110", "0110"), ("1000", "1_000"), ("3", "\u0663"), ("007", "7"), ("5", "+5"), ("0", "00"),
+        ("1", "1\u00a0"), ("12", "1\u20612"), ("0.5", ".5e"), ("-0110", "-110"), ("1e3", "0x3e8"), ("²", "2"),
+    ],
+)  # fmt: skip
+def test_digits_that_are_no_such_number(expected, got):
+    """Strings of digits, other alphabets' digits and Python's own spellings are text."""
+    assert differs(expected, got) and differs(f"x {expected}", f"x {got}")
+    assert differs(expected, expected) is None
+
+
+def test_numbers_that_are_written_in_other_ways():
+    for expected, got in (("2", "2.0"), ("0.3", "0.30000000000000004"), ("1e-7", "0.0000001"), ("-1.5", "-1.50"),
+                          ("123456789.123456", "123456789.123999"), ("1 2\n3", "1.0  2\n3\n\n"),
+                          ("0", "-0.0")):  # fmt: skip
+        assert differs(expected, got) is None, (expected, got)
+    assert differs("1\n2", "1\n\n2") and differs("1", "1 1") and differs("1 1", "1") and differs("0.333333", "0.333")
+    assert "line 2" in (differs("1\n2\n3", "1\n4\n3") or "")
+
+
+UNCALLED = [
+    "def test_a():\n    assert f(1) == 2\n",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 2)\n",
+    "class TestF:\n    def setup_method(self): self.x = 1\n    def test_a(self):\n        assert f(self.x) == 2\n",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 2)\n"
+    "unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T))\n",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 2)\n"
+    "unittest.main(exit=False)\n",
+    "async def test_a():\n    assert f(1) == 2\n",
+    "assert f(1) > 1\ndef test_a():\n    assert f(1) == 2\n",
+]
+
+
+@pytest.mark.parametrize("tests", UNCALLED)
+def test_tests_that_nobody_calls_are_run(tests):
+    assert run_tests("def f(x): return 2 * x", tests).passed
+    assert run_tests("def f(x): return x + 2", tests).kind == "wrong"
+
+
+def test_tests_that_are_defined_and_cannot_be_run_do_not_pass():
+    for tests in ("def check(g):\n    assert g(1) == 2\n", "def helper():\n    assert f(1) == 2\n",
+                  "def test_a(fixture):\n    assert f(1) == fixture\n", "x = lambda: f(1) == 2\n"):  # fmt: skip
+        assert run_tests("def f(x): return 2 * x", tests).kind == "wrong", tests
+        assert run_tests("helper = check = x = fixture = 1\ndef f(x): return 2 * x", tests).kind == "wrong", tests
+    assert run_tests("LIMIT = 10", "assert LIMIT == 10").passed
+
+
+def test_globals_of_the_program_that_a_call_changes():
+    program = "count, log, last = 0, [], None\ndef f(x):\n    global count, last, first\n    count += 1\n"
+    program += "    log.append(x)\n    last = first = {'x': x}\n"
+    tests = "assert count == 0 and log == []\nf(3)\nassert count == 1 and log == [3] and last == first == {'x': 3}\n"
+    tests += "f(4)\nassert count == 2 and log == [3, 4] and last['x'] == 4\n"
+    verdict = run_tests(program, tests)
+    assert verdict.passed, verdict
+    assert run_tests(program, "count = 7\nf(1)\nassert count == 7").passed, "what the tests have rebound is theirs"
+
+
+SURROUNDINGS = [
+    "import resource\nfor s in ((2**28, -1), (-1, -1), [2**28, resource.RLIM_INFINITY]):\n"
+    "    resource.setrlimit(resource.RLIMIT_STACK, s)\nprint(input())",
+    "print(open('/dev/stdin').read())",
+    "from pathlib import Path\nprint(Path('/dev/stdin').read_text())",
+    "import os\nprint(os.read(os.open('/dev/stdin', os.O_RDONLY), 99).decode())",
+    "open('/dev/stdout', 'w').write(input())",
+    "import fileinput\nprint(*fileinput.input('/dev/stdin'))",
+    "import os, sys\nassert os.path.isabs(os.path.abspath(__file__)) and sys.argv[0] == __file__\nprint(input())",
+    "\ufeffprint(input())",
+    "print(len(str(10 ** 5000)) and input())",
+    f"assert {'7' * 5000} % 10 == 7\nprint(input())",
+]
+
+
+@pytest.mark.parametrize("program", SURROUNDINGS)
+@pytest.mark.parametrize("mode", ["namespaces", "landlock"])
+def test_what_programs_expect_around_them(program, mode, sandboxes):
+    verdict = run_stdin(program, [("1 2\n", "1 2\n")], sandbox=sandboxes(mode))
+    assert verdict.passed, verdict
+
+
+@pytest.fixture(scope="module")
+def sandboxes():
+    made = {}
+
+    def get(mode):
+        try:
+            if mode not in made:
+                made[mode] = Sandbox(1, mode=mode)
+        except UserError as error:
+            pytest.skip(str(error))
+        return made[mode]
+
+    yield get
+    for sandbox in made.values():
+        sandbox.close()
+
+
+def test_numbers_of_any_length_in_the_harness():
+    """Python's limit of 4,300 digits is one for web servers: arguments, answers and literals may be longer."""
+    seven = "7" * 6000
+    assert run_functional("def f(n): return 10 ** n", "f", [("5000", "1" + "0" * 5000)]).passed
+    assert run_functional("def f(n): return n", "f", [(seven, seven)]).passed
+    assert run_functional("def f(n): return n + 1", "f", [(seven, seven)]).kind == "wrong"
+    assert run_tests("def f(n): return str(7 ** n)", "assert len(f(9000)) == len(str(7 ** 9000))").passed
+    assert run_tests("def f(n): return n", f"assert f({seven}) == {seven}").passed
+    assert run_tests("def f(n): return n + 1", f"assert f({seven}) == {seven}, f({seven})").kind == "wrong"
+    assert run_stdin("print(int(input()) * 10)", [(seven, seven + "0")]).passed
 
 
 def test_functional():

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from llmdistill.verify.workers import Pool
+from tests.verify.jobs import job
 
 JOB = "tests.verify.jobs:job"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -75,6 +77,23 @@ def test_a_crash_is_an_answer(pool: Pool) -> None:
     assert pool.call({"do": "crash"}) == {"timeout": f"the worker process ended with signal {int(signal.SIGSEGV)}"}
     assert "nothing here" in pool.call({"do": "raise"})["failed"]
     assert pool.call({"do": "print", "echo": 2}) == {"echo": 2}, "what is printed stays out of the replies"
+
+
+@linux
+def test_what_takes_a_worker_over_reaches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file, no network, no process, no token; the control is the same attempt here, which reaches all of it."""
+    monkeypatch.setenv("ATTACK_TOKEN", "sesame")
+    secret = tmp_path / "secret"
+    secret.write_text("sesame")
+    with contextlib.closing(Pool(JOB, time_limit_s=30)) as pool, socket.create_server(("127.0.0.1", 0)) as listener:
+        request = {"do": "reach", "secret": str(secret), "port": listener.getsockname()[1]}
+        assert pool.call(request) == {"reached": []}
+        assert pool.call({"do": "fork"}) == {"timeout": f"the worker process ended with signal {int(signal.SIGSYS)}"}
+        environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in pool.processes()]
+        assert environments and not any(b"sesame" in text for text in environments)
+        assert {"Landlock", "a system-call filter", "a limit on tasks"} <= set(pool.confinement())
+        reached = job(request)["reached"]
+    assert len(reached) == 7 and {"a file", "the network", "the environment"} <= set(reached)
 
 
 def test_a_keeper_that_is_killed_is_replaced(pool: Pool) -> None:
