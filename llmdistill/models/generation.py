@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from llmdistill.errors import UserError
 from llmdistill.models.weights import base_model
 from llmdistill.texts import request_seed
 from llmdistill.texts.rollout import Finish, Prompt, Rollout, Sampling, collate
+
+logger = logging.getLogger(__name__)
 
 
 class HFRollouts:
@@ -83,12 +88,9 @@ def generate(
         rows: number of each prompt in the call its seed speaks of, where this call is only a part of that.
     """
     n = sampling.samples_per_prompt
-    width = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p.ids)) + p.ids for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device)
-    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    # Drawing is ours (one uniform number per request and token), so transformers only has to take the best score.
-    draw = _Draw(sampling, range(len(prompts)) if rows is None else rows).to(model.device)
+    numbers = list(range(len(prompts))) if rows is None else list(rows)
+    requests = [(p.ids, (i, j)) for p, i in zip(prompts, numbers, strict=True) for j in range(n)]
+    ends = _Ends(tuple(eos_ids), pad_id)
     was_training = model.training
     model.eval()
     holders = [model, base_model(model)]  # adapters hand their wrapper's settings down to the model below
@@ -96,28 +98,112 @@ def generate(
     try:
         for holder in holders:
             holder.generation_config = GenerationConfig()
-        out = _generated(model, ids, mask, sampling, draw, eos_ids, pad_id)
+        together = len(requests) == 1 or _may_be_batched(model, ends)
+        groups = [requests] if together else [[request] for request in requests]
+        drawn = [sequence for group in groups for sequence in _drawn(model, group, sampling, ends)]
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
     model.train(was_training)
-    completions: list[list[int]] = []
-    logprobs: list[list[float]] = []
-    finish: list[Finish] = []
-    for row, row_logprobs in zip(out[:, width:].tolist(), draw.logprobs(), strict=True):  # type: ignore[union-attr]
-        end = next((i for i, token in enumerate(row) if token in eos_ids), None)
-        completions.append(row if end is None else row[: end + 1])
-        logprobs.append(row_logprobs[: len(completions[-1])])
-        finish.append("length" if end is None else "stop")
     return collate(
-        [p.ids for p in prompts for _ in range(n)],
-        completions,
+        [ids for ids, _ in requests],
+        [sequence.ids for sequence in drawn],
         pad_id=pad_id,
-        behavior_logprobs=logprobs,
-        finish=finish,
+        behavior_logprobs=[sequence.logprobs for sequence in drawn],
+        finish=[sequence.finish for sequence in drawn],
         domain=[p.domain for p in prompts for _ in range(n)],
         policy_version=policy_version,
     )
+
+
+# Models that were found to write the same in a batch as alone, or not to.
+_batched: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_PROBE = [[11, 7, 5], [6, 9, 12, 8, 13, 10, 14, 15, 16]]  # prompts of different length
+_PROBE_TOKENS = 3
+# nats a token: the order of sums differs by 1e-5 in float32, 16 bits by 0.05 on average; a state that padding or a
+# neighbour got into by some tenths, in small random models.
+_SAME, _SAME_16 = 1e-2, 0.2
+
+Request = tuple[int, int]  # prompt, and sample of it: what its random stream is of
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What ends a completion, and what fills a batch up."""
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One completion, the ending eos included."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Finish
+
+
+def _may_be_batched(model: PreTrainedModel, ends: _Ends) -> bool:
+    """Whether completions in a left-padded batch are those of the prompts alone: recurrent models have states that
+    padding runs through (RecurrentGemma), or that transformers mixes up in a batch (RWKV). Tried out once for a model.
+
+    Raises:
+        UserError: alone they are not what its forward says either.
+    """
+    base = base_model(model)
+    if base not in _batched:
+        width = base.config.get_text_config().vocab_size
+        requests = [([i % width for i in ids], (n, 0)) for n, ids in enumerate(_PROBE)]
+        allowed = _SAME if base.dtype in (torch.float32, torch.float64) else _SAME_16
+        together = _distance_from_forward(model, [requests], ends)
+        _batched[base] = together <= allowed
+        if not _batched[base] and not _distance_from_forward(model, [[r] for r in requests], ends) <= allowed:
+            del _batched[base]
+            raise UserError(
+                f"{type(base).__name__} cannot be sampled from: the log-probs of what generate() writes are "
+                f"{together:.2g} nats a token off those of its own forward pass, in a batch and one by one. "
+                "Fix: another student, or --sequences dataset or teacher."
+            )
+        if not _batched[base]:
+            logger.warning("%s cannot be sampled from in batches: one sequence at a time", type(base).__name__)
+    return _batched[base]
+
+
+def _distance_from_forward(
+    model: PreTrainedModel, groups: Sequence[Sequence[tuple[list[int], Request]]], ends: _Ends
+) -> float:
+    """Mean difference in nats of the log-probs that ``generate`` drew with from those of a forward pass without a
+    cache and without padding."""
+    gaps = list[Tensor]()
+    for group in groups:
+        drawn = _drawn(model, group, Sampling(_PROBE_TOKENS, temperature=0.0), ends)
+        for (ids, _), sequence in zip(group, drawn, strict=True):
+            whole = torch.tensor([[*ids, *sequence.ids]], device=model.device)
+            logits_TV = model(input_ids=whole, use_cache=False).logits[0, len(ids) - 1 : -1].float()
+            forward = logits_TV.log_softmax(-1).gather(-1, whole[0, len(ids) :, None]).squeeze(-1).cpu()
+            gaps.append((forward - torch.tensor(sequence.logprobs)).abs())
+    return float(torch.cat(gaps).mean())
+
+
+def _drawn(
+    model: PreTrainedModel, requests: Sequence[tuple[list[int], Request]], sampling: Sampling, ends: _Ends
+) -> list[_Sequence]:
+    """Completions of requests, each with its prompt, in one batch."""
+    width = max(len(ids) for ids, _ in requests)
+    pad = [width - len(ids) for ids, _ in requests]
+    padded = [[ends.pad_id] * k + list(ids) for k, (ids, _) in zip(pad, requests, strict=True)]
+    mask = [[0] * k + [1] * len(ids) for k, (ids, _) in zip(pad, requests, strict=True)]
+    ids_BT, mask_BT = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
+    # Drawing is ours (one uniform number per request and token), so transformers only has to take the best score.
+    draw = _Draw(sampling, [request for _, request in requests]).to(model.device)
+    out = _generated(model, ids_BT, mask_BT, sampling, draw, ends.eos_ids, ends.pad_id)
+    found = []
+    for row, row_logprobs in zip(out[:, width:].tolist(), draw.logprobs(), strict=True):
+        end = next((i for i, token in enumerate(row) if token in ends.eos_ids), None)
+        ids = row if end is None else row[: end + 1]
+        found.append(_Sequence(ids, row_logprobs[: len(ids)], "length" if end is None else "stop"))
+    return found
 
 
 def _generated(
@@ -163,8 +249,7 @@ class _Draw(LogitsProcessor):
     which is not touched.
     """
 
-    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
-        requests = [(i, j) for i in rows for j in range(sampling.samples_per_prompt)]
+    def __init__(self, sampling: Sampling, requests: Sequence[Request]) -> None:
         streams = [torch.Generator().manual_seed(request_seed(sampling.seed, i, j)) for i, j in requests]
         shape = sampling.max_new_tokens
         self.uniform_BL = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in streams])

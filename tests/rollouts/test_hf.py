@@ -47,7 +47,7 @@ def test_behavior_logprobs_are_those_of_the_distribution_drawn_from(temperature:
 def test_draws_follow_the_distribution() -> None:
     """20,000 requests over 5 tokens, one of them impossible: counts within 5 sigma (false failures below 1e-5)."""
     n, logits = 20_000, torch.tensor([2.0, 0.0, -torch.inf, 1.0, -3.0])
-    scores = _Draw(Sampling(1, seed=1), range(n))(torch.zeros(n, 1), logits.expand(n, 5))
+    scores = _Draw(Sampling(1, seed=1), [(i, 0) for i in range(n)])(torch.zeros(n, 1), logits.expand(n, 5))
     counts, p = scores.argmax(-1).bincount(minlength=5).double(), logits.double().softmax(-1)
     assert counts[2] == 0
     assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
