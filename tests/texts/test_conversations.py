@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, Features, Sequence, Value
 
-from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
+from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, redi
 from llmdistill.errors import UserError
 from llmdistill.opd import main as opd
 from llmdistill.recipe.config import DataConfig
@@ -194,6 +194,24 @@ def test_conversations_from_a_recipe(tmp_path: Path) -> None:
         opd(words)
     opd([*words, "--data.prompt_column", "conversations"])
     assert (tmp_path / "run" / "student").is_dir()
+
+
+def test_fine_tuning_on_conversations_from_the_command_line(tmp_path: Path) -> None:
+    """No column of completions is needed, and every answer is a text of its own."""
+    tiny.llama(1, vocab=288).save_pretrained(tmp_path / "student")
+    quirks.byte_level(quirks.CHATML).save_pretrained(tmp_path / "student")
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": TALK}) + "\n") * 4)
+    given = {
+        **{
+            "student.model": tmp_path / "student",
+            "data.train": tmp_path / "rows.jsonl",
+            "output_dir": tmp_path / "run",
+        },
+        **{"data.prompt_column": "messages", "data.assistant_turns": "all", "method": "sft", "stage1_epochs": 1},
+        **{"stage1_batch_size": 4},
+    }
+    redi.main([word for key, value in given.items() for word in (f"--{key}", str(value))])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2  # eight answers by fours
 
 
 # ---------------------------------------------------------------- what is refused
