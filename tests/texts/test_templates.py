@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -13,6 +14,7 @@ from llmdistill.texts.pairs import pair_encoder
 from llmdistill.texts.prompts import PromptEncoder, completed
 from tests import tiny
 from tests.texts import quirks
+from tests.tokenization import vocabularies
 
 ASK = {"role": "user", "content": "2+2?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -186,6 +188,22 @@ def test_a_chat_of_sentence_pieces() -> None:
     tokenizer = quirks.sentence_piece(quirks.ALTERNATING)
     (p,) = PromptEncoder(tokenizer, DataConfig()).encode_all([{"prompt": [ASK, said("4")]}], completions=True)
     assert tokenizer.convert_ids_to_tokens(list(p.completion)) == ["▁4", "<eos>"]
+
+
+def test_seams_of_a_real_sentence_piece_vocabulary() -> None:
+    """Mistral's, as the fast tokenizer of transformers has it: text behind text, and its template's blanks."""
+    tokenizer = copy.deepcopy(vocabularies.tokenizer("mistral-fast"))
+    tokenizer.chat_template = quirks.ALTERNATING
+    rows = [
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": "A:", "completion": " four"},
+        {"prompt": [ASK, said("4")]},
+    ]
+    prompts = PromptEncoder(tokenizer, DataConfig()).encode_all(rows, completions=True)
+    pieces = [tokenizer.convert_ids_to_tokens(list(p.completion)) for p in prompts]
+    assert pieces == [["4", "</s>"], ["▁four", "</s>"], ["▁", "4", "</s>"]]
+    for p, text in zip(prompts, ("2+2=4", "A: four", "<s>[INST] 2+2? [/INST] 4"), strict=True):
+        assert [*p.ids, *p.completion[:-1]] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 # ---------------------------------------------------------------- strings
