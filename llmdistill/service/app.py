@@ -179,11 +179,14 @@ class Service:
 
     # ---------------------------------------------------------------- a request
 
-    async def answered(self, request: Request, path: str, read: Read, *, kept: bool = True) -> Answer:
+    async def answered(
+        self, request: Request, path: str, read: Read, *, kept: bool = True, waits: bool = False
+    ) -> Answer:
         """The answer to a request whose body ``read`` understands; it is not held while that is worked out.
 
         Args:
             kept: whether the answer is, for the same request again.
+            waits: whether ``read`` looks into files.
 
         Raises:
             Problem: whatever is wrong with it.
@@ -192,13 +195,13 @@ class Service:
         self.answers.release([done for done in request.headers.get("x-request-done", "").split(",") if done])
         kind = content_type(request)
 
-        def prepared(data: bytes) -> tuple[bytes, Work]:  # on a thread
+        def prepared(data: bytes) -> tuple[bytes, Work]:  # on a thread, unless it is small
             # path and kind are part of what is asked
             digest = hashlib.blake2b(f"{path}\0{kind}\0".encode(), digest_size=16)
             digest.update(data)
             return digest.digest(), read(data, kind)
 
-        digest, work = await self.bodies.read(request, prepared)
+        digest, work = await self.bodies.read(request, prepared, waits=waits)
         return await unless_gone(request, self.answers.get(name if kept else None, digest, work))
 
     # ---------------------------------------------------------------- state

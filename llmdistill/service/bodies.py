@@ -19,6 +19,7 @@ from llmdistill.wire.protocol import JSON_TYPE
 
 T = TypeVar("T")
 READERS = 2  # bodies that are worked on at one time
+SMALL_BYTES = 1 << 15  # of a body that costs less than handing it to a thread
 
 
 class Bodies:
@@ -28,15 +29,21 @@ class Bodies:
         self.limits, self.bytes = limits, 0
         self._readers = asyncio.Semaphore(READERS)
 
-    async def read(self, request: Request, work: Callable[[bytes], T]) -> T:
-        """``work(body)``, which runs on a thread; the body is let go of then.
+    async def read(self, request: Request, work: Callable[[bytes], T], *, waits: bool = False) -> T:
+        """``work(body)``, which runs on a thread where the body is not small; the body is let go of then.
+
+        Args:
+            waits: whether ``work`` reads files, so that a small body is for a thread too.
 
         Raises:
             Problem: 413 as soon as it is known to be too long, 408 when it does not arrive, 429 when too much is held,
                 or whatever ``work`` raises.
         """
-        async with self._parts(request) as parts, self._readers:
-            return await asyncio.to_thread(_joined, parts, work)
+        async with self._parts(request) as parts:
+            if not waits and sum(map(len, parts)) <= SMALL_BYTES:
+                return _joined(parts, work)
+            async with self._readers:
+                return await asyncio.to_thread(_joined, parts, work)
 
     @asynccontextmanager
     async def _parts(self, request: Request) -> AsyncIterator[list[bytes]]:

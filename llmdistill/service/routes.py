@@ -35,23 +35,23 @@ def create_app(service: Service) -> ASGIApp:
             traceback.clear_frames(problem.__traceback__)
             return problem_response(problem)
 
-    def posted(path: str, read: Read, *, kept: bool = True) -> None:
+    def posted(path: str, read: Read, *, kept: bool = True, waits: bool = False) -> None:
         async def endpoint(request: Request) -> Response:
-            return await responded(service.answered(request, path, read, kept=kept))
+            return await responded(service.answered(request, path, read, kept=kept, waits=waits))
 
         app.post(path)(endpoint)
 
     posted(protocol.SCORE, service.score)
     posted(protocol.SCORE_TEXT, service.score_text)
     posted(protocol.GENERATE, service.generate)
-    posted(protocol.ADAPTERS, service.add_adapter)
+    posted(protocol.ADAPTERS, service.add_adapter, waits=True)
     posted(protocol.OFFER, service.offer, kept=False)  # what is true of it changes
 
     @app.post(protocol.WEIGHTS)
     async def weights(request: Request) -> Response:
         if content_type(request) == protocol.TENSORS_TYPE:
             return await responded(service.load_upload(request))
-        return await responded(service.answered(request, protocol.WEIGHTS, service.load_folder))
+        return await responded(service.answered(request, protocol.WEIGHTS, service.load_folder, waits=True))
 
     @app.delete(protocol.ADAPTERS + "/{name}")
     async def remove_adapter(name: str) -> Response:

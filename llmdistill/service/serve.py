@@ -155,9 +155,9 @@ def help_text() -> str:
 def load(config: ServeConfig) -> Engine:
     """The engine, with the model in it."""
     if config.engine == "vllm":
-        from llmdistill.service.vllm_engine import VLLMEngine
+        from llmdistill.service.vllm_engine import AsyncVLLMEngine
 
-        return VLLMEngine(
+        return AsyncVLLMEngine(
             config.model,
             dtype=config.dtype,
             max_top_k=config.top_k,

@@ -27,11 +27,12 @@ from llmdistill.teachers.vllm import describe
 from llmdistill.texts import request_seed
 from llmdistill.wire.blocks import ScoreBlock
 
+FEW_CELLS = 1 << 14  # of evidence, that cost less than handing them to a thread
 GPU_ADAPTERS = 4  # that are computed with at one time
 RESETS, RESET_S = 50, 0.1
 
 
-class VLLMEngine:
+class AsyncVLLMEngine:
     """Implements :class:`~llmdistill.service.engine.Engine` over vLLM's ``AsyncLLM``.
 
     Args:
@@ -127,6 +128,8 @@ class VLLMEngine:
         vocab, at = self._info.vocab_size, np.arange(job.start, job.stop)
         params = scoring_params(len(job.ids), at, job.top_k, vocab, job.chosen)
         output = await self._ask(job.ids, params)
+        if len(at) * (job.top_k + 1) <= FEW_CELLS:
+            return job.block(self._info, scored_rows(output, at, job.top_k, vocab, job.chosen))
         rows = await asyncio.to_thread(scored_rows, output, at, job.top_k, vocab, job.chosen)
         return job.block(self._info, rows)
 

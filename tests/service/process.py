@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,17 +23,20 @@ class ServiceProcess:
     Args:
         model: folder of the model.
         options: further options of the command.
+        certificate: of its own, where the options give it one.
     """
 
-    def __init__(self, model: str, *options: str, token: str | None = None) -> None:
+    def __init__(self, model: str, *options: str, token: str | None = None, certificate: str | None = None) -> None:
         self.model, self.options, self.token = model, options, token
+        self.scheme = "https" if certificate else "http"
+        self.verify = ssl.create_default_context(cafile=certificate) if certificate else True
         self.port = 0
         self.log: list[str] = []
         self.process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def start(self, wait: bool = True) -> ServiceProcess:
         command = [sys.executable, "-m", "llmdistill.cli", "serve", "--model", self.model, "--port", str(self.port)]
@@ -60,7 +64,7 @@ class ServiceProcess:
             if found:
                 self.port = int(found[1])
                 try:
-                    if httpx.get(self.url + "/ready", timeout=2).status_code == 200:
+                    if httpx.get(self.url + "/ready", timeout=2, verify=self.verify).status_code == 200:
                         return
                 except httpx.HTTPError:
                     pass

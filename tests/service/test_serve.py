@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ import torch
 from safetensors.torch import save
 
 from llmdistill.cli import main
+from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
 from llmdistill.models.weights import named_weights
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.remote import RemoteTeacher
 from llmdistill.texts import Prompt, Sampling, collate
 from llmdistill.wire import protocol
 from tests import tiny
@@ -201,6 +204,28 @@ def test_a_stop_answers_what_is_there_and_leaves_nothing_behind(model: str) -> N
         thread.join()
         assert found[0].status_code == 200 and len(found[0].json()["completions"]) == 8
         assert "".join(server.log).count("draining") == 1
+
+
+def test_tls_and_several_tokens(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that trusts the certificate and shows either token is served; one that does not sends nothing."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(made, check=True, capture_output=True)
+    options = ["--engine", "hf", "--dtype", "float32", "--max-model-len", "64"]
+    options += ["--tls-cert", str(certificate), "--tls-key", str(key)]
+    with ServiceProcess(model, *options, token="old,new", certificate=str(certificate)) as server:
+        with pytest.raises(UserError, match="gave no answer for 0 s: cannot connect: .*CERTIFICATE_VERIFY_FAILED"):
+            RemoteTeacher(server.url, token="new", max_outage_s=0.0, on_status=lambda line: None).close()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        for token in ("old", "new@127.0.0.1"):
+            teacher = RemoteTeacher(server.url, token=token, max_outage_s=20)
+            assert len(teacher.score(collate([[40, 41]], [[42, 43]], pad_id=0), 2)[0].token_logprobs) == 2
+            teacher.close()
+        with pytest.raises(UserError, match="HTTP 401"):
+            RemoteTeacher(server.url, token="other", max_outage_s=20)
 
 
 def test_answers_do_not_wait_for_acknowledgements(server: ServiceProcess) -> None:
