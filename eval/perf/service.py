@@ -5,10 +5,10 @@
 Two processes hold the same model in the same vLLM engine: ``bare`` calls it directly, nothing in between and the
 numbers thrown away; ``service`` is `llmdistill serve`, asked over HTTP by as many concurrent clients, which decode the
 score blocks they get. Both score the same sequences with as many in flight, in alternating windows, so that what else
-the machine does hits both. In the middle of each of the service's windows one caller posts the largest body that is
-legal, which is refused in the end. Prints JSON: scored positions a second of each window and the ratio of each pair,
-latencies, statuses, bytes a position, how late the service's event loop was (its own word, and what a probe of /health
-every 50 ms had to wait), and the resident memory of the service after every window.
+the machine does hits both. In one more window of the service a probe asks for /health every 50 ms, and one caller posts
+the largest body that is legal, which is refused in the end. Prints JSON: scored positions a second of each window and
+the ratio of each pair, latencies, statuses, bytes a position, how late the service's event loop was (its own word, and
+what the probe had to wait), and the resident memory of the service after every window.
 """
 
 from __future__ import annotations
@@ -234,11 +234,11 @@ def main(options: argparse.Namespace) -> None:
         lag: list[float] = []
         httpx.get(f"{url}/metrics")  # the longest lag is counted from here
         for _ in range(windows):
-            bare_side = direct.window(options.window)
-            with Probe(url, 64 << 20) as probe:
-                pairs.append((bare_side, callers.window(options.window)))
-            lag += probe.seconds
+            pairs.append((direct.window(options.window), callers.window(options.window)))
             memory.append(resident_mib(served.process.pid))
+        with Probe(url, 64 << 20) as probe:  # a window of its own: what it asks would be counted against the service
+            callers.window(options.window)
+        lag += probe.seconds
         metrics = httpx.get(f"{url}/metrics").text
     finally:
         for worker in (callers, direct, served):
