@@ -9,8 +9,11 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "DiffusionGenerationConfig": "llmdistill.diffusion.generation_config",
+    "DiffusionOutput": "llmdistill.diffusion.sampling",
     "MaskedDiffusionLM": "llmdistill.diffusion.backbone",
     "elbo": "llmdistill.diffusion.likelihood",
+    "generate": "llmdistill.diffusion.sampling",
     "loglikelihood": "llmdistill.diffusion.likelihood",
     "perplexity": "llmdistill.diffusion.likelihood",
 }

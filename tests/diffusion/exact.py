@@ -85,14 +85,15 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 Chooser = Callable[[Tensor, Tensor, Tensor], list[tuple[float, Tensor]]]
 
 
-def push(exact: Exact, choose: Chooser, steps: int) -> Tensor:
+def push(exact: Exact, steps: list[Chooser]) -> Tensor:
     """The exact distribution [V^L] of a sampler: mass over all states, moved step by step.
 
-    In every state all draws of tokens for the masked positions are enumerated. ``choose(logits, tokens, masked)``, each
-    of them a batch over those draws, gives sets of positions [B, L] bool to be revealed and the chance of each.
+    In every state all draws of tokens for the masked positions are enumerated. A step, ``choose(logits, tokens,
+    masked)``, each of them a batch over those draws, gives sets of positions [B, L] bool to be
+    revealed and the chance of each.
     """
     mass = {(exact.mask_id,) * exact.length: 1.0}
-    for _ in range(steps):
+    for choose in steps:
         moved: dict[tuple[int, ...], float] = {}
         for state, weight in mass.items():
             ids = torch.tensor(state)
@@ -108,7 +109,8 @@ def push(exact: Exact, choose: Chooser, steps: int) -> Tensor:
             for chance, revealed in choose(logits, tokens, masked.expand(len(draws), -1)):
                 new = torch.where(revealed, tokens, ids)
                 for row, probability in zip(new.tolist(), (chances * chance * weight).tolist(), strict=True):
-                    moved[tuple(row)] = moved.get(tuple(row), 0.0) + probability
+                    if probability > 0:
+                        moved[tuple(row)] = moved.get(tuple(row), 0.0) + probability
         mass = moved
     result = torch.zeros(exact.vocab**exact.length, dtype=torch.float64)
     for state, weight in mass.items():
