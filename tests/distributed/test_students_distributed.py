@@ -1,0 +1,41 @@
+"""Students of other classes in several processes: towers that text never reaches under DistributedDataParallel with
+checkpointing, adapters on experts, heads that can be tried only once ZeRO-3 has its engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.distributed import students_worker
+from tests.distributed.test_distributed import launch
+
+pytestmark = pytest.mark.slow
+LAUNCHES = ("two_processes", "zero3")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Launch file -> what its worker wrote; every file is launched once."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def of(config: str) -> dict[str, Any]:
+        if config not in found:
+            folder = tmp_path_factory.mktemp(config)
+            launch(config, "-m", "tests.distributed.students_worker", str(folder / "out.json"), str(folder))
+            found[config] = json.loads((folder / "out.json").read_text())
+        return found[config]
+
+    return of
+
+
+@pytest.mark.parametrize("config", LAUNCHES)
+@pytest.mark.parametrize("name", students_worker.STUDENTS)
+def test_it_is_trained_kept_still_and_saved_as_it_is(results: Any, config: str, name: str) -> None:
+    found = results(config)[name]
+    assert found["processes"] == 2 and found["sharded"] == (config == "zero3")
+    assert found["trained"]
+    assert found["still"]  # in the step in which nothing counted
+    assert found["saved"] is None
+    assert found["scale"] == (3.0 if name == "scaled head" else 1.0)
