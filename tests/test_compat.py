@@ -338,7 +338,7 @@ engine = VLLMRollouts(wrapped, eos_ids=(1,), pad_id=0, dtype="float32", max_mode
 engine.sync(torch.nn.parallel.DistributedDataParallel(model), 1)
 for i in range(1 + 2 * rank):  # each rank its own number of calls, prompts and lengths
     engine.generate([Prompt([5 + rank] * (3 + rank), "")] * (1 + i), Sampling(4 + 9 * rank))
-assert_engine_is(engine.llm, model)
+assert_engine_is(engine.engine.llm, model)
 engine.close()
 total = torch.ones(1) * (rank + 1)
 torch.distributed.all_reduce(total)  # the training's group has survived

@@ -10,15 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmdistill.compat.patching import random_state_kept
-from llmdistill.compat.vllm import close_vllm, load_vllm
-from llmdistill.compat.vllm_weights import forget_prefixes, push_weights, takes_partial_push
-from llmdistill.errors import UserError
-from llmdistill.models.vllm_requests import generation_params
-from llmdistill.models.weights import base_model, named_weights
+from llmdistill.models.vllm_engine import InProcessVLLM
+from llmdistill.models.weights import base_model
 from llmdistill.rollouts.probe import check_engine
-from llmdistill.texts import request_seed
-from llmdistill.texts.rollout import Finish, Prompt, Rollout, Sampling, collate
+from llmdistill.texts.rollout import Prompt, Rollout, Sampling
 
 
 class VLLMRollouts:
@@ -51,27 +46,25 @@ class VLLMRollouts:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        self.eos_ids, self.pad_id, self.max_model_len = tuple(eos_ids), pad_id, max_model_len
+        self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.policy_version = 0
         self._has_weights = isinstance(student, str)
-        self._was_pushed = False
-        settings = dict(
-            seed=seed,
-            max_model_len=max_model_len,
-            logprobs_mode="processed_logprobs",  # of the distribution sampled from: at its temperature, after top-p/k
-            kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
-            gpu_memory_utilization=gpu_memory_utilization,
-            updatable=True,
+        needs: dict[str, Any] = {
+            "dtype": dtype,
+            "longest": max_model_len,
+            "kv_cache_gib": kv_cache_gib,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "seed": seed,
             **options,
-        )
+        }
         if isinstance(student, str):
-            self.llm = load_vllm(student, dtype=dtype, **settings)  # type: ignore[arg-type]
+            self.engine = InProcessVLLM(student, "rollouts", **needs)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 config = copy.deepcopy(base_model(student).config)
                 config.architectures = [type(base_model(student)).__name__]  # vLLM goes by it; one made here has none
                 config.save_pretrained(folder)
-                self.llm = load_vllm(folder, dtype=dtype, load_format="dummy", **settings)  # type: ignore[arg-type]
+                self.engine = InProcessVLLM(folder, "rollouts", load_format="dummy", **needs)
 
     def sync(self, model: nn.Module, policy_version: int) -> None:
         """Pushes the weights of ``model``; after the first time, where the engine can, only those that are trained.
@@ -81,12 +74,11 @@ class VLLMRollouts:
         Raises:
             UserError: after the first push the engine's log-probs are not the student's.
         """
-        partial = self._was_pushed and takes_partial_push(self.llm)
-        push_weights(self.llm, named_weights(model, trainable_only=partial), partial=partial)
-        first = not self._was_pushed
-        self.policy_version, self._was_pushed, self._has_weights = policy_version, True, True
+        first = not self.engine.pushed
+        self.engine.push(model)
+        self.policy_version, self._has_weights = policy_version, True
         if first:
-            check_engine(self, model, float32=self.llm.llm_engine.model_config.dtype == torch.float32)
+            check_engine(self, model, float32=self.engine.dtype == torch.float32)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Completions with the eos that ended them. ``behavior_logprobs`` are those of the distribution sampled from:
@@ -99,49 +91,7 @@ class VLLMRollouts:
             UserError: a prompt leaves no room for ``max_new_tokens``.
         """
         assert self._has_weights, "sync() comes before generate()"
-        outputs = complete(self.llm, prompts, sampling, self.eos_ids, self.max_model_len)
-        return to_rollout(prompts, sampling, outputs, self.pad_id, self.policy_version)
+        return self.engine.rollout(prompts, sampling, self.eos_ids, self.pad_id, self.policy_version)
 
     def close(self) -> None:
-        close_vllm(self.llm)
-
-
-def complete(
-    llm: Any, prompts: Sequence[Prompt], sampling: Sampling, eos_ids: Sequence[int], max_model_len: int
-) -> list[Any]:
-    """vLLM's ``CompletionOutput`` of every prompt and sample, samples of one prompt adjacent."""
-    longest = max((len(p.ids) for p in prompts), default=0) + sampling.max_new_tokens
-    if longest > max_model_len:
-        raise UserError(
-            f"rollouts.max_new_tokens is {sampling.max_new_tokens}; the longest prompt makes that {longest} tokens, "
-            f"the vLLM engine holds {max_model_len}. Fix: lower it or data.max_prompt_tokens, or raise max_model_len."
-        )
-    forget_prefixes(llm)  # what earlier calls left would change the rounding, and a resumed run has not got it
-    requests = [
-        (
-            {"prompt_token_ids": list(prompt.ids)},
-            generation_params(sampling, request_seed(sampling.seed, i, j), eos_ids),
-        )
-        for i, prompt in enumerate(prompts)
-        for j in range(sampling.samples_per_prompt)
-    ]
-    with random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
-        outputs = llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
-    return [o.outputs[0] for o in outputs]
-
-
-def to_rollout(
-    prompts: Sequence[Prompt], sampling: Sampling, outputs: Sequence[Any], pad_id: int, policy_version: int = 0
-) -> Rollout:
-    """What :func:`complete` returned, with the log-probs of the sampled tokens."""
-    n = sampling.samples_per_prompt
-    finish: list[Finish] = ["stop" if o.finish_reason == "stop" else "length" for o in outputs]
-    return collate(
-        [p.ids for p in prompts for _ in range(n)],
-        [o.token_ids for o in outputs],
-        pad_id=pad_id,
-        behavior_logprobs=[o.logprobs.logprobs for o in outputs],
-        finish=finish,
-        domain=[p.domain for p in prompts for _ in range(n)],
-        policy_version=policy_version,
-    )
+        self.engine.close()

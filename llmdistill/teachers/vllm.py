@@ -13,13 +13,11 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from llmdistill.compat.patching import random_state_kept
-from llmdistill.compat.vllm import close_vllm, load_vllm
 from llmdistill.errors import UserError
 from llmdistill.models.loading import adapter_base
+from llmdistill.models.vllm_engine import InProcessVLLM
 from llmdistill.models.vllm_requests import scored_rows, scoring_params
 from llmdistill.recipe.config import TeacherConfig
-from llmdistill.rollouts.vllm import complete, to_rollout
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.texts import Prompt, Rollout, Sampling, span
@@ -64,18 +62,16 @@ class VLLMTeacher:
         self._info, self.tokenizer = describe(model_path, trust_remote_code, revision=revision, tokenizer=tokenizer)
         self.max_top_k = min(max_top_k or self._info.vocab_size, self._info.vocab_size)
         self.max_model_len = max_model_len or self._info.context_length
-        self.llm = load_vllm(
+        self.engine = InProcessVLLM(
             model_path,
+            "teacher",
             dtype=dtype,
-            seed=0,
-            max_model_len=self.max_model_len + 1,  # vLLM insists on generating a token after what it scores
+            longest=self.max_model_len,
             max_logprobs=-1 if self.max_top_k == self._info.vocab_size else self.max_top_k,
-            logprobs_mode="processed_logprobs",  # of generated tokens; those of prompts are never processed
-            kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+            kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
-            **({"revision": revision} if revision else {}),
-            **options,
+            **(options | ({"revision": revision} if revision else {})),
         )
 
     @classmethod
@@ -122,8 +118,7 @@ class VLLMTeacher:
             scoring_params(len(sequence), at, top_k, vocab, mine)
             for sequence, at, mine in zip(sequences, places, ids, strict=True)
         ]
-        with random_state_kept():
-            outputs = self.llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
+        outputs = self.engine.score(sequences, params)
         width = columns(top_k, chosen, vocab)
         header = BlockHeader(
             self._info.fingerprint, self._info.tokenizer, width, vocab, support=support_of(top_k, chosen)
@@ -134,14 +129,13 @@ class VLLMTeacher:
         ]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        outputs = complete(self.llm, prompts, sampling, self._info.eos_ids, self.max_model_len)
-        return to_rollout(prompts, sampling, outputs, pad_id(self.tokenizer))
+        return self.engine.rollout(prompts, sampling, self._info.eos_ids, pad_id(self.tokenizer))
 
     def info(self) -> TeacherInfo:
         return self._info
 
     def close(self) -> None:
-        close_vllm(self.llm)
+        self.engine.close()
 
 
 def describe(
@@ -165,7 +159,7 @@ def describe(
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"teacher.model {model_path!r} cannot be loaded: {reason}") from error
     try:
-        generation = GenerationConfig.from_pretrained(model_path, revision=revision or None)
+        generation = GenerationConfig.from_pretrained(model_path, revision=revision or "main")
     except OSError:
         generation = GenerationConfig.from_model_config(config)
     info = TeacherInfo(

@@ -75,7 +75,7 @@ def test_after_a_push_the_engine_is_the_student(name, request):
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_a_push_of_the_trained_weights_only_is_enough(name, request):
     engine, model = request.getfixturevalue(name), llama(3, hidden=64, tied=name == "tied")
-    engine._was_pushed = False  # as a new engine: the first push is complete
+    engine.engine.pushed = False  # as a new engine: the first push is complete
     engine.sync(model, 1)
     model.get_input_embeddings().weight.requires_grad_(False)
     model.model.layers[1].requires_grad_(False)
@@ -100,7 +100,7 @@ def test_embeddings_that_are_trained_reach_a_tied_head(tied):
 
 def test_lora_students_are_pushed_merged(tied):
     adapted = lora(llama(5, hidden=64), target_modules="all-linear")
-    tied._was_pushed = False
+    tied.engine.pushed = False
     tied.sync(adapted, 1)
     assert_samples_from(tied, adapted)
     with torch.no_grad():

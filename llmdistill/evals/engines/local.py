@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmdistill.compat.vllm import close_vllm, completions, load_vllm
 from llmdistill.evals.engines.base import Asked
 from llmdistill.evals.records import Sample
 from llmdistill.models.generation import generate
+from llmdistill.models.vllm_engine import InProcessVLLM
 from llmdistill.models.vllm_requests import generation_params
 from llmdistill.texts.rollout import Prompt, Sampling
 from llmdistill.tokenization.special import eos_ids, pad_id
@@ -23,14 +23,14 @@ IN_FLIGHT = 512  # requests handed to vLLM at one time: more than it runs, so th
 LOOK_EVERY = 16  # tokens between two looks for a stop string
 
 
-class VLLMEngine:
+class VLLMSampler:
     """vLLM in this process, fed as it goes: a sample is there as soon as it is finished.
 
     Args:
         model: folder or hub name.
         tokenizer: the model's.
         max_model_len: longest prompt and completion together.
-        options: further arguments of :func:`llmdistill.compat.vllm.load_vllm`.
+        options: of :class:`~llmdistill.models.vllm_engine.InProcessVLLM`.
 
     Raises:
         UserError: vLLM is missing or refuses the model.
@@ -49,12 +49,12 @@ class VLLMEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = checkpoint_eos_ids(model, tokenizer)
-        self.llm = load_vllm(
+        self.engine = InProcessVLLM(
             model,
+            "evaluation",
             dtype=dtype,
-            seed=0,
-            max_model_len=max_model_len,
-            kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+            longest=max_model_len,
+            kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
             **options,
         )
@@ -67,13 +67,13 @@ class VLLMEngine:
             for name, one in by_id.items()
         )
         stopped = self._has_stop(stop) if stop else None
-        for name, output in completions(self.llm, requests, IN_FLIGHT, stopped):
+        for name, output in self.engine.stream(requests, IN_FLIGHT, stopped):
             ids = list(output.token_ids)
             text = decoded(self.tokenizer, ids)
             yield by_id[name].sample(text, len(ids), output.finish_reason or "stop", stop)
 
     def close(self) -> None:
-        close_vllm(self.llm)
+        self.engine.close()
 
     def _params(self, sampling: Sampling, seed: int, watched: bool) -> Any:
         from vllm.sampling_params import RequestOutputKind

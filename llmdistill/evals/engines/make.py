@@ -54,10 +54,10 @@ def open_source(config: EvalConfig) -> Source:
 
     def load(longest: int) -> Engine:
         # here, not above: both take seconds to import
-        from llmdistill.evals.engines.local import HFEngine, VLLMEngine
+        from llmdistill.evals.engines.local import HFEngine, VLLMSampler
 
         if kind == "vllm":
-            return VLLMEngine(
+            return VLLMSampler(
                 config.model,
                 tokenizer,
                 dtype=config.dtype,
