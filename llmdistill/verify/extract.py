@@ -66,7 +66,8 @@ def extract(text: str, *, kind: Literal["math", "choice"] = "math", last_number:
             later = unmarked(rest)
             if later.stage == "conclusion":
                 return later
-        if found and last_number and _TAKES_BACK.search(rest) and (later := unmarked(rest)).answer:
+        taken_back = _TAKES_BACK.search(tail + rest) if found and last_number else None
+        if taken_back and (later := unmarked((tail + rest)[taken_back.end() :].lstrip(" ,.;:—-"))).answer:
             return later
         if found:
             return Extraction(found, "answer_line")

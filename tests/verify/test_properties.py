@@ -68,7 +68,7 @@ def identical(gold: str, changed: str) -> bool:
     trees = [_sympy(text) for text in (gold, changed)]
     if all(tree is not None for tree in trees):
         return bool(sympy.simplify(trees[0] - trees[1]) == 0)
-    spelt = [re.sub(r"\s|\\left|\\right", "", text) for text in (gold, changed)]
+    spelt = [re.sub(r"\s|\\left|\\right|-(?=0(?![.\d]))", "", text) for text in (gold, changed)]
     return spelt[0] == spelt[1] or spelt[0].lower() == spelt[1].lower() and bool(re.search(r"\d[eE]-?\d|[ap]\.m", gold))
 
 
@@ -130,8 +130,13 @@ def test_equality_of_the_documented_pairs_has_one_direction_only_where_that_is_d
     assert set(one_way) == ONE_WAY
 
 
-# A product for the number that it comes to is an answer; a number for the sides of a thing is none.
-ONE_WAY = {(r"12\times18\times11", "2376")}
+# A product is an answer for the number that it comes to, but a number is none for the sides of a thing; a word that
+# turns the meaning may be left out where the question asks for it, but not put in.
+ONE_WAY = {
+    (r"12\times18\times11", "2376"),
+    (r"2 \times 3 \times 4", "24"),
+    (r"12\%", r"12\% \text{ decrease}"),
+}
 
 
 GUESSES = [

@@ -239,11 +239,23 @@ class _Parser(Figures):
         number_in_brackets = self.is_sign("(") and [t.text if t else "" for t in (self.peek(2),)] == [")"]
         if number_in_brackets and (inner := self.peek(1)) is not None and inner.kind == "number":
             return Node("unknown", (self._group("(", ")"),), name=letter)  # I(0)
+        counted = self._counted(letter) if letter in "CPA" else None
+        if counted is not None:
+            return counted
         if letter in "fgh" and self.is_sign("(") or letter in "CAP" and self.is_sign("_", "^"):
             found = self._combinations(letter) if letter in "CAP" else self._applied(letter)
             if found is not None:
                 return found
         return Node("symbol", name=letter)
+
+    def _counted(self, letter: str) -> Node | None:
+        """C(5, 2), P(5, 2) and A(5, 2)."""
+        ahead = [token.text if (token := self.peek(n)) else "" for n in range(5)]
+        if [ahead[0], ahead[2], ahead[4]] != ["(", ",", ")"] or not (ahead[1] + ahead[3]).isdigit():
+            return None
+        self.at += 5
+        kind = "binomial" if letter == "C" else "permutations"
+        return Node(kind, (number(int(ahead[1])), number(int(ahead[3]))))
 
     def _applied(self, letter: str) -> Node | None:
         """f(x): a function that nothing is known of."""

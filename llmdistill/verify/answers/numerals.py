@@ -77,6 +77,17 @@ def _whole(tokens: list[str]) -> Fraction | None:
     return Fraction(total + current)
 
 
+_NUMBER_WORD = "|".join([*_VALUES, *_SCALES, "hundred"])
+_NUMBER_WORDS = re.compile(rf"\b(?:{_NUMBER_WORD})(?:[- ](?:{_NUMBER_WORD}))*\b", re.I)
+
+
+def in_figures(text: str) -> str:
+    """A text with its numbers in words written in figures."""
+    return _NUMBER_WORDS.sub(
+        lambda m: str(found) if (found := words_number(m.group())) is not None else m.group(), text
+    )
+
+
 def scaled(text: str) -> Fraction | None:
     """The factor in words behind figures: "hundred", "million", "tenths"; None for other words."""
     word = text.lower().strip(" .-")
@@ -106,6 +117,13 @@ def other_spellings(text: str) -> list[tuple[Node, bool]]:
     if re.fullmatch(r"\d+,\d+", bare) and (not re.search(r",\d{3}$", bare) or bare.startswith("0,")):
         figures = bare.replace(",", ".")
         found.append((number(sign * Fraction(figures), len(figures.partition(".")[2])), True))
+    goes_on = len(bare) < 60 and bare.endswith((")", "...", r"\dots"))
+    cycle = goes_on and re.fullmatch(r"(\d*\.\d*?)(?:\((\d+)\)|(\d+?)\3{2,}(?:\.\.\.| ?\\dots))", bare)
+    if cycle:  # 0.(3), 0.333...
+        fixed, digits = cycle[1], cycle[2] or cycle[3]
+        places = len(fixed.partition(".")[2])
+        whole = Fraction((fixed if fixed[0] != "." else "0" + fixed) + "0")
+        found.append((number(sign * (whole + Fraction(int(digits), (10 ** len(digits) - 1) * 10**places))), False))
     if re.fullmatch(r"0\d+", bare):
         found.append((number(sign * Fraction(bare)), False))
     return found

@@ -11,7 +11,7 @@ from fractions import Fraction
 from llmdistill.verify.answers.algebra import rational
 from llmdistill.verify.answers.expression import parse
 from llmdistill.verify.answers.notation import MONEY, TEXT, WRAPPED, unwrap
-from llmdistill.verify.answers.numerals import other_spellings, scaled, words_number
+from llmdistill.verify.answers.numerals import in_figures, other_spellings, scaled, words_number
 from llmdistill.verify.answers.tree import Node, number, symbols
 from llmdistill.verify.answers.units import Unit, parse_unit
 from llmdistill.verify.answers.values import Quantity, Sizes, Value
@@ -166,7 +166,7 @@ def _compound(text: str) -> Quantity | None:
     r"""5 feet 6 inches, 18 h 48 min, 45 dollars and 50 cents, 36^\circ 30'."""
     plain = unwrap(text) if len(text) < 120 else ""
     sign = -1 if plain.startswith("-") else 1
-    parts, at, plain = [], 0, plain.lstrip("-").strip()
+    parts, at, plain = [], 0, in_figures(plain.lstrip("-").strip())
     while match := _PART.match(plain, at):
         parts.append((match["value"], match["unit"]))
         at = match.end()

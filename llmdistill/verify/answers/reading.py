@@ -36,6 +36,9 @@ def bare(text: str) -> str:
         text,
         flags=re.I,
     )
+    whole = WRAPPED.fullmatch(plain)
+    if whole and _LEAD.match(whole.group(1).strip()):
+        plain = whole.group(1).strip(" .")
     for _ in range(2):
         match = _LEAD.match(plain)
         if match and match.end() < len(plain) and match.end() > 0:
@@ -69,7 +72,11 @@ def readings(text: str, depth: int = 0) -> Readings:
             found.append(single)
     quantities = read_quantities(text)
     found += quantities
-    if simple and ":" in text and not any(isinstance(value, Time) and value.marked for value in found):
+    if (
+        simple
+        and (":" in text or "to" in text)
+        and not any(isinstance(value, Time) and value.marked for value in found)
+    ):
         ratio = read_ratio(text)
         found += [ratio] if ratio else []
     if not any(isinstance(q, Quantity) for q in quantities) or re.search(r",|\\pm", text):

@@ -39,7 +39,8 @@ _SIGNS = {
 }
 _LABEL = re.compile(
     r"(?:\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()]{1,20}\))?|\\(?:angle|triangle) ?[A-Z]{1,4}|[A-Z]{2,6}"
-    r"|\\(?:vec|overline|hat|bar|mathbf)\{?\w{1,3}\}?|\[[A-Z]{3,6}\]|\|[A-Z]{2}\||P ?\([^()]{1,40}\)"
+    r"|\\(?:vec|overline|hat|bar|mathbf)\{?\w{1,3}\}?|\\(?:text|mathrm)\{[^{}]{1,30}\}|\[[A-Z]{3,6}\]"
+    r"|\|[A-Za-z]\||\|[A-Z]{2}\||P ?\([^()]{1,40}\)"
     r"|\([A-Za-z](?:_\d)?(?:, ?[A-Za-z](?:_\d)?)*\))"
 )
 _APPLIED = re.compile(r"(?P<name>[A-Za-z](?:_(?:\{\w+\}|\w))?'?)\((?P<argument>[A-Za-z])\)")
@@ -194,6 +195,7 @@ def _rounds(decimal: Node, exact: Node) -> bool:
 
 def read_builder(text: str, read: Reader) -> list[Value]:
     r"""\{x | condition\} and \{3k | k \in Z\}, and "x = 3k, k \in Z" without braces; [] of other texts."""
+    text = re.sub(r"(?<=[\w}) ]) ?\( ?([A-Za-z] ?\\in ?\\mathbb ?\{?[ZN]\}?) ?\)$", r", \1", text)
     braced = re.fullmatch(r"\\\{(?P<inside>.*)\\\}", text, re.S)
     if not braced:
         return _parametrised(split_top(text), read)
@@ -216,9 +218,13 @@ def read_builder(text: str, read: Reader) -> list[Value]:
                 return []
             tree_text = match["value"]
         tree = parse(tree_text)
-        return [Family(tree, *domain)] if tree is not None else []
+        return [Family(tree, *domain)] if tree is not None and domain[0] in symbols(tree) else []
     if not conditions:
         return [RealSet((ALL,), "")]
+    if r"\ne" in conditions[0]:  # x \ne 1, 2
+        conditions = [
+            c if c is conditions[0] or re.search(r"[<>=]|\\[lgn]e\b", c) else rf"{head} \ne {c}" for c in conditions
+        ]
     found = read_union(
         re.sub(r"(?<=\d) ?, ?", " and ", ",".join(conditions)) if len(conditions) > 1 else conditions[0], read
     )

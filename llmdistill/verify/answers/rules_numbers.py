@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from llmdistill.verify.answers import algebra
 from llmdistill.verify.answers.terms import Terms, same_trees, times
-from llmdistill.verify.answers.tree import Node, operations
+from llmdistill.verify.answers.tree import Node, operations, walk
 from llmdistill.verify.answers.unit_tables import COMPASS
 from llmdistill.verify.answers.units import Unit, turned
 from llmdistill.verify.answers.values import Digits, Quantity, Ratio, Residue, Sizes, Time, Value
@@ -59,6 +59,14 @@ def _both_units(gold: Quantity, ours: Unit, answer: Quantity, theirs: Unit, term
     return same_trees(times(gold.tree, Fraction(counts[0][0])), times(answer.tree, Fraction(counts[1][0])), terms)
 
 
+def _is_measured(tree: Node) -> bool:
+    """A decimal or a power of ten: a number of physics, behind which C is the coulomb."""
+    nodes = list(walk(tree))
+    return any(node.places is not None for node in nodes) or any(
+        node.op == "power" and node.args[0].value == 10 for node in nodes
+    )
+
+
 def _squares(unit: Unit) -> int:
     """The power of a length, or of a unit of length that is not named; 0 of anything else."""
     return unit.dimensions[0][1] if len(unit.dimensions) == 1 and unit.dimensions[0][0] in ("unit", "length") else 0
@@ -70,7 +78,7 @@ def _unit_left_out(quantity: Quantity, unit: Unit, other: Node, terms: Terms, *,
         return False
     if not by_gold and unit.polarity & COMPASS:
         return False
-    if unit.weak and not by_gold and algebra.decimal_places(quantity.tree) is None:
+    if unit.weak and not by_gold and not _is_measured(quantity.tree):
         return False  # "5 m" for which the answer is 5: m may be a variable
     if quantity.totals:
         return any(same_trees(total, other, terms) for total in quantity.totals)
@@ -136,6 +144,8 @@ def digits_without_base_rule(gold: Value, answer: Value, terms: Terms) -> bool:
     based, plain = (gold, answer) if isinstance(gold, Digits) else (answer, gold)
     assert isinstance(based, Digits) and isinstance(plain, Quantity)
     value = algebra.rational(plain.tree)
+    if plain.tree.op == "symbol" and plain.tree.name == based.digits:
+        return True  # FF
     literal = plain.tree.op == "number" and plain.unit is None and plain.tree.places is None
     return literal and value is not None and value.denominator == 1 and str(value) == based.digits
 

@@ -14,7 +14,7 @@ _JOINER = re.compile(
     rf",? ?(?:{TEXT}\{{\s*,?\s*(?:and|or|und|et|y)\s*,?\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z]))"
 )
 _MATRIX = re.compile(
-    r"(?:\(|\[|\\lbrack|\|)? ?\\begin ?\{(?P<kind>[pbvBV]?(?:small)?matrix|array|cases|aligned|gathered)\} ?"
+    r"(?:\(|\[|\\lbrack|\||\\\{)? ?\\begin ?\{(?P<kind>[pbvBV]?(?:small)?matrix|array|cases|aligned|gathered)\} ?"
     r"(?:\{[^{}]{0,20}\})?(?P<body>.*)"
     r"\\end ?\{(?P=kind)\} ?(?:\)|\]|\|)?(?P<transposed> ?\^ ?\{? ?T ?\}?)?",
     re.S,
@@ -63,7 +63,7 @@ def _with_common_name(parts: list[str]) -> list[str]:
     """k = 4, 5, 6 names all three."""
     named = [
         re.match(
-            r"(?P<name>[A-Za-z](?:_\w)?(?:\([a-z]\))?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?(?:=|\\in) ?(?P<value>[^=<>]+)$",
+            r"(?P<name>[A-Za-z](?:_\w)?(?:\([a-z]\))?|\([A-Za-z](?:, ?[A-Za-z])+\)) ?= ?(?P<value>[^=<>]+)$",
             part,
         )
         for part in parts
@@ -73,7 +73,7 @@ def _with_common_name(parts: list[str]) -> list[str]:
         and not any(named[1:])
         and not any(re.search(r"[=<>]|\\[lg]e|\\ne|\\in(?![A-Za-z])", part) for part in parts[1:])
     ):
-        return [named[0]["value"], *parts[1:]]
+        return [parts[0], *(f"{named[0]['name']} = {part}" for part in parts[1:])]
     return parts
 
 
@@ -121,7 +121,9 @@ def _system(parts: list[str], read: Reader) -> list[Value]:
 
 def read_ratio(text: str) -> Ratio | None:
     """2:3:5."""
-    parts = split_top(text, r":| to ") if ":" in text else []
+    if re.fullmatch(r"\d+ ?(?:\\(?:text|mathrm)\{ ?)?(?<=[ {])to ?\}? ?\d+", text):
+        text = re.sub(r"[^\d]+", ":", text)  # 3 to 2
+    parts = split_top(text, r":") if ":" in text else []
     trees = [parse(part) for part in parts]
     known = tuple(tree for tree in trees if tree is not None)
     if any(rational(tree) == 0 for tree in known):
@@ -152,7 +154,7 @@ def read_matrix(text: str, read: Reader) -> list[Value]:
         row.strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["body"].replace(r"\hline", ""))
     ]
     rows = [row for row in rows if row]
-    if kind in ("cases", "aligned", "gathered"):
+    if kind in ("cases", "aligned", "gathered") or text.startswith(r"\{"):
         return _cases(rows, read)
     cells = tuple(tuple(read(cell.strip()) for cell in split_top(row, "&")) for row in rows)
     if not cells or len({len(row) for row in cells}) > 1 or not all(cell for row in cells for cell in row):

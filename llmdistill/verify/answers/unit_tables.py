@@ -55,12 +55,12 @@ mol | 1 | amount | mole
 mmol | 1/1000 | amount |
 degree | 1 | angle | deg degrees
 rad | 1 | radian | radian
-dollar | 1 | dollar | usd bucks buck
+dollar | 1 | dollar | USD usd bucks buck
 cent | 1/100 | dollar | cents ¢
 penny | 1/100 | dollar | pennies
 nickel | 1/20 | dollar | nickels
 dime | 1/10 | dollar | dimes
-euro | 1 | euro | € eur
+euro | 1 | euro | € eur EUR
 £ | 1 | sterling | gbp pence_unit
 ¥ | 1 | yen | yen jpy
 ₹ | 1 | rupee | rupee rs inr

@@ -59,6 +59,7 @@ def parse_unit(text: str, *, wrapped: bool = False, glued: bool = False, head_is
         glued: whether it follows the number without a blank.
         head_is_number: whether what it stands behind has no symbols of its own.
     """
+    text = re.sub(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2", text)
     if re.search(r"\\(?!mu\b|cdot\b|circ\b|Omega\b|text|mathrm|times\b)[A-Za-z]", text):
         return None  # \hbar, \lambda and \infty are no units
     text = re.sub(r"\\Omega\b", "Ω", text).replace("\\", " ").replace("~", " ").strip(" .,")

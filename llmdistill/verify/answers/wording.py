@@ -26,9 +26,13 @@ def read_words(text: str) -> Words | None:
     plain = unwrap(text)
     if plain in _DIRECTIONS:
         return Words((_DIRECTIONS[plain],))
+    if plain.lower() == "no":
+        return Words(("no",))
     if re.search(r"[\\^_=<>{}+*/|]", plain) or not re.search(r"[^\W\d_]{3,}", plain):
         return None
-    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)?", plain.lower())
+    if re.search(r"^-|(?<![^\W_])-(?=\S)", plain):
+        return None  # a sign is no hyphen
+    words = re.findall(r"\d[\d.,:]*\d(?!\w)|[^\W_]+(?:['’][^\W_]+)?", plain.lower())
     words = [re.sub(r"^(\d+)(?:st|nd|rd|th)$", r"\1", word) for word in words]
     kept = [word for word in words if word not in _ARTICLES] or words
     if len(kept) > 2 and kept[-1] in _HEADS:
