@@ -4,6 +4,7 @@
     llmdistill report runs/quickstart                    # its page again, from the files in the folder
     llmdistill eval gsm8k --model runs/quickstart/student
     llmdistill serve --model TEACHER                     # the teacher-rollout service
+    llmdistill transfer --model M --tokenizer T --out DIR  # another vocabulary, from which training goes on
     llmdistill contamination --train prompts.jsonl       # which benchmark problems are in there
     llmdistill verify answers.jsonl                      # verdicts on completions, with their reasons
 
@@ -101,6 +102,13 @@ def verify(words: argparse.Namespace, rest: Sequence[str]) -> int:
     return run(rest)
 
 
+def transfer(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Gives a model another tokenizer."""
+    from llmdistill.models.transfer import run
+
+    return run(rest)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="llmdistill", description="Distil large language models into small ones.")
     top.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -122,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     for name, command, what in (
         ("eval", evaluation, "score a model on MATH500, AIME, GSM8K, HumanEval, ... or a suite of yours"),
         ("contamination", contamination, "find benchmark problems in a training set"),
+        ("transfer", transfer, "give a model another tokenizer"),
         ("verify", verify, "judge completions in a file against right answers or tests"),
     ):
         other = commands.add_parser(name, help=what, add_help=False, allow_abbrev=False)

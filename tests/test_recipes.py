@@ -19,6 +19,7 @@ DOORS = {
     "taid": ("taid", "TAIDConfig"),
     "redi": ("redi", "REDIConfig"),
     "alm": ("cross_tokenizer", "CrossTokenizerConfig"),
+    "alm-cpu": ("cross_tokenizer", "CrossTokenizerConfig"),
     "chunk_opd": ("cross_tokenizer", "CrossTokenizerConfig"),
 }  # every other one is opd's
 RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))

@@ -103,18 +103,19 @@ class TokenTable:
         return [i for i, _ in pairs], [j for _, j in pairs]
 
 
-_tables: weakref.WeakKeyDictionary[Any, TokenTable] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[Any, tuple[Any, TokenTable]] = weakref.WeakKeyDictionary()
 
 
 def table_of(tokenizer: PreTrainedTokenizerBase) -> TokenTable:
-    """The table of a tokenizer, with its bos, eos and unknown tokens as units of their own. Made once for each.
+    """The table of a tokenizer, with its bos, eos and unknown tokens as units of their own; made once for each state.
 
     Raises:
         UserError: its tokens are of no family known here.
     """
-    if tokenizer not in _tables:
-        _tables[tokenizer] = _made(tokenizer)
-    return _tables[tokenizer]
+    state = (len(tokenizer), tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if tokenizer not in _tables or _tables[tokenizer][0] != state:
+        _tables[tokenizer] = (state, _made(tokenizer))
+    return _tables[tokenizer][1]
 
 
 def _made(tokenizer: PreTrainedTokenizerBase) -> TokenTable:

@@ -216,6 +216,9 @@ def test_a_tokenizer_of_no_known_family_is_refused() -> None:
     class Other:
         name_or_path, unk_token_id, bos_token_id, eos_token_id, all_special_ids = "other", None, None, None, ()
 
+        def __len__(self) -> int:
+            return 1
+
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0}
 
