@@ -9,9 +9,11 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "DeterminantalRepulsion": "llmdistill.diffusion.diversity",
     "DiffusionGenerationConfig": "llmdistill.diffusion.generation_config",
     "DiffusionOutput": "llmdistill.diffusion.sampling",
     "MaskedDiffusionLM": "llmdistill.diffusion.backbone",
+    "OrthogonalRepulsion": "llmdistill.diffusion.diversity",
     "elbo": "llmdistill.diffusion.likelihood",
     "generate": "llmdistill.diffusion.sampling",
     "loglikelihood": "llmdistill.diffusion.likelihood",
