@@ -27,6 +27,7 @@ from llmdistill.errors import UserError
 from llmdistill.files import full_disk_is_said
 from llmdistill.models.weights import base_model, named_weights
 from llmdistill.ranks import from_first_rank, is_first
+from llmdistill.rollouts.probe import check_engine
 from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate
 from llmdistill.wire.bodies import Completions, pack_prompts, unpack_completions
 from llmdistill.wire.protocol import (
@@ -106,7 +107,8 @@ class RemoteRollouts:
         for it in a collective, which an outage of the service would time out.
 
         Raises:
-            UserError: the service does not take them; on every rank.
+            UserError: the service does not take them, or after the first push says other log-probs than the student; on
+                every rank.
         """
         self._model = model
         if self.policy_version is not None and 0 <= policy_version - self.policy_version < self.push_every:
@@ -118,7 +120,10 @@ class RemoteRollouts:
         weights = self._weights(model, partial, keep=is_first())
         self._fingerprint = from_first_rank(lambda: self._push(lambda: weights, policy_version, partial, digest))
         # should the service lose them, all weights go out: under a word that is the same on every rank
+        first = self.policy_version is None
         self.policy_version, self._digest = policy_version, f"{digest}-whole" if partial else digest
+        if first:
+            check_engine(self, model, float32=self._info["dtype"] == "float32")
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Completions with the eos that ended them, their log-probs in the distribution sampled from, and the version

@@ -211,8 +211,18 @@ def test_every_replica_gets_the_weights():
         engine.sync(model, 0)
         assert_samples_from(engine, model, SAMPLED)
         for service in (one, two):
-            assert len(pushes(service)) == 1 and len(service.posts(protocol.GENERATE)) == 1
+            assert len(pushes(service)) == 1
+            assert len(service.posts(protocol.GENERATE)) == 2  # the comparison after the first push, and the samples
         engine.close()
+
+
+def test_a_service_that_holds_another_model_after_the_push_is_refused(service, monkeypatch):
+    engine = RemoteRollouts(service.url, eos_ids=(1,), pad_id=0, **QUICK)
+    push = RemoteRollouts._weights
+    monkeypatch.setattr(RemoteRollouts, "_weights", lambda self, model, *args, **kw: push(self, llama(9), *args, **kw))
+    with pytest.raises(UserError, match="nats a token off the student's own"):
+        engine.sync(llama(1), 0)
+    engine.close()
 
 
 def test_what_cannot_work_is_refused(service):
