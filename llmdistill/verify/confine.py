@@ -100,15 +100,19 @@ def _limit(which: int, value: int) -> None:
     resource.setrlimit(which, (value, value))
 
 
-def become(uid: int | None, keep: int | None = None) -> None:
-    """Become ``uid`` (None: stay) without groups, and give up every capability but ``keep``, those of a user namespace
-    included."""
+def bound_capabilities() -> None:
+    """No program that this process or its children run gains a capability. Once, before they are forked."""
     for capability in range(64):
         try:
             if prctl(_PR_CAPBSET_READ, capability):
                 prctl(_PR_CAPBSET_DROP, capability)
         except OSError:  # past the last capability of this kernel, or not ours to drop
             continue
+
+
+def become(uid: int | None, keep: int | None = None) -> None:
+    """Become ``uid`` (None: stay) without groups, and give up every capability but ``keep``, those of a user namespace
+    included. None comes back by running a program either, after bound_capabilities()."""
     if uid is not None:
         if keep is not None:
             prctl(_PR_SET_KEEPCAPS, 1)

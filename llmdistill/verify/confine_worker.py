@@ -41,6 +41,7 @@ class Confinement:
             return
         self._paths = confine_namespaces.readable_paths([*package_folders(), *_loaded_packages()])
         self._identity = confine_identity.own_identity(self._paths)
+        confine.bound_capabilities()
         self._tasks = confine_identity.TaskLimit(counted_apart=self._identity.uid is not None)
         self._landlock, self._seccomp = confine.landlock_abi() >= 1, confine_seccomp.supported()
         granted = [("Landlock", self._landlock), ("a system-call filter", self._seccomp)]

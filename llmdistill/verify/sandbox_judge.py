@@ -28,6 +28,7 @@ from llmdistill.verify.sandbox_wire import Channel, Closed, Failed
 Result = tuple[str, str]  # kind of verdict, detail
 
 _STOPPED = {errno.EPERM, errno.EACCES, errno.EROFS, errno.EFBIG, errno.ENOSPC}
+_NAME = re.compile(r"\w*")
 _PARTS = ("preamble", "setup", "tests")
 
 
@@ -105,16 +106,17 @@ def _program_error(error: BaseException) -> Result:
 
 def _asserts(task: dict[str, Any], parts: list[Any], link: Link) -> Result:
     strict_comparisons()
-    units = UnitTests()
-    units.watch()
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     sys.argv = ["tests"]
     names = module.__dict__
     names["__builtins__"], names[STATEMENT] = builtins, _statement
-    entry = re.match(r"\w*", task.get("entry_point") or "")
+    entry = _NAME.match(task.get("entry_point") or "")
     root = entry.group() if entry else ""
     used = names_used(code for code, _ in parts)
+    units = UnitTests()
+    if "unittest" in used or "TestCase" in used:
+        units.watch()
     own = set().union(*(defined for _, defined in parts))
     bindings = Bindings(link, names, root)
     bindings.bind(askable(used - own | {root} - {""}, root))
@@ -159,7 +161,8 @@ def _run(code: types.CodeType, names: dict[str, Any]) -> Any:
 def _run_uncalled(new: dict[str, Any], source: str, units: UnitTests) -> None:
     """Tests that were defined and are left for a runner to call."""
     new = {name: value for name, value in new.items() if getattr(value, "__module__", None) == "__main__"}
-    units.run([v for v in new.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)])
+    if cases := [v for v in new.values() if isinstance(v, type) and issubclass(v, unittest.TestCase)]:
+        units.run(cases)
     for test in uncalled(new, source):
         result = test()
         if inspect.iscoroutine(result):

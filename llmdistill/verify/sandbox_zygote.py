@@ -84,6 +84,7 @@ class Zygote:
             self.identity = confine_identity.own_identity(self.paths)
             self.outside = self.identity.uid
             self.tasks = confine_identity.TaskLimit(counted_apart=self.outside is not None)
+        confine.bound_capabilities()
 
     def _become_first_process(self) -> None:
         """Fork: the child is process 1 of the new process namespace, whose end ends all in it; the parent waits."""
