@@ -145,7 +145,7 @@ def test_prose_is_no_answer() -> None:
 )
 def test_no_text_takes_long(text: str) -> None:
     # Linear rules need well under 1 s for the 200,000 characters that are read; quadratic ones need minutes.
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock's: the machine may be busy
     extract(text)
     extract(text, kind="choice")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -328,4 +328,4 @@ def test_agreement_with_the_labelled_cases(judge: AnswerJudge) -> None:
     assert file is not None
     rows = [json.loads(line) for line in file.open()]
     agreed = sum(judge.judge(row["prediction"], row["gold"]).passed == row["expected_equal"] for row in rows)
-    assert agreed / len(rows) >= 0.98  # eval/VERIFIER.md has the figure and each disagreement
+    assert agreed >= 916  # of 927; eval/VERIFIER.md has each disagreement

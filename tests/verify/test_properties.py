@@ -157,6 +157,14 @@ GUESSES = [
 ]  # fmt: skip
 
 
+# Equal, and more than notation apart.
+EQUAL = {
+    (r"180^\circ", r"\pi"), ("f(n)=n", "f(x)=x"), ("f(z)=z", "f(x)=x"), (r"\text{east}", "E"), (r"(\text{H})", "H"),
+    ("x=1, y=2", "1,2"), (r"\mbox{four}", "4"), (r"\frac12", r"\frac{1}{2}"), (r"\frac12", "0.5"),
+    (r"\frac12", r"50\%"), (r"\frac12", "1:2"),
+}  # fmt: skip
+
+
 def farmed(count: int) -> list[tuple[str, str]]:
     """(gold, guess) that is accepted, though the two are not the same when units, names and notation are left aside."""
     chosen = golds()
@@ -165,7 +173,7 @@ def farmed(count: int) -> list[tuple[str, str]]:
     for gold in chosen[:count]:
         own = re.findall(r"\d+", gold)[:6]
         for guess in dict.fromkeys([*GUESSES, *own]):
-            if decide(gold, guess).equal and not _alike(gold, guess):
+            if decide(gold, guess).equal and not _alike(gold, guess) and (gold, guess) not in EQUAL:
                 found.append((gold, guess))
     return found
 

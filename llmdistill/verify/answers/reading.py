@@ -10,7 +10,14 @@ from llmdistill.verify.answers.numerals import read_digits, read_time
 from llmdistill.verify.answers.quantities import read_quantities
 from llmdistill.verify.answers.realsets import read_set
 from llmdistill.verify.answers.relations import read_builder, read_relation, read_union
-from llmdistill.verify.answers.sequences import read_matrix, read_permutation, read_ratio, read_sequence, split_list
+from llmdistill.verify.answers.sequences import (
+    alternatives,
+    read_matrix,
+    read_permutation,
+    read_ratio,
+    read_sequence,
+    split_list,
+)
 from llmdistill.verify.answers.values import Quantity, Ratio, Readings, Text, Time, Value
 from llmdistill.verify.answers.wording import read_option, read_words
 
@@ -61,7 +68,7 @@ def readings(text: str, depth: int = 0) -> Readings:
         return readings(part.strip(), depth + 1)
 
     whole = WRAPPED.fullmatch(text)
-    if whole and (len(parts := split_list(whole.group(1))) > 1):
+    if whole and (len(parts := split_list(whole.group(1))) > 1) and not alternatives(whole.group(1), parts):
         several = read_sequence(", ".join(rf"\text{{{part}}}" for part in parts), inner)
         words = read_words(text)
         return (*several, *([words] if words else [])) or (Text(text),)

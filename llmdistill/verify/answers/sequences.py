@@ -41,6 +41,8 @@ def read_sequence(text: str, read: Reader) -> list[Value]:
                 return []
             return _sequence(kind, parts, read)
     parts = split_list(text)
+    if alternatives(text, parts):
+        return []
     signs = _both_signs(text)
     if len(signs) > 1 and len(parts) < 2:
         return [Sequence("list", tuple(read(sign) for sign in signs))]
@@ -81,6 +83,13 @@ def split_list(text: str) -> list[str]:
     """The elements between commas, semicolons, "and" and "or" outside of brackets."""
     text = _JOINER.sub(" , ", text)
     return [part for part in split_top(re.sub(r"(?:, ?)+(?=,)", "", text)) if part]
+
+
+def alternatives(text: str, parts: list[str]) -> bool:
+    """Whether options are guessed at: "A or B"."""
+    return bool(re.search(r"\bor\b", text)) and all(
+        re.fullmatch(r"(?:\\text\{)?\(?[A-Z]\)?\}?", part) for part in parts
+    )
 
 
 def _outer(text: str) -> bool:

@@ -1,0 +1,58 @@
+"""Verdicts a second of processor time: what extraction and comparison cost, whatever else the machine does.
+
+    LLMDISTILL_DATA=data python eval/perf/verdicts.py
+
+Everything runs in this process, as in one worker. The data folder holds verifier_cases.jsonl and traces/.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from llmdistill.verify.equal import compare_all, find, judge_quickly
+
+FILES = {
+    "gsm8k_gpt3_solutions": ("traces/gsm8k_gpt3_solutions.jsonl.gz", "response", "answer"),
+    "qwen25math_maj8_sample": ("traces/qwen25math_maj8_sample.jsonl", "response", "answer"),
+    "mip_traces": ("traces/mip_traces.jsonl.gz", "response", "answer"),
+    "the labelled pairs": ("verifier_cases.jsonl", "prediction", "gold"),
+}
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    data = file.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(data) if file.suffix == ".gz" else data).splitlines()]
+
+
+def judge(prediction: str, gold: str) -> bool:
+    """One verdict. Returns whether it was decided without algebra."""
+    if judge_quickly(prediction, gold, kind="math", last_number=True, tolerance=None) is not None:
+        return True
+    found = find(prediction, gold, kind="math", last_number=True)
+    compare_all(gold, found.answer or "", found.parts)
+    return False
+
+
+def main() -> None:
+    data = Path(os.environ.get("LLMDISTILL_DATA", "data"))
+    judge("\\boxed{\\sqrt{x}+y}", "y+\\sqrt{x}")  # mpmath's import is no verdict
+    print("| | verdicts/s of one core | without algebra | median | p99 | max |\n|---|---|---|---|---|---|")
+    for name, (file, prediction, gold) in FILES.items():
+        times, plain = [], 0
+        for row in rows(data / file):
+            start = time.process_time()
+            plain += judge(row[prediction], row[gold])
+            times.append(time.process_time() - start)
+        times.sort()
+        rate, p99 = len(times) / sum(times), 1e3 * times[int(0.99 * len(times))]
+        share, median = 100 * plain / len(times), 1e3 * times[len(times) // 2]
+        print(f"| {name} | {rate:,.0f} | {share:.0f} % | {median:.2f} ms | {p99:.0f} ms | {times[-1]:.2f} s |")
+
+
+if __name__ == "__main__":
+    main()
