@@ -73,6 +73,7 @@ def text_of(row: dict[str, Any]) -> str:
 
 def build(traces: Path, folder: EvalFolder, count: int, seed: int) -> None:
     """An evaluation folder of recorded completions, drawn at random and graded by us; a problem for each completion."""
+    from llmdistill.evals.grades import GradesSoFar
     from llmdistill.evals.grading import grade
 
     data = traces.read_bytes()
@@ -88,8 +89,10 @@ def build(traces: Path, folder: EvalFolder, count: int, seed: int) -> None:
             text = text_of(row)
             writer.add(Sample(row["id"], 0, text, len(text.split()), "stop", seed))
     writer.close()
-    samples = {key: sample for key, sample in folder.samples().items() if key[0] in {p.id for p in problems}}
-    folder.write_grades(grade(problems, samples))
+    samples, kept = folder.samples(), GradesSoFar(folder, {"prefill": ""})
+    grade(problems, samples.of, kept)
+    folder.write_grades(g for p in problems for g in kept.of(p, samples.of(p.id)) if g is not None)
+    kept.close(True)
     print(f"{folder.path}: {len(rows)} completions of {traces.name}, {sum(g.passed for g in folder.grades())} right")
 
 
@@ -175,12 +178,13 @@ def extracted(method: str, text: str) -> str:
 def compare(folder: EvalFolder, think_end: str) -> dict[str, Any]:
     """Counts for each method, and all differing verdicts."""
     problems = {p.id: p for p in folder.problems()}
-    grades = folder.grades()
+    grades = list(folder.grades())
     if not grades or any(problems[g.problem].kind != "math" for g in grades):
         raise SystemExit(f"{folder.path} has no graded maths answers; grade it first: llmdistill eval --grade FOLDER")
     prefill = (folder.read_config() or {})["template"]["prefill"]
     samples = folder.samples()
-    texts = [prefill + samples[g.problem, g.index].text for g in grades]
+    written = {(s.problem, s.index): s.text for s in samples}
+    texts = [prefill + written[g.problem, g.index] for g in grades]
     theirs = lm_eval_verdicts([problems[g.problem] for g in grades], texts, think_end)
     counts = {method: Counter[str]() for method in METHODS}
     differing: list[dict[str, Any]] = []

@@ -159,8 +159,9 @@ def compare(folder_a: str | Path, folder_b: str | Path, *, num_resamples: int = 
 
 def _verdicts(folder: EvalFolder) -> dict[str, list[bool]]:
     found: dict[str, dict[int, bool]] = defaultdict(dict)
-    for grade in folder.grades():
-        found[grade.problem][grade.index] = grade.passed
+    grades = folder.grades()
+    for problem in grades.problems():
+        found[problem] = {grade.index: grade.passed for grade in grades.of(problem)}
     if not found:
         below = sorted(file.parent.name for file in folder.path.glob("*/grades.jsonl"))
         raise UserError(

@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from llmdistill.evals.lines import Lines
 from llmdistill.evals.records import Appender, EvalFolder, Grade, Problem, Sample, json_rows
 
 
@@ -29,32 +30,44 @@ class GradesSoFar:
     def __init__(self, folder: EvalFolder, settings: dict[str, Any]) -> None:
         self.file = folder.path / "grading.jsonl"
         judge = _digest([settings, judges_code()])
-        rows = list(json_rows(self.file)) if self.file.is_file() else []
-        if not rows or rows[0] != {"judge": judge}:
-            rows = []
+        if _first(self.file) != {"judge": judge}:
             self.file.unlink(missing_ok=True)
+        fresh = not self.file.is_file()
         self._writer = Appender(self.file)
-        if not rows:
+        if fresh:
             self._writer.add({"judge": judge})
-        self._found: dict[tuple[str, int], tuple[str, Grade]] = {}
-        for row in rows[1:]:
-            grade = Grade(**row["grade"])
-            self._found[grade.problem, grade.index] = row["of"], grade
+        self._lines = Lines(lambda: [self.file], _read, _key, last=True)
 
-    def of(self, problem: Problem, sample: Sample) -> Grade | None:
-        """The grade of this sample, if it is there."""
-        of, grade = self._found.get((sample.problem, sample.index), ("", None))
-        return grade if of == _what(problem, sample) else None
+    def of(self, problem: Problem, samples: Sequence[Sample]) -> list[Grade | None]:
+        """The grades of a problem's samples, None for those that are not there."""
+        self._lines.look()
+        kept = {grade.index: (of, grade) for of, grade in self._lines.of(problem.id)}
+        found = [kept.get(sample.index, ("", None)) for sample in samples]
+        return [g if of == _what(problem, s) else None for s, (of, g) in zip(samples, found, strict=True)]
 
-    def add(self, graded: Sequence[tuple[Problem, Sample, Grade]]) -> None:
+    def add(self, problem: Problem, samples: Sequence[Sample], grades: Sequence[Grade]) -> None:
         """Raises UserError where the disk is full."""
-        self._writer.add(*({"of": _what(p, s), "grade": asdict(g)} for p, s, g in graded))
+        self._writer.add(*({"of": _what(problem, s), "grade": asdict(g)} for s, g in zip(samples, grades, strict=True)))
 
     def close(self, done: bool) -> None:
         """``done``: grades.jsonl has them all, so that the file can go."""
         self._writer.close()
         if done:
             self.file.unlink(missing_ok=True)
+
+
+def _first(file: Path) -> Any:
+    if not file.is_file():
+        return None
+    return next(iter(json_rows(file)), None)
+
+
+def _read(row: dict[str, Any]) -> tuple[str, Grade]:
+    return ("", Grade("", -1, False, "", None, "", "")) if "judge" in row else (row["of"], Grade(**row["grade"]))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int] | None:
+    return None if "judge" in row else (row["grade"]["problem"], row["grade"]["index"])
 
 
 @cache

@@ -163,7 +163,7 @@ def check(job: Job) -> None:
     except UserError as error:
         _check_by_content(job, error)
         return
-    if before is None and job.folder.samples():
+    if before is None and len(job.folder.samples()):
         raise UserError(f"{job.folder.path} holds samples and no config.json says whose. Fix: another --output_dir.")
     if before is None:
         return
@@ -179,7 +179,7 @@ def check(job: Job) -> None:
 def _check_by_content(job: Job, damaged: UserError) -> None:
     """Where config.json was lost to a damaged disk: problems and seeds say whose samples they are."""
     seeds, samples = {(a.problem, a.index): a.seed for a in job.asked}, job.folder.samples()
-    if job.folder.problems() != job.problems or any(seeds.get(key, s.seed) != s.seed for key, s in samples.items()):
+    if job.folder.problems() != job.problems or any(seeds.get((s.problem, s.index), s.seed) != s.seed for s in samples):
         raise damaged
     warnings.warn(
         f"{damaged} Its {len(samples)} samples have the problems and seeds of this evaluation and are kept.",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 from llmdistill.errors import UserError
+from llmdistill.evals.lines import Lines
 from llmdistill.files import atomic_write, full_disk_is_said, read_json
 
 Kind = Literal["math", "choice", "code"]
@@ -127,19 +128,25 @@ class EvalFolder:
     def write_problems(self, problems: Iterable[Problem]) -> None:
         atomic_write(self.path / "problems.jsonl", "".join(as_line(p) for p in problems))
 
-    def samples(self) -> dict[tuple[str, int], Sample]:
-        """All finished samples by problem and index, ordered by file and line; the first of a pair counts."""
-        found: dict[tuple[str, int], Sample] = {}
-        for file in sorted((self.path / "samples").glob("*.jsonl")):
-            for sample in _records(Sample, file):
-                found.setdefault((sample.problem, sample.index), sample)
-        return found
+    def samples(self) -> Lines[Sample]:
+        """The finished samples, as they are now."""
+        files = self.path / "samples"
+        lines = Lines(lambda: files.glob("*.jsonl"), lambda row: Sample(**row), _key, name="Sample")
+        lines.look()
+        return lines
 
-    def grades(self) -> list[Grade]:
-        return list(_records(Grade, self.path / "grades.jsonl"))
+    def grades(self) -> Lines[Grade]:
+        """The verdicts of grades.jsonl."""
+        lines = Lines(lambda: [self.path / "grades.jsonl"], lambda row: Grade(**row), _key, name="Grade")
+        lines.look()
+        return lines
 
     def write_grades(self, grades: Iterable[Grade]) -> None:
-        atomic_write(self.path / "grades.jsonl", "".join(as_line(g) for g in grades))
+        def write(file: Path) -> None:
+            with file.open("w", encoding="utf-8") as lines:
+                lines.writelines(map(as_line, grades))
+
+        atomic_write(self.path / "grades.jsonl", write)
 
     @contextmanager
     def claimed(self, rank: int) -> Iterator[None]:
@@ -178,6 +185,10 @@ class Appender:
     def close(self) -> None:
         with full_disk_is_said(self.file.name):
             self.file.close()
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["problem"], row["index"]
 
 
 def _lock(opened: TextIO, what: Path) -> None:

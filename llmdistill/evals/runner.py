@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,20 @@ from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Asked, Engine
 from llmdistill.evals.engines.make import Source, open_source
+from llmdistill.evals.following import followed
 from llmdistill.evals.grades import GradesSoFar
-from llmdistill.evals.grading import grade
+from llmdistill.evals.grading import grade, with_prefill
 from llmdistill.evals.jobs import Job, begin, check, prepare
-from llmdistill.evals.records import EvalFolder
+from llmdistill.evals.lines import Lines
+from llmdistill.evals.records import EvalFolder, Grade, Sample
 from llmdistill.evals.suite import Suite, load_suite
-from llmdistill.evals.summary import summarise
+from llmdistill.evals.summary import Tally
+
+# Of config.json, what results.json repeats.
+ABOUT = (
+    *("suite", "model", "weights", "engine", "dtype", "thinking", "seed", "limit", "data", "sampling"),
+    "versions",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def evaluate(
             check(job)
             if rank == 0:
                 begin(job, console)
-        draw_all(jobs, source, console, rank, world, config.timeout_s)
+        with followed(jobs, config) if rank == 0 else nullcontext():
+            draw_all(jobs, source, console, rank, world, config.timeout_s)
         if rank:
             return []
         found = [finish(job, config, console) for job in jobs]
@@ -96,7 +105,7 @@ def draw_all(
     jobs: Sequence[Job], source: Source, console: Console, rank: int = 0, world: int = 1, patience_s: float = 3600.0
 ) -> None:
     """Draws what is missing of all jobs; returns, on the first rank, when every rank's samples are there."""
-    missing = [_missing(job) for job in jobs]
+    missing = [_missing(job, job.folder.samples()) for job in jobs]
     # by place in the whole list: what is a rank's own does not depend on what others have finished by now
     own = [[a for i, a in enumerate(job.asked) if i % world == rank and (a.problem, a.index) in lack]
            for job, lack in zip(jobs, missing, strict=True)]  # fmt: skip
@@ -154,56 +163,45 @@ def regrade(
         raise UserError(
             f"{folder} is no evaluation: it has no config.json with problems.jsonl. Fix: the suite's folder."
         )
-    n = int(settings["n"])
-    wanted = {(p.id, i) for p in problems for i in range(n)}
-    if lacking := len(wanted - set(samples)):
+    n, wanted = int(settings["n"]), len(problems) * int(settings["n"])
+    if lacking := sum((p.id, i) not in samples for p in problems for i in range(n)):
         raise UserError(
-            f"{folder} lacks {lacking} of {len(wanted)} samples. Fix: run the evaluation again; it goes on from there."
+            f"{folder} lacks {lacking} of {wanted} samples. Fix: run the evaluation again; it goes on from there."
         )
-    chosen = {key: sample for key, sample in samples.items() if key in wanted}
-    console = console or Console(stderr=True, markup=False)
-    with _bar(f"{settings['suite']}: grading", len(wanted), console) as tick:
-        prefill, complete = settings["template"]["prefill"], False
-        kept = GradesSoFar(place, {"prefill": prefill, "allow_unsafe_exec": allow_unsafe_exec})
-        try:
-            grades = grade(
+
+    def samples_of(problem: str) -> list[Sample]:
+        return [sample for sample in samples.of(problem) if sample.index < n]
+
+    console, prefill, complete = console or Console(stderr=True, markup=False), settings["template"]["prefill"], False
+    tally = Tally(
+        n, k_pass=settings["pass_at"], k_maj=settings["maj_at"], thinking=settings["thinking"], seed=settings["seed"]
+    )
+
+    def tallied() -> Iterator[Grade]:
+        for problem in problems:
+            mine = samples_of(problem.id)
+            grades = [grade for grade in kept.of(problem, with_prefill(mine, prefill)) if grade is not None]
+            tally.add(problem, mine, grades)
+            yield from grades
+
+    kept = GradesSoFar(place, {"prefill": prefill, "allow_unsafe_exec": allow_unsafe_exec})
+    try:
+        with _bar(f"{settings['suite']}: grading", wanted, console) as tick:
+            grade(
                 problems,
-                chosen,
+                samples_of,
+                kept,
                 prefill=prefill,
                 workers=workers,
                 allow_unsafe_exec=allow_unsafe_exec,
-                progress=lambda done, total: tick(None),
-                kept=kept,
+                progress=lambda count: tick(None, count),
             )
-            place.write_grades(grades)
-            complete = True
-        finally:
-            kept.close(complete)
-    numbers = summarise(
-        problems,
-        chosen,
-        grades,
-        n=n,
-        k_pass=settings["pass_at"],
-        k_maj=settings["maj_at"],
-        thinking=settings["thinking"],
-        seed=settings["seed"],
-    )
-    about = (
-        "suite",
-        "model",
-        "weights",
-        "engine",
-        "dtype",
-        "thinking",
-        "seed",
-        "limit",
-        "data",
-        "sampling",
-        "versions",
-    )
+        place.write_grades(tallied())
+        complete = True
+    finally:
+        kept.close(complete)
     template = {key: settings["template"][key] for key in ("name", "version", "hash")}
-    results = {**{key: settings[key] for key in about}, "template": template, **numbers}
+    results = {**{key: settings[key] for key in ABOUT}, "template": template, **tally.numbers()}
     if any(p.kind == "code" for p in problems):
         from llmdistill.verify.sandbox import describe
 
@@ -232,8 +230,8 @@ def launch() -> tuple[int, int]:
     return rank, world
 
 
-def _missing(job: Job) -> set[tuple[str, int]]:
-    return {(a.problem, a.index) for a in job.asked} - set(job.folder.samples())
+def _missing(job: Job, samples: Lines[Sample]) -> set[tuple[str, int]]:
+    return {key for a in job.asked if (key := (a.problem, a.index)) not in samples}
 
 
 def _await_begin(job: Job, patience_s: float) -> None:
@@ -248,10 +246,14 @@ def _await_begin(job: Job, patience_s: float) -> None:
 
 
 def _await_others(jobs: Sequence[Job], console: Console, patience_s: float) -> None:
-    told, last, came = 0.0, -1, time.monotonic()
-    while lack := sum(len(_missing(job)) for job in jobs):
+    told, came = 0.0, time.monotonic()
+    drawn = [job.folder.samples() for job in jobs]
+    missing = [_missing(job, samples) for job, samples in zip(jobs, drawn, strict=True)]
+    while lack := sum(map(len, missing)):
+        for lacking, samples in zip(missing, drawn, strict=True):
+            lacking -= set(samples.look())  # only what was written since is read
         now = time.monotonic()
-        last, came = (lack, now) if lack != last else (last, came)
+        came = now if sum(map(len, missing)) < lack else came
         if now - came > patience_s:
             raise UserError(
                 f"no sample came from the other processes for {patience_s:g} s, {lack} are missing. "
@@ -264,7 +266,7 @@ def _await_others(jobs: Sequence[Job], console: Console, patience_s: float) -> N
 
 
 @contextmanager
-def _bar(title: str, total: int, console: Console, shown: bool = True) -> Iterator[Callable[[int | None], None]]:
+def _bar(title: str, total: int, console: Console, shown: bool = True) -> Iterator[Callable[..., None]]:
     """One bar with rate and ETA; a log file gets a line now and then instead."""
     began, count, said = time.monotonic(), 0, time.monotonic()
     columns = (TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
@@ -274,9 +276,9 @@ def _bar(title: str, total: int, console: Console, shown: bool = True) -> Iterat
     )  # fmt: skip
     task = progress.add_task("", total=total, rate="")
 
-    def tick(tokens: int | None) -> None:
+    def tick(tokens: int | None, more: int = 1) -> None:
         nonlocal count, said
-        count, now = count + 1, time.monotonic()
+        count, now = count + more, time.monotonic()
         seconds = max(now - began, 1e-9)
         rate = f"{tokens / seconds:,.0f} tokens/s" if tokens is not None else f"{count / seconds:,.1f}/s"
         progress.update(task, completed=count, rate=rate)

@@ -85,40 +85,149 @@ def summarise(
     """
     table = list(samples.values() if isinstance(samples, Mapping) else samples)
     graded = list(grades)
-    for key, wanted in (("k_pass", k_pass), ("k_maj", k_maj), ("k_g_pass", k_g_pass)):
-        if wanted and not 1 <= min(wanted) <= max(wanted) <= n:
+    tally = Tally(n, k_pass=k_pass, k_maj=k_maj, k_g_pass=k_g_pass, tau=tau, thinking=thinking, seed=seed)
+    known = {p.id for p in problems}
+    for what, records in (("samples", table), ("grades", graded)):
+        if strange := sorted({r.problem for r in records} - known):
+            raise ValueError(f"{what} of {_some(strange)}, which are not among the problems: from another suite?")
+    by_problem: dict[str, tuple[list[Sample], list[Grade]]] = {p.id: ([], []) for p in problems}
+    for sample in table:
+        by_problem[sample.problem][0].append(sample)
+    for grade in graded:
+        by_problem[grade.problem][1].append(grade)
+    for i, what in enumerate(("samples", "grades")):
+        bad = [p for p, found in by_problem.items() if sorted(r.index for r in found[i]) != list(range(n))]  # type: ignore[attr-defined]
+        if bad:
+            counted = _some([f"{p} ({len(by_problem[p][i])})" for p in bad])
             raise ValueError(
-                f"{key} is {list(wanted)} with n = {n} samples; each k must be in [1, n]. Raise n or drop k."
+                f"{what}: every problem needs exactly n = {n}, with indices 0 to {n - 1}; {len(bad)} of {len(known)} "
+                f"have not: {counted}. Finish the run, or summarise with the n that it has."
             )
-    if not problems:
-        raise ValueError("no problems to summarise")
-    _complete({p.id for p in problems}, n, table, "samples")
-    grade_of = _complete({p.id for p in problems}, n, graded, "grades")
-    rows = {p.id: [grade_of[p.id, i] for i in range(n)] for p in problems}
-    scores = [[float(g.passed) for g in rows[p.id]] for p in problems]
-    means = [sum(s) / n for s in scores]
-    right = [int(sum(s)) for s in scores]
-    votes = [rows[p.id] for p in problems if p.kind != "code"]
-    clusters = [([g.cluster for g in row], [g.passed for g in row]) for row in votes]
-    majority = {k: [maj_at_k(c, ok, k, seed=seed) for c, ok in clusters] for k in k_maj} if votes else {}
-    return {
-        "format": 1,
-        "problems": len(problems),
-        "samples": len(table),
-        "n": n,
-        "avg": {**_interval(means, seed), "se": _defined(clustered_error(scores))},
-        "pass": {str(k): _interval(pass_at_k(np.full(len(right), n), right, k).tolist(), seed) for k in k_pass},
-        "maj": {str(k): _interval(values, seed) for k, values in majority.items()},
-        "g_pass": {str(k): _g_pass(n, right, k, tau) for k in k_g_pass},
-        "seed_sd": _defined(seed_sd(scores)),
-        "groups": _groups(problems, means, seed),
-        "verdicts": _counted(g.kind for g in graded),
-        "stages": _counted(g.stage for g in graded),
-        "lengths": _lengths(table, grade_of),
-        "health": _health(table, grade_of, thinking),
-        "calibration": _calibration(clusters) if clusters and n > 1 else None,
-        "per_problem": {p.id: [c, n] for p, c in zip(problems, right, strict=True)},
-    }
+    for problem in problems:
+        tally.add(problem, *by_problem[problem.id])
+    return tally.numbers()
+
+
+class Tally:
+    """As :func:`summarise`, problem by problem: of a sample it keeps a few numbers, and not its text."""
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        k_pass: Sequence[int] = (1,),
+        k_maj: Sequence[int] = (),
+        k_g_pass: Sequence[int] = (),
+        tau: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        thinking: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        for key, wanted in (("k_pass", k_pass), ("k_maj", k_maj), ("k_g_pass", k_g_pass)):
+            if wanted and not 1 <= min(wanted) <= max(wanted) <= n:
+                raise ValueError(
+                    f"{key} is {list(wanted)} with n = {n} samples; each k must be in [1, n]. Raise n or drop k."
+                )
+        self.n, self.k_pass, self.k_maj, self.k_g_pass, self.tau = n, k_pass, k_maj, k_g_pass, tau
+        self.thinking, self.seed = thinking, seed
+        self.right: dict[str, int] = {}  # by problem
+        self.scores: list[list[float]] = []
+        self.groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self.clusters: list[tuple[list[int | None], list[bool]]] = []
+        self.kinds, self.stages, self.ill = Counter[str](), Counter[str](), Counter[str]()
+        self.tokens, self.passed, self.cut = list[int](), list[bool](), list[bool]()
+
+    def add(self, problem: Problem, samples: Sequence[Sample], grades: Sequence[Grade]) -> None:
+        """Raises ValueError where there are not exactly n samples and as many grades, 0 to n - 1."""
+        for what, records in (("samples", samples), ("grades", grades)):
+            if sorted(r.index for r in records) != list(range(self.n)):
+                raise ValueError(f"{what}: problem {problem.id} has {len(records)}; it needs 0 to {self.n - 1}")
+        row = sorted(grades, key=lambda g: g.index)
+        passed = [g.passed for g in row]
+        score = [float(p) for p in passed]
+        self.scores.append(score)
+        self.right[problem.id] = int(sum(score))
+        for name, value in problem.groups.items():
+            self.groups[name][value].append(sum(score) / self.n)
+        if problem.kind != "code":
+            self.clusters.append(([g.cluster for g in row], passed))
+        self.kinds.update(g.kind for g in row)
+        self.stages.update(g.stage for g in row)
+        self.ill["no_answer"] += sum(g.kind in _NO_ANSWER for g in row)
+        for sample in sorted(samples, key=lambda s: s.index):
+            health = examine(sample.text, sample.finish, thinking=self.thinking)
+            self.ill["unfinished_thinking"] += health.unfinished_thinking
+            self.ill["repetitive"] += health.repetitive
+            self.tokens.append(sample.tokens)
+            self.cut.append(sample.finish == "length")
+        self.passed += passed
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of all problems added.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.scores:
+            raise ValueError("no problems to summarise")
+        means, right, seed, n = [sum(s) / self.n for s in self.scores], list(self.right.values()), self.seed, self.n
+        majority = {
+            k: [maj_at_k(classes, passed, k, seed=seed) for classes, passed in self.clusters]
+            for k in (self.k_maj if self.clusters else ())
+        }
+        return {
+            "format": 1,
+            "problems": len(self.scores),
+            "samples": len(self.tokens),
+            "n": n,
+            "avg": {**_interval(means, seed), "se": _defined(clustered_error(self.scores))},
+            "pass": {
+                str(k): _interval(pass_at_k(np.full(len(right), n), right, k).tolist(), seed) for k in self.k_pass
+            },
+            "maj": {str(k): _interval(values, seed) for k, values in majority.items()},
+            "g_pass": {str(k): _g_pass(n, right, k, self.tau) for k in self.k_g_pass},
+            "seed_sd": _defined(seed_sd(self.scores)),
+            "groups": self._groups(),
+            "verdicts": dict(self.kinds.most_common()),
+            "stages": dict(self.stages.most_common()),
+            "lengths": self._lengths(),
+            "health": self._health(),
+            "calibration": _calibration(self.clusters) if self.clusters and n > 1 else None,
+            "per_problem": {problem: [count, n] for problem, count in self.right.items()},
+        }
+
+    def _groups(self) -> dict[str, dict[str, dict[str, Any]]]:
+        answer: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, values in sorted(self.groups.items()):
+            answer[name] = {}
+            for value in sorted(values):
+                interval = _interval(values[value], self.seed)
+                answer[name][value] = {"problems": len(values[value]), "avg": interval.pop("value"), **interval}
+        return answer
+
+    def _lengths(self) -> dict[str, Any]:
+        tokens, passed, cut = np.array(self.tokens), np.array(self.passed), np.array(self.cut)
+        edges = np.linspace(0, max(int(tokens.max()), 1), _BINS + 1)
+        answer: dict[str, Any] = {"edges": edges.tolist()}
+        for name, chosen in {"all": passed | ~passed, "right": passed, "wrong": ~passed, "truncated": cut}.items():
+            x = tokens[chosen]
+            answer[name] = {
+                "n": int(x.size),
+                "mean": float(x.mean()) if x.size else None,
+                "median": float(np.median(x)) if x.size else None,
+                "p90": float(np.quantile(x, 0.9)) if x.size else None,
+                "counts": np.histogram(x, edges)[0].tolist(),
+            }
+        return answer
+
+    def _health(self) -> dict[str, Any]:
+        finished = [passed for passed, cut in zip(self.passed, self.cut, strict=True) if not cut]
+        shares = {key: self.ill[key] / len(self.tokens) for key in ("unfinished_thinking", "no_answer", "repetitive")}
+        return {
+            "truncated": sum(self.cut) / len(self.cut),
+            **shares,
+            "finished_avg": float(np.mean(finished)) if finished else None,
+            "tokens": sum(self.tokens),
+        }
 
 
 def drawn_with(results: Mapping[str, Any]) -> str:
@@ -128,22 +237,6 @@ def drawn_with(results: Mapping[str, Any]) -> str:
         return "" if mean is None else f"{mean:,.0f} tokens"
     drawn = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     return drawn if mean is None else f"{drawn}, {mean:,.0f} tokens"
-
-
-def _complete(ids: set[str], n: int, records: Sequence[Any], what: str) -> dict[tuple[str, int], Any]:
-    """The records by problem and index, of which there must be exactly n for each problem."""
-    by_key = {(r.problem, r.index): r for r in records}
-    counts = Counter(r.problem for r in records)
-    if strange := [p for p in counts if p not in ids]:
-        raise ValueError(f"{what} of {_some(strange)}, which are not among the problems: from another suite?")
-    bad = [p for p in sorted(ids) if counts[p] != n or any((p, i) not in by_key for i in range(n))]
-    if bad:
-        found = [f"{p} ({counts[p]})" for p in bad]
-        raise ValueError(
-            f"{what}: every problem needs exactly n = {n}, with indices 0 to {n - 1}; {len(bad)} of {len(ids)} "
-            f"have not: {_some(found)}. Finish the run, or summarise with the n that it has."
-        )
-    return by_key
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
@@ -163,58 +256,6 @@ def _defined(value: float) -> float | None:
 def _g_pass(n: int, right: Sequence[int], k: int, tau: Sequence[float]) -> dict[str, float]:
     by_tau = {f"{t:g}": float(np.mean([g_pass_at_k(n, c, k, t) for c in right])) for t in tau}
     return {**by_tau, "mean": float(np.mean([mean_g_pass_at_k(n, c, k) for c in right]))}
-
-
-def _groups(problems: Sequence[Problem], means: Sequence[float], seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for problem, mean in zip(problems, means, strict=True):
-        for name, value in problem.groups.items():
-            found[name][value].append(mean)
-    answer: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, values in sorted(found.items()):
-        answer[name] = {}
-        for value in sorted(values):
-            interval = _interval(values[value], seed)
-            answer[name][value] = {"problems": len(values[value]), "avg": interval.pop("value"), **interval}
-    return answer
-
-
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(names).most_common())
-
-
-def _lengths(samples: Sequence[Sample], grade_of: Mapping[tuple[str, int], Grade]) -> dict[str, Any]:
-    tokens = np.array([s.tokens for s in samples])
-    passed = np.array([grade_of[s.problem, s.index].passed for s in samples])
-    cut = np.array([s.finish == "length" for s in samples])
-    edges = np.linspace(0, max(int(tokens.max()), 1), _BINS + 1)
-    answer: dict[str, Any] = {"edges": edges.tolist()}
-    for name, chosen in {"all": passed | ~passed, "right": passed, "wrong": ~passed, "truncated": cut}.items():
-        x = tokens[chosen]
-        answer[name] = {
-            "n": int(x.size),
-            "mean": float(x.mean()) if x.size else None,
-            "median": float(np.median(x)) if x.size else None,
-            "p90": float(np.quantile(x, 0.9)) if x.size else None,
-            "counts": np.histogram(x, edges)[0].tolist(),
-        }
-    return answer
-
-
-def _health(
-    samples: Sequence[Sample], grade_of: Mapping[tuple[str, int], Grade], thinking: bool | None
-) -> dict[str, Any]:
-    found = [examine(s.text, s.finish, thinking=thinking) for s in samples]
-    finished = [grade_of[s.problem, s.index].passed for s in samples if s.finish != "length"]
-    grades = [grade_of[s.problem, s.index] for s in samples]
-    return {
-        "truncated": float(np.mean([h.truncated for h in found])),
-        "unfinished_thinking": float(np.mean([h.unfinished_thinking for h in found])),
-        "no_answer": float(np.mean([g.kind in _NO_ANSWER for g in grades])),
-        "repetitive": float(np.mean([h.repetitive for h in found])),
-        "finished_avg": float(np.mean(finished)) if finished else None,
-        "tokens": sum(s.tokens for s in samples),
-    }
 
 
 def _calibration(clusters: Sequence[tuple[list[int | None], list[bool]]]) -> dict[str, Any]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from llmdistill.evals.grades import GradesSoFar
+from llmdistill.evals.grading import grade
+from llmdistill.evals.records import EvalFolder, Grade, Problem, Sample
 from tests import tiny
 
 
@@ -38,3 +42,14 @@ def model(folder: Path, template: str | None = tiny.TEMPLATE) -> Path:
     tiny.llama(3).save_pretrained(folder / "model")
     tiny.tokenizer(template).save_pretrained(folder / "model")
     return folder / "model"
+
+
+def graded(problems: list[Problem], samples: list[Sample], **options: Any) -> list[Grade]:
+    """The grades of one sample each, in the order of the problems."""
+    with TemporaryDirectory() as folder:
+        kept = GradesSoFar(EvalFolder(folder), {})
+        grade(problems, lambda name: [s for s in samples if s.problem == name], kept, **options)
+        found = [kept.of(p, [s])[0] for p, s in zip(problems, samples, strict=True)]
+        kept.close(True)
+    assert all(g is not None for g in found)
+    return [g for g in found if g is not None]

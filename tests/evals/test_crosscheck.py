@@ -48,7 +48,7 @@ def test_building_twice_stores_each_completion_once_thinking_included(crosscheck
         crosscheck.build(traces, folder, 4, 0)
     samples = folder.samples()
     assert len((folder.path / "samples" / "rank-0.jsonl").read_text().splitlines()) == len(samples) == 4
-    assert samples["t/0", 0].text == "<think>Is it \\boxed{7}?</think>It is \\boxed{0}."
+    assert samples.of("t/0")[0].text == "<think>Is it \\boxed{7}?</think>It is \\boxed{0}."
     assert {g.problem: g.passed for g in folder.grades()} == {"t/0": True, "t/1": False, "t/2": True, "t/3": True}
 
 

@@ -57,10 +57,10 @@ def test_the_service_by_both_its_protocols(tmp_path: Path, model: str, service: 
     assert openai.results["samples"] == 12
     samples = [EvalFolder(done.folder).samples() for done in (remote, openai)]
     for one in samples:
-        assert all(0 < s.tokens <= 8 and (s.finish == "length") == (s.tokens == 8) for s in one.values())
+        assert all(0 < s.tokens <= 8 and (s.finish == "length") == (s.tokens == 8) for s in one)
     greedy = {"n": 1, "temperature": 0.0}
     texts = [
-        {k: s.text for k, s in EvalFolder(scored(tmp_path, out, **greedy, **where).folder).samples().items()}
+        {(s.problem, s.index): s.text for s in EvalFolder(scored(tmp_path, out, **greedy, **where).folder).samples()}
         for out, where in (
             ("remote-greedy", {"engine": "remote", "url": service.url, "tokenizer": model}),
             ("openai-greedy", {"engine": "openai", "url": service.url, "api": "completions", "tokenizer": model}),
@@ -247,5 +247,5 @@ def test_a_real_vllm_server(tmp_path: Path, model: str) -> None:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
     # the server holds back the bytes of a character that is not complete yet, and noise ends in such bytes
-    texts = [{k: s.text.rstrip("\ufffd") for k, s in EvalFolder(f.folder).samples().items()} for f in found]
+    texts = [{(s.problem, s.index): s.text.rstrip("\ufffd") for s in EvalFolder(f.folder).samples()} for f in found]
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 6

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from llmdistill.evals.grading import grade
 from llmdistill.evals.records import Problem, Sample
 from llmdistill.evals.suite import DATA_ENV, load_problems, load_suite, subsample
 from tests.evals import made
@@ -18,13 +17,11 @@ here = pytest.mark.skipif(not (DATA / "benchmarks").is_dir(), reason="the benchm
 
 def answered(problems: list[Problem], golds: list[str | None]) -> list[bool]:
     """Verdicts on completions that give ``golds`` for ``problems``, a boxed answer or a fenced program each."""
-    samples = {}
+    samples = []
     for problem, gold in zip(problems, golds, strict=True):
         text = f"```python\n{gold}\n```" if problem.kind == "code" else f"Therefore it is $\\boxed{{{gold}}}$."
-        samples[problem.id, 0] = Sample(problem.id, 0, text, 1, "stop", 0)
-    grades = grade(problems, samples)
-    assert [g.problem for g in grades] == [p.id for p in problems]
-    return [g.passed for g in grades]
+        samples.append(Sample(problem.id, 0, text, 1, "stop", 0))
+    return [g.passed for g in made.graded(problems, samples)]
 
 
 def test_golds_of_a_made_up_suite(tmp_path: Path) -> None:

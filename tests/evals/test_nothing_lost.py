@@ -68,7 +68,7 @@ def test_a_grading_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, mon
     again = regrade(folder.path, workers=1, console=QUIET)
     assert len(seen) == 6  # of the twelve: three problems were whole
     assert again.results == whole.results
-    assert folder.grades() == EvalFolder(whole.folder).grades()
+    assert list(folder.grades()) == list(EvalFolder(whole.folder).grades())
     assert not (folder.path / "grading.jsonl").exists()
 
 
@@ -150,4 +150,4 @@ def test_a_record_of_another_form_is_left_out(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, sums(2))
     (tmp_path / "grades.jsonl").write_text('{"problem": "p0"}\n[1]\n')
     with pytest.warns(UserWarning, match="holds a line that is no Grade"):
-        assert folder.grades() == []
+        assert list(folder.grades()) == []

@@ -11,7 +11,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def run(tmp_path: Path) -> EvalFolder:
     return folder_of(tmp_path / "quiz", problems, SOLUTION, list(OUTCOMES))
 
 
+def of(records: dict[tuple[str, int], Any]) -> Callable[[str], list[Any]]:
+    """Those of a problem."""
+    return lambda problem: [record for (name, _), record in records.items() if name == problem]
+
+
 def unpacked(raw: str, key: str) -> Any:
     block = re.search(rf'id="{key}">([^<]*)</script>', raw)
     assert block
@@ -110,7 +115,7 @@ def test_samples_are_on_the_page_whole(run: EvalFolder) -> None:
     index = unpacked(raw, "index")
     assert [row["verdicts"] for row in index] == ["rrr", "www", "TTT", "rwT"]
     assert [row["tokens"] for row in index] == [11, 21, 31, 41]  # means of 10 (p + 1) + i
-    texts = {(s.problem, s.index): s.text for s in run.samples().values()}
+    texts = {(s.problem, s.index): s.text for s in run.samples()}
     for place, row in enumerate(index):
         block = unpacked(raw, f"data-{place}")
         assert {(row["id"], s["index"]): s["text"] for s in block["samples"]} == {
@@ -191,7 +196,7 @@ def test_any_part_of_the_results_may_be_missing_or_odd(run: EvalFolder, part: st
 
 def test_an_unfinished_run_says_what_is_missing(run: EvalFolder) -> None:
     run.results_file.unlink()
-    run.write_grades(run.grades()[:10])
+    run.write_grades(list(run.grades())[:10])
     (run.path / "samples" / "rank-0.jsonl").write_text(
         "".join((run.path / "samples" / "rank-0.jsonl").read_text().splitlines(keepends=True)[:11])
     )
@@ -217,7 +222,7 @@ def test_long_samples_keep_head_and_tail_within_the_limit() -> None:
         for i in range(4)
     }
     limit = 500_000
-    packed = pack(problems, samples, {}, 4, limit)
+    packed = pack(problems, of(samples), of({}), 4, limit)
     assert len(packed.index) + sum(map(len, packed.blocks)) <= limit
     assert packed.clipped == 60 and packed.absent == 0 and packed.longest > 4000
     first = json.loads(gzip.decompress(base64.b64decode(packed.blocks[0])))["samples"]
@@ -225,7 +230,7 @@ def test_long_samples_keep_head_and_tail_within_the_limit() -> None:
     head, left, tail = first[1]["text"]
     text = samples["p0", 1].text
     assert text.startswith(head) and text.endswith(tail) and len(head) + left + len(tail) == len(text)
-    tight = pack(problems, samples, {}, 4, 18_000)
+    tight = pack(problems, of(samples), of({}), 4, 18_000)
     assert tight.longest == SHORTEST_TEXT and tight.absent == 40  # two samples of each problem still fit
     assert len(tight.index) + sum(map(len, tight.blocks)) <= 18_000
 

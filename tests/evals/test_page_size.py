@@ -17,6 +17,7 @@ from llmdistill.evals.page import write_page
 from llmdistill.evals.page.packing import pack
 from llmdistill.evals.records import EvalFolder, Grade, Problem, Sample
 from tests.evals.chromium import Chromium
+from tests.evals.test_page import of
 
 LIMIT = 10.0  # seconds until a sample is laid out; the slowest of these took 4 on a machine with eight other jobs
 ELEMENTS = 30_000  # of one sample's text
@@ -220,5 +221,5 @@ def test_packing_is_by_problem() -> None:
     """The index is small beside the texts, whatever their number."""
     problems = [Problem(f"p{i}", "q" * 500, "math", "1") for i in range(300)]
     samples = {(p.id, i): Sample(p.id, i, "word " * 400, 1, "stop", 1) for p in problems for i in range(4)}
-    packed = pack(problems, samples, {}, 4)
+    packed = pack(problems, of(samples), of({}), 4)
     assert len(packed.blocks) == 300 and len(packed.index) < 40_000

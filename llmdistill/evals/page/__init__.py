@@ -53,9 +53,9 @@ def render(run: EvalFolder) -> str:
     config = run.read_config() or {}
     results = run.read_results() if run.results_file.is_file() else {}
     problems, samples = run.problems(), run.samples()
-    grades = {(grade.problem, grade.index): grade for grade in run.grades()}
+    grades = run.grades()
     n = int(finite(results.get("n")) or finite(config.get("n")) or 1)
-    packed = pack(problems, samples, grades, n)
+    packed = pack(problems, samples.of, grades.of, n)
     both = {**config, **results}
     suite, model = both.get("suite") or run.path.resolve().name, both.get("model")
     script = _script()

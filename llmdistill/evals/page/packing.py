@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,36 +46,46 @@ class Packed:
 
 def pack(
     problems: Sequence[Problem],
-    samples: Mapping[tuple[str, int], Sample],
-    grades: Mapping[tuple[str, int], Grade],
+    samples_of: Callable[[str], Sequence[Sample]],
+    grades_of: Callable[[str], Sequence[Grade]],
     n: int,
     limit: int = PAGE_BYTES,
 ) -> Packed:
     """Packs everything into at most ``limit`` bytes (problems of a suite alone are never left out).
 
     Args:
+        samples_of, grades_of: those of a problem, by its id; asked again rather than kept.
         n: samples asked for per problem; those that are not there are shown as missing.
     """
-    found = _by_problem(problems, samples)
-    count = sum(len(s) for s in found.values())
-    most = max((len(s) for s in found.values()), default=0)
-    longest = _fair_share([len(s.text) for s in samples.values()], int(limit * ASSUMED_RATIO))
-    longest = min(max(longest, SHORTEST_TEXT), LONGEST_TEXT)
+    index, lengths, most = [], list[int](), 0
+    for problem in problems:
+        mine = _by_index(samples_of(problem.id))
+        index.append(_row(problem, mine, _verdicts(grades_of(problem.id)), n))
+        lengths += [len(s.text) for s in mine]
+        most = max(most, len(mine))
+    packed_index = _packed(index)
+    longest = min(max(_fair_share(lengths, int(limit * ASSUMED_RATIO)), SHORTEST_TEXT), LONGEST_TEXT)
     while True:
-        index, blocks = [], []
+        blocks, clipped, shown = [], 0, 0
         for problem in problems:
-            mine = found[problem.id]
-            index.append(_row(problem, mine, grades, n))
-            blocks.append(_packed(_block(problem, mine[:most], len(mine), grades, longest)))
-        packed_index = _packed(index)
+            mine = _by_index(samples_of(problem.id))
+            kept = mine[:most]
+            blocks.append(_packed(_block(problem, kept, len(mine), _verdicts(grades_of(problem.id)), longest)))
+            clipped, shown = clipped + sum(len(s.text) > longest for s in kept), shown + len(kept)
         if len(packed_index) + sum(map(len, blocks)) <= limit or most == 0:
-            break
+            return Packed(packed_index, blocks, longest, clipped, len(lengths) - shown)
         if longest > SHORTEST_TEXT:
             longest = max(longest * 2 // 3, SHORTEST_TEXT)
         else:
             most //= 2
-    shown = [s for mine in found.values() for s in mine[:most]]
-    return Packed(packed_index, blocks, longest, sum(len(s.text) > longest for s in shown), count - len(shown))
+
+
+def _by_index(samples: Sequence[Sample]) -> list[Sample]:
+    return sorted(samples, key=lambda s: s.index)
+
+
+def _verdicts(grades: Sequence[Grade]) -> dict[int, Grade]:
+    return {grade.index: grade for grade in grades}
 
 
 def clip(text: str, limit: int) -> Clipped:
@@ -114,17 +124,8 @@ def _fair_share(lengths: Sequence[int], total: int) -> int:
     return max(lengths, default=0)
 
 
-def _by_problem(problems: Sequence[Problem], samples: Mapping[tuple[str, int], Sample]) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {problem.id: [] for problem in problems}
-    for sample in samples.values():
-        found.setdefault(sample.problem, []).append(sample)
-    return {key: sorted(found[key], key=lambda s: s.index) for key in (p.id for p in problems)}
-
-
-def _row(
-    problem: Problem, samples: Sequence[Sample], grades: Mapping[tuple[str, int], Grade], n: int
-) -> dict[str, Any]:
-    letters = {s.index: verdict(s, grades.get((s.problem, s.index))) for s in samples}
+def _row(problem: Problem, samples: Sequence[Sample], grades: Mapping[int, Grade], n: int) -> dict[str, Any]:
+    letters = {s.index: verdict(s, grades.get(s.index)) for s in samples}
     places = sorted(set(range(n)) | set(letters))
     return {
         "id": _short(problem.id, NAME),
@@ -137,14 +138,14 @@ def _row(
 
 
 def _block(
-    problem: Problem, samples: Sequence[Sample], there: int, grades: Mapping[tuple[str, int], Grade], longest: int
+    problem: Problem, samples: Sequence[Sample], there: int, grades: Mapping[int, Grade], longest: int
 ) -> dict[str, Any]:
     return {
         "kind": problem.kind,
         "question": clip(problem.question, QUESTION),
         "gold": None if problem.gold is None else clip(problem.gold, GOLD),
         "tests": None if problem.tests is None else clip(json.dumps(problem.tests, indent=1), TESTS),
-        "samples": [_sample(s, grades.get((s.problem, s.index)), longest) for s in samples],
+        "samples": [_sample(s, grades.get(s.index), longest) for s in samples],
         "absent": there - len(samples),
     }
 
