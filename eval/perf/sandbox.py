@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llmdistill.errors import UserError
-from llmdistill.verify.code import run_stdin, run_tests
+from llmdistill.verify.code import find_program, run_stdin, run_tests
 from llmdistill.verify.sandbox import Sandbox
 
 PROGRAM = """
@@ -47,6 +47,13 @@ def tests(pool: Sandbox) -> bool:
 
 def script(pool: Sandbox) -> bool:
     return run_stdin("print(sum(map(int, input().split())))", [("1 2 3\n", "6\n")], sandbox=pool).passed
+
+
+def found(pool: Sandbox) -> bool:
+    return (
+        find_program(f"Here it is:\n```python{PROGRAM}```\n", entry_point="has_close_elements", sandbox=pool)
+        is not None
+    )
 
 
 def bare(_: Sandbox | None) -> bool:
@@ -93,7 +100,7 @@ def main() -> None:
             continue
         with pool:
             report[mode] = {"start_s": round(time.perf_counter() - start, 3), "means": pool.means}
-            for name, judge in (("asserts", tests), ("stdin", script)):
+            for name, judge in (("asserts", tests), ("stdin", script), ("finding a program", found)):
                 report[mode][name] = measure(judge, pool, options.programs, options.threads)
                 report[mode][f"{name}, one at a time"] = measure(judge, pool, options.programs // 2, 1)
     print(json.dumps(report, indent=1))

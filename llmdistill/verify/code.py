@@ -5,14 +5,14 @@
 The program never runs where its verdict is made. With asserts and calls it runs in one confined process, the tests in
 another; only plain data crosses, rebuilt as exact builtin types, and the program's process never holds the tests or
 the expected values, not even in inherited memory. With standard input the parent compares the text. So exiting early,
-patching builtins or modules, objects that equal everything, reading the stack, and writing to every open file get a
-program nowhere.
+raising what ends a loop, patching builtins or modules, providing names of the tests or of the judge, objects that equal
+everything, reading the stack, and writing to every open file get a program nowhere.
 
 What remains: a program decides what its functions answer, and that can be more than the author of a test thought of.
-If a test compares two objects of the program's own classes, or asks such an object for its truth, its length or
-whether something is in it, the program's own methods decide. Such an object equals no plain value, whatever its
-``__eq__`` says. If a test calls a helper of the program's making, that helper is the program's: give
-trusted helpers as ``setup``. And a test that a constant passes is passed by that constant.
+If a test compares two objects of the program's own classes, or asks such an object for its truth or its length, or one
+of a class that the tests name whether something is in it, the program's own methods decide. Such an object equals no
+plain value, whatever its ``__eq__`` says. If a test calls a helper of the program's making, that helper is the
+program's: give trusted helpers as ``setup``. And a test that a constant passes is passed by that constant.
 
 Time is wall time: on a machine whose cores are all busy, give more of it.
 """
@@ -101,11 +101,12 @@ def run_tests(
     allow_unsafe_exec: bool = False,
     sandbox: Sandbox | None = None,
 ) -> Verdict:
-    """Run test code (asserts, or unittest.main()) against a program.
+    """Run test code (asserts, unittest, functions that pytest would collect) against a program.
 
     Names in the tests that neither the tests nor the builtins define are the program's. Its functions get copies of
     their arguments; what they do to a list, dict or set passed in is carried back for calls that are a statement of
-    their own (``sort(xs)``), and for no others. Tests that use nothing of the program do not pass.
+    their own (``sort(xs)``), and for no others. Tests that are defined and that nobody calls are called. Tests that use
+    nothing of the program do not pass.
 
     Args:
         program: Python source.

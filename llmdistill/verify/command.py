@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmdistill.errors import UserError
-from llmdistill.verify.code import judge_program
+from llmdistill.verify.code import find_program, judge_program
 from llmdistill.verify.math import AnswerJudge, Kind
-from llmdistill.verify.programs import extract_program
 from llmdistill.verify.rewards import text_of
 
 COMPLETIONS = ("completion", "prediction", "response")
@@ -98,8 +97,10 @@ def verdict(judge: AnswerJudge, row: Mapping[str, Any], line: int, options: argp
     text = text_of(_value(row, options.completion, COMPLETIONS, line, "completion"))
     if row.get("tests"):
         tests = dict(row["tests"])
-        program = extract_program(text, entry_point=tests.get("entry_point"), prompt=tests.get("setup"))
-        ran = judge_program(program, tests, allow_unsafe_exec=options.allow_unsafe_exec)
+        unsafe = options.allow_unsafe_exec
+        where = {"entry_point": tests.get("entry_point"), "prompt": tests.get("setup")}
+        program = find_program(text, **where, allow_unsafe_exec=unsafe)
+        ran = judge_program(program, tests, allow_unsafe_exec=unsafe)
         passed = "right" if ran.passed else ran.kind
         return {"verdict": passed, "extracted": program, "gold": None, "found_by": "program", "reason": ran.detail}
     gold = str(_value(row, options.gold, GOLDS, line, "gold"))

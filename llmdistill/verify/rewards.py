@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmdistill.errors import UserError
-from llmdistill.verify.code import judge_program
+from llmdistill.verify.code import find_program, judge_program
 from llmdistill.verify.math import Kind, judge_answer
-from llmdistill.verify.programs import extract_program
 
 Completion = str | Sequence[Mapping[str, Any]]
 ANSWERS = ("answer", "solution", "gold")
@@ -66,7 +65,7 @@ def _code(text: str, tests: Any) -> float | None:
     found: dict[str, Any] = (
         json.loads(tests) if isinstance(tests, str) else {k: v for k, v in tests.items() if v is not None}
     )
-    program = extract_program(text, entry_point=found.get("entry_point"), prompt=found.get("setup"))
+    program = find_program(text, entry_point=found.get("entry_point"), prompt=found.get("setup"))
     return float(judge_program(program, found).passed)
 
 
