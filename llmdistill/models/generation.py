@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -161,8 +162,8 @@ def _may_be_batched(model: PreTrainedModel, ends: _Ends) -> bool:
         if not _batched[base] and not _distance_from_forward(model, [[r] for r in requests], ends) <= allowed:
             del _batched[base]
             raise UserError(
-                f"{type(base).__name__} cannot be sampled from: the log-probs of what generate() writes are "
-                f"{together:.2g} nats a token off those of its own forward pass, in a batch and one by one. "
+                f"{type(base).__name__} cannot be sampled from: generate() fails, or what it writes has log-probs that "
+                f"are not those of its own forward pass ({together:.2g} nats a token off), in a batch and one by one. "
                 "Fix: another student, or --sequences dataset or teacher."
             )
         if not _batched[base]:
@@ -177,7 +178,11 @@ def _distance_from_forward(
     cache and without padding."""
     gaps = list[Tensor]()
     for group in groups:
-        drawn = _drawn(model, group, Sampling(_PROBE_TOKENS, temperature=0.0), ends)
+        try:
+            drawn = _drawn(model, group, Sampling(_PROBE_TOKENS, temperature=0.0), ends)
+        except (ValueError, IndexError, TypeError) as error:  # states of another shape than the model's own cache makes
+            logger.info("%s.generate() of %d sequences: %s", type(base_model(model)).__name__, len(group), error)
+            return math.inf
         for (ids, _), sequence in zip(group, drawn, strict=True):
             whole = torch.tensor([[*ids, *sequence.ids]], device=model.device)
             logits_TV = model(input_ids=whole, use_cache=False).logits[0, len(ids) - 1 : -1].float()

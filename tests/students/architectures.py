@@ -38,7 +38,7 @@ _LATENT = {"num_key_value_heads": 4}  # multi-head latent attention has as many 
 # Layers of both kinds, where the default of a short model has one only.
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 OF_THEIR_OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "axk1"), _LATENT),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "axk1"), _LATENT),
     **dict.fromkeys(("minicpm3", "longcat_flash", "youtu", "axk2"), _LATENT),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _MIXED),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
@@ -50,7 +50,9 @@ OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_mem_blocks": 1},
-    "dots1": {"n_shared_experts": 1},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"]},
     "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
