@@ -65,10 +65,16 @@ def loop_thread_times() -> Iterator[list[tuple[float, str]]]:
         asyncio.Handle._run = run  # type: ignore[method-assign]
 
 
-async def in_parts(data: bytes) -> Any:
-    """As a socket gives it."""
-    for start in range(0, len(data), 1 << 16):
-        yield data[start : start + (1 << 16)]
+def in_parts(data: bytes) -> Any:
+    """As a socket gives it: 64 KiB, and the loop has its turn. Cut beforehand, or the cutting would be measured too."""
+    parts = [data[start : start + (1 << 16)] for start in range(0, len(data), 1 << 16)]
+
+    async def stream() -> Any:
+        for part in parts:
+            yield part
+            await asyncio.sleep(0)
+
+    return stream()
 
 
 WIDE = np.zeros((131071, 100), np.int32)
@@ -99,12 +105,11 @@ def test_no_body_is_parsed_hashed_or_copied_on_the_loops_thread(what: str, tmp_p
     async def test(client: Client, service: Service) -> None:
         service.engine.weights_bytes = 64 << 20  # as if the model were large enough for such an upload
         await client.post(protocol.SCORE, json=score_body())  # what is imported and built once
-        with loop_thread_times() as seen:
-            answer = await client.post(path, content=in_parts(data), headers=headers)
+        parts = in_parts(data)
+        with loop_thread_times() as seen:  # in a task of its own: a step that has begun is not measured
+            answer = await asyncio.create_task(client.post(path, content=parts, headers=headers))
         assert 400 <= answer.status_code < 500, answer.text
-        # the test's own part is cut from the body here too: 64 KiB each
-        longest = max(seen)
-        assert longest[0] < BUSY_S, longest
+        assert len(seen) > 3 and max(seen)[0] < BUSY_S, max(seen)
 
     with_service(test, Limits(sequence_tokens=128), accept_weights=True, upload_folder=tmp_path)
 
@@ -138,11 +143,14 @@ def test_answers_of_megabytes_are_not_made_on_the_loops_thread() -> None:
         packed = pack_prompts({"sampling": generate["sampling"]}, [np.array([5], np.int32)], [0])
         await client.post(protocol.SCORE, json=score_body())
         with loop_thread_times() as seen:
-            assert len((await client.post(protocol.SCORE, json=score_body())).content) > 1 << 20
-            assert len((await client.post(protocol.GENERATE, json=generate)).content) > 200_000
-            answer = await client.post(protocol.GENERATE, content=packed, headers=IDS)
-            assert len(unpack_completions(answer.content).ids) == 2
-        assert max(seen)[0] < BUSY_S, max(seen)
+            asked = [
+                await asyncio.create_task(client.post(protocol.SCORE, json=score_body())),
+                await asyncio.create_task(client.post(protocol.GENERATE, json=generate)),
+                await asyncio.create_task(client.post(protocol.GENERATE, content=packed, headers=IDS)),
+            ]
+        sizes = [len(answer.content) for answer in asked]
+        assert sizes[0] > 1 << 20 and sizes[1] > 200_000 and len(unpack_completions(asked[2].content).ids) == 2
+        assert len(seen) > 3 and max(seen)[0] < BUSY_S, max(seen)
 
     with_service(test)
 
