@@ -7,6 +7,7 @@ answers in ways of their own.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.errors import UserError
+from llmdistill.evals.hidden_tests import unpacked
 from llmdistill.evals.records import Kind, Problem
 
 
@@ -139,9 +141,44 @@ def livecodebench(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequ
     return _problem(row, "code", columns, groups, row.text("prompt"), None, tests)
 
 
-READERS: dict[str, Reader] = {
-    function.__name__: function for function in (rows, olympiad, gsm8k, humaneval, mbpp, leetcode, livecodebench)
-}
+def livecodebench_release(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """LiveCodeBench as it is released (``code_generation_lite``): public and hidden tests, starter code for methods."""
+    cases = []
+    for name in ("public_test_cases", "private_test_cases"):
+        try:
+            cases += [(str(c["testtype"]), [str(c["input"]), str(c["output"])]) for c in unpacked(row.text(name))]
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{row.where}: field {name!r} holds no tests: {error}.") from error
+    if len(kinds := {kind_ for kind_, _ in cases}) != 1:
+        raise UserError(f"{row.where}: its tests are of the kinds {sorted(kinds)}; a problem has one kind.")
+    tests: dict[str, Any] = {"style": "stdin", "cases": [case for _, case in cases]}
+    asked = "Read the input from standard input and print the answer; put a complete Python program"
+    if kinds == {"functional"}:
+        try:
+            entry = str(json.loads(row.text("metadata"))["func_name"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{row.where}: field 'metadata' names no func_name.") from error
+        tests = {"style": "functional", "entry_point": f"Solution().{entry}", "cases": tests["cases"]}
+        asked = f"Complete this:\n```python\n{row.text('starter_code').rstrip()}\n```\nPut the whole of it"
+    question = f"{row.text('question_content').rstrip()}\n\n{asked} into one markdown code block."
+    values = {**row.values, "month": str(row.values.get("contest_date") or "")[:7]}
+    named = {"id": "question_id", **columns}
+    return _problem(Row(values, row.where, row.number), "code", named, groups, question, None, tests)
+
+
+def gpqa(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]) -> Problem:
+    """GPQA: the right answer and three wrong ones, in an order that follows from the question's id."""
+    right = row.text("Correct Answer").strip()
+    choices = [right, *(row.text(f"Incorrect Answer {i}").strip() for i in (1, 2, 3))]
+    name = row.text("Record ID")
+    order = sorted(range(4), key=lambda i: hashlib.blake2b(f"{name}:{i}".encode()).digest())
+    listed = "\n".join(f"{letter}) {choices[i]}" for letter, i in zip("ABCD", order, strict=True))
+    question = f"{row.text('Question').strip()}\n\n{listed}"
+    return _problem(row, "choice", {"id": "Record ID", **columns}, groups, question, "ABCD"[order.index(0)], None)
+
+
+_OF_BENCHMARKS = (olympiad, gsm8k, humaneval, mbpp, leetcode, livecodebench, livecodebench_release, gpqa)
+READERS: dict[str, Reader] = {function.__name__: function for function in (rows, *_OF_BENCHMARKS)}
 
 
 def _problem(
