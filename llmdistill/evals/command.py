@@ -56,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
     for one in done:
         Console(markup=False).print(table(one))
         written = f"results {one.folder / 'results.json'}\npage    {one.folder / 'report.html'}"
+        if how := one.results.get("sandbox"):  # what confined the programs, and what that leaves open
+            written += f"\nsandbox {how}"
         Console(soft_wrap=True, markup=False).print(written)
     return 0
 
