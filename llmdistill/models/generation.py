@@ -180,6 +180,8 @@ def _distance_from_forward(
     for group in groups:
         try:
             drawn = _drawn(model, group, Sampling(_PROBE_TOKENS, temperature=0.0), ends)
+        except UserError:
+            raise
         except (ValueError, IndexError, TypeError) as error:  # states of another shape than the model's own cache makes
             logger.info("%s.generate() of %d sequences: %s", type(base_model(model)).__name__, len(group), error)
             return math.inf
