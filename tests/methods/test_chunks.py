@@ -16,6 +16,7 @@ from llmdistill import MethodTrainer, methods
 from llmdistill.composition.batch import Text
 from llmdistill.errors import UserError
 from llmdistill.objectives.alm import binary_divergence, chunk_credit, merged
+from llmdistill.preflight import examine
 from llmdistill.recipe.config import DataConfig, RolloutConfig
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.teachers.local import LocalTeacher
@@ -259,3 +260,60 @@ def test_what_does_not_go_together_is_refused_at_once(tmp_path: Path) -> None:
     no_template.tokenizer.chat_template = None
     with pytest.raises(UserError, match="row 0: teacher's tokenizer has no chat template"):
         make(tmp_path / "g", "alm", teacher=no_template)
+
+
+@pytest.mark.parametrize("case", ["plain", "tau 1, reverse", "credit"])
+@pytest.mark.parametrize("grouping", ["student splits numerals", "student groups them"])
+def test_token_tables_of_one_byte_level_model_leave_nothing(case: str, grouping: str) -> None:
+    """METHODS-2026 9.3.7: both sides say the same of every text, one digit by digit and one in groups.
+
+    P(token | before) is the product over the token's bytes of a bigram model's conditionals.
+    """
+    splits = vocabularies.byte_level()
+    groups = vocabularies.byte_level([f"{a} {b}" for a in range(10) for b in range(10)])
+    own, other = (splits, groups) if grouping.startswith("student splits") else (groups, splits)
+    bigram = torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
+    text = "31415926535897932384"
+
+    def logps(tok: Any, ids: list[int]) -> list[Tensor]:
+        """The table's row for each token: log P of every token of digits."""
+        spelled, at, rows = table_of(tok).units, 0, []
+        for i in ids:
+            before = int(text[at - 1]) if at else 0
+            row = torch.full((len(spelled),), -1e4, dtype=torch.float64)
+            for j, units in enumerate(spelled):
+                if units and all(48 <= u <= 57 for u in units):
+                    digits = [before, *(u - 48 for u in units)]
+                    row[j] = sum(bigram[a, b] for a, b in zip(digits, digits[1:], strict=False))
+            rows.append(row)
+            at += len(spelled[i])
+        return rows
+
+    ids, judged = vocabularies.encode(own, text), vocabularies.encode(other, text)
+    table, taught = torch.stack(logps(own, ids)).requires_grad_(), logps(other, judged)
+    picked = table.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+    chunks = align_chunks(ids, judged, own, other)
+    assert len(chunks) < max(len(ids), len(judged)) and len(chunks) > 3
+    student_C = torch.stack([picked[a].sum() for a, _ in chunks])
+    teacher_C = torch.stack(
+        [torch.stack([taught[k][judged[k]] for k in range(b.start, b.stop)]).sum() for _, b in chunks]
+    )
+    loss = CASES[case][2](student_C, teacher_C).sum()
+    (gradient,) = torch.autograd.grad(loss, table)
+    assert abs(float(loss.detach())) < 1e-12 and float(gradient.abs().max()) < 1e-12
+    off = CASES[case][2](student_C, teacher_C - 0.1).sum()
+    assert abs(float(off.detach())) > 1e-8  # it does see a difference
+
+
+def test_the_preflight_says_what_is_aligned_and_compares_no_ids(tmp_path: Path) -> None:
+    t = make(tmp_path, "alm", rows=tiny.rows(8))
+    found = {f.check: f for f in examine(t)}
+    assert {f.level for f in found.values()} <= {"ok", "notice"}, [str(f) for f in found.values() if f.level == "fail"]
+    assert found["alignment"].message.startswith("1.0000 of the bytes of 8 completions are in ")
+    assert "tokenizers" not in found and "head" in found
+    words = vocabularies.wordpiece(["ok", "add"])
+    words.pad_token = "[UNK]"
+    teacher = LocalTeacher(tiny.llama(3, vocab=len(words)), words)
+    rows = [{"prompt": "ok ", "completion": "ok 猫 add"}] * 4
+    broken = next(f for f in examine(make(tmp_path / "b", "alm", teacher=teacher, rows=rows)) if f.check == "alignment")
+    assert broken.level == "fail" and "no token for what comes after" in broken.message
