@@ -9,11 +9,13 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "DenoisingConfig": "llmdistill.diffusion.denoising",
     "DeterminantalRepulsion": "llmdistill.diffusion.diversity",
     "DiffusionGenerationConfig": "llmdistill.diffusion.generation_config",
     "DiffusionOutput": "llmdistill.diffusion.sampling",
     "MaskedDiffusionLM": "llmdistill.diffusion.backbone",
     "OrthogonalRepulsion": "llmdistill.diffusion.diversity",
+    "denoising_loss": "llmdistill.diffusion.denoising",
     "elbo": "llmdistill.diffusion.likelihood",
     "generate": "llmdistill.diffusion.sampling",
     "loglikelihood": "llmdistill.diffusion.likelihood",
