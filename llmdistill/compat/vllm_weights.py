@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,8 +68,13 @@ def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: 
         cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
         _forget_packed_experts(model)
         # As they were loaded: vLLM copies what it made of the new weights into what it had made of the old ones.
-        with keeping_plain_weights():
+        with keeping_plain_weights() if _has_plain_weights(model) else nullcontext():
             worker.reload_weights(weights_iterator=_without_a_head_it_lacks(model, cast))
+
+
+def _has_plain_weights(model: nn.Module) -> bool:
+    """Whether the engine was loaded as updatable: else what was packed has no plain weight left."""
+    return all(parameter.numel() > 0 for parameter in model.parameters())
 
 
 def _forget_packed_experts(model: nn.Module) -> None:
