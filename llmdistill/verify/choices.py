@@ -40,7 +40,8 @@ _STATEMENT = re.compile(
     r"|\b(?:it|that|this)(?: is|['’]s| must be| has to be)(?= +(?:option |choice |\()?\(?[A-Z]\b\)?[.,!\s*]*$)"
     r"|\b(?:therefore|thus|hence|so)\b,?(?= {1,3}[*_]{0,2}\(?[A-Z]\)?[*_.\s]{0,6}$)"
     r"|(?:故|应|應|所以|因此|因而|则|就)?(?:选择|選擇|选|選)(?:项|項)?(?:是|为|為)?[:：]?"
-    r"|правильный (?:ответ|вариант)[ \t]{0,3}[:—–-]?",
+    r"|правильный (?:ответ|вариант)[ \t]{0,3}[:—–-]?|\brichtige \w{3,12} (?:ist|lautet)\b|\bbonne \w{3,12} est\b"
+    r"|\b(?:opción|respuesta|alternativa|opção|risposta|opzione) (?:correct|corret)\w{1,2} (?:es|é|è)\b",
     re.I | re.M,
 )
 _SECOND = _LETTER.replace("round", "round2").replace("alone", "alone2")

@@ -146,7 +146,7 @@ def _choice(text: str, boxes: list[str]) -> Extraction:
     if boxes and len(letters) == len(boxes):
         return Extraction(", ".join(boxes), "boxed", tuple(boxes) if len(boxes) > 1 else ())
     letter, stage = chosen(text)
-    if letter is not None and (stage == "answer_line" or not boxes):
+    if letter is not None:
         return Extraction(letter, stage)
     if boxes:
         return Extraction(", ".join(boxes), "boxed", tuple(boxes) if len(boxes) > 1 else ())

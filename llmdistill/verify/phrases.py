@@ -18,7 +18,7 @@ ANSWER = re.compile(
     re.I,
 )
 HEADING = re.compile(r"^[#*_ \t]{0,20}(?:final[ \t]{1,9})?answer[ \t]{0,9}[*_:]{0,9}[ \t]{0,9}$", re.I | re.M)
-TAG = re.compile(r"<answer>(?P<tail>.{0,4000}?)</answer>", re.I | re.S)
+TAG = re.compile(r"<answer>(?P<tail>[^<]{0,2000}(?:<(?!/?answer>)[^<]{0,500}){0,20})</answer>", re.I)
 _NOUNS = (
     r"antwort|ergebnis|lösung|respuesta|solución|resposta|risposta|réponse|reponse|ответ|відповідь|odpowiedź|odpowiedz|odpověď"
     r"|svaret|svar|antwoord|cevap|yanıt|đáp án|jawaban|答案|答え|解答|答|正解|정답|답|الإجابة|الجواب|उत्तर"

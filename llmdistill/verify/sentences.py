@@ -34,7 +34,7 @@ _GOES_ON = re.compile(
     r"|\s(?:hundred|thousand|million|billion|trillion|dozen)\b|\s?(?:π|\\pi\b|pi\b)"
     r"|\s(?:dollars?|feet|foot|hours?|hrs?|minutes?|pounds?|yards?|weeks?|days?|meters?|metres?|kilometers?|degrees?)"
     r",?\s(?:and\s)?\d{1,4}(?:\.\d+)?\s(?:cents?|inch(?:es)?|minutes?|mins?|seconds?|ounces?|feet|days?|hours?"
-    r"|centimeters?|meters?)\b"
+    r"|centimeters?|meters?)\b|\s(?:kg|km|m|lbs?|hr?)\s\d{1,4}\s(?:g|m|cm|oz|min)\b"
 )
 _ADVERBIAL = re.compile(
     r"\b(?:for|(?<!total )(?<!sum )(?<!average )(?<!mean )(?<!maximum )(?<!minimum )(?<!profit )of|in|after|per|every"
@@ -44,7 +44,7 @@ _ADVERBIAL = re.compile(
 )
 _DENIED = re.compile(
     r"(?:\bnot|\bcannot|n['’]t|\b(?:less|more|greater|fewer|larger|smaller|higher|lower|bigger|other|rather) than"
-    r"|\bnever|\binstead of|\bnicht|\bno es)\s+"
+    r"|(?:^|\b(?:is|are|be) )at (?:least|most)|\bnever|\binstead of|\bnicht|\bno es)\s+"
     r"(?:be\s+|equal(?:\s+to)?\s+|simply\s+|just\s+)?[$(\\]*$",
     re.I,
 )
@@ -103,6 +103,9 @@ def answer_of_sentence(sentence: str) -> str | None:
             return _result(bold)
     plain = _SUBORDINATE.sub("", sentence.replace("*", ""))
     maths = maths_in(plain)
+    several = None if maths else _SEVERAL.search(plain)
+    if several:
+        return several.group()
     equation = _EQUATION.search(_blank(plain, maths))
     if equation:
         return equation["result"].strip()
@@ -121,6 +124,10 @@ def answer_of_sentence(sentence: str) -> str | None:
     return _number_of_clause(plain)
 
 
+# "x = 1 and x = -2"
+_SEVERAL = re.compile(
+    r"(?<!\w)(?P<n>[A-Za-z]_?\d?)\s?=\s?[-−]?\d[\d./]{0,20}(?:,?\s(?:and|or)\s|,\s?)[A-Za-z]_?\d?\s?=\s?[-−]?\d[\d./]{0,20}(?<=\d)"
+)
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
 _SUBORDINATE = re.compile(
     r"^(?:(?:so|thus|therefore|hence|then)\b,?\s*)?(?:since|if|because|after|when|as|given|before|with)\b[^,]{3,200},\s+(?=\w)",
@@ -253,7 +260,10 @@ def looks_like_answer(text: str) -> bool:
     if len(words) > 2 or any(_COPULA.fullmatch(w) for w in words):
         return False
     digit = re.search(r"\d", text)
-    return not (digit and words and text.find(words[0]) < digit.start() and len(words[0]) > 2 and "\\" not in text)
+    if not digit or not words or "\\" in text:
+        return True
+    before = [w for w in words if text.find(w) < digit.start()]
+    return not before or (len(before) == 1 and len(before[0]) <= 2)  # "It costs $3.50" is a sentence
 
 
 def paragraphs(text: str) -> list[str]:

@@ -20,6 +20,9 @@ PAIRS = [
 ]
 
 
+COMPLETIONS = [json.loads(line) for line in (HERE / "completions.jsonl").open(encoding="utf-8")]
+
+
 @pytest.fixture(scope="module")
 def judge() -> Iterator[AnswerJudge]:
     with AnswerJudge() as one:
@@ -30,6 +33,13 @@ def judge() -> Iterator[AnswerJudge]:
 def test_a_case_has_the_verdict_of_a_teacher(judge: AnswerJudge, case: dict[str, object]) -> None:
     verdict = judge.judge(str(case["prediction"]), str(case["gold"]), case["task"])  # type: ignore[arg-type]
     assert verdict.passed == case["expected"], verdict
+
+
+@pytest.mark.parametrize("row", COMPLETIONS, ids=lambda row: ascii(row["completion"])[:40])
+def test_the_answer_of_a_completion_is_found(judge: AnswerJudge, row: dict[str, object]) -> None:
+    """Phrases, languages, ends of turns, corrections, denials: what is said last and meant is what counts."""
+    verdict = judge.judge(str(row["completion"]), str(row["gold"]), row["kind"])  # type: ignore[arg-type]
+    assert verdict.passed == row["right"], verdict
 
 
 @pytest.mark.parametrize(("sign", "gold", "answer"), PAIRS)
