@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
     {
         # where things are, as long as they are the same (see the module's docstring); how they are reached
         *("teacher.tokenizer", "teacher.token_env", "teacher.timeout_s", "teacher.max_outage_s", "teacher.in_flight"),
-        *("teacher.name", "teacher.lossless"),
+        *("teacher.name", "teacher.lossless", "student.saved_as"),
         *("rollouts.engine", "rollouts.url", "rollouts.token_env", "rollouts.push_folder", "rollouts.dtype"),
         # memory and speed
         *("student.attn_implementation", "teacher.attn_implementation", "teacher.batch_tokens"),
@@ -66,8 +66,8 @@ MAY_CHANGE = frozenset(
 )
 # Compared by content where inputs.json has it, else word by word.
 BY_CONTENT = {
-    "student": ("student.model",),
-    "teacher": ("teacher.model", "teacher.url", "teacher.engine", "teacher.stored"),
+    "student": ("student.model", "student.revision"),
+    "teacher": ("teacher.model", "teacher.revision", "teacher.url", "teacher.engine", "teacher.stored"),
     "data.train": ("data.train",),
     "data.heldout": ("data.heldout",),
     "objective.positives": ("objective.positives",),

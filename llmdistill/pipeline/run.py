@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from llmdistill.errors import UserError
 from llmdistill.models import saving
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import adapter_base, load_model
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
@@ -170,6 +170,16 @@ def add_evaluations(trainer: DistillationTrainer, config: EvalsConfig, data: Dat
 
 
 def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The student of a recipe, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, or is an adapter that another adapter is to be kept apart from.
+    """
+    if config.saved_as == "adapter" and (base := adapter_base(config.model, "student", config.revision)):
+        raise UserError(
+            f"student.saved_as is adapter, and student.model {config.model!r} an adapter of {base!r} itself: alone the "
+            "new one would belong to no model that is stored. Fix: --student.saved_as merged."
+        )
     return load_model(
         config.model,
         config.dtype,

@@ -137,6 +137,12 @@ def test_a_student_that_is_an_adapter_is_merged_and_trained_from_there(
     assert "is an adapter of" in caplog.text and "merged into it" in caplog.text
 
 
+def test_an_adapter_is_not_kept_apart_from_another(adapter_folder: Path, command: list[str]) -> None:
+    words = ["--student.model", str(adapter_folder), "--student.lora_r", "4", "--student.saved_as", "adapter"]
+    with pytest.raises(UserError, match="an adapter of .* itself"):
+        opd.main([*command, *words])
+
+
 def test_a_model_from_an_adapter_is_wholly_trained(adapter_folder: Path) -> None:
     model, _ = load_model(str(adapter_folder), "float32", "student")
     assert all(p.requires_grad for p in model.parameters())
