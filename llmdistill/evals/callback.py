@@ -4,13 +4,16 @@
 
 or, in a recipe, ``evals: {suites: [gsm8k], every_steps: 50}``. The numbers go to every place the trainer logs to, as
 ``eval/SUITE/avg@N`` with ``_low`` and ``_high``; samples, verdicts and page are in ``evals/step-N/SUITE`` of the run.
-A subsample says how training goes. What is published comes from ``llmdistill eval`` on the whole suite.
+What draws is the run's own
+vLLM engine, where there is one that holds the suite's prompts and answers and ``rollouts.push_every`` is 1; else
+``generate``. A subsample says how training goes. What is published comes from ``llmdistill eval`` on the whole suite.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,18 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from llmdistill.compat.models import generation_ready
+from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
-from llmdistill.evals.engines.local import HFEngine
+from llmdistill.evals.engines.base import Engine
+from llmdistill.evals.engines.local import HFEngine, VLLMSampler
 from llmdistill.evals.engines.make import Source
 from llmdistill.evals.jobs import Job, begin, prepare
 from llmdistill.evals.records import EvalFolder
 from llmdistill.evals.runner import draw, finish
 from llmdistill.evals.suite import load_suite
 from llmdistill.ranks import from_first_rank, on_every_rank
+from llmdistill.rollouts.vllm import VLLMRollouts
 from llmdistill.tokenization.special import context_length
 
 
@@ -113,12 +119,9 @@ class EvalCallback(TrainerCallback):
             return
         self.done.add(step)
         console = Console(stderr=True, markup=False)
-        wrapped = self.trainer.model_wrapped if self.trainer.is_deepspeed_enabled else self.trainer.model
         jobs = [self._at(job, step) for job in self.jobs]
         from_first_rank(lambda: self._begin(jobs, console))
-        # entered by every rank, also by one that has nothing to draw: gathering sharded parameters is a collective
-        with generation_ready(wrapped, accelerator) as model:
-            engine = HFEngine(model, self.trainer.processing_class, batch_size=self.batch)
+        with self._engine(jobs) as engine:
             on_every_rank(lambda: self._draw(jobs, engine, console))
         # grading may take longer than a collective waits, and an error of one rank is everybody's
         for numbers in from_first_rank(
@@ -127,12 +130,31 @@ class EvalCallback(TrainerCallback):
             if accelerator.is_main_process:
                 self.trainer.log(numbers)
 
+    @contextmanager
+    def _engine(self, jobs: Sequence[Job]) -> Iterator[Engine]:
+        """What draws: the run's own vLLM engine with the weights of now, where it has one and may be given them; else
+        transformers' generate. Entered by every rank, also by one that has nothing to draw: pushing and gathering
+        sharded weights are collectives."""
+        trainer, tokenizer = self.trainer, self.trainer.processing_class
+        rollouts = getattr(trainer, "rollout_engine", None)
+        longest = max(len(a.ids) + a.room for job in jobs for a in job.asked)
+        # In the middle of an interval of push_every the engine has older weights to go on with.
+        free = isinstance(rollouts, VLLMRollouts) and trainer.args.rollouts.push_every == 1
+        if isinstance(rollouts, VLLMRollouts) and free and rollouts.engine.longest >= longest:
+            trainer.sync_engine()
+            with random_state_kept():  # vLLM's sampler on CPU draws from the global state
+                yield VLLMSampler(rollouts.engine, tokenizer, rollouts.eos_ids)
+            return
+        wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+        with generation_ready(wrapped, trainer.accelerator) as model:
+            yield HFEngine(model, tokenizer, batch_size=self.batch)
+
     def _begin(self, jobs: Sequence[Job], console: Console) -> None:
         for job in jobs:  # of a run that was killed behind its last checkpoint: those weights are gone
             shutil.rmtree(job.folder.path, ignore_errors=True)
             begin(job, console)
 
-    def _draw(self, jobs: Sequence[Job], engine: HFEngine, console: Console) -> None:
+    def _draw(self, jobs: Sequence[Job], engine: Engine, console: Console) -> None:
         rank, world = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
         for job in jobs:
             draw(job, job.asked[rank::world], engine, console, rank)

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmdistill.errors import UserError
 from llmdistill.evals.callback import EvalCallback
+from llmdistill.evals.engines.local import HFEngine, VLLMSampler
+from llmdistill.evals.records import EvalFolder
 from llmdistill.opd import main
 from tests import tiny
 from tests.evals import made
@@ -56,6 +59,42 @@ def test_training_is_what_it_was(make_trainer, tmp_path: Path) -> None:
         trainer.train()
         assert trainer.model.training
         ends.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "drawn"), [(1, VLLMSampler), (2, HFEngine)])
+def test_the_run_s_own_engine_draws(
+    make_trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, drawn: type
+) -> None:
+    """With the weights of now: greedy, it writes what generate would. Training is what it was."""
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    suite = str(made.suite(tmp_path, sampling={"n": 1, "temperature": 0.0, "max_new_tokens": 5}))
+    seen, ends, draw = list[type](), list[dict[str, torch.Tensor]](), EvalCallback._draw
+
+    def noted(self: EvalCallback, jobs: Any, engine: Any, console: Any) -> None:
+        seen.append(type(engine))
+        draw(self, jobs, engine, console)
+
+    monkeypatch.setattr(EvalCallback, "_draw", noted)
+    for evaluated in (True, False):
+        torch.manual_seed(0)
+        rollouts = {"engine": "vllm", "kv_cache_gib": 0.05, "push_every": every, "dtype": "float32"}
+        trainer = make_trainer(save_strategy="no", learning_rate=1e-2, rollouts=rollouts)
+        try:
+            callback = EvalCallback(trainer, [suite], every_steps=1, problems=3, samples=1, longest=5)
+            if evaluated:
+                trainer.add_callback(callback)
+            trainer.train()
+            if evaluated:
+                job = callback.jobs[0]
+                samples = EvalFolder(Path(trainer.args.output_dir) / "evals" / "step-000002" / "sums").samples()
+                now = HFEngine(trainer.model, trainer.processing_class).draw(job.asked, job.sampling, ())
+                assert {s.problem: s.text for s in now} == {s.problem: s.text for s in samples} and len(samples) == 3
+            ends.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+        finally:
+            trainer.close()
+    assert set(seen) == {drawn}
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
@@ -120,6 +159,8 @@ from pathlib import Path
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.evals.callback import EvalCallback
+from llmdistill.evals.engines.local import HFEngine, VLLMSampler
+from llmdistill.evals.records import EvalFolder
 from tests import tiny
 
 folder, problems = Path(sys.argv[1]), sys.argv[2]

@@ -27,17 +27,17 @@ class VLLMSampler:
     """vLLM in this process, fed as it goes: a sample is there as soon as it is finished.
 
     Args:
-        model: folder or hub name.
+        engine: with the weights that are evaluated; closed with this where it was loaded for it.
         tokenizer: the model's.
-        max_model_len: longest prompt and completion together.
-        options: of :class:`~llmdistill.models.vllm_engine.InProcessVLLM`.
-
-    Raises:
-        UserError: vLLM is missing or refuses the model.
+        eos_ids: every id that ends a completion.
     """
 
-    def __init__(
-        self,
+    def __init__(self, engine: InProcessVLLM, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int]) -> None:
+        self.engine, self.tokenizer, self.eos_ids, self._owned = engine, tokenizer, tuple(eos_ids), False
+
+    @classmethod
+    def load(
+        cls,
         model: str,
         tokenizer: PreTrainedTokenizerBase,
         *,
@@ -46,10 +46,18 @@ class VLLMSampler:
         kv_cache_gib: float,
         gpu_memory_utilization: float,
         **options: Any,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.eos_ids = checkpoint_eos_ids(model, tokenizer)
-        self.engine = InProcessVLLM(
+    ) -> VLLMSampler:
+        """An engine of its own.
+
+        Args:
+            model: folder or hub name.
+            max_model_len: longest prompt and completion together.
+            options: of :class:`~llmdistill.models.vllm_engine.InProcessVLLM`.
+
+        Raises:
+            UserError: vLLM is missing or refuses the model.
+        """
+        engine = InProcessVLLM(
             model,
             "evaluation",
             dtype=dtype,
@@ -58,6 +66,9 @@ class VLLMSampler:
             gpu_memory_utilization=gpu_memory_utilization,
             **options,
         )
+        made = cls(engine, tokenizer, checkpoint_eos_ids(model, tokenizer))
+        made._owned = True
+        return made
 
     def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
         by_id = {f"{one.problem}#{one.index}": one for one in asked}
@@ -73,7 +84,8 @@ class VLLMSampler:
             yield by_id[name].sample(text, len(ids), output.finish_reason or "stop", stop)
 
     def close(self) -> None:
-        self.engine.close()
+        if self._owned:
+            self.engine.close()
 
     def _params(self, sampling: Sampling, seed: int, watched: bool) -> Any:
         from vllm.sampling_params import RequestOutputKind

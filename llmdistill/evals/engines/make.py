@@ -57,7 +57,7 @@ def open_source(config: EvalConfig) -> Source:
         from llmdistill.evals.engines.local import HFEngine, VLLMSampler
 
         if kind == "vllm":
-            return VLLMSampler(
+            return VLLMSampler.load(
                 config.model,
                 tokenizer,
                 dtype=config.dtype,
