@@ -15,9 +15,12 @@ class EvalConfig:
     """Of ``llmdistill eval`` and :func:`llmdistill.evals.evaluate`."""
 
     model: str = option("", "folder or hub name; behind --url: the name the endpoint knows it by")
-    engine: Literal["auto", "vllm", "hf", "openai", "remote"] = option(
-        "auto", "vllm, hf: in this process; openai: an endpoint; remote: our service; auto: vllm where installed"
+    engine: Literal["auto", "vllm", "hf", "diffusion", "openai", "remote"] = option(
+        "auto",
+        "vllm, hf, diffusion (a masked diffusion model): in this process; openai: an endpoint; remote: our service; "
+        "auto: vllm where installed",
     )
+    diffusion: dict[str, Any] = option({}, "of engine diffusion: order, select, denoising_steps, …, as JSON")
     n: int | None = option(None, "samples of every problem")
     temperature: float | None = option(None, "sampling temperature; 0: greedy")
     top_p: float | None = option(None, "nucleus sampling")
@@ -41,7 +44,7 @@ class EvalConfig:
     max_outage_s: float = option(600.0, "seconds without any answer until the evaluation gives up")
     kv_cache_gib: float = option(2.0, "memory for vllm's key-value cache on CPU")
     gpu_memory_utilization: float = option(0.85, "share of the GPU given to vllm")
-    batch_size: int = option(16, "sequences of one batch of the hf engine")
+    batch_size: int = option(16, "sequences of one batch of the hf and the diffusion engine")
     workers: int = option(0, "verdicts at one time; 0: one for each core")
     allow_unsafe_exec: bool = option(False, "run model-written programs where nothing confines them")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
@@ -61,8 +64,10 @@ class EvalConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0", "leave it out")
         share = self.gpu_memory_utilization
         require(0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]", "use 0.85")
-        local = self.engine in ("vllm", "hf")
+        local = self.engine in ("vllm", "hf", "diffusion")
         require(not (self.url and local), "url", self.url, f"empty for engine {self.engine}", "engine openai or remote")
+        is_read = not self.diffusion or self.engine == "diffusion"
+        require(is_read, "diffusion", self.diffusion, "empty for other engines", "--engine diffusion")
         told = self.thinking == "default" or "enable_thinking" not in self.chat_template_kwargs
         needed = "default beside chat_template_kwargs with enable_thinking"
         require(told, "thinking", self.thinking, needed, "leave one out")

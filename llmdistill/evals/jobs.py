@@ -80,6 +80,7 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
         "dtype": source.dtype,
         "thinking": thinking,
         **({"chat": chat} if any(chat.values()) else {}),
+        **({"diffusion": config.diffusion} if config.diffusion else {}),
         "seed": config.seed,
         "n": n,
         "template": {

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from llmdistill.evals.records import Sample
 from llmdistill.texts.rollout import Sampling
 
-EngineName = Literal["vllm", "hf", "openai", "remote"]
+EngineName = Literal["vllm", "hf", "diffusion", "openai", "remote"]
 
 
 @dataclass(frozen=True)

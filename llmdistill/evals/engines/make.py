@@ -68,6 +68,8 @@ def open_source(config: EvalConfig) -> Source:
             )
         import torch
 
+        if kind == "diffusion":
+            return _diffusion(config, tokenizer)
         from llmdistill.models.loading import load_model
 
         model, _ = load_model(config.model, config.dtype, "eval", config.trust_remote_code)
@@ -82,6 +84,22 @@ def open_source(config: EvalConfig) -> Source:
         context_length(settings),
         load,
     )
+
+
+def _diffusion(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    import torch
+
+    from llmdistill.diffusion.backbone import MaskedDiffusionLM
+    from llmdistill.evals.engines.diffusion import DiffusionEngine, generation_config
+    from llmdistill.recipe.config import torch_dtype
+    from llmdistill.texts.rollout import Sampling
+
+    generation_config(config.diffusion, Sampling(1), 1)  # a wrong setting is said before the model is loaded
+    model, _ = MaskedDiffusionLM.from_pretrained(
+        config.model, trust_remote_code=config.trust_remote_code, dtype=torch_dtype(config.dtype)
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return DiffusionEngine(model.to(device).eval(), tokenizer, config.diffusion, batch_size=config.batch_size)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

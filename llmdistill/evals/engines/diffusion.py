@@ -1,0 +1,80 @@
+"""Masked diffusion models in this process, by :func:`llmdistill.diffusion.sampling.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from llmdistill.diffusion.backbone import MaskedDiffusionLM
+from llmdistill.diffusion.generation_config import DiffusionGenerationConfig
+from llmdistill.diffusion.sampling import generate
+from llmdistill.errors import UserError
+from llmdistill.evals.engines.base import Asked
+from llmdistill.evals.engines.local import decoded
+from llmdistill.evals.records import Sample
+from llmdistill.texts.rollout import Sampling
+from llmdistill.tokenization.special import eos_ids, pad_id
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")  # what an evaluation says itself
+
+
+def generation_config(settings: Mapping[str, Any], sampling: Sampling, room: int) -> DiffusionGenerationConfig:
+    """Of one batch: an evaluation's sampling, and beside it what only diffusion models have.
+
+    Raises:
+        UserError: a setting that there is not, or that the evaluation has of its own.
+    """
+    known = [name for name in DiffusionGenerationConfig.__dataclass_fields__ if name not in SAMPLING]
+    wrong = sorted(set(settings) - set(known))
+    if wrong:
+        raise UserError(f"diffusion has {wrong[0]!r}; there are {', '.join(known)}. Fix: leave it out.")
+    said: dict[str, Any] = {"max_new_tokens": room, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    return DiffusionGenerationConfig(**said, top_k=sampling.top_k, **settings)
+
+
+class DiffusionEngine:
+    """Batch by batch; every sample draws with a generator of its own, so that its company changes nothing."""
+
+    def __init__(
+        self,
+        model: MaskedDiffusionLM,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Mapping[str, Any],
+        *,
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.tokenizer, self.settings, self.batch_size = model, tokenizer, dict(settings), batch_size
+        self.eos_ids, self.pad_id = eos_ids(model.model, tokenizer), pad_id(tokenizer)
+
+    def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
+        ordered = sorted(asked, key=lambda one: (-one.room, -len(one.ids)))
+        for _, alike in groupby(ordered, key=lambda one: one.room):
+            rest = list(alike)
+            for start in range(0, len(rest), self.batch_size):
+                yield from self._batch(rest[start : start + self.batch_size], sampling, stop)
+
+    def _batch(self, batch: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
+        width, device = max(len(one.ids) for one in batch), self.model.device
+        ids = torch.full((len(batch), width), self.pad_id, device=device)
+        mask = torch.zeros_like(ids)
+        for row, one in enumerate(batch):
+            begin = width - len(one.ids)
+            ids[row, begin:], mask[row, begin:] = torch.tensor(one.ids, device=device), 1
+        out = generate(
+            self.model,
+            ids,
+            mask,
+            generation_config(self.settings, sampling, batch[0].room),
+            eos_ids=self.eos_ids,
+            generator=[torch.Generator().manual_seed(one.seed % (1 << 63)) for one in batch],
+        )
+        for one, sequence, counts, finish in zip(batch, out.sequences, out.completion_mask, out.finish, strict=True):
+            completion = sequence[counts].tolist()
+            yield one.sample(decoded(self.tokenizer, completion), len(completion), finish, stop)
+
+    def close(self) -> None:
+        pass
