@@ -38,7 +38,8 @@ from llmdistill.verify.sandbox_means import in_words
 
 _MIB = 1 << 20
 _GRACE_S = 10.0  # what a fork server may be late before it is given up
-_BESIDE_THE_PROGRAM = 3 << 30  # bytes of a control group: the judge's limit, the fork server, tests in memory files
+_BESIDE_THE_PROGRAM = 1 << 30  # bytes of a control group: the fork server, tests and outputs in memory files
+_JUDGE_MEMORY = 1 << 30  # sandbox_zygote.JUDGE_MEMORY, which lives in the fork server's world
 _SIGSYS = 31
 # Loads the zygote without importing the package (torch and friends): the two __init__ files are left out.
 _BOOT = """
@@ -241,7 +242,8 @@ class _Worker:
         """Raises SandboxFailure when no answer comes; the fork server is ended then."""
         try:
             if self.group is not None and self.means["control_group"]:
-                self.group.limit_memory(job["memory"] + job["disk"] + 2 * job["output"] + _BESIDE_THE_PROGRAM)
+                judge = max(job["memory"], _JUDGE_MEMORY)
+                self.group.limit_memory(job["memory"] + judge + job["disk"] + 2 * job["output"] + _BESIDE_THE_PROGRAM)
             socket.send_fds(self.control, [json.dumps(job).encode()], files)
             return self._reply(timeout_s)
         except (OSError, _Refused) as problem:

@@ -38,7 +38,7 @@ from llmdistill.verify import (
 from llmdistill.verify.sandbox_wire import read_whole, write_all
 
 PROGRAM_ENDED = 3  # the judge's exit status when the program's process went away under it
-_JUDGE_MEMORY = 2 << 30  # bytes; the tests of Mbpp/255 compare 120 million items
+JUDGE_MEMORY = 1 << 30  # bytes at least; tests that hold more (Mbpp/255: 120 million items) come with a larger limit
 _REPORT = 100  # the descriptor on which a child says that it is confined
 _PRELOADED = ["bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions"]
 _PRELOADED += ["functools", "heapq", "inspect", "itertools", "json", "math", "operator", "queue", "random", "re"]
@@ -153,7 +153,7 @@ class Zygote:
                 lambda both: sandbox_candidate.answer_calls(both[0], both[1], 3, 4),
                 text,
             )
-            own = {**job, "memory": _JUDGE_MEMORY}
+            own = {**job, "memory": max(job["memory"], JUDGE_MEMORY)}
             content = lambda: read_whole(task)  # noqa: E731
             try:
                 judge = self._fork(own, [-1, -1, -1, to_judge[0], to_program[1], verdict], _judge, content)
