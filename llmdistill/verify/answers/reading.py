@@ -11,6 +11,7 @@ from llmdistill.verify.answers.quantities import read_quantities
 from llmdistill.verify.answers.realsets import read_set
 from llmdistill.verify.answers.relations import read_builder, read_relation, read_union
 from llmdistill.verify.answers.sequences import (
+    Reader,
     alternatives,
     read_matrix,
     read_permutation,
@@ -94,7 +95,7 @@ def readings(text: str, depth: int = 0) -> Readings:
     return tuple(dict.fromkeys(found)) or (Text(text),)
 
 
-def _structured(text: str, simple: bool, inner) -> list[Value]:  # type: ignore[no-untyped-def]
+def _structured(text: str, simple: bool, inner: Reader) -> list[Value]:
     found: list[Value] = []
     real = read_set(text)
     if real is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from llmdistill.verify.answers.algebra import decimal_places, rational, same
+from llmdistill.verify.answers.algebra import decimal_places, rational, same, within
 from llmdistill.verify.answers.expression import parse
 from llmdistill.verify.answers.notation import split_top, unwrap
-from llmdistill.verify.answers.realsets import ALL, from_inequality, read_set
+from llmdistill.verify.answers.realsets import ALL, from_inequality, intersection, merged, read_set
 from llmdistill.verify.answers.tree import Node, symbols
 from llmdistill.verify.answers.values import (
     Assignment,
@@ -187,8 +187,6 @@ def _chain_value(
 
 def _rounds(decimal: Node, exact: Node) -> bool:
     """Whether a decimal of any length is a number rounded."""
-    from llmdistill.verify.answers.algebra import within
-
     places = decimal_places(decimal)
     return within(exact, decimal, 0.5001 * 10.0 ** -(places or 0))
 
@@ -253,8 +251,6 @@ def _parametrised(pieces: list[str], read: Reader) -> list[Value]:
 
 def read_union(text: str, read: Reader) -> list[Value]:
     """x < 1 or x > 2, x > 1 and x < 3: the union or the intersection of what the parts say; [] of other texts."""
-    from llmdistill.verify.answers.realsets import intersection, merged
-
     plain = re.sub(r"\\(?:text|mathrm|textnormal|mbox)\s*\{\s*,?\s*(or|and)\s*\}|\\(lor|land)(?![A-Za-z])",
                    lambda m: f" {m.group(1) or {'lor': 'or', 'land': 'and'}[m.group(2)]} ", text)  # fmt: skip
     words = set(re.findall(r"\b(?:or|and)\b", plain))
