@@ -60,7 +60,7 @@ class ServiceProcess:
             if self.process.poll() is not None:
                 time.sleep(0.2)
                 raise RuntimeError("the service ended:\n" + "".join(self.log))
-            found = next((m for line in self.log if (m := re.search(r"^serving .* on http://.*:(\d+)$", line))), None)
+            found = next((m for line in self.log if (m := re.search(r"^serving .* on https?://.*:(\d+)$", line))), None)
             if found:
                 self.port = int(found[1])
                 try:
