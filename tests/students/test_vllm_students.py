@@ -88,12 +88,8 @@ def test_an_engine_leaves_the_class_of_its_student_alone(loads: bool) -> None:
 
 def test_an_engine_with_other_weights_is_refused_after_the_first_push(monkeypatch: pytest.MonkeyPatch) -> None:
     student, other = tiny.llama(1), tiny.llama(2)
-    push = engines.push_weights
-
-    def other_weights(llm: Any, pairs: Any, partial: bool) -> None:
-        push(llm, engines.named_weights(other), partial=partial)
-
     with engine_for(student) as engine:
-        monkeypatch.setattr(engines, "push_weights", other_weights)
+        push = engine.engine.push
+        monkeypatch.setattr(engine.engine, "push", lambda model: push(other))
         with pytest.raises(UserError, match="nats a token off the student's own"):
             engine.sync(student, 1)
