@@ -173,9 +173,12 @@ class MaskedDiffusionLM(nn.Module):
                 same block does not (block attention).
         """
         block = self.block_size or 8
-        ids = torch.arange(2 * block, device=self.device).unsqueeze(0) % max(self.mask_token_id, 2)
-        changed = ids.clone()
-        changed[0, -1] = (changed[0, -1] + 1) % max(self.mask_token_id, 2)
+        weight: Any = self.model.get_input_embeddings().weight  # type: ignore[union-attr]
+        # Spread over the vocabulary, whose first ids are often special and never trained; and the last becomes the
+        # one that is least like it, so that what sees it cannot answer the same.
+        ids = (torch.arange(2 * block, device=self.device) * max(len(weight) // (2 * block), 1)) % len(weight)
+        ids, changed = ids.unsqueeze(0), ids.unsqueeze(0).clone()
+        changed[0, -1] = (weight - weight[ids[0, -1]]).norm(dim=-1).argmax()
         with evaluating(self.model), random_state_kept():
             difference = (self.unshifted(ids) - self.unshifted(changed)).abs().amax(-1)[0]
         kind, name = f"attention {self.model.config._attn_implementation!r}", type(self.model).__name__

@@ -89,6 +89,14 @@ def test_a_model_that_stays_causal_is_found_out() -> None:
         MaskedDiffusionLM(StaysCausal(LlamaConfig(**KV)).eval(), MASK, block_size=4)
 
 
+def test_tokens_with_the_same_embedding_do_not_look_like_a_model_that_is_causal() -> None:
+    """Found on SmolLM2, whose first ids are special tokens that were never trained, with one embedding for all."""
+    model = made("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:20] = 0.5
+    MaskedDiffusionLM(model, MASK)
+
+
 def test_layers_that_cannot_look_ahead_are_refused_by_name() -> None:
     mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(UserError, match="layer 0 of mamba is linear_attention"):
