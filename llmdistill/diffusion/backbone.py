@@ -29,6 +29,7 @@ from llmdistill.diffusion.attention import additive, block_causal, block_ids
 from llmdistill.diffusion.losses import shift_right, without_mask_token
 from llmdistill.diffusion.mask_token import mask_token_of
 from llmdistill.errors import UserError
+from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.modes import evaluating
 
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")  # layer types that can look both ways
@@ -100,8 +101,7 @@ class MaskedDiffusionLM(nn.Module):
             loader = _loader(config)
             model = loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
         except (OSError, ValueError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"student.model {str(name)!r} cannot be loaded: {reason}") from error
+            raise UserError(f"student.model {str(name)!r} cannot be loaded: {why_not_loaded(name, error)}") from error
         mask_id = mask_token_of(model, tokenizer, mask_token)
         if shift is None:
             shift = getattr(config, "diffusion_shift", None)

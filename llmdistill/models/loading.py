@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llmdistill.errors import UserError
+from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.weights import refuse_adapted_ties
 from llmdistill.recipe.config import DType, torch_dtype
 from llmdistill.recipe.launches import whole_models
@@ -53,7 +54,7 @@ def load_model(
         found = AutoTokenizer.from_pretrained(tokenizer or _tokenizer_of(path, base), **({} if tokenizer else hub))
     except (OSError, ValueError) as error:
         setting = f"{section}.tokenizer {tokenizer!r}" if tokenizer else f"{section}.model {path!r}"
-        raise UserError(f"{setting} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{setting} cannot be loaded: {why_not_loaded(tokenizer or path, error)}") from error
     try:
         with _one_load_at_a_time, whole_models() if base else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
@@ -62,7 +63,9 @@ def load_model(
             return (_merged(model, path, base, revision, section) if base else model), found
     except (OSError, ValueError) as error:
         of = f", an adapter of {base!r}," if base else ""
-        raise UserError(f"{section}.model {path!r}{of} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"{section}.model {path!r}{of} cannot be loaded: {why_not_loaded(base or path, error)}"
+        ) from error
 
 
 def load_saved(folder: Path, like: Any) -> tuple[PreTrainedModel, list[str]]:

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.models.loading import load_model
+from llmdistill.models.missing import why_not_loaded
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.tokenization.align import spell
 from llmdistill.tokenization.token_bytes import MARK, TokenTable, table_of
@@ -156,8 +157,9 @@ def run(argv: Sequence[str]) -> int:
     try:
         new_tokenizer = AutoTokenizer.from_pretrained(words.tokenizer)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--tokenizer {words.tokenizer!r} cannot be loaded: {reason}") from error
+        raise UserError(
+            f"--tokenizer {words.tokenizer!r} cannot be loaded: {why_not_loaded(words.tokenizer, error)}"
+        ) from error
     found = transfer(model, tokenizer, new_tokenizer)
     model.save_pretrained(words.out)
     new_tokenizer.save_pretrained(words.out)

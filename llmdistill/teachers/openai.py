@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
+from llmdistill.models.missing import why_not_loaded
 from llmdistill.rollouts.remote import LOGPROB_ROUNDING, pack
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
@@ -394,5 +395,4 @@ def _loaded(kind: Any, path: str, what: str) -> Any:
     try:
         return kind.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{what} cannot be loaded: {reason}") from error
+        raise UserError(f"{what} cannot be loaded: {why_not_loaded(path, error)}") from error

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from llmdistill.errors import UserError
 from llmdistill.models.loading import adapter_base
+from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.vllm_engine import InProcessVLLM
 from llmdistill.models.vllm_requests import scored_rows, scoring_params
 from llmdistill.recipe.config import TeacherConfig
@@ -156,7 +157,7 @@ def describe(
         config = AutoConfig.from_pretrained(model_path, **hub)
         found = AutoTokenizer.from_pretrained(tokenizer or model_path, **({} if tokenizer else hub))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = why_not_loaded(model_path, error)
         raise UserError(f"teacher.model {model_path!r} cannot be loaded: {reason}") from error
     try:
         generation = GenerationConfig.from_pretrained(model_path, revision=revision or "main")

@@ -10,6 +10,18 @@ from dataclasses import dataclass
 _jitter = random.Random()  # not the global state: a resumed run has to find that undisturbed
 
 
+def who_waits(section: str) -> str:
+    """What stands still while a service does not answer, by the section of settings that names its url."""
+    return "the evaluation" if section == "eval" else "training"
+
+
+def again(section: str) -> str:
+    """How to go on once the service is back."""
+    if section == "eval":
+        return "run the same command again, which keeps what was drawn"
+    return "run again (training: with --resume)"
+
+
 class Clock:
     """Time and waiting. Tests have one that does not wait."""
 

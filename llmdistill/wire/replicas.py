@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmdistill.errors import UserError
-from llmdistill.wire.patience import Clock, Failed, Patience, jitter
+from llmdistill.wire.patience import Clock, Failed, Patience, again, jitter, who_waits
 
 Status = Callable[[str], None]
 Cancelled = Callable[[], bool]
@@ -197,7 +197,7 @@ class Replicas:
             where = f" {self.urls[0]}" if len(self.urls) == 1 else ""  # the reasons name several
             raise UserError(
                 f"{self.section}{where} gave no answer for {self.patience.max_outage_s:g} s: {self._reasons()}. "
-                f"Fix: start the service, then run again (training: with --resume); a longer max_outage_s waits longer."
+                f"Fix: start the service, then {again(self.section)}; a longer max_outage_s waits longer."
             )
         every = self.patience.status_every_s
         self._down_since = now if self._down_since is None else self._down_since
@@ -206,7 +206,7 @@ class Replicas:
             self._announced = now
             self._on_status(
                 f"{self.section} {', '.join(self.urls)} unreachable since {now - self._down_since:.0f} s "
-                f"({self._reasons()}); training waits, gives up after {self.patience.max_outage_s:g} s"
+                f"({self._reasons()}); {who_waits(self.section)} waits, gives up after {self.patience.max_outage_s:g} s"
             )
         line = (self._announced if self._announced is not None else now) + every
         self.clock.wait(self.changed, max(min(end, until, line) - now, 0.001))

@@ -22,7 +22,7 @@ import httpx
 
 from llmdistill.errors import UserError
 from llmdistill.wire.exchange import JSON_BYTES, Exchange, Get, Refused, json_object, split_urls
-from llmdistill.wire.patience import Budget, Clock, Failed, Patience
+from llmdistill.wire.patience import Budget, Clock, Failed, Patience, again
 from llmdistill.wire.protocol import JSON_TYPE, READY
 from llmdistill.wire.replicas import UNREADABLE, Cancelled, Replica, Replicas, Status
 
@@ -332,7 +332,7 @@ class _Sending(Generic[T]):
         if self.broken >= self.patience.broken_tries:
             raise UserError(
                 f"{self.transport.section} {replica.url} fails at {self.request.path}, {self.broken} times now "
-                f"({failure.reason}). Fix: the service's log says why; then run again (training: with --resume)."
+                f"({failure.reason}). Fix: the service's log says why; then {again(self.transport.section)}."
             )
         wait = failure.delay(self.patience.backoff(self.tries))
         if not failure.busy:

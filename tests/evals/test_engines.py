@@ -197,6 +197,17 @@ def test_a_refusal_ends_it_with_the_servers_words() -> None:
         Chat({"content": "2"}, status=[400]).draw(ASKED, Sampling(32))
 
 
+def test_an_endpoint_that_is_not_there_is_not_spoken_of_as_in_training(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with caplog.at_level("WARNING", "llmdistill"), pytest.raises(UserError) as caught:
+            OpenAIEngine(url, "m", api="chat", concurrency=1, max_outage_s=0.2)
+    assert "then run the same command again, which keeps what was drawn" in str(caught.value)
+    assert "the evaluation waits" in caplog.text
+    assert "training" not in str(caught.value) + caplog.text
+
+
 def test_finished_samples_come_before_the_error() -> None:
     """Three workers: two finish, one fails. The two are not lost."""
     ready = threading.Barrier(3)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("evaluate")
-pytest.importorskip("math_verify")
 
 from llmdistill.evals.modules import module_path
 

@@ -107,7 +107,6 @@ def test_grades_of_anything_else_do_not_count(change: str, tmp_path: Path, monke
 
 def test_one_row_whose_tests_cannot_be_run_costs_no_other_grade(tmp_path: Path) -> None:
     """Its problem is named; once it is mended, only its samples are graded."""
-    pytest.importorskip("math_verify", reason="the eval extra is not installed")
     good = {"style": "asserts", "test": "assert f() == 1"}
     bad = Problem("bad", "f", "code", tests={"style": "prose"})
     problems = [Problem(f"c{i}", "f", "code", tests=good) for i in range(2)]

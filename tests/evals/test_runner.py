@@ -188,8 +188,12 @@ def test_what_cannot_be_drawn_is_said_before_anything_is(tmp_path: Path, model: 
     bare.mkdir()
     with pytest.raises(UserError, match="no chat template"):
         scored(made.suite(tmp_path), str(made.model(bare, template=None)), out)
-    with pytest.raises(UserError, match="tokenizer .*nowhere.* cannot be loaded"):
+    with pytest.raises(UserError) as nowhere:
         scored(suite, str(tmp_path / "nowhere"), out)
+    gone = str(tmp_path / "nowhere")
+    assert str(nowhere.value) == (
+        f"the tokenizer of model {gone!r} cannot be loaded: there is no such folder. Fix: a folder that holds it."
+    )
     assert not out.exists()
 
 

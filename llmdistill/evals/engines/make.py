@@ -11,6 +11,7 @@ from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Engine
 from llmdistill.evals.engines.http import OpenAIEngine, RemoteEngine
+from llmdistill.models.missing import is_a_path, why_not_loaded
 from llmdistill.recipe.config import bearer_token
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.tokenization.special import context_length
@@ -46,7 +47,7 @@ def open_source(config: EvalConfig) -> Source:
     kind = config.resolved_engine
     if kind in ("openai", "remote"):
         return _behind_url(config, kind)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, config.trust_remote_code)
+    tokenizer = _tokenizer_of(config)
     try:
         settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -102,12 +103,17 @@ def _diffusion(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine
     return DiffusionEngine(model.to(device).eval(), tokenizer, config.diffusion, batch_size=config.batch_size)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises :class:`UserError` where there is none."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, setting: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """Raises :class:`UserError` where there is none; ``setting`` is what named it."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise _unreadable("tokenizer", path, error) from error
+        raise _unreadable(setting, path, error) from error
+
+
+def _tokenizer_of(config: EvalConfig) -> PreTrainedTokenizerBase:
+    setting = "tokenizer" if config.tokenizer else "the tokenizer of model"
+    return load_tokenizer(config.tokenizer or config.model, config.trust_remote_code, setting)
 
 
 def _behind_url(config: EvalConfig, kind: str) -> Source:
@@ -121,7 +127,7 @@ def _behind_url(config: EvalConfig, kind: str) -> Source:
                 f"tokenizer is '' and engine {kind} takes token ids; it must be the tokenizer of the model served. "
                 "Fix: --tokenizer PATH_OR_NAME."
             )
-        tokenizer = load_tokenizer(config.tokenizer or config.model, config.trust_remote_code)
+        tokenizer = _tokenizer_of(config)
     if kind == "remote":
         assert tokenizer is not None
         service = RemoteEngine(config.url, tokenizer, concurrency=config.concurrency, **options)
@@ -141,5 +147,5 @@ def _behind_url(config: EvalConfig, kind: str) -> Source:
 
 
 def _unreadable(setting: str, path: str, error: Exception) -> UserError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return UserError(f"{setting} {path!r} cannot be loaded: {reason} Fix: a folder or a hub name.")
+    fix = "a folder that holds it" if is_a_path(path) else "a folder or a hub name"
+    return UserError(f"{setting} {path!r} cannot be loaded: {why_not_loaded(path, error)} Fix: {fix}.")

@@ -1,0 +1,21 @@
+"""Why a folder or a hub name could not be loaded, said of what was meant: a path that is not there is no hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def why_not_loaded(path: str | Path, error: Exception) -> str:
+    """The reason in a line that ends with a full stop. What can only be a path is not spoken of as a name on the hub,
+    whose rules for names are what transformers would cite."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if Path(path).expanduser().exists():
+        reason = reason.partition(" Checkout '")[0]  # the address of a page of the hub that cannot exist
+    elif is_a_path(str(path)):
+        reason = "there is no such folder"
+    return reason if reason.endswith(".") else f"{reason}."
+
+
+def is_a_path(name: str) -> bool:
+    """Whether it can be no hub name, which is NAME or OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name

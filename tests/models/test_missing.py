@@ -1,0 +1,30 @@
+"""A model that is not there: what is said is about what was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmdistill.errors import UserError
+from llmdistill.models.loading import load_model
+from llmdistill.models.missing import is_a_path
+
+
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "gone"), "./gone", "runs/a/student"):
+        with pytest.raises(UserError) as caught:
+            load_model(path, "float32", "student")
+        assert str(caught.value) == f"student.model {path!r} cannot be loaded: there is no such folder."
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_model(str(tmp_path / "empty"), "float32", "student")
+    assert "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("gpt2", False), ("Qwen/Qwen3-0.6B", False), ("/gone", True), ("../a", True), ("~/a", True), ("a/b/c", True)],
+)
+def test_names_of_the_hub_are_told_from_paths(name: str, path: bool) -> None:
+    assert is_a_path(name) == path
