@@ -194,10 +194,10 @@ def sibling(row: Row, completions: list[str], rewards: list[float] | None) -> li
     return [None if j is None else completions[j] for j in chosen]
 
 
-def answered(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+def answered(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """1 where the answer at the end is the true one's."""
-    pairs = zip(prompts, completions, strict=True)
-    return [float(text.rpartition(";")[2] == p.answer.rpartition(";")[2]) for p, text in pairs]
+    pairs = zip(answer, completions, strict=True)
+    return [float(text.rpartition(";")[2] == true.rpartition(";")[2]) for true, text in pairs]
 
 
 def sdpo(samples: int) -> Callable[[Setting], Trainer]:
