@@ -179,6 +179,12 @@ def gpqa(row: Row, kind: Kind, columns: Mapping[str, str], groups: Sequence[str]
 
 _OF_BENCHMARKS = (olympiad, gsm8k, humaneval, mbpp, leetcode, livecodebench, livecodebench_release, gpqa)
 READERS: dict[str, Reader] = {function.__name__: function for function in (rows, *_OF_BENCHMARKS)}
+# What a reader takes from "columns", beside the groups.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(READERS, ("id",)),
+    "rows": ("id", "question", "answer", "tests"),
+    **dict.fromkeys(("olympiad", "gsm8k"), ("id", "question", "answer")),
+}
 
 
 def _problem(

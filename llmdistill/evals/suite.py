@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any, get_args
 import yaml
 
 from llmdistill.errors import UserError
+from llmdistill.evals.doubts import Doubts
 from llmdistill.evals.readers import READERS, Row
 from llmdistill.evals.records import Kind, Problem
 from llmdistill.evals.templates import Template, find_template
@@ -118,6 +120,8 @@ def load_suite(given: str | Path) -> Suite:
 def load_problems(suite: Suite, data_dir: str | Path | None = None) -> list[Problem]:
     """All problems of a suite, from ``data_dir`` (default: the folder ``LLMDISTILL_DATA`` names), or from the hub.
 
+    Warns of what is a mistake as a rule (:mod:`llmdistill.evals.doubts`).
+
     Raises:
         UserError: the data is not there, or a row lacks a field: file, line and field are named.
     """
@@ -129,7 +133,10 @@ def load_problems(suite: Suite, data_dir: str | Path | None = None) -> list[Prob
         rows = _hub_rows(suite)
         columns = suite.hub.get("columns", columns)
         reader = suite.hub.get("reader", reader)
-    problems = [READERS[reader](row, suite.kind, columns, suite.groups) for row in rows]
+    problems, doubts = [], Doubts(suite.kind, reader, columns, suite.groups)
+    for row in rows:
+        problems.append(READERS[reader](row, suite.kind, columns, suite.groups))
+        doubts.seen(row, problems[-1])
     if not problems:
         raise UserError(f"suite {suite.name!r} has no problems: {file or suite.hub['path']} is empty.")
     seen: set[str] = set()
@@ -137,6 +144,8 @@ def load_problems(suite: Suite, data_dir: str | Path | None = None) -> list[Prob
         if problem.id in seen:
             raise UserError(f"suite {suite.name!r} has two problems with the id {problem.id!r}. Fix: make ids unique.")
         seen.add(problem.id)
+    for doubt in doubts.of(problems):
+        warnings.warn(f"suite {suite.name!r}: {doubt}", stacklevel=2)
     return problems
 
 
