@@ -84,7 +84,8 @@ class EvalCallback(TrainerCallback):
         )
         tokenizer = trainer.processing_class
         context = context_length(trainer.model.config)
-        source = Source("student", None, None, tokenizer, context, lambda longest: HFEngine(trainer.model, tokenizer))
+        dtype = str(trainer.model.dtype).removeprefix("torch.")
+        source = Source("student", None, dtype, tokenizer, context, lambda longest: HFEngine(trainer.model, tokenizer))
         loaded = [load_suite(suite) for suite in suites]
         names = [suite.name for suite in loaded]
         if repeated := {name for name in names if names.count(name) > 1}:

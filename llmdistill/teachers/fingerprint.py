@@ -55,6 +55,15 @@ def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for file in files for name, tensor in _stored_tensors(file)}
 
 
+def stored_dtype(folder: str | Path) -> str | None:
+    """Of the first weight in a folder's (or cached hub model's) safetensors files, as "bfloat16"; None without any. It
+    is what transformers loads with where the config names no dtype."""
+    files = sorted(_local_folder(str(folder)).glob("*.safetensors"))
+    tensors = (tensor for file in files for _, tensor in _stored_tensors(file) if tensor.is_floating_point())
+    first = next(tensors, None)
+    return None if first is None else str(first.dtype).removeprefix("torch.")
+
+
 def is_tied(folder: str | Path) -> bool:
     """Whether the checkpoint's output head is its embedding matrix."""
     config = _local_folder(str(folder)) / "config.json"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from llmdistill.cli import main
@@ -67,6 +68,20 @@ def test_everything_is_written(tmp_path: Path, model: str) -> None:
     assert done.score == done.results["avg"]["value"] and set(done.results["groups"]["size"]) == {"even", "odd"}
     config = json.loads((done.folder / "config.json").read_text())
     assert config["template"]["hash"] and config["data"] and config["weights"] and config["versions"]["torch"]
+
+
+def test_the_result_names_the_dtype_that_auto_came_to(tmp_path: Path, model: str) -> None:
+    """As the config names it; where it names none, that of the weights. Two dtypes are two evaluations."""
+    assert scored(made.suite(tmp_path), model, tmp_path / "out").results["dtype"] == "float32"
+    half = tmp_path / "half"
+    tiny.llama(3).to(torch.bfloat16).save_pretrained(half)
+    tiny.tokenizer().save_pretrained(half)
+    for dropped in ((), ("dtype", "torch_dtype")):
+        settings = json.loads((half / "config.json").read_text())
+        (half / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in dropped}))
+        source = open_source(EvalConfig(model=str(half), engine="hf"))
+        assert source.dtype == "bfloat16" == str(source.engine(64).model.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+    assert open_source(EvalConfig(model=str(half), engine="hf", dtype="float32")).dtype == "float32"
 
 
 def test_half_a_run_goes_on_and_ends_the_same(tmp_path: Path, model: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,7 +14,7 @@ from llmdistill.evals.engines.base import Engine
 from llmdistill.evals.engines.http import OpenAIEngine, RemoteEngine
 from llmdistill.models.missing import is_a_path, why_not_loaded
 from llmdistill.recipe.config import bearer_token
-from llmdistill.teachers.fingerprint import weights_fingerprint
+from llmdistill.teachers.fingerprint import stored_dtype, weights_fingerprint
 from llmdistill.tokenization.special import context_length
 
 
@@ -24,7 +25,7 @@ class Source:
     Attributes:
         name: how results name it.
         fingerprint: of its weights; None where they are out of sight.
-        dtype: of its weights; None likewise.
+        dtype: of its weights once they are loaded, as "bfloat16", never "auto"; None likewise.
         tokenizer: None where an endpoint applies its own.
         context: tokens that prompt and completion may have together.
         engine: loads it, for sequences up to a length.
@@ -80,11 +81,22 @@ def open_source(config: EvalConfig) -> Source:
     return Source(
         config.model,
         weights_fingerprint(config.model),
-        config.dtype,
+        resolved_dtype(config.dtype, kind, settings, config.model),
         tokenizer,
         context_length(settings),
         load,
     )
+
+
+def resolved_dtype(dtype: str, engine: str, settings: Any, model: str) -> str | None:
+    """What "auto" comes to: the dtype that the checkpoint's config names. Where it names none, our vLLM wrapper takes
+    float32, and transformers that of the first stored weight."""
+    if dtype != "auto":
+        return dtype
+    named = getattr(settings, "dtype", None) or getattr(settings.get_text_config(), "dtype", None)
+    if named is not None:
+        return str(named).removeprefix("torch.")
+    return "float32" if engine == "vllm" else stored_dtype(model)
 
 
 def _diffusion(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine:
