@@ -17,7 +17,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt
 from llmdistill.tokenization.compare import compare_tokenizers
 from tests import tiny
-from tests.preflight_runs import NAMES, Elsewhere, Make, levels, listed, local, message, swapped
+from tests.preflight_runs import NAMES, Elsewhere, Make, ending, levels, listed, local, message, swapped
 
 # ---------------------------------------------------------------- the whole
 
