@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import warnings
 from collections.abc import Sequence
@@ -19,15 +17,17 @@ from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.differing import differing
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.make import Source
+from llmdistill.evals.prompts import prompts_hash, room
 from llmdistill.evals.records import EvalFolder, Problem
 from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, subsample
 from llmdistill.evals.templates import Template, find_template
 from llmdistill.texts.rollout import Sampling
 
-# What two halves of one evaluation have to have in common; n may grow. "prompts" covers tokenizer and context.
+# What two halves of one evaluation have to have in common. n may grow, and limit: then what was asked before is compared.
+# "prompts" covers the tokenizer, "room" the context.
 IDENTITY = (
-    *("suite", "data", "limit", "template", "weights", "engine", "api", "dtype", "thinking", "sampling", "seed"),
-    *("chat", "prompts"),
+    *("suite", "limit", "data", "template", "weights", "engine", "api", "dtype", "thinking", "sampling", "seed"),
+    *("chat", "prompts", "room"),
 )
 
 
@@ -65,7 +65,7 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
         )
     thinking = config.enable_thinking
     chat = {"system_prompt": config.system_prompt, "kwargs": config.template_kwargs}
-    asked, shorter = ask(suite.name, problems, template, n, sampling, thinking, source, **chat)
+    asked = ask(suite.name, problems, template, n, sampling, thinking, source, **chat)
     folder = Path(config.output_dir or Path("runs") / "eval" / _slug(config.model or config.url)) / suite.name
     settings: dict[str, Any] = {
         "suite": suite.name,
@@ -88,8 +88,8 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
             "user": template.user, "chat": template.chat, "prefill": template.prefill, "stop": list(template.stop),
         },
         "sampling": asked_for,
-        "prompts": _prompts_hash(asked),
-        "shorter_room": shorter,
+        "prompts": prompts_hash(asked),
+        "room": room(asked, sampling.max_new_tokens),
         "pass_at": [k for k in suite.pass_at if k <= n],
         "maj_at": [k for k in suite.maj_at if k <= n],
         "versions": _versions(),
@@ -106,36 +106,35 @@ def ask(
     thinking: bool | None,
     source: Source,
     **chat: Any,
-) -> tuple[list[Asked], int]:
-    """All samples to be drawn, and for how many problems the context leaves less than ``max_new_tokens``.
+) -> list[Asked]:
+    """All samples to be drawn.
 
     ``chat``: system prompt and template arguments, of :meth:`Template.render`.
 
     Raises:
         UserError: a prompt leaves no room at all; the first such problem is named.
     """
-    asked, shorter = [], 0
+    asked = []
     for problem in problems:
         said = template.messages(problem.question, chat.get("system_prompt", "")) if template.chat else []
         messages = tuple(said)
-        text, ids, room, opened = "", tuple[int, ...](), sampling.max_new_tokens, ""
+        text, ids, longest, opened = "", tuple[int, ...](), sampling.max_new_tokens, ""
         if source.tokenizer is not None:
             text, given = template.render(problem.question, source.tokenizer, thinking=thinking, **chat)
-            ids, room = tuple(given), min(room, source.context - len(given))
-            if room < 1:
+            ids, longest = tuple(given), min(longest, source.context - len(given))
+            if longest < 1:
                 raise UserError(
                     f"suite {name!r}: the prompt of {problem.id!r} has {len(ids)} tokens, the model's context holds "
                     f"{source.context}. Fix: a model with a longer context, or a suite without that problem."
                 )
-            shorter += room < sampling.max_new_tokens
             opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
         elif not template.chat:
             raise UserError(
                 f"template {template.name!r} is plain text, and a chat endpoint was asked for. "
                 "Fix: --api completions --tokenizer NAME, or a chat template such as boxed."
             )
-        elif source.context <= room:
-            room, shorter = 0, shorter + 1  # how long its prompts are only the endpoint knows
+        elif source.context <= longest:
+            longest = 0  # how long its prompts are only the endpoint knows
         asked += [
             Asked(
                 problem.id,
@@ -145,12 +144,12 @@ def ask(
                 text,
                 ids,
                 template.prefill,
-                room,
+                longest,
                 opened,
             )
             for i in range(n)
         ]
-    return asked, shorter
+    return asked
 
 
 def check(job: Job) -> None:
@@ -159,6 +158,7 @@ def check(job: Job) -> None:
     Raises:
         UserError: they belong to another one; the first difference is named.
     """
+    problems = job.folder.problems()  # before config.json, which another rank may be replacing first
     try:
         before = job.folder.read_config()
     except UserError as error:
@@ -168,13 +168,29 @@ def check(job: Job) -> None:
         raise UserError(f"{job.folder.path} holds samples and no config.json says whose. Fix: another --output_dir.")
     if before is None:
         return
-    # in this order: of what follows from another (prompts from a template) the first is named
+    settings = _of_the_same_problems(job, before, problems)
+    # in this order: of what follows from another (data from a limit, prompts from a template) the first is named
     for key in IDENTITY:
-        for field, then, now in differing({key: before.get(key)}, {key: job.settings.get(key)}):
+        for field, then, now in differing({key: before.get(key)}, {key: settings.get(key)}):
             raise UserError(
                 f"{job.folder.path} holds samples of another evaluation: {field} is {then} there and {now} now. "
                 "Fix: another --output_dir, or remove that folder."
             )
+
+
+def _of_the_same_problems(job: Job, before: dict[str, Any], problems: Sequence[Problem]) -> dict[str, Any]:
+    """The settings as they would be with the problems that were asked before, where those of now are more."""
+    ids = {p.id for p in problems}
+    if not ids or not ids < {p.id for p in job.problems}:
+        return job.settings
+    asked = [a for a in job.asked if a.problem in ids]
+    return {
+        **job.settings,
+        "limit": before.get("limit"),
+        "data": data_hash([p for p in job.problems if p.id in ids]),
+        "prompts": prompts_hash(asked),
+        "room": room(asked, job.sampling.max_new_tokens),
+    }
 
 
 def _check_by_content(job: Job, damaged: UserError) -> None:
@@ -190,12 +206,12 @@ def _check_by_content(job: Job, damaged: UserError) -> None:
 
 
 def begin(job: Job, console: Console) -> None:
-    """Writes what is asked. Results of fewer or more samples are removed: they are no longer the folder's."""
+    """Writes what is asked. Results of other numbers of samples or problems are no longer the folder's: removed."""
     before = job.folder.read_config() or job.settings
     earlier = before.get("earlier_versions", [])
     if before["versions"] != job.settings["versions"]:
         earlier = [*earlier, before["versions"]]
-    if before["n"] != job.n:
+    if before["n"] != job.n or before["data"] != job.settings["data"]:
         for name in ("results.json", "grades.jsonl", "report.html"):
             (job.folder.path / name).unlink(missing_ok=True)
     job.folder.write_json(
@@ -205,21 +221,12 @@ def begin(job: Job, console: Console) -> None:
     for kind, ks in (("pass", job.suite.pass_at), ("maj", job.suite.maj_at)):
         if dropped := [f"{kind}@{k}" for k in ks if k > job.n]:
             console.print(f"{job.suite.name}: n is {job.n}, so no {', '.join(dropped)}", highlight=False)
-    if shorter := job.settings["shorter_room"]:
+    if shorter := job.settings["room"]["shorter"]:
         console.print(
             f"{job.suite.name}: the context leaves {shorter} of {len(job.problems)} problems less than "
             f"max_new_tokens {job.sampling.max_new_tokens}; they get what is left",
             highlight=False,
         )
-
-
-def _prompts_hash(asked: Sequence[Asked]) -> str:
-    digest = hashlib.sha256()
-    for one in asked:
-        if one.index == 0:
-            said = [one.problem, list(one.ids), list(one.messages) if not one.ids else [], one.prefill, one.room]
-            digest.update(json.dumps(said).encode())
-    return digest.hexdigest()[:16]
 
 
 def _slug(name: str) -> str:

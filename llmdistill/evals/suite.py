@@ -150,10 +150,13 @@ def load_problems(suite: Suite, data_dir: str | Path | None = None) -> list[Prob
 
 
 def subsample(problems: list[Problem], limit: int, seed: int = 0) -> list[Problem]:
-    """``limit`` problems drawn at random (the first ones of a benchmark are often the easy ones), in suite order."""
+    """``limit`` problems drawn at random (the first ones of a benchmark are often the easy ones), in suite order. A
+    larger limit draws the same ones and more."""
     if not 0 < limit < len(problems):
         return problems
-    picked = random.Random(seed).sample(range(len(problems)), limit)
+    generator, picked = random.Random(seed), set[int]()
+    while len(picked) < limit:  # sample() of random draws otherwise for a small share than for a large one
+        picked.add(generator.randrange(len(problems)))
     return [problems[i] for i in sorted(picked)]
 
 

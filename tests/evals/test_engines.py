@@ -170,7 +170,7 @@ def test_an_endpoint_that_knows_its_context_says_how_much_is_left(tmp_path: Path
     chat = Chat({"content": "\\boxed{0}"})
     done = scored(tmp_path, "out", engine="openai", url=chat.url, max_new_tokens=32768, n=1)
     assert len(chat.asked) == 6 and all("max_tokens" not in body for body in chat.asked)
-    assert json.loads((done.folder / "config.json").read_text())["shorter_room"] == 6
+    assert json.loads((done.folder / "config.json").read_text())["room"]["shorter"] == 6
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llmdistill.evals import EvalConfig, Evaluation, evaluate, runner
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.local import HFEngine
 from llmdistill.evals.engines.make import open_source
-from llmdistill.evals.jobs import begin, prepare
+from llmdistill.evals.jobs import begin, check, prepare
 from llmdistill.evals.records import EvalFolder, Sample
 from llmdistill.evals.runner import draw, launch, regrade
 from llmdistill.evals.suite import load_suite
@@ -120,13 +121,45 @@ def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, model: s
     assert scored(suite, model, tmp_path / "out", n=2).results["avg"] == few.results["avg"]
 
 
+def test_more_problems_are_added_to_those_that_are_there(tmp_path: Path, model: str) -> None:
+    """A larger limit goes on with the same samples, up to the whole suite, and ends as if it had been asked at once."""
+    suite = made.suite(tmp_path)
+    few = scored(suite, model, tmp_path / "out", limit=2)
+    kept = lines(few.folder)
+    assert few.results["problems"] == 2
+    for limit, problems in ((4, 4), (0, 6)):
+        more = scored(suite, model, tmp_path / "out", limit=limit)
+        assert lines(more.folder)[:4] == kept and len(lines(more.folder)) == 2 * problems
+        assert more.results["problems"] == problems
+    assert more.results == scored(suite, model, tmp_path / "whole").results
+    with pytest.raises(UserError, match="another evaluation: limit is 0 there and 4 now"):
+        scored(suite, model, tmp_path / "out", limit=4)
+
+
+@pytest.mark.parametrize("named", ["data", "prompts"])
+def test_more_problems_do_not_hide_other_ones(tmp_path: Path, model: str, named: str) -> None:
+    """With a larger limit, what was asked before must still be asked, in the same words."""
+    suite = made.suite(tmp_path)
+    asked = EvalFolder(scored(suite, model, tmp_path / "out", limit=2).folder).problems()[0].id
+    options: dict[str, Any] = {}
+    if named == "data":
+        rows = [made.sum_row(i) for i in range(6)]
+        made.suite(tmp_path, [row | ({"answer": "0", "size": "no"} if row["id"] == asked else {}) for row in rows])
+    else:
+        other = tmp_path / "tokenizer"
+        tiny.tokenizer(tiny.TEMPLATE.replace("<assistant>", "!")).save_pretrained(other)
+        options["tokenizer"] = str(other)
+    with pytest.raises(UserError, match=f"another evaluation: {named} is"):
+        scored(suite, model, tmp_path / "out", limit=4, **options)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"temperature": 0.5}, "sampling"),
         ({"seed": 1}, "seed"),
         ({"template": "boxed"}, "template"),
-        ({"limit": 3}, "data"),
+        ({"limit": 3}, "limit"),
     ],
 )
 def test_samples_of_another_evaluation_are_not_mixed_in(
@@ -218,7 +251,7 @@ def test_a_prompt_that_leaves_less_room_gets_what_is_left(tmp_path: Path, model:
     job = prepare(load_suite(made.suite(tmp_path, rows=rows)), config, open_source(config))
     prompt = next(a for a in job.asked if a.problem == "sum/1")
     assert len(prompt.ids) + prompt.room == 256 and prompt.room < 20
-    assert job.settings["shorter_room"] == 1
+    assert job.settings["room"]["shorter"] == 1
     told = io.StringIO()
     begin(job, Console(file=told, width=200))
     assert "leaves 1 of 2 problems less than max_new_tokens 20" in told.getvalue()
@@ -372,6 +405,16 @@ def test_another_tokenizer_makes_another_evaluation(tmp_path: Path, model: str) 
     tiny.tokenizer(tiny.TEMPLATE.replace("<assistant>", "!")).save_pretrained(other)
     with pytest.raises(UserError, match="another evaluation: prompts is"):
         scored(made.suite(tmp_path), model, tmp_path / "out", tokenizer=str(other))
+
+
+def test_less_room_for_the_same_prompts_is_called_that(tmp_path: Path, model: str) -> None:
+    config = EvalConfig(model=model, engine="hf", output_dir=str(tmp_path / "out"))
+    source, suite = open_source(config), load_suite(made.suite(tmp_path))
+    begin(prepare(suite, config, source), QUIET)
+    longest = max(len(a.ids) for a in prepare(suite, config, source).asked)
+    shorter = prepare(suite, config, replace(source, context=longest + 4))
+    with pytest.raises(UserError, match="another evaluation: room.hash is null there"):
+        check(shorter)
 
 
 def test_samples_of_nobody_are_not_adopted(tmp_path: Path, model: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,10 @@ def test_a_subsample_is_a_draw_in_order(tmp_path: Path) -> None:
     assert [problems.index(p) for p in some] == sorted(problems.index(p) for p in some)
     assert some == subsample(problems, 50, seed=1) != subsample(problems, 50, seed=2)
     assert subsample(problems, 0) == subsample(problems, 500) == problems
+    draws = [{p.id for p in subsample(problems, limit, seed=3)} for limit in range(1, 200)]
+    assert all(len(small) + 1 == len(large) and small < large for small, large in zip(draws, draws[1:], strict=False))
+    sparse = random.Random(3).sample(range(200), 6)  # draws of a small share are those of earlier versions
+    assert subsample(problems, 6, seed=3) == [problems[i] for i in sorted(sparse)]
 
 
 def test_numbers_are_answers_as_they_stand(tmp_path: Path) -> None:
