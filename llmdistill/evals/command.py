@@ -38,10 +38,11 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"llmdistill eval does not know {unknown[0]}; {hint}")
     given = {f.name: getattr(words, f.name) for f in dataclasses.fields(EvalConfig)}
     if words.compare:
-        from llmdistill.evals.compare import compare
+        from llmdistill.evals.compare import compare, matched
 
         _no_more(words.suites, "--compare")
-        Console(markup=False).print(compare(*words.compare).table())
+        for a, b in matched(*words.compare):
+            Console(markup=False).print(compare(a, b).table())
         return 0
     if words.grade:
         _no_more(words.suites, "--grade")
@@ -120,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     top.add_argument("suites", nargs="*", metavar="SUITE", help="YAML file, or the name of a bundled suite")
     top.add_argument("--grade", nargs="+", metavar="FOLDER", help="grade stored samples again, without generating")
-    top.add_argument("--compare", nargs=2, metavar="FOLDER", help="two evaluations of one suite, problem by problem")
+    top.add_argument(
+        "--compare", nargs=2, metavar="FOLDER", help="two evaluations of one suite, or the folders of several"
+    )
     top.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     settings = top.add_argument_group("settings (default: the suite's)")
     types = get_type_hints(EvalConfig)

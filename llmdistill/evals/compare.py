@@ -157,6 +157,33 @@ def compare(folder_a: str | Path, folder_b: str | Path, *, num_resamples: int = 
     )
 
 
+def matched(folder_a: str | Path, folder_b: str | Path) -> list[tuple[Path, Path]]:
+    """The evaluations to compare in two folders that are evaluations or hold some, one for each suite: all suites that
+    both have, by name.
+
+    Raises:
+        UserError: one of them has no evaluation, or no suite is in both.
+    """
+    a, b = _suites_in(Path(folder_a)), _suites_in(Path(folder_b))
+    for folder, found in ((folder_a, a), (folder_b, b)):
+        if not found:
+            raise UserError(f"{folder} has no grades.jsonl with verdicts. Fix: a folder of a finished evaluation.")
+    if len(a) == len(b) == 1:  # whatever the suites are: what differs is said of the two
+        return list(zip(a.values(), b.values(), strict=True))
+    if not (shared := sorted(a.keys() & b.keys())):
+        raise UserError(
+            f"{folder_a} holds {', '.join(sorted(a))}, {folder_b} {', '.join(sorted(b))}: no suite is in both. "
+            "Fix: evaluations of one suite."
+        )
+    return [(a[suite], b[suite]) for suite in shared]
+
+
+def _suites_in(folder: Path) -> dict[str, Path]:
+    """Suite -> folder of its evaluation: the folder itself, or those within it."""
+    whole = folder.glob("*/grades.jsonl") if not (folder / "grades.jsonl").is_file() else [folder / "grades.jsonl"]
+    return {_suite(EvalFolder(file.parent).read_config() or {}): file.parent for file in sorted(whole)}
+
+
 def _verdicts(folder: EvalFolder) -> dict[str, list[bool]]:
     found: dict[str, dict[int, bool]] = defaultdict(dict)
     grades = folder.grades()

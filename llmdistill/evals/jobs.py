@@ -23,7 +23,7 @@ from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, su
 from llmdistill.evals.templates import Template, find_template
 from llmdistill.texts.rollout import Sampling
 
-# What two halves of one evaluation have to have in common. n may grow, and limit: then what was asked before is compared.
+# What two halves of one evaluation have in common. n may grow, and limit: then what was asked before is compared.
 # "prompts" covers the tokenizer, "room" the context.
 IDENTITY = (
     *("suite", "limit", "data", "template", "weights", "engine", "api", "dtype", "thinking", "sampling", "seed"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llmdistill.cli import main
 from llmdistill.errors import UserError
-from llmdistill.evals.compare import compare
+from llmdistill.evals.compare import compare, matched
 from llmdistill.evals.records import EvalFolder, Grade, Problem
 
 
@@ -82,6 +83,25 @@ def test_a_folder_of_several_suites_says_which(tmp_path: Path) -> None:
         write(tmp_path / "a" / name, {"p": [1]})
     with pytest.raises(UserError, match="holds the evaluations gsm8k, math500; one suite .* Fix: .*/a/gsm8k"):
         compare(tmp_path / "a", tmp_path / "a")
+
+
+def test_folders_of_several_suites_are_compared_suite_by_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the suite's name and not the folder's; what only one side has is left out."""
+    for side, names in (("a", ("gsm8k", "math500", "aime24")), ("b", ("math500", "gsm8k", "mbpp"))):
+        for name in names:
+            write(tmp_path / side / (name if side == "a" else f"{name}-again"), {"p": [1]}, suite=name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert matched(a, b) == [(a / name, b / f"{name}-again") for name in ("gsm8k", "math500")]
+    assert matched(a / "gsm8k", b) == [(a / "gsm8k", b / "gsm8k-again")]
+    assert matched(a / "gsm8k", b / "mbpp-again") == [(a / "gsm8k", b / "mbpp-again")]  # refused by its own words
+    assert main(["eval", "--compare", str(a), str(b)]) == 0
+    assert capsys.readouterr().out.count("B - A") == 2
+    with pytest.raises(UserError, match="no suite is in both"):
+        matched(a / "aime24", b)
+    with pytest.raises(UserError, match="/c has no grades.jsonl"):
+        matched(a, tmp_path / "c")
 
 
 @pytest.mark.parametrize(
