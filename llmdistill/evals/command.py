@@ -97,9 +97,10 @@ def table(done: Evaluation) -> Table:
     mean, median = lengths.get("mean"), lengths.get("median")
     length = f"{mean:,.0f} tokens on average, median {median:,.0f}" if mean is not None else ""
     sampling = ", ".join(f"{key} {value}" for key, value in r["sampling"].items())
+    few_shot = f", {shots['examples']} examples ({shots['hash']})" if (shots := r.get("few_shot")) else ""
     shown.caption = Text(
         f"{r['problems']} problems × {r['n']}; {length}\n{sampling}\n"
-        f"template {template['name']} v{template['version']} ({template['hash']})"
+        f"template {template['name']} v{template['version']} ({template['hash']}){few_shot}"
     )
     return shown
 

@@ -27,6 +27,7 @@ class EvalConfig:
     top_k: int | None = option(None, "sample among so many tokens; 0: all")
     max_new_tokens: int | None = option(None, "longest completion")
     template: str | None = option(None, "prompt template by name, instead of the suite's")
+    few_shot: str = option("", "JSONL file of solved examples (question, answer) before every question: base models")
     thinking: Literal["default", "on", "off"] = option("default", "enable_thinking of chat templates that know it")
     system_prompt: str = option("", "system message of chat templates, where the suite's template has none")
     chat_template_kwargs: dict[str, Any] = option({}, "what chat templates read beside the messages, as JSON")

@@ -17,6 +17,7 @@ from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.differing import differing
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.make import Source
+from llmdistill.evals.examples import about, with_examples
 from llmdistill.evals.prompts import prompts_hash, room
 from llmdistill.evals.records import EvalFolder, Problem
 from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, subsample
@@ -26,7 +27,20 @@ from llmdistill.texts.rollout import Sampling
 # What two halves of one evaluation have in common. n may grow, and limit: then what was asked before is compared.
 # "prompts" covers the tokenizer, "room" the context.
 IDENTITY = (
-    *("suite", "limit", "data", "template", "weights", "engine", "api", "dtype", "thinking", "sampling", "seed"),
+    *(
+        "suite",
+        "limit",
+        "data",
+        "few_shot",
+        "template",
+        "weights",
+        "engine",
+        "api",
+        "dtype",
+        "thinking",
+        "sampling",
+        "seed",
+    ),
     *("chat", "prompts", "room"),
 )
 
@@ -54,6 +68,8 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
     """
     problems = subsample(load_problems(suite, config.data_dir), config.limit, config.seed)
     template = suite.template if config.template is None else find_template(config.template)
+    if file := Path(config.few_shot) if config.few_shot else suite.few_shot and suite.folder / suite.few_shot:
+        template = with_examples(template, Path(file), problems)
     asked_for = {**SAMPLING, **suite.sampling}
     asked_for |= {key: value for key in SAMPLING if (value := getattr(config, key)) is not None}
     n = int(asked_for.pop("n"))
@@ -87,6 +103,7 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
             "name": template.name, "version": template.version, "hash": template.hash, "system": template.system,
             "user": template.user, "chat": template.chat, "prefill": template.prefill, "stop": list(template.stop),
         },
+        "few_shot": about(template),
         "sampling": asked_for,
         "prompts": prompts_hash(asked),
         "room": room(asked, sampling.max_new_tokens),

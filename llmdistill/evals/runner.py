@@ -201,7 +201,8 @@ def regrade(
     finally:
         kept.close(complete)
     template = {key: settings["template"][key] for key in ("name", "version", "hash")}
-    results = {**{key: settings[key] for key in ABOUT}, "template": template, **tally.numbers()}
+    about = {**{key: settings[key] for key in ABOUT}, "template": template, "few_shot": settings.get("few_shot")}
+    results = {**about, **tally.numbers()}
     if any(p.kind == "code" for p in problems):
         from llmdistill.verify.sandbox import describe
 

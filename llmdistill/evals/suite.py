@@ -6,6 +6,7 @@
     columns: {id: id, question: problem, answer: answer}
     groups: [subject, level]          # columns to break the score down by
     template: boxed                   # a name, or {user: "...{question}...", system: ...}
+    few_shot: my_examples.jsonl       # solved examples before every question (llmdistill.evals.examples)
     sampling: {n: 4, temperature: 0.6, top_p: 0.95, max_new_tokens: 4096}
     pass_at: [1, 4]
     maj_at: [4]
@@ -56,6 +57,7 @@ class Suite:
     pass_at: tuple[int, ...] = (1,)
     maj_at: tuple[int, ...] = ()
     folder: Path = Path(".")
+    few_shot: str = ""
 
 
 def load_suite(given: str | Path) -> Suite:
@@ -73,7 +75,7 @@ def load_suite(given: str | Path) -> Suite:
         raise UserError(f"suite {str(file)!r} is no mapping of keys to values. Fix: begin with 'suite: NAME'.")
     allowed = {
         *("suite", "about", "kind", "data", "columns", "groups", "reader", "template", "sampling"),
-        *("pass_at", "maj_at"),
+        *("pass_at", "maj_at", "few_shot"),
     }
     _only(values, allowed, file, "")
     for key in ("suite", "kind", "data"):
@@ -101,6 +103,9 @@ def load_suite(given: str | Path) -> Suite:
             raise UserError(f"{file}: {key} is {values[key]!r}; it must be {'a list' if key == 'groups' else 'names'}.")
     if not isinstance(columns, Mapping):
         raise UserError(f"{file}: columns is {columns!r}; it must be a mapping of fields to columns.")
+    few_shot = values.get("few_shot") or ""
+    if not isinstance(few_shot, str):
+        raise UserError(f"{file}: few_shot is {few_shot!r}; it must be the name of a file of solved examples.")
     return Suite(
         name=name,
         kind=values["kind"],
@@ -114,6 +119,7 @@ def load_suite(given: str | Path) -> Suite:
         pass_at=_counts(values, "pass_at", file) or (1,),
         maj_at=_counts(values, "maj_at", file),
         folder=file.parent,
+        few_shot=few_shot,
     )
 
 

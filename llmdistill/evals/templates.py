@@ -23,6 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Example:
+    """A solved question, written before the one that is asked."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Template:
     """What goes around a question.
 
@@ -32,6 +40,7 @@ class Template:
         chat: False: ``user`` is continued as plain text, for base models; ``system`` must be empty.
         prefill: the assistant's first words; they are judged with the completion, as its beginning.
         stop: strings that end a completion; cut off with what follows.
+        examples: few-shot, each written as the question is, with its answer behind it; in a chat a turn each.
     """
 
     name: str
@@ -41,6 +50,7 @@ class Template:
     chat: bool = True
     prefill: str = ""
     stop: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     def __post_init__(self) -> None:
         if self.user.count("{question}") != 1:
@@ -53,17 +63,37 @@ class Template:
             raise UserError(
                 f"template {self.name!r}: stop is {list(self.stop)!r}; it must be a list of words, none empty."
             )
+        if self.examples and not self.chat and not self.stop:
+            raise UserError(
+                f"template {self.name!r}: stop is empty and there are few_shot examples, which a base model goes on "
+                "with after its answer. Fix: stop: the words that begin an example (question-answer has them)."
+            )
 
     @property
     def hash(self) -> str:
         """Of everything that reaches the model."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        content = asdict(self)
+        if not self.examples:  # a template without any is what it was before there were examples
+            del content["examples"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def messages(self, question: str, system_prompt: str = "") -> list[dict[str, str]]:
         """As chat messages, the prefilled assistant turn left out."""
         said = self.system or system_prompt
         system = [{"role": "system", "content": said}] if said else []
-        return [*system, {"role": "user", "content": self.user.replace("{question}", question)}]
+        shown: list[dict[str, str]] = []
+        for example in self.examples:
+            shown.append({"role": "user", "content": self._asked(example.question)})
+            shown.append({"role": "assistant", "content": _answered(self.prefill, example.answer)})
+        return [*system, *shown, {"role": "user", "content": self._asked(question)}]
+
+    def _asked(self, question: str) -> str:
+        return self.user.replace("{question}", question)
+
+    def _plain(self, question: str) -> str:
+        """As one text: every example with its answer, an empty line behind it, then the question."""
+        examples = [_answered(self._asked(e.question) + self.prefill, e.answer) + "\n\n" for e in self.examples]
+        return "".join(examples) + self._asked(question) + self.prefill
 
     def render(
         self,
@@ -88,7 +118,7 @@ class Template:
             UserError: a chat prompt for a model without chat template, or one whose template refuses it.
         """
         if not self.chat:
-            text = self.user.replace("{question}", question) + self.prefill
+            text = self._plain(question)
             return text, list(tokenizer(text)["input_ids"])
         if not tokenizer.chat_template:
             raise UserError(
@@ -113,6 +143,12 @@ class Template:
             for value in (True, False)
         )
         return on != off
+
+
+def _answered(begun: str, answer: str) -> str:
+    """The answer behind what is written already, one space between them where neither has any."""
+    gap = " " if begun and not begun[-1].isspace() and not answer[:1].isspace() else ""
+    return begun + gap + answer.rstrip()
 
 
 @cache
@@ -176,7 +212,7 @@ def find_template(given: str | Mapping[str, Any]) -> Template:
         return TEMPLATES[given]
     if not isinstance(given, Mapping):
         raise UserError(f"template is {given!r}; it must be a name or a mapping with user: '...{{question}}...'.")
-    known = set(Template.__dataclass_fields__)
+    known = set(Template.__dataclass_fields__) - {"examples"}  # those are a file
     if unknown := set(given) - known:
         raise UserError(f"template has the unknown key {sorted(unknown)[0]!r}; it takes {', '.join(sorted(known))}.")
     fields = {"name": "custom", "version": 1, **given}

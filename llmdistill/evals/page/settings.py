@@ -19,6 +19,8 @@ def facts(config: Mapping[str, Any]) -> str:
     named = [f"{template['name']} {template.get('version', '')}".strip()] if template.get("name") else []
     if template.get("hash"):
         named.append(f"hash {str(template['hash'])[:12]}")
+    if (few_shot := as_dict(config.get("few_shot"))).get("examples"):
+        named.append(f"{_said(few_shot['examples'])} examples {str(few_shot.get('hash', ''))[:12]}".strip())
     engine = [str(config[key]) for key in ("engine", "dtype") if config.get(key)]
     shown = {
         "template": ", ".join(named),
