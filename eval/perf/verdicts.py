@@ -2,7 +2,9 @@
 
     LLMDISTILL_DATA=data python eval/perf/verdicts.py
 
-Everything runs in this process, as in one worker. The data folder holds verifier_cases.jsonl and traces/.
+The first table is of the rules alone, all in this process. The second is of what graders and rewards do: the worker
+processes are asked, one for each core, with many answers at a time, and the seconds are those of the clock. The data
+folder holds verifier_cases.jsonl and traces/.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmdistill.verify.equal import compare_all, find, judge_quickly
+from llmdistill.verify.equal import compare_all, judge_quickly
+from llmdistill.verify.math import AnswerJudge
 
 FILES = {
     "gsm8k_gpt3_solutions": ("traces/gsm8k_gpt3_solutions.jsonl.gz", "response", "answer"),
@@ -31,10 +34,10 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def judge(prediction: str, gold: str) -> bool:
     """One verdict. Returns whether it was decided without algebra."""
-    if judge_quickly(prediction, gold, kind="math", last_number=True, tolerance=None) is not None:
+    found = judge_quickly(prediction, gold, kind="math", last_number=True, tolerance=None)
+    if found.decision is not None or found.extraction.answer is None:
         return True
-    found = find(prediction, gold, kind="math", last_number=True)
-    compare_all(gold, found.answer or "", found.parts)
+    compare_all(gold, found.extraction.answer, found.extraction.parts)
     return False
 
 
@@ -52,6 +55,15 @@ def main() -> None:
         rate, p99 = len(times) / sum(times), 1e3 * times[int(0.99 * len(times))]
         share, median = 100 * plain / len(times), 1e3 * times[len(times) // 2]
         print(f"| {name} | {rate:,.0f} | {share:.0f} % | {median:.2f} ms | {p99:.0f} ms | {times[-1]:.2f} s |")
+    print("\n| | verdicts/s by worker processes | of this process, ms each |\n|---|---|---|")
+    with AnswerJudge(workers=os.cpu_count() or 1) as judges:
+        list(judges.judge_many([("\\boxed{1}", "1")] * 256))  # a worker's start is no verdict
+        for name, (file, prediction, gold) in FILES.items():
+            asked = [(row[prediction], row[gold]) for row in rows(data / file)]
+            begun, own = time.perf_counter(), time.process_time()
+            count = sum(1 for _ in judges.judge_many(asked))
+            rate, own = count / (time.perf_counter() - begun), 1e3 * (time.process_time() - own) / count
+            print(f"| {name} | {rate:,.0f} | {own:.3f} |")
 
 
 if __name__ == "__main__":

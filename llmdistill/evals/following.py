@@ -63,8 +63,9 @@ def _follow(jobs: Sequence[Job], config: EvalConfig, over: Event) -> None:
                 kept.close(False)
 
 
-def _whole(job: Job, samples: Lines[Sample], over: Event) -> Iterator[Problem]:
-    """The problems, each when all of its samples are there; ends when all were or when the drawing is over."""
+def _whole(job: Job, samples: Lines[Sample], over: Event) -> Iterator[Problem | None]:
+    """The problems, each when all of its samples are there, and None while there is none; ends when all were or when
+    the drawing is over."""
     waiting = {p.id: p for p in job.problems}
     while True:
         for name in [name for name in waiting if len(samples.indices(name)) >= job.n]:
@@ -74,3 +75,4 @@ def _whole(job: Job, samples: Lines[Sample], over: Event) -> Iterator[Problem]:
         if not waiting or over.wait(LOOK_EVERY_S):
             return
         samples.look()
+        yield None

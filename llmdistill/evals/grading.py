@@ -12,11 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 from llmdistill.errors import UserError
 from llmdistill.evals.grades import GradesSoFar
 from llmdistill.evals.records import Grade, Problem, Sample
+from llmdistill.verify.asked import Asked, Kind
 from llmdistill.verify.code import DEFAULT_TIME_LIMIT_S, Verdict, find_program, judge_program
 from llmdistill.verify.math import AnswerJudge
 from llmdistill.verify.sandbox import Sandbox
@@ -28,7 +29,7 @@ PATIENCE = 20.0  # times the row's limit that a reference itself is given
 
 
 def grade(
-    problems: Iterable[Problem],
+    problems: Iterable[Problem | None],
     samples_of: Callable[[str], Sequence[Sample]],
     kept: GradesSoFar,
     *,
@@ -40,7 +41,8 @@ def grade(
     """Adds to ``kept`` the grade of each sample that is not there yet.
 
     Args:
-        problems: may wait for the next one, as where samples are still drawn.
+        problems: may wait for the next one, as where samples are still drawn; a None in between lets what was judged
+            meanwhile go to the disk.
         samples_of: a problem's samples, by its id.
         prefill: the beginning of every completion, which the template wrote.
         workers: verdicts at one time; 0: one for each usable core. Programs are timed, so more than that is unfair.
@@ -71,13 +73,16 @@ def with_prefill(samples: Iterable[Sample], prefill: str) -> list[Sample]:
 
 
 def _units(
-    problems: Iterable[Problem],
+    problems: Iterable[Problem | None],
     samples_of: Callable[[str], Sequence[Sample]],
     kept: GradesSoFar,
     prefill: str,
     told: Told,
-) -> Iterator[Unit]:
+) -> Iterator[Unit | None]:
     for problem in problems:
+        if problem is None:
+            yield None
+            continue
         samples = with_prefill(samples_of(problem.id), prefill)
         lacking = [s for s, grade in zip(samples, kept.of(problem, samples), strict=True) if grade is None]
         if problem.kind == "code":
@@ -90,12 +95,13 @@ def _units(
 
 
 def _bounded(
-    threads: ThreadPoolExecutor, work: Callable[[Unit], Any], units: Iterable[Unit], most: int
+    threads: ThreadPoolExecutor, work: Callable[[Unit], Any], units: Iterable[Unit | None], most: int
 ) -> Iterator[tuple[Unit, Any]]:
     """In order, and no more than ``most`` begun before the first of them is taken."""
     running = deque[tuple[Unit, Future[Any]]]()
     for unit in units:
-        running.append((unit, threads.submit(work, unit)))
+        if unit is not None:
+            running.append((unit, threads.submit(work, unit)))
         while running and (len(running) >= most or running[0][1].done()):
             first, future = running.popleft()
             yield first, future.result()
@@ -131,17 +137,11 @@ class _Judges:
     def _of_answers(self, problem: Problem, samples: Sequence[Sample]) -> list[Grade]:
         with self._lock:
             judge = self._answers = self._answers or self._open.enter_context(AnswerJudge(workers=self.workers))
-        kind: Literal["math", "choice"] = "choice" if problem.kind == "choice" else "math"
-        verdicts = [
-            judge.judge(
-                s.text,
-                problem.gold or "",
-                kind,
-                last_number=s.finish != "length",  # of a text that was cut off, the last number is no answer
-                tolerance=(problem.tests or {}).get("tolerance"),
-            )
-            for s in samples
-        ]
+        kind: Kind = "choice" if problem.kind == "choice" else "math"
+        gold, tolerance = problem.gold or "", (problem.tests or {}).get("tolerance")
+        # Of a text that was cut off, the last number is no answer.
+        asked = [Asked(s.text, gold, kind, last_number=s.finish != "length", tolerance=tolerance) for s in samples]
+        verdicts = judge.judge_all(asked)
         classes = judge.classes([v.extracted for v in verdicts], kind)
         return [
             Grade(problem.id, s.index, v.passed, v.kind, v.extracted, v.stage, v.detail, c)

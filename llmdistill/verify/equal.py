@@ -1,22 +1,21 @@
 """Whether a completion's answer is the gold one.
 
 The answer is found by extract.py and compared by answers/equality.py. `judge_quickly` decides what arithmetic of
-fractions decides, in the caller's process; `compare_all` decides the rest, in worker processes with a limit on time and
-memory (workers.py).
+fractions decides, for many answers at a time; `compare_all` decides the rest, one by one. Both read what a model wrote,
+and do it in worker processes with a limit on time and memory (answer_requests.py, workers.py).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from llmdistill.verify.answers.algebra import Undecided
 from llmdistill.verify.answers.equality import Decision, decide
 from llmdistill.verify.answers.notation import tidy, unwrap
+from llmdistill.verify.asked import Kind
 from llmdistill.verify.extract import Extraction, extract
 
-Kind = Literal["math", "choice"]
 SHORT = 200
 
 
@@ -88,7 +87,7 @@ def thoroughly(gold: str, answer: str, *, kind: Kind = "math", tolerance: float 
 
 @dataclass(frozen=True)
 class Found:
-    """What judging one completion came to. The decision is None where there was no answer to decide on."""
+    """What judging one completion came to. The decision is None where there was no answer, or none could be taken."""
 
     extraction: Extraction
     decision: Decision | None
@@ -104,17 +103,12 @@ def find(prediction: str, gold: str, *, kind: Kind, last_number: bool) -> Extrac
     return extraction
 
 
-def judge_quickly(
-    prediction: str, gold: str, *, kind: Kind, last_number: bool, tolerance: float | None
-) -> Found | None:
-    """Extraction and, where the rules that are bounded suffice, the verdict; None where they do not."""
+def judge_quickly(prediction: str, gold: str, *, kind: Kind, last_number: bool, tolerance: float | None) -> Found:
+    """Extraction and, where there is an answer and the rules that are bounded suffice, the verdict."""
     extraction = find(prediction, gold, kind=kind, last_number=last_number)
-    if extraction.answer is None:
+    if extraction.answer is None or extraction.parts:
         return Found(extraction, None)
-    if extraction.parts:
-        return None
-    decision = quickly(gold_answer(gold), extraction.answer, kind=kind, tolerance=tolerance)
-    return None if decision is None else Found(extraction, decision)
+    return Found(extraction, quickly(gold_answer(gold), extraction.answer, kind=kind, tolerance=tolerance))
 
 
 def compare_all(

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from llmdistill.verify.answers.wording import read_option
+from llmdistill.verify.asked import LONGEST_COMPLETION
 from llmdistill.verify.boxes import last_boxes
 from llmdistill.verify.choices import chosen
 from llmdistill.verify.phrases import ANNOUNCED, FINAL, FOREIGN, HASHES, HOPE, TAG
@@ -28,8 +29,6 @@ from llmdistill.verify.sentences import LONGEST_SENTENCE, Extraction, answer_of_
 from llmdistill.verify.transcripts import spoken
 
 __all__ = ["Extraction", "answer_of_sentence", "extract", "looks_like_answer"]
-
-LONGEST = 200_000
 
 
 def extract(text: str, *, kind: Literal["math", "choice"] = "math", last_number: bool = True) -> Extraction:
@@ -43,7 +42,7 @@ def extract(text: str, *, kind: Literal["math", "choice"] = "math", last_number:
 
     Source: the order of EVALUATION section 5 (boxed, answer line, last number where the task allows).
     """
-    said = spoken(text[-LONGEST:])
+    said = spoken(text[-LONGEST_COMPLETION:])
     if said is None:
         return Extraction(None, "unfinished_thinking")
     text = said

@@ -2,29 +2,31 @@
 
     verify_answer("... so it is $\\\\boxed{0.5}$", "\\\\frac{1}{2}")   # True
 
-An answer is found in the completion (extract.py), read as one of the types of answers/ and compared with the gold. What
-takes algebra goes to a worker process with a hard limit on time and memory (workers.py), so that a verdict comes
-whatever a model writes, from whatever thread it is asked for.
+An answer is found in the completion (extract.py), read as one of the types of answers/ and compared with the gold, in
+worker processes with a hard limit on time and memory (workers.py, answer_requests.py): a verdict comes whatever a model
+writes, from whatever thread it is asked for, and the process that asks parses none of it. Many answers go to a worker
+together; what takes algebra goes alone.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from llmdistill.verify import equal
-from llmdistill.verify.equal import Kind
-from llmdistill.verify.extract import Extraction
-from llmdistill.verify.workers import Pool
+from llmdistill.verify.asked import LONGEST_COMPLETION, WARM_UP, Asked, Kind
+from llmdistill.verify.workers import Pool, Reply, Request
 
+T = TypeVar("T")
 VerdictKind = Literal["right", "wrong", "no_answer", "timeout"]
 TIME_LIMIT_S = 5.0
-# What a child may parse without a time limit of our own making is still bounded: longer answers are no answers.
-LONGEST_ANSWER = 10_000
+WORK = "llmdistill.verify.answer_requests:reply_to"
+# What goes to a worker together: well within the limits of one call, where nothing of it is written against them.
+MOST_TOGETHER = 64
+MOST_CHARACTERS = 400_000
 MOST_COMPARISONS = 400  # of one problem's answers with each other: some ten seconds
 
 
@@ -60,8 +62,8 @@ class AnswerJudge:
 
     def __init__(self, workers: int = 1, time_limit_s: float = TIME_LIMIT_S, memory_limit_mb: int = 1024) -> None:
         self._pool = Pool(
-            "llmdistill.verify.math:answer_request",
-            warm_up=_WARM_UP,
+            WORK,
+            warm_up=WARM_UP,
             workers=workers,
             time_limit_s=time_limit_s,
             memory_limit_mb=memory_limit_mb,
@@ -96,42 +98,69 @@ class AnswerJudge:
             last_number: whether an unmarked last number counts (extract.extract).
             tolerance: how far a number may be from the gold, absolute (OlympiadBench's error_tolerance).
         """
-        found = equal.judge_quickly(prediction, gold, kind=kind, last_number=last_number, tolerance=tolerance)
-        if found is not None:
-            return _verdict(found.extraction, found.decision)
-        extraction = equal.find(prediction, gold, kind=kind, last_number=last_number)
-        if len(extraction.answer or "") > LONGEST_ANSWER or len(gold) > LONGEST_ANSWER:
-            shown = (extraction.answer or "")[:200]
-            return AnswerVerdict(False, "wrong", shown, extraction.stage, f"longer than {LONGEST_ANSWER} characters")
-        reply = self._pool.call(
-            {
-                "gold": gold,
-                "answer": extraction.answer,
-                "parts": extraction.parts,
-                "kind": kind,
-                "tolerance": tolerance,
-            }
-        )
-        if "timeout" in reply or reply.get("memory"):
-            why = reply.get("timeout", "ran out of memory")
-            return AnswerVerdict(False, "timeout", extraction.answer, extraction.stage, why)
-        if "failed" in reply:
-            return AnswerVerdict(False, "wrong", extraction.answer, extraction.stage, reply["failed"])
-        return _verdict(extraction, equal.Decision(reply["equal"], reply["rule"]))
+        return self.judge_all([Asked(prediction, gold, kind, last_number, tolerance)])[0]
+
+    def judge_all(self, asked: Sequence[Asked]) -> list[AnswerVerdict]:
+        """The verdicts on some completions, which go to a worker together, in order."""
+        items = [{"do": "find", **vars(a), "prediction": a.prediction[-LONGEST_COMPLETION:]} for a in asked]
+        return [self._decided(a, reply) for a, reply in zip(asked, self._answered(items), strict=True)]
 
     def judge_many(self, items: Iterable[tuple[Any, ...]]) -> Iterator[AnswerVerdict]:
         """Verdicts on (prediction, gold) or (prediction, gold, kind), in order."""
-        return self._pool.map(lambda item: self.judge(*item), items)
+        together = _together((Asked(*item) for item in items), lambda a: len(a.prediction))
+        for verdicts in self._pool.map(self.judge_all, together):
+            yield from verdicts
 
     def equivalent(self, a: str, b: str, kind: Kind = "math") -> bool:
         """Whether two extracted answers say the same; False where that cannot be found out in time."""
-        decision = equal.quickly(a, b, kind=kind)
-        if decision is not None:
-            return decision.equal
-        if max(len(a), len(b)) > LONGEST_ANSWER:
-            return False
-        reply = self._pool.call({"gold": a, "answer": b, "parts": (), "kind": kind, "both_ways": True})
-        return bool(reply.get("equal", False))
+        return self._same([a], b, kind, [1]) == 0
+
+    def _decided(self, asked: Asked, found: Reply) -> AnswerVerdict:
+        """The verdict on a completion whose answer was looked for, by algebra where plain rules have none."""
+        if "stage" not in found:
+            return _stopped(found, None, "none")
+        answer, stage = found["answer"], found["stage"]
+        if answer is None:
+            return AnswerVerdict(False, "no_answer", None, stage, "no answer found")
+        decision = found
+        if found["equal"] is None:
+            compared = {"do": "compare", "gold": asked.gold, "answer": answer, "parts": found["parts"]}
+            decision = self._answered([{**compared, "kind": asked.kind, "tolerance": asked.tolerance}])[0]
+        if "equal" not in decision:
+            return _stopped(decision, answer, stage)
+        kind: VerdictKind = "right" if decision["equal"] else "wrong"
+        return AnswerVerdict(decision["equal"], kind, answer, stage, decision["rule"])
+
+    def _answered(self, items: Sequence[Request]) -> list[Reply]:
+        """The reply to each item; {"timeout": why} and the like where there is none.
+
+        Where a call fails, its items are asked about one by one: each has the limits for itself, and what one of them
+        does to its worker is its own verdict alone.
+        """
+        replies = list[Reply]()
+        for together in _together(items, _characters):
+            reply = self._pool.call({"items": together})
+            if "replies" in reply:
+                replies += reply["replies"]
+            elif len(together) == 1:
+                replies.append(reply)
+            else:
+                alone = (self._pool.call({"items": [item]}) for item in together)
+                replies += [reply["replies"][0] if "replies" in reply else reply for reply in alone]
+        return replies
+
+    def _same(self, others: Sequence[str], answer: str, kind: Kind, left: list[int]) -> int | None:
+        """The number of the first of ``others`` that says the same; ``left`` holds how often algebra may be asked."""
+        asked = {"answer": answer, "kind": kind}
+        for n, plainly in enumerate(self._answered([{"do": "plainly", "gold": other, **asked} for other in others])):
+            equal = plainly.get("equal", False)  # what had to be stopped is not equal
+            if equal is None and left[0] > 0:
+                left[0] -= 1
+                compared = {"do": "compare", "gold": others[n], "parts": (), "tolerance": None, "both_ways": True}
+                equal = self._answered([{**compared, **asked}])[0].get("equal", False)
+            if equal:
+                return n
+        return None
 
     def classes(self, answers: Iterable[str | None], kind: Kind = "math") -> list[int | None]:
         """The number of each answer's equivalence class, by first appearance; None where there is no answer.
@@ -140,16 +169,7 @@ class AnswerJudge:
         ``MOST_COMPARISONS`` that need the library, which grow with the square of what is distinct, what is not plainly
         equal is taken to be different.
         """
-        left = MOST_COMPARISONS
-
-        def same(a: str, b: str) -> bool:
-            nonlocal left
-            plainly = equal.quickly(a, b, kind=kind)
-            if plainly is not None or left == 0:
-                return plainly is not None and plainly.equal
-            left -= 1
-            return self.equivalent(a, b, kind)
-
+        left = [MOST_COMPARISONS]
         known: dict[str, int] = {}
         first: list[str] = []
         numbers: list[int | None] = []
@@ -159,47 +179,37 @@ class AnswerJudge:
                 continue
             answer = answer.strip()
             if answer not in known:
-                known[answer] = next((n for n, other in enumerate(first) if same(other, answer)), len(first))
-                if known[answer] == len(first):
+                same = self._same(first, answer, kind, left)
+                known[answer] = len(first) if same is None else same
+                if same is None:
                     first.append(answer)
             numbers.append(known[answer])
         return numbers
 
 
-def _verdict(extraction: Extraction, decision: equal.Decision | None) -> AnswerVerdict:
-    if decision is None:
-        return AnswerVerdict(False, "no_answer", None, extraction.stage, "no answer found")
-    kind: VerdictKind = "right" if decision.equal else "wrong"
-    return AnswerVerdict(decision.equal, kind, extraction.answer, extraction.stage, decision.rule)
+def _stopped(reply: Reply, answer: str | None, stage: str) -> AnswerVerdict:
+    """The verdict where a worker had none: it took too long, ran out of memory, ended, or the rules raised."""
+    if "timeout" in reply or reply.get("memory"):
+        return AnswerVerdict(False, "timeout", answer, stage, reply.get("timeout", "ran out of memory"))
+    return AnswerVerdict(False, "wrong", answer, stage, reply.get("failed", "no verdict"))
 
 
-def answer_request(request: dict[str, Any]) -> dict[str, Any]:
-    """A worker's reply to one comparison."""
-    decision = equal.compare_all(
-        request["gold"],
-        request["answer"],
-        tuple(request["parts"]),
-        kind=request["kind"],
-        tolerance=request.get("tolerance"),
-        both_ways=request.get("both_ways", False),
-    )
-    return {"equal": decision.equal, "rule": decision.rule}
+def _characters(item: Request) -> int:
+    return sum(len(item.get(name) or "") for name in ("prediction", "gold", "answer"))
 
 
-# One of each kind of thing that takes algebra: mpmath is imported and its constants are known before the first fork.
-_WARM_UP = [
-    {"gold": gold, "answer": answer, "parts": (), "kind": "math"}
-    for gold, answer in (
-        ("\\frac{x+1}{2}", "x/2+\\frac12"),
-        ("\\sqrt{2}+\\pi", "\\pi+\\sqrt{8}/2"),
-        ("\\{1,2\\}", "2, 1"),
-        ("(1,2]", "1<x\\le 2"),
-        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\x\\end{pmatrix}"),
-        ("y=2x+1", "2x-y+1=0"),
-        ("\\sin x", "\\cos(x)"),
-        ("1.5", "(3x)/(2x)"),
-    )
-]
+def _together(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items as they go to a worker together, in order."""
+    together, size = list[T](), 0
+    for item in items:
+        if together and (len(together) == MOST_TOGETHER or size + characters(item) > MOST_CHARACTERS):
+            yield together
+            together, size = [], 0
+        together.append(item)
+        size += characters(item)
+    if together:
+        yield together
+
 
 _shared: AnswerJudge | None = None
 _shared_lock = threading.Lock()
@@ -227,6 +237,11 @@ def judge_answer(
 ) -> AnswerVerdict:
     """The verdict on a completion, with what was extracted, by which rule, and what decided. See AnswerJudge.judge."""
     return _shared_judge().judge(prediction, gold, kind, last_number=last_number, tolerance=tolerance)
+
+
+def judge_answers(asked: Sequence[Asked]) -> list[AnswerVerdict]:
+    """The verdicts on some completions, in order. See AnswerJudge.judge_all."""
+    return _shared_judge().judge_all(asked)
 
 
 def verify_answer(prediction: str, gold: str) -> bool:

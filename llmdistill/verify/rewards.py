@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmdistill.errors import UserError
+from llmdistill.verify.asked import Asked, Kind
 from llmdistill.verify.code import find_program, judge_program
-from llmdistill.verify.math import Kind, judge_answer
+from llmdistill.verify.math import judge_answers
 
 Completion = str | Sequence[Mapping[str, Any]]
 ANSWERS = ("answer", "solution", "gold")
@@ -70,13 +71,10 @@ def _code(text: str, tests: Any) -> float | None:
 
 
 def _answers(completions: Sequence[Completion], columns: Mapping[str, Sequence[Any]], kind: Kind) -> list[float | None]:
-    golds = _column(columns, ANSWERS, len(completions))
-    return [
-        None
-        if gold is None or str(gold).strip() == ""
-        else float(judge_answer(text_of(c), str(gold), kind=kind).passed)
-        for c, gold in zip(completions, golds, strict=True)
-    ]
+    golds = ["" if gold is None else str(gold).strip() for gold in _column(columns, ANSWERS, len(completions))]
+    asked = [Asked(text_of(c), gold, kind) for c, gold in zip(completions, golds, strict=True) if gold]
+    verdicts = iter(judge_answers(asked))
+    return [float(next(verdicts).passed) if gold else None for gold in golds]
 
 
 def _column(columns: Mapping[str, Sequence[Any]], names: Sequence[str], count: int) -> Sequence[Any]:

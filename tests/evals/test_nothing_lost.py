@@ -15,6 +15,7 @@ from llmdistill.errors import UserError
 from llmdistill.evals.command import table
 from llmdistill.evals.records import Appender, EvalFolder, Problem, Sample
 from llmdistill.evals.runner import Evaluation, regrade
+from llmdistill.verify.asked import Asked
 
 QUIET = Console(quiet=True)
 SUITE = {
@@ -44,15 +45,16 @@ def sums(count: int) -> list[Problem]:
 def judged(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[str]:
     """The texts that are judged from now on; the process "dies" behind so many."""
     seen: list[str] = []
-    judge = grading.AnswerJudge.judge
+    judge_all = grading.AnswerJudge.judge_all
 
-    def watched(self: object, text: str, *args: object, **kwargs: object) -> object:
-        if len(seen) >= stop_after:
-            raise KeyboardInterrupt
-        seen.append(text)
-        return judge(self, text, *args, **kwargs)  # type: ignore[arg-type]
+    def watched(self: grading.AnswerJudge, asked: Sequence[Asked]) -> object:
+        for each in asked:
+            if len(seen) >= stop_after:
+                raise KeyboardInterrupt
+            seen.append(each.prediction)
+        return judge_all(self, asked)
 
-    monkeypatch.setattr(grading.AnswerJudge, "judge", watched)
+    monkeypatch.setattr(grading.AnswerJudge, "judge_all", watched)
     return seen
 
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmdistill.verify.answer_requests import reply_to
+
 
 def job(request: dict[str, Any]) -> dict[str, Any]:
     """Answers one request, or misbehaves as it says."""
@@ -36,6 +38,15 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
     elif what == "pid":
         return {"pid": os.getpid(), "keeper": os.getppid()}
     return {"echo": request.get("echo")}
+
+
+def answers_with_a_hole(request: dict[str, Any]) -> dict[str, Any]:
+    """The work on answers, by rules with a hole that some texts know of."""
+    for item in request["items"]:
+        for what in ("compute", "eat", "crash", "exit", "raise"):
+            if f"please {what}" in (item.get("prediction") or item["answer"]):
+                job({"do": what, "mb": 4096})
+    return reply_to(request)
 
 
 def reached(secret: str, port: int) -> list[str]:

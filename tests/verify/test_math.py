@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from llmdistill.verify import math as verdicts
+from llmdistill.verify.asked import Asked
 from llmdistill.verify.math import AnswerJudge, AnswerVerdict, equivalent, judge_answer, verify_answer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +231,54 @@ def test_equivalence_has_no_gold_side(judge: AnswerJudge) -> None:
     assert not judge.equivalent("x", "y")
 
 
-def test_plain_classes_need_no_worker() -> None:
-    with AnswerJudge() as fresh:
-        assert fresh.classes([str(n % 4) for n in range(64)]) == [n % 4 for n in range(64)]
-        assert fresh._pool.processes() == []
+ASKS = """
+import sys
+from llmdistill.evals.grading import _Judges
+from llmdistill.evals.records import Problem, Sample
+from llmdistill.verify.math import AnswerJudge, equivalent, verify_answer
+from llmdistill.verify.rewards import choice_reward, math_reward
+
+assert math_reward(["", ""], ["It is \\\\boxed{x+1}.", "2"], answer=["1+x", "3"]) == [1, 0]
+assert choice_reward([""], ["The answer is (B)."], answer=["B"]) == [1]
+assert verify_answer("#### 5", "5") and equivalent("1/2", "0.5")
+with AnswerJudge() as judge:
+    assert judge.classes(["1", "1.0", "2"]) == [0, 0, 1]
+with _Judges(1, False) as judges:
+    samples = [Sample("p", i, text, 3, "stop", i) for i, text in enumerate(["\\\\boxed{4}", "5"])]
+    assert [g.passed for g in judges.grade((Problem("p", "2 + 2", "math", "4"), samples))] == [True, False]
+reads = ("answers", "boxes", "choices", "equal", "extract", "phrases", "sentences", "transcripts")
+print([name for name in sys.modules if name.startswith(tuple(f"llmdistill.verify.{part}" for part in reads))])
+"""
+
+
+def test_who_asks_reads_no_answer() -> None:
+    """Graders and rewards have not as much as imported what reads a model's text: it runs in the workers."""
+    done = subprocess.run([sys.executable, "-c", ASKS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+
+
+def test_what_an_answer_does_to_its_worker_is_its_own_verdict_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that know of a hole in the rules hang, fill the memory or end the process; the others are judged."""
+    monkeypatch.setattr(verdicts, "WORK", "tests.verify.jobs:answers_with_a_hole")
+    hostile = {"compute": "stopped after 0.5 s", "eat": "ran out of memory", "exit": "the worker process ended with"}
+    hostile |= {"crash": "the worker process ended with"}
+    texts = [text for what in hostile for text in (f"please {what}: \\boxed{{7}}", "\\boxed{7}", "\\boxed{8}")]
+    with AnswerJudge(time_limit_s=0.5, memory_limit_mb=256) as judge:
+        found = judge.judge_all([Asked(text, "7") for text in texts])
+        raised = judge.judge("please raise: \\boxed{7}", "7")
+        numbers = judge.classes(["7", "please compute", "7.0", "please crash", "please compute"])
+    assert [v.kind for v in found] == ["timeout", "right", "wrong"] * len(hostile)
+    assert all(v.detail.startswith(why) for v, why in zip(found[::3], hostile.values(), strict=True))
+    assert (raised.kind, raised.extracted) == ("wrong", None) and "nothing here" in raised.detail
+    assert numbers == [0, 1, 0, 2, 1], "what cannot be compared is a class of its own"
+
+
+def test_long_completions_go_to_a_worker_in_several_calls(judge: AnswerJudge) -> None:
+    """A call has a limit for all that goes with it: what is long goes with less."""
+    texts = ["A step. " * 20_000 + f"\\boxed{{{n}}}" for n in range(6)] + ["x" * 300_000 + "\\boxed{6}"]
+    found = judge.judge_all([Asked(text, str(n)) for n, text in enumerate(texts)])
+    assert [v.kind for v in found] == ["right"] * 7
+    assert judge.judge_all([]) == []
 
 
 def test_many_are_judged_in_order() -> None:
@@ -269,10 +318,12 @@ def test_a_verdict_always_comes(hurried: AnswerJudge, text: str) -> None:
 
 
 def test_what_had_to_be_stopped_is_called_that() -> None:
-    # Four hundred sines to fifty digits, at every point: far more than the limit of a hundredth of a second.
-    with AnswerJudge(time_limit_s=0.01) as hasty:
-        verdict = hasty.judge(r"\boxed{\sum_{k=1}^{400} \sin(kx)}", r"\sum_{k=1}^{400} \sin(xk)")
-    assert (verdict.kind, verdict.stage, verdict.detail) == ("timeout", "boxed", "stopped after 0.01 s")
+    # Thousands of sines to fifty digits, at every point: far more than the limit, which finding the answer is within.
+    with AnswerJudge(time_limit_s=0.2) as hasty:
+        hasty.judge("\\boxed{1}", "1")  # a child's start is in the time
+        gold, answer = ("+".join(rf"\sum_{{k=1}}^{{400}} \sin({x}+{n})" for n in range(8)) for x in ("xk", "kx"))
+        verdict = hasty.judge(f"\\boxed{{{answer}}}", gold)
+    assert (verdict.kind, verdict.stage, verdict.detail) == ("timeout", "boxed", "stopped after 0.2 s")
 
 
 def test_verdicts_from_any_thread() -> None:

@@ -51,12 +51,13 @@ class MajAtK(evaluate.Metric):
 
 def _vote(completions: list[str], gold: str) -> tuple[list[int | None], list[bool]]:
     """Class of each completion's answer, numbered by first appearance, and its verdict."""
-    from llmdistill.verify.math import equivalent, judge_answer
+    from llmdistill.verify.asked import Asked
+    from llmdistill.verify.math import equivalent, judge_answers
 
     first: list[str] = []
     classes: list[int | None] = []
     right: list[bool] = []
-    for verdict in [judge_answer(completion, gold) for completion in completions]:
+    for verdict in judge_answers([Asked(completion, gold) for completion in completions]):
         right.append(verdict.passed)
         answer = verdict.extracted
         if answer is None:

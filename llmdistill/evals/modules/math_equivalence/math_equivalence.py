@@ -23,8 +23,10 @@ class MathEquivalence(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str], verdicts: bool = False) -> dict[str, Any]:
         """With ``verdicts`` the list of them too."""
-        from llmdistill.verify.math import verify_answer
+        from llmdistill.verify.asked import Asked
+        from llmdistill.verify.math import judge_answers
 
-        passed = [verify_answer(p, gold) for p, gold in zip(predictions, references, strict=True)]
+        asked = [Asked(p, gold) for p, gold in zip(predictions, references, strict=True)]
+        passed = [verdict.passed for verdict in judge_answers(asked)]
         share = {"math_equivalence": sum(passed) / len(passed)}
         return {**share, "verdicts": passed} if verdicts else share

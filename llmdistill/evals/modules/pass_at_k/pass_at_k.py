@@ -33,10 +33,12 @@ class PassAtK(evaluate.Metric):
     ) -> dict[str, float]:
         """k: one or several; each at most the number of completions of every problem."""
         from llmdistill.evals.metrics import pass_at_k
-        from llmdistill.verify.math import verify_answer
+        from llmdistill.verify.asked import Asked
+        from llmdistill.verify.math import judge_answers
 
         pairs = list(zip(predictions, references, strict=True))
-        right = [sum(verify_answer(p, gold) for p in completions) for completions, gold in pairs]
+        asked = [[Asked(p, gold) for p in completions] for completions, gold in pairs]
+        right = [sum(verdict.passed for verdict in judge_answers(each)) for each in asked]
         n = [len(completions) for completions in predictions]
         ks = [k] if isinstance(k, int) else k
         return {f"pass_at_{each}": float(pass_at_k(n, right, each).mean()) for each in ks}
