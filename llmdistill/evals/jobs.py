@@ -18,8 +18,8 @@ from llmdistill.evals.differing import differing
 from llmdistill.evals.engines.base import Asked, sample_seed
 from llmdistill.evals.engines.make import Source
 from llmdistill.evals.examples import about, with_examples
-from llmdistill.evals.prompts import prompts_hash, room
-from llmdistill.evals.records import EvalFolder, Problem
+from llmdistill.evals.prompts import as_read, prompts_hash, room
+from llmdistill.evals.records import EvalFolder, Problem, Prompt
 from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, subsample
 from llmdistill.evals.templates import Template, find_template
 from llmdistill.texts.rollout import Sampling
@@ -58,6 +58,7 @@ class Job:
     folder: EvalFolder
     thinking: bool | None
     settings: dict[str, Any]  # config.json
+    prompts: list[Prompt]  # one for each problem
 
 
 def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
@@ -111,7 +112,8 @@ def prepare(suite: Suite, config: EvalConfig, source: Source) -> Job:
         "maj_at": [k for k in suite.maj_at if k <= n],
         "versions": _versions(),
     }  # fmt: skip
-    return Job(suite, template, problems, asked, n, sampling, EvalFolder(folder), thinking, settings)
+    prompts = list(as_read(asked, source.tokenizer))
+    return Job(suite, template, problems, asked, n, sampling, EvalFolder(folder), thinking, settings, prompts)
 
 
 def ask(
@@ -235,6 +237,7 @@ def begin(job: Job, console: Console) -> None:
         job.folder.config_file, {**job.settings, **({"earlier_versions": earlier} if earlier else {})}
     )
     job.folder.write_problems(job.problems)
+    job.folder.write_prompts(job.prompts)
     for kind, ks in (("pass", job.suite.pass_at), ("maj", job.suite.maj_at)):
         if dropped := [f"{kind}@{k}" for k in ks if k > job.n]:
             console.print(f"{job.suite.name}: n is {job.n}, so no {', '.join(dropped)}", highlight=False)

@@ -2,6 +2,7 @@
 
     RUN/config.json        what was asked: suite, data and template hashes, model, sampling, versions
     RUN/problems.jsonl     one Problem a line, as asked
+    RUN/prompts.jsonl      one Prompt a line: what the model read
     RUN/samples/*.jsonl    one Sample a line, appended as it is finished; one file per process
     RUN/grades.jsonl       one Grade a line; made again from the samples whenever grading is
     RUN/grading.jsonl      while that is under way: whose grades, then those that are there (llmdistill.evals.grades)
@@ -51,6 +52,23 @@ class Problem:
     gold: str | None = None
     tests: dict[str, Any] | None = None
     groups: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model read before it answered a problem.
+
+    Attributes:
+        text: all of it, with what the chat template writes by itself (a system text of its own, special tokens); empty
+            where an endpoint applies its template, out of our sight.
+        messages: that such an endpoint is sent, the assistant's first words among them; else empty.
+        tokens: of the text; 0 where that is not known.
+    """
+
+    problem: str
+    text: str
+    messages: list[dict[str, str]] = field(default_factory=list)
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,20 @@ class EvalFolder:
     def write_problems(self, problems: Iterable[Problem]) -> None:
         atomic_write(self.path / "problems.jsonl", "".join(as_line(p) for p in problems))
 
+    def prompts(self) -> Lines[Prompt]:
+        """By problem, one each; none in a folder that was begun before they were written."""
+        lines = Lines(
+            lambda: [self.path / "prompts.jsonl"],
+            lambda row: Prompt(**row),
+            lambda row: (row["problem"], 0),
+            name="Prompt",
+        )
+        lines.look()
+        return lines
+
+    def write_prompts(self, prompts: Iterable[Prompt]) -> None:
+        self._write_lines("prompts.jsonl", prompts)
+
     def samples(self) -> Lines[Sample]:
         """The finished samples, as they are now."""
         files = self.path / "samples"
@@ -142,11 +174,14 @@ class EvalFolder:
         return lines
 
     def write_grades(self, grades: Iterable[Grade]) -> None:
+        self._write_lines("grades.jsonl", grades)
+
+    def _write_lines(self, name: str, records: Iterable[Any]) -> None:
         def write(file: Path) -> None:
             with file.open("w", encoding="utf-8") as lines:
-                lines.writelines(map(as_line, grades))
+                lines.writelines(map(as_line, records))
 
-        atomic_write(self.path / "grades.jsonl", write)
+        atomic_write(self.path / name, write)
 
     @contextmanager
     def claimed(self, rank: int) -> Iterator[None]:

@@ -58,6 +58,7 @@ def test_everything_is_written(tmp_path: Path, model: str) -> None:
     for name in (
         "config.json",
         "problems.jsonl",
+        "prompts.jsonl",
         "samples/rank-0.jsonl",
         "grades.jsonl",
         "results.json",

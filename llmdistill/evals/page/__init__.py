@@ -55,7 +55,7 @@ def render(run: EvalFolder) -> str:
     problems, samples = run.problems(), run.samples()
     grades = run.grades()
     n = int(finite(results.get("n")) or finite(config.get("n")) or 1)
-    packed = pack(problems, samples.of, grades.of, n)
+    packed = pack(problems, samples.of, grades.of, n, prompts_of=run.prompts().of)
     both = {**config, **results}
     suite, model = both.get("suite") or run.path.resolve().name, both.get("model")
     script = _script()

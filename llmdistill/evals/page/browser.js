@@ -224,12 +224,23 @@ class Browser {
       element("p", { class: "facts" }, ...tags, element("span", null, `${solved(problem)}${/^\d/.test(solved(problem)) ? " right" : ""}`)),
       element("h4", null, "Question"),
       this.text(data.question, "question", code),
+      ...this.prompt(data),
       ...this.gold(data),
       element("div", { class: "strip" }, element("span", { class: "dots" }, ...strip),
         element("label", null, raw, " text as it was written")),
       ...samples,
       ...notes,
     ];
+  }
+
+  // What the model read, to the letter: the template's own words too.
+  prompt({ prompt }) {
+    if (!prompt) return [];
+    const label = prompt.messages ? "Messages to the endpoint, whose own chat template goes around them"
+      : `Prompt as the model read it, ${whole(prompt.tokens)} tokens`;
+    const shown = folded(label, () => [element("pre", { class: "raw" }, rawText(prompt.text))], false);
+    shown.classList.add("prompt");
+    return [shown];
   }
 
   gold(data) {

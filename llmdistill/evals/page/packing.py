@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmdistill.evals.records import Grade, Problem, Sample
+from llmdistill.evals.records import Grade, Problem, Prompt, Sample
 
 PAGE_BYTES = 24_000_000  # of all blocks, as base64
 LONGEST_TEXT = 60_000  # characters of one sample, however small the run
 SHORTEST_TEXT = 400  # below this fewer samples are of more use than shorter ones
-QUESTION, GOLD, TESTS, EXTRACTED, DETAIL, NAME = 8_000, 4_000, 4_000, 2_000, 600, 200
+QUESTION, PROMPT, GOLD, TESTS, EXTRACTED, DETAIL, NAME = 8_000, 12_000, 4_000, 4_000, 2_000, 600, 200
 START = 240  # characters of a question in the list
 ASSUMED_RATIO = 2.5  # text to base64 of its gzip; prose and formulas give 2.5 to 3.5, what is worse is packed again
 
@@ -50,11 +50,12 @@ def pack(
     grades_of: Callable[[str], Sequence[Grade]],
     n: int,
     limit: int = PAGE_BYTES,
+    prompts_of: Callable[[str], Sequence[Prompt]] = lambda problem: (),
 ) -> Packed:
     """Packs everything into at most ``limit`` bytes (problems of a suite alone are never left out).
 
     Args:
-        samples_of, grades_of: those of a problem, by its id; asked again rather than kept.
+        samples_of, grades_of, prompts_of: those of a problem, by its id; asked again rather than kept.
         n: samples asked for per problem; those that are not there are shown as missing.
     """
     index, lengths, most = [], list[int](), 0
@@ -70,7 +71,8 @@ def pack(
         for problem in problems:
             mine = _by_index(samples_of(problem.id))
             kept = mine[:most]
-            blocks.append(_packed(_block(problem, kept, len(mine), _verdicts(grades_of(problem.id)), longest)))
+            block = _block(problem, kept, len(mine), _verdicts(grades_of(problem.id)), longest)
+            blocks.append(_packed({**block, "prompt": _prompt(prompts_of(problem.id))}))
             clipped, shown = clipped + sum(len(s.text) > longest for s in kept), shown + len(kept)
         if len(packed_index) + sum(map(len, blocks)) <= limit or most == 0:
             return Packed(packed_index, blocks, longest, clipped, len(lengths) - shown)
@@ -148,6 +150,15 @@ def _block(
         "samples": [_sample(s, grades.get(s.index), longest) for s in samples],
         "absent": there - len(samples),
     }
+
+
+def _prompt(prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+    """What the model read; of an endpoint with a template of its own, the messages that it was sent."""
+    if not prompts:
+        return None
+    (prompt,) = prompts
+    text = prompt.text or "\n\n".join(f"{m['role']}:\n{m['content']}" for m in prompt.messages)
+    return {"text": clip(text, PROMPT), "tokens": prompt.tokens, "messages": not prompt.text}
 
 
 def _sample(sample: Sample, grade: Grade | None, longest: int) -> dict[str, Any]:
