@@ -81,12 +81,12 @@ class ChunkTeacher:
             and of that one log T(a word ends there), 0 where nothing was asked.
 
         Raises:
-            UserError: less was aligned so far than ``min_aligned``, or word ends of a teacher elsewhere.
+            UserError: word ends of a teacher elsewhere. How little was aligned is for ``refuse_unaligned``, which all
+                processes call with what they have aligned together.
         """
         read = self.retokenizer(rollout, prompts, self.name)
         self.shares.add(read.shares)
         self.fresh.add(read.shares)
-        self._check()
         logps_M, ends_M = self._asked(read, question)
         count, own_N, judged_M, before_N = len(read.lasts), read.student_chunks, read.judge_chunks, read.student_before
         ends_C = torch.full((count,), math.nan)
@@ -132,13 +132,21 @@ class ChunkTeacher:
             ends.append(logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1).cpu())
         return torch.cat(logps), torch.cat(ends)
 
-    def _check(self) -> None:
-        s = self.shares
-        if s.bytes and s.aligned_bytes < self.min_aligned * s.bytes:
-            reasons = "; ".join(reason for reason, _ in s.reasons.most_common(TOLD))
+    def too_little(self, aligned_bytes: float, all_bytes: float) -> bool:
+        """Whether so many bytes in chunks, of so many, are less than ``min_aligned``."""
+        return all_bytes > 0 and aligned_bytes < self.min_aligned * all_bytes
+
+    def refuse_unaligned(self, shares: Shares) -> None:
+        """Refuses what was aligned since the beginning.
+
+        Raises:
+            UserError: it is less than ``min_aligned``.
+        """
+        if self.too_little(shares.aligned_bytes, shares.bytes):
+            reasons = "; ".join(reason for reason, _ in shares.reasons.most_common(TOLD))
             raise UserError(
-                f"teacher.min_aligned is {self.min_aligned:g}, and {s.aligned_bytes / s.bytes:.3f} of the bytes are in "
-                f"chunks of both tokenizers ({s.aligned_sequences} of {s.sequences} sequences)"
+                f"teacher.min_aligned is {self.min_aligned:g}, and {shares.aligned_bytes / shares.bytes:.3f} of the "
+                f"bytes are in chunks of both tokenizers ({shares.aligned_sequences} of {shares.sequences} sequences)"
                 f"{': ' + reasons if reasons else ''}. Fix: a teacher whose tokenizer keeps the text, or a lower one."
             )
 

@@ -24,6 +24,7 @@ from llmdistill.teachers.evidence import Evidence, gather
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
 from llmdistill.texts.views import in_context
+from llmdistill.training.other_tokenizers import check_alignment
 
 # What is asked of a remote teacher for measuring when the objective itself hears only sampled tokens.
 UNLISTED_TOP_K = 64
@@ -201,6 +202,7 @@ class HeldOut:
                     teacher_rollout=teacher_rollout,
                     prompts=local_prompts,
                 ).gathered(t.accelerator)
+            check_alignment(t, {"teacher": t.teacher})  # type: ignore[arg-type]
             if t.method.asked.kind == "chunks" and name == "dataset":  # log T - log S of what others wrote
                 measured[name] = measured[name].of_others()
         return measured

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.method import Method
@@ -17,7 +18,9 @@ from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.chunks import ChunkTeacher, in_chunks, tokenizer_of
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher
 from llmdistill.texts.chat import ChatTemplate
+from llmdistill.texts.retokenized import Shares
 from llmdistill.tokenization.compare import compare_tokenizers
+from llmdistill.training.student_trainer import gathered_sums
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,27 @@ def bind(method: Method, judges: Mapping[str, Teacher], ends: Collection[int]) -
             for term, _ in method.asks_of(name):
                 if isinstance(term.group, ChunkLoss):
                     term.group.bind(judge.retokenizer.student_table)
+
+
+def check_alignment(trainer: Trainer, judges: Mapping[str, Teacher]) -> None:
+    """Refuses judges in chunks of which too little was aligned, on all processes together. Every one must call it.
+
+    One may have met nothing but texts that cannot be aligned: alone it would raise while the others wait for it.
+
+    Raises:
+        UserError: on every process, of a judge with less than ``min_aligned`` over all of them.
+    """
+    several = trainer.accelerator.num_processes > 1
+    for judge in judges.values():
+        if not isinstance(judge, ChunkTeacher):
+            continue
+        s = judge.shares
+        aligned_bytes, all_bytes = gathered_sums(trainer, [s.aligned_bytes, s.bytes], trainer.args.device)
+        if judge.too_little(aligned_bytes, all_bytes):  # so say all: reasons are exchanged once, for the message
+            everywhere = Shares()
+            for shares in gather_object([s]) if several else [s]:
+                everywhere.add(shares)
+            judge.refuse_unaligned(everywhere)
 
 
 def note_alignment(judges: Mapping[str, Teacher], meters: Meters) -> None:

@@ -52,7 +52,7 @@ from llmdistill.training.contexts import load_functions
 from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
-from llmdistill.training.other_tokenizers import bind, note_alignment, tokenizers, widths, with_chunks
+from llmdistill.training.other_tokenizers import bind, check_alignment, note_alignment, tokenizers, widths, with_chunks
 from llmdistill.training.progress import Progress, ProgressCallback
 from llmdistill.training.rewards import Reward
 from llmdistill.training.round_log import RoundLog
@@ -208,6 +208,7 @@ class DistillationTrainer(RoundLog):
         with self.meters.timed("time/teacher"):
             evidence = RoundEvidence(judges or self.judges, self.likeliest, self.args.device, self.pad_id)
             answers = {t.name: [evidence.of(t, n, texts[n]) for n in t.texts] for t in self.method.terms}
+        check_alignment(self, judges or self.judges)
         inputs = {}
         for term in self.method.terms:
             term_texts = [texts[name] for name in term.texts]
