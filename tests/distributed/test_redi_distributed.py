@@ -44,13 +44,14 @@ def run(folder: Path, config: str, processes: int, method: str) -> dict[str, Any
 def test_two_processes_compute_what_one_does(tmp_path: Path, config: str, method: str) -> None:
     worker.make_model(0, hidden=32, tied=True).save_pretrained(tmp_path / "student")
     worker.make_tokenizer().save_pretrained(tmp_path / "student")
-    for name, count in (("pairs", 24), ("heldout", 5)):  # 5 for two: one of them repeats a pair that must not count
-        chosen, rejected = worker.make_rows(count, 1), worker.make_rows(count, 2)
-        rows = [
-            {"prompt": a["prompt"], "chosen": a["completion"], "rejected": f"{b['completion']} t23"}
-            for a, b in zip(chosen, rejected, strict=True)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen, rejected = worker.make_rows(29, 1), worker.make_rows(29, 2)
+    rows = [
+        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": f"{b['completion']} t23"}
+        for a, b in zip(chosen, rejected, strict=True)
+    ]
+    # 5 held out for two: one of them repeats a pair that must not count
+    for name, part in (("pairs", rows[:24]), ("heldout", rows[24:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     alone, found = run(tmp_path, "one_process", 1, method), run(tmp_path, config, 2, method)
     for stage in ("stage1", "."):
         names = ["loss", "grad_norm"]
