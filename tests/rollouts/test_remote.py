@@ -296,4 +296,5 @@ def test_the_first_rank_pushes_for_all_and_fails_for_all(tmp_path):
         ranks = [subprocess.Popen([*command, *a], stdout=subprocess.PIPE, text=True, env=env) for a in arguments]
         told = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
         assert told[0] == told[1] == ["5", f"rollouts {service.url} refuses /v1/weights with HTTP 400: "[:60]]
-        assert len(pushes(service)) == 2 and len(service.posts(protocol.GENERATE)) == 2
+        # of each rank: the comparison after the first push, and the samples
+        assert len(pushes(service)) == 2 and len(service.posts(protocol.GENERATE)) == 2 * 2
