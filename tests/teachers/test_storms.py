@@ -156,6 +156,9 @@ def test_retries_of_all_requests_together_have_a_budget():
     with Faulty(small=Echo(), plan=lambda seen: "503", retry_after="0") as service:
         patience = {**QUICK, "max_outage_s": 600.0, "eject_after": 10**9, "status_every_s": 1e9}
         transport = Transport(service.url, **patience, in_flight=4, clock=clock)
+        replicas = transport._replicas
+        with replicas.changed:  # in real time: the clock would be past the outage before the service was probed once
+            assert replicas.changed.wait_for(replicas.up, 30)
         with pytest.raises(UserError, match="gave no answer for 600 s"):
             transport.send_all([asking(i) for i in range(4)])
         tries = len(service.posts("/echo"))
