@@ -1,4 +1,7 @@
-"""The runner over a real (tiny) model: what it writes, and that being killed changes nothing."""
+"""The runner over a real (tiny) model: what it writes, and that being killed changes nothing.
+
+Over 500 lines: nearly every test runs the evaluation of one tiny model, which they share.
+"""
 
 from __future__ import annotations
 
