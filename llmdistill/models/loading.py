@@ -15,13 +15,28 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.weights import refuse_adapted_ties
-from llmdistill.recipe.config import DType, torch_dtype
+from llmdistill.recipe.config import DType, StudentConfig, TeacherConfig, torch_dtype
 from llmdistill.recipe.launches import whole_models
 
 # from_pretrained swaps PreTrainedModel.tie_weights out while it loads. Two threads that load at a time can put each
 # other's stand-in back, and no weights are tied in this process ever after.
 _one_load_at_a_time = threading.Lock()
 logger = logging.getLogger(__name__)
+
+
+def load_configured(
+    config: StudentConfig | TeacherConfig, section: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that a section of a recipe names; see :func:`load_model`, also for what it raises."""
+    return load_model(
+        config.model,
+        config.dtype,
+        section,
+        config.trust_remote_code,
+        config.attn_implementation,
+        revision=config.revision,
+        tokenizer=config.tokenizer,
+    )
 
 
 def load_model(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from llmdistill.errors import UserError
 from llmdistill.models import saving
-from llmdistill.models.loading import adapter_base, load_model
+from llmdistill.models.loading import adapter_base, load_configured
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
@@ -180,15 +180,7 @@ def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedToke
             f"student.saved_as is adapter, and student.model {config.model!r} an adapter of {base!r} itself: alone the "
             "new one would belong to no model that is stored. Fix: --student.saved_as merged."
         )
-    return load_model(
-        config.model,
-        config.dtype,
-        "student",
-        config.trust_remote_code,
-        config.attn_implementation,
-        revision=config.revision,
-        tokenizer=config.tokenizer,
-    )
+    return load_configured(config, "student")
 
 
 def lora_config(config: StudentConfig) -> Any:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.models.heads import head_of
 from llmdistill.models.modes import evaluating
 from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
-from llmdistill.preflight.tokens import too_narrow
+from llmdistill.preflight.tokens import leaks, too_narrow
 from llmdistill.texts import position_ids, predicting_rows
 from llmdistill.texts.pairs import Pair, collate_pairs
 from llmdistill.texts.prompts import PromptEncoder
@@ -83,13 +83,7 @@ def width(s: Subject) -> Iterator[Finding]:
 def pairs(s: Subject) -> Iterator[Finding]:
     """What is trained on is apart from what is measured on, and goes on where its prompt ends."""
     assert isinstance(s, PairSubject)
-    seen = {tuple(p.ids) for p in s.prompts}
-    if leaked := [p.row for p in s.heldout if tuple(p.ids) in seen]:
-        yield fail(
-            f"{len(leaked)} of {len(s.heldout)} held-out prompts are also trained on (first: row {leaked[0]}), so the "
-            "held-out numbers would flatter the student",
-            "take them out of data.train or data.heldout",
-        )
+    yield from leaks(s.prompts, s.heldout)
     for side in ("chosen", "rejected"):
         if found := [p.row for p in s.pairs if _opened_twice(s, p, getattr(p, side))]:
             yield fail(

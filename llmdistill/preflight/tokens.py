@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -72,6 +72,17 @@ def too_narrow(who: str, width: int, ids: int) -> Iterator[Finding]:
         yield fail(
             f"{who} has {width} logit columns, the student's tokenizer {ids} ids; the last ids have no logit",
             "model.resize_token_embeddings(len(tokenizer)), or the tokenizer that belongs to the model",
+        )
+
+
+def leaks(prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> Iterator[Finding]:
+    """That held-out prompts are trained on, if any are."""
+    seen = {tuple(p.ids) for p in prompts}
+    if leaked := [p.row for p in heldout if tuple(p.ids) in seen]:
+        yield fail(
+            f"{len(leaked)} of {len(heldout)} held-out prompts are also trained on (first: row {leaked[0]}), so the "
+            "held-out numbers would flatter the student",
+            "take them out of data.train or data.heldout",
         )
 
 
@@ -236,15 +247,9 @@ def prompts(s: Subject) -> Iterator[Finding]:
             f"{len(over)} prompts are longer than data.max_prompt_tokens {limit} (first: row {over[0]})",
             "raise it, or --data.overlong drop",
         )
-    seen = {tuple(p.ids) for p in s.prompts}
-    if leaked := [p.row for p in s.heldout if tuple(p.ids) in seen]:
-        yield fail(
-            f"{len(leaked)} of {len(s.heldout)} held-out prompts are also trained on (first: row {leaked[0]}), so the "
-            "held-out numbers would flatter the student",
-            "take them out of data.train or data.heldout",
-        )
-    if len(seen) < len(s.prompts):
-        yield notice(f"{len(s.prompts) - len(seen)} training prompts are repetitions of others")
+    yield from leaks(s.prompts, s.heldout)
+    if (distinct := len({tuple(p.ids) for p in s.prompts})) < len(s.prompts):
+        yield notice(f"{len(s.prompts) - distinct} training prompts are repetitions of others")
     if dropped := s.trainer.encode.dropped:
         yield notice(f"{dropped} rows left out: their prompts are longer than data.max_prompt_tokens {limit}")
     if not s.heldout:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llmdistill.models.generation import generate
 from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.models.layers import captured, no_rows
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import load_configured
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.recipe.launches import whole_models
@@ -53,15 +53,7 @@ class LocalTeacher:
     def load(cls, config: TeacherConfig, device: torch.device | str = "cpu") -> LocalTeacher:
         """Loads the model and tokenizer a recipe names."""
         with whole_models():
-            model, tokenizer = load_model(
-                config.model,
-                config.dtype,
-                "teacher",
-                config.trust_remote_code,
-                config.attn_implementation,
-                revision=config.revision,
-                tokenizer=config.tokenizer,
-            )
+            model, tokenizer = load_configured(config, "teacher")
         return cls(model.to(device), tokenizer, batch_tokens=config.batch_tokens)  # type: ignore[arg-type]
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, Protocol
 
 from llmdistill.evals.records import Sample
@@ -63,6 +64,18 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def batches(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
+    """Batches of at most ``size``, longest prompts first (what does not fit fails at once).
+
+    All of a batch have one length limit: what a sample may write must not depend on its company.
+    """
+    ordered = sorted(asked, key=lambda one: (-one.room, -len(one.ids)))
+    for _, alike in groupby(ordered, key=lambda one: one.room):
+        rest = list(alike)
+        for start in range(0, len(rest), size):
+            yield rest[start : start + size]
 
 
 def sample_seed(seed: int, problem: str, index: int) -> int:

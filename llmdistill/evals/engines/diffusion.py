@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from llmdistill.diffusion.backbone import MaskedDiffusionLM
 from llmdistill.diffusion.generation_config import DiffusionGenerationConfig
 from llmdistill.diffusion.sampling import generate
 from llmdistill.errors import UserError
-from llmdistill.evals.engines.base import Asked
+from llmdistill.evals.engines.base import Asked, batches
 from llmdistill.evals.engines.local import decoded
 from llmdistill.evals.records import Sample
 from llmdistill.texts.rollout import Sampling
@@ -51,11 +50,8 @@ class DiffusionEngine:
         self.eos_ids, self.pad_id = eos_ids(model.model, tokenizer), pad_id(tokenizer)
 
     def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
-        ordered = sorted(asked, key=lambda one: (-one.room, -len(one.ids)))
-        for _, alike in groupby(ordered, key=lambda one: one.room):
-            rest = list(alike)
-            for start in range(0, len(rest), self.batch_size):
-                yield from self._batch(rest[start : start + self.batch_size], sampling, stop)
+        for batch in batches(asked, self.batch_size):
+            yield from self._batch(batch, sampling, stop)
 
     def _batch(self, batch: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
         width, device = max(len(one.ids) for one in batch), self.model.device

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from llmdistill.evals.engines.base import Asked
+from llmdistill.evals.engines.base import Asked, batches
 from llmdistill.evals.records import Sample
 from llmdistill.models.generation import generate
 from llmdistill.models.vllm_engine import InProcessVLLM
@@ -129,12 +128,8 @@ class HFEngine:
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
 
     def draw(self, asked: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
-        # one length limit a batch: what a sample may write must not depend on its company
-        ordered = sorted(asked, key=lambda one: (-one.room, -len(one.ids)))
-        for _, alike in groupby(ordered, key=lambda one: one.room):
-            rest = list(alike)
-            for start in range(0, len(rest), self.batch_size):
-                yield from self._batch(rest[start : start + self.batch_size], sampling, stop)
+        for batch in batches(asked, self.batch_size):
+            yield from self._batch(batch, sampling, stop)
 
     def _batch(self, batch: Sequence[Asked], sampling: Sampling, stop: Sequence[str]) -> Iterator[Sample]:
         drawn = generate(
