@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_distributed import launch
+from tests.distributed.launching import launch
 
 
 @pytest.mark.slow

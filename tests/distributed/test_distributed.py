@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,42 +14,20 @@ import yaml
 from llmdistill.errors import UserError
 from llmdistill.recipe.launches import check_cpu_launch, launched_processes, whole_models
 from tests.distributed import worker
+from tests.distributed.launching import launch, launched_once
 
-ROOT = Path(__file__).parents[2]
-TIME_LIMIT = 300  # seconds a launch; 15 to 30 on two idle cores
 SEVERAL = ("two_processes", "zero2", "zero3")
 RUNS = ("tied/dataset", "tied/student", "untied/dataset", "untied/student")
 
 
-def launch(config: str, *command: str) -> None:
-    """Runs ``accelerate launch`` on the CPU, and leaves no process behind."""
-    launcher = ("WORLD_SIZE", "RANK", "LOCAL_", "MASTER_", "ACCELERATE_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    env |= dict(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *command]
-    process = subprocess.Popen(
-        words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=TIME_LIMIT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-6000:]
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Launch file -> what its worker wrote; every file is launched once."""
-    known: dict[str, dict[str, Any]] = {}
+    """Launch file -> what its worker wrote."""
 
     def of(config: str) -> dict[str, Any]:
-        if config not in known:
-            folder = tmp_path_factory.mktemp(config)
-            launch(config, "-m", "tests.distributed.worker", str(folder / "out.json"), str(folder))
-            known[config] = json.loads((folder / "out.json").read_text())
-        return known[config]
+        folder = launched_once(tmp_path_factory, config, "tests.distributed.worker", "{folder}/out.json", "{folder}")
+        found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+        return found
 
     return of
 

@@ -6,14 +6,10 @@ One launch a layout; what is trained there is in ``methods_worker.CASES``. Every
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.distributed import worker
+from tests.distributed.launching import begin, end, kill, launched_once
 from tests.distributed.methods_worker import CASES, STEPS
-from tests.distributed.test_distributed import ROOT
 
 SEVERAL = ("two_processes", "zero2", "zero3")
 STAGE = {"one_process": None, "two_processes": None, "zero2": 2, "zero3": 3}
@@ -38,45 +34,11 @@ AVERAGED = [
 HELPED = ("cosine", "mi_alpha", "mi_alpha_lora")
 
 
-def begin(config: str, *command: str) -> subprocess.Popen[str]:
-    """Starts ``accelerate launch`` on the CPU, as the leader of a process group."""
-    launcher = ("WORLD_SIZE", "RANK", "LOCAL_", "MASTER_", "ACCELERATE_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    env |= dict(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    file = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *command]
-    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, **pipes)
-
-
-def end(process: subprocess.Popen[str]) -> str:
-    """Waits for a launch and leaves no process behind. What it said, where it went well."""
-    try:
-        output, _ = process.communicate(timeout=TIME_LIMIT)
-    finally:
-        kill(process)
-    assert process.returncode == 0, output[-6000:]
-    return output
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and to all that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
 class Layout:
     """What one launch saw."""
 
-    def __init__(self, folder: Path, config: str) -> None:
-        self.folder = folder / config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{config}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (self.folder / "done").exists():
-                end(begin(config, "-m", "tests.distributed.methods_worker", str(self.folder)))
-                (self.folder / "done").touch()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         files = sorted(self.folder.glob("rank-*.json"))
         self.ranks: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
 
@@ -91,13 +53,13 @@ class Layout:
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Launch file -> what was seen; every file is launched once, whatever the number of pytest's own processes."""
-    known, base = dict[str, Layout](), tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "layouts"
+    """Launch file -> what was seen."""
+    known = dict[str, Layout]()
 
     def of(config: str) -> Layout:
         if config not in known:
-            known[config] = Layout(folder, config)
+            worker = "tests.distributed.methods_worker"
+            known[config] = Layout(launched_once(tmp_path_factory, config, worker, "{folder}", time_limit=TIME_LIMIT))
         return known[config]
 
     return of
@@ -290,11 +252,11 @@ def test_a_run_killed_twenty_times_is_the_undisturbed_one(tmp_path: Path, config
 def torn_as_whole(folder: Path, config: str, kills: int) -> None:
     draw, steps = random.Random(0), 8 if kills == 1 else 10 * kills  # about 6 go by at most between two kills
     recipe, whole, torn = write_recipe(folder, steps), folder / "whole", folder / "torn"
-    end(start(config, recipe, whole))
+    end(start(config, recipe, whole), TIME_LIMIT)
     for n in range(kills):
         process = start(config, recipe, torn, *(["--resume"] if n else []))
         killed_after(process, torn, max(logged(torn), default=0) + (3 if kills == 1 else 1), draw.uniform(0.0, 0.25))
-    assert "resuming from" in end(start(config, recipe, torn, "--resume"))
+    assert "resuming from" in end(start(config, recipe, torn, "--resume"), TIME_LIMIT)
     assert_same(torn, whole, steps)
 
 
@@ -306,12 +268,12 @@ def test_an_averaged_student_goes_on_with_another_number_of_ranks(tmp_path: Path
     layouts = {"one_process": ("--per_device_train_batch_size", "4"), "two_processes": ()}
     for config, share in layouts.items():
         whole[config] = tmp_path / config
-        end(start(config, recipe, whole[config], *share))
+        end(start(config, recipe, whole[config], *share), TIME_LIMIT)
     for config, other in (("one_process", "two_processes"), ("two_processes", "one_process")):
         torn = tmp_path / f"{config}-torn"
         shutil.copytree(whole[config], torn)
         shutil.rmtree(torn / f"checkpoint-{steps}")
-        end(start(other, recipe, torn, *layouts[other], "--resume"))
+        end(start(other, recipe, torn, *layouts[other], "--resume"), TIME_LIMIT)
         found, expected = logged(torn), logged(whole[config])
         assert sorted(found) == sorted(expected)
         for name in ("loss", "grad_norm"):
@@ -329,7 +291,7 @@ def averaged(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_what_deepspeed_keeps_in_parts_is_refused_by_another_launch(tmp_path: Path) -> None:
     """Before anything is written: without DeepSpeed the optimizer would be a new one, in silence."""
     recipe, run = write_recipe(tmp_path, 1, {"sequences": "dataset"}), tmp_path / "run"
-    end(start("zero2", recipe, run))
+    end(start("zero2", recipe, run), TIME_LIMIT)
     before = {file: file.read_bytes() for file in run.glob("*.*")}
     for other, layout in (("one_process", "without DeepSpeed"), ("zero3", "with DeepSpeed ZeRO-3 over 2 processes")):
         share = "4" if other == "one_process" else "2"

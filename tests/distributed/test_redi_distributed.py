@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import worker
-from tests.distributed.test_distributed import launch
+from tests.distributed.launching import launch
 
 STEPS = 3
 

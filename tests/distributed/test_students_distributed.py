@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import students_worker
-from tests.distributed.test_distributed import launch
+from tests.distributed.launching import launched_once
 
 pytestmark = pytest.mark.slow
 LAUNCHES = ("two_processes", "zero3")
@@ -17,15 +17,13 @@ LAUNCHES = ("two_processes", "zero3")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Launch file -> what its worker wrote; every file is launched once."""
-    found: dict[str, dict[str, Any]] = {}
+    """Launch file -> what its worker wrote."""
+    worker = "tests.distributed.students_worker"
 
     def of(config: str) -> dict[str, Any]:
-        if config not in found:
-            folder = tmp_path_factory.mktemp(config)
-            launch(config, "-m", "tests.distributed.students_worker", str(folder / "out.json"), str(folder))
-            found[config] = json.loads((folder / "out.json").read_text())
-        return found[config]
+        folder = launched_once(tmp_path_factory, config, worker, "{folder}/out.json", "{folder}")
+        found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+        return found
 
     return of
 

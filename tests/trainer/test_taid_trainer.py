@@ -18,7 +18,7 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, TAIDTra
 from llmdistill.objectives.taid import TAIDSchedule
 from llmdistill.taid import main
 from tests import tiny
-from tests.distributed.test_distributed import launch
+from tests.distributed.launching import launch
 from tests.trainer.test_gopd import bitwise, weights
 
 STEPS = 6

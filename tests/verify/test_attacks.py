@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from llmdistill.errors import UserError
-from llmdistill.verify import sandbox as sandbox_module
 from llmdistill.verify.code import run_stdin, run_tests
 from llmdistill.verify.sandbox import Sandbox
 from tests.verify import attack_runner
@@ -33,13 +32,6 @@ def pool(request):
         pytest.skip(str(error))
     with made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def scene():
-    made = Scene()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("name", REACHING_OUT)
@@ -64,16 +56,8 @@ HARMLESS = ["read a secret", "list a folder", "read by link", "parent's memory",
 HARMLESS += ["pair to abstract socket", "write home", "change modes"]
 
 
-def test_the_attacks_work_where_nothing_confines(monkeypatch):
+def test_the_attacks_work_where_nothing_confines(nothing_confines):
     """The control: without confinement each of these reaches something, so that reaching nothing means something."""
-    real = sandbox_module._Worker
-
-    def only_unsafe(mode):
-        if mode != "none":
-            raise sandbox_module._Refused("not here")
-        return real(mode)
-
-    monkeypatch.setattr(sandbox_module, "_Worker", only_unsafe)
     with Sandbox(1, allow_unsafe_exec=True) as unconfined:
         for name in HARMLESS:
             own = Scene()  # it will not be the same afterwards

@@ -4,7 +4,7 @@ import pytest
 
 from llmdistill.verify.code import run_tests
 from llmdistill.verify.sandbox import Sandbox
-from tests.verify.attack_runner import Scene, forge
+from tests.verify.attack_runner import forge
 from tests.verify.forgery_programs import FORGERY, RAISED
 from tests.verify.forgery_shapes import SHAPES
 
@@ -13,13 +13,6 @@ from tests.verify.forgery_shapes import SHAPES
 def pool():
     with Sandbox(1) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def scene():
-    made = Scene()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
