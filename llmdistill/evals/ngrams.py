@@ -71,10 +71,10 @@ def normalise(text: str) -> bytes:
 
 def words(text: str) -> list[bytes]:
     """The words of a text, see the module."""
-    return _Words([normalise(text)]).between(0, None)
+    return Words([normalise(text)]).between(0, None)
 
 
-class _Words:
+class Words:
     """The words of a batch of normalised texts.
 
     Attributes:
@@ -196,7 +196,7 @@ class Index:
         if n < 2 or shortest < 1:
             raise ValueError(f"n is {n} and shortest {shortest}; n must be at least 2, shortest at least 1")
         self.n = n
-        self.words = _Words([normalise(text) for text in texts])
+        self.words = Words([normalise(text) for text in texts])
         self.firsts = self.words.firsts[:-1]
         self.lengths = np.diff(self.words.firsts) - 1
         self.listed = self.words.between(0, len(self.words.starts))
@@ -239,7 +239,7 @@ class Index:
         found: list[Match] = []
         if not texts:
             return found
-        batch = _Words([normalise(text) for text in texts])
+        batch = Words([normalise(text) for text in texts])
         for length, window in batch.windows(self.n):
             if length in self.tables:
                 at, place = self.tables[length].find(window)
@@ -247,7 +247,7 @@ class Index:
                     found += self._verified(batch, length, at, place)
         return sorted(found, key=lambda match: match.document)
 
-    def _verified(self, batch: _Words, length: int, at: np.ndarray, place: np.ndarray) -> Iterator[Match]:
+    def _verified(self, batch: Words, length: int, at: np.ndarray, place: np.ndarray) -> Iterator[Match]:
         """Compares words, and makes one match of neighbouring windows."""
         document = np.searchsorted(batch.firsts, at, side="right") - 1
         order = np.lexsort((at, at - place))

@@ -116,14 +116,14 @@ def test_the_answer_equals_a_plain_search() -> None:
 
 def test_colliding_hashes_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """All words get one of four hashes: everything collides, and still only the copy is found."""
-    real = ngrams._Words
+    real = ngrams.Words
 
     class Colliding(real):  # type: ignore[misc, valid-type]
         def __init__(self, texts: list[bytes]) -> None:
             super().__init__(texts)
             self.hashes = self.hashes % np.uint64(4)
 
-    monkeypatch.setattr(ngrams, "_Words", Colliding)
+    monkeypatch.setattr(ngrams, "Words", Colliding)
     rng = random.Random(2)
     problems = [problem(i, text(rng, 20)) for i in range(20)]
     rows = [(str(i), text(rng, 100)) for i in range(50)] + [("copy", noisy(rng, problems[4].question))]
