@@ -2,8 +2,8 @@
 
 A sentence's probability under a model is the geometric mean of its tokens' (exp of the mean log-prob). Where the
 teacher gives it well more than the student does, it is a *teacher sentence*: something the student does not say yet,
-and the teacher surely does. Where it is the other way round it is a *student sentence*, else *shared*. A response that is rich
-in teacher sentences is preferred under a fixed budget of samples.
+and the teacher surely does. Where it is the other way round it is a *student sentence*, else *shared*. A response that
+is rich in teacher sentences is preferred under a fixed budget of samples.
 
 The paper names neither the threshold nor the score of a response. Both forms that its text allows are here:
 
