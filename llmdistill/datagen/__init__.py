@@ -1,1 +1,19 @@
-"""Data to distil from: traces written by teachers, verified, paired, curated and clean."""
+"""Data: traces that are verified, paired, curated and clean. Paths in, a manifest out.
+
+from llmdistill.datagen import generate, verify, build_pairs, curate, decontaminate
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# public name -> its module in this package. Each is a step, ``step(src, out, **settings) -> Manifest``.
+_HOME: dict[str, str] = {}  # a line for each: "curate": "curate"
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"llmdistill.datagen.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
