@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: a file or suite that is not there, or of no known kind.
     """
     words = _parser().parse_args(argv)
-    problems = {Path(name).name.split(".")[0]: list(_suite(name)) for name in words.suite}
+    problems = {Path(name).name.split(".")[0]: list(suite_problems(name)) for name in words.suite}
     files = TrainingFiles(words.train, words.column or None)
     train: Iterable[tuple[str, str]] = islice(files, words.limit)
     from rich.console import Console
@@ -389,7 +389,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 3 if words.fail and any(hit.exact_rows for hit in report.hits) else 0
 
 
-def _suite(name: str) -> Iterable[Problem]:
+def suite_problems(name: str) -> Iterable[Problem]:
+    """The problems of a suite, or of a .jsonl file as :func:`read_problems` reads it.
+
+    Raises:
+        UserError: no such suite or file, or data that cannot be had.
+    """
     if name.endswith((".jsonl", ".jsonl.gz")):
         return read_problems(name)
     from llmdistill.evals.suite import load_problems, load_suite
