@@ -65,10 +65,11 @@ def counts(weights: Mapping[str, float], available: Mapping[str, int], total: in
         total = math.floor(min(limits, default=0) + 1e-9)
     taken = dict.fromkeys(weights, 0)
     open_, left = {n: w for n, w in weights.items() if w > 0}, float(total)
-    full = True
-    while full and open_ and left > 0:
+    while open_ and left > 0:
         unit = left / sum(open_.values())
         full = [n for n, w in open_.items() if available.get(n, 0) <= w * unit]
+        if not full:
+            break
         for name in full:
             taken[name] = available.get(name, 0)
             left -= taken[name]
