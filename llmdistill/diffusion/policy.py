@@ -47,31 +47,43 @@ def policy_loss(
     eps: float = 0.2,
     beta: float = 0.0,
     kl: str = "k3",
+    reference_logps: Tensor | None = None,
 ) -> Tensor:
-    """The loss of slices [S, L], a scalar: a mean over slices.
+    """The loss of slices [S, L], a scalar.
 
     Args:
         advantages: [S, 1] of sequences, or [S, L] of tokens. target: [S, L] bool.
-        norm: ``length``: sums over targets by L, as TraceRL does with block attention. ``targets``: by the slice's own
-            targets, as it does with full attention, where its KL term stays a sum.
-        beta: weight of the KL to the policy that wrote the text.
+        norm: ``length``: sums over targets by L, then the mean over slices, as TraceRL does with block attention.
+            ``targets``: by the slice's own targets, as it does with full attention, where its KL term stays a sum.
+            ``tokens``: the mean over all targets of the batch, as diffu-GRPO does (arXiv 2504.12216, equation 3).
+        beta: weight of the KL to the policy that wrote the text, or to a reference model.
+        reference_logps: [S, L] of a reference model, where the KL is to that.
     """
     surrogate = clipped_surrogate(logps, old_logps, advantages, eps=eps, bound=10.0 if norm == "length" else None)
     gain = torch.where(target, surrogate, 0.0).sum(-1)
-    penalty = torch.where(target, kl_estimate(logps, old_logps, kl), 0.0).sum(-1)
+    other = old_logps if reference_logps is None else reference_logps
+    penalty = torch.where(target, kl_estimate(logps, other, kl), 0.0).sum(-1)
     if norm == "length":
         return (beta * penalty - gain).mean() / target.shape[-1]
     if norm == "targets":
         return (beta * penalty - gain / target.sum(-1).clamp_min(1)).mean()
-    raise UserError(f"diffusion.policy_norm is {norm!r}; there are length and targets. Fix: length.")
+    if norm == "tokens":
+        return (beta * penalty - gain).sum() / target.sum().clamp_min(1)
+    raise UserError(f"diffusion.policy_norm is {norm!r}; there are length, targets, tokens. Fix: length.")
 
 
-def group_advantages(rewards: Tensor, finished: Tensor, low: float = 0.2, high: float = 0.8) -> tuple[Tensor, Tensor]:
+def group_advantages(
+    rewards: Tensor, finished: Tensor, low: float = 0.2, high: float = 0.8, *, scale: bool = True
+) -> tuple[Tensor, Tensor]:
     """Of groups [P, G] of samples of one prompt: z-scores with the population's deviation (0 where all are equal), and
-    which groups are kept: those with a mean reward in [low, high]. A completion that was cut off counts as wrong."""
+    which groups are kept: those with a mean reward in [low, high]. A completion that was cut off counts as wrong.
+
+    ``scale`` False: only the mean is subtracted (diffu-GRPO).
+    """
     rewards = torch.where(finished, rewards, 0.0)
     mean, deviation = rewards.mean(-1, keepdim=True), rewards.std(-1, keepdim=True, unbiased=False)
-    advantages = torch.where(deviation > 0, (rewards - mean) / deviation.clamp_min(1e-12), 0.0)
+    apart = rewards - mean
+    advantages = torch.where(deviation > 0, apart / deviation.clamp_min(1e-12) if scale else apart, 0.0)
     share = mean.squeeze(-1)
     return advantages, (share >= low) & (share <= high)
 

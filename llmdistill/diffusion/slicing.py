@@ -105,10 +105,19 @@ def coupled_slices(valid: Tensor, u: Tensor, u_time: Tensor, low: float = 0.2, h
     return Slices(rows, masked, masked, weight)
 
 
-def full_slices(valid: Tensor) -> Slices:
+def full_slices(
+    valid: Tensor, prompt: Tensor | None = None, u: Tensor | None = None, prompt_share: float = 0.0
+) -> Slices:
     """One slice a sequence, with the completion masked whole (diffu-GRPO, arXiv 2504.12216): cheap, and of a state in
-    which no token that was sampled later than the first step ever was. The weakest where it was measured."""
-    return Slices(torch.arange(len(valid), device=valid.device), valid, valid, valid.float())
+    which no token that was sampled later than the first step ever was. The weakest where it was measured.
+
+    ``prompt`` [B, L] bool and ``u`` [B, L] uniform: tokens of the prompt are masked too, each with ``prompt_share``
+    (section 3.2 of the paper: .15), and never asked about. The numbers of old and new log-probs must be the same.
+    """
+    masked = valid
+    if prompt is not None and u is not None:
+        masked = valid | (prompt & (u < prompt_share))
+    return Slices(torch.arange(len(valid), device=valid.device), masked, valid, valid.float())
 
 
 def _rank_in_block(steps: Tensor, blocks: Tensor) -> Tensor:
