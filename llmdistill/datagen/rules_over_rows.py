@@ -15,6 +15,8 @@ from llmdistill.datagen import mixture as mixtures
 from llmdistill.datagen import selection
 from llmdistill.datagen.near_duplicates import near_duplicates as near
 from llmdistill.datagen.schema import as_messages, prompt_id
+from llmdistill.datagen.sentences import Scale, select
+from llmdistill.recipe.config import DType
 
 Row = Mapping[str, Any]
 Numbered = Callable[[], Iterator[tuple[int, Row]]]
@@ -105,6 +107,55 @@ def first(rows: Numbered, *, k: int) -> Dropped:
         seen[_prompt(row)] += 1
         if seen[_prompt(row)] > k:
             yield number, f"beyond the prompt's first {k}"
+
+
+def sentences(
+    rows: Numbered,
+    *,
+    student: str,
+    tokenizer: str,
+    each: int | None = None,
+    total: int | None = None,
+    margin: float = 0.1,
+    scale: Scale = "probability",
+    score: Literal["share", "mean"] = "share",
+    dtype: DType = "auto",
+) -> Dropped:
+    """The traces richest in sentences that the teacher says and the student does not (DASD; see
+    ``llmdistill.datagen.sentences`` for ``margin``, ``scale`` and ``score``).
+
+    Args:
+        student: folder or hub name of the model to be trained, which reads every trace once.
+        tokenizer: folder or hub name of the teacher's, whose ``token_ids`` and ``logprobs`` the traces carry.
+        each: the best so many of every prompt; or
+        total: the best so many of all.
+        dtype: of the student's weights.
+
+    Raises:
+        ValueError: not one of ``each`` and ``total``.
+        UserError: student or tokenizer cannot be loaded.
+    """
+    from llmdistill.datagen.divergence_aware import trace_statistics
+    from llmdistill.datagen.student import Student
+    from llmdistill.evals.engines.make import load_tokenizer
+
+    if (each is None) == (total is None):
+        raise ValueError("sentences takes one of each and total")
+    scores = defaultdict[str, list[tuple[int, float]]](list)
+    prompts = {number: _prompt(row) for number, row in rows()}
+    reader = Student(student, dtype)
+    teacher = load_tokenizer(tokenizer, setting="tokenizer")
+    for number, found in trace_statistics(rows(), reader, teacher, margin=margin, scale=scale):
+        if isinstance(found, str):
+            yield number, found
+        else:
+            scores[prompts[number]].append((number, found.score(score)))
+    ordered = [sorted(traces) for traces in scores.values()]
+    kept = select([[value for _, value in traces] for traces in ordered], each=each, total=total)
+    for traces, mine in zip(ordered, kept, strict=True):
+        yield from (
+            (number, "poor in the teacher's own sentences") for i, (number, _) in enumerate(traces) if i not in mine
+        )
 
 
 def mixture(
