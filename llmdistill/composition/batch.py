@@ -65,9 +65,25 @@ class Text:
         )
 
     @cached_property
+    def countable(self) -> Text:
+        """The text with all that might have been rows for rows, of a noised one: what its losses are divided by."""
+        noise = self.rollout.noise
+        if noise is None:
+            return self
+        return replace(self, rollout=replace(self.rollout, completion_mask=noise.countable, noise=None))
+
+    def of_rows(self, values_U: Tensor) -> Tensor:
+        """Of values of all that is countable, [U], those of the rows, [N]."""
+        if self.rollout.noise is None:
+            return values_U
+        rows_BT = self.rollout.completion_mask[:, 1:]
+        return values_U[rows_BT[self.rollout.noise.countable[:, 1:]].cpu()]
+
+    @cached_property
     def row_tensors(self) -> dict[str, Tensor]:
         """The tensors of the rows that a term may read by name, [N] each."""
-        return {name: read(self) for name, read in ROW_READS.items()}
+        read = {name: read(self) for name, read in ROW_READS.items()}
+        return read if self.rollout.noise is None else read | _of_noise(self.rollout)
 
     def weights(self, domain_weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
         """(weight of every sequence [B], of every row within its sequence [N]); None where all are 1."""
@@ -104,6 +120,14 @@ def _positions(text: Text) -> Tensor:
     return positions - starts.repeat_interleave(counts)
 
 
+NOISE_READS = {"noise_weight": "weight", "no_suffix": "no_suffix"}  # and of a noised text: name -> tensor of its noise
+
+
+def _of_noise(rollout: Rollout) -> dict[str, Tensor]:
+    mask = rollout.completion_mask[:, 1:]
+    return {name: getattr(rollout.noise, of_noise)[:, 1:][mask] for name, of_noise in NOISE_READS.items()}
+
+
 # What a term may read of the rows themselves, see Term.reads. Any other name is a tensor that its survey derives.
 ROW_READS: Mapping[str, Callable[[Text], Tensor]] = {
     "tokens": lambda text: text.rollout.token_rows(),
@@ -115,7 +139,7 @@ ROW_READS: Mapping[str, Callable[[Text], Tensor]] = {
 
 def before_survey(term: Term) -> Term:
     """The term with only those of its reads that are there before its survey."""
-    return replace(term, reads=tuple(name for name in term.reads if name in ROW_READS))
+    return replace(term, reads=tuple(name for name in term.reads if name in {**ROW_READS, **NOISE_READS}))
 
 
 @dataclass
@@ -161,7 +185,9 @@ class MicroBatch:
 def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, float], pad_id: int) -> TermInputs:
     """The weights of a term's rows before evidence is there: of samples, tokens, domains, contexts, sequence means."""
     weights, count, weighted = list[Tensor](), 0.0, False
-    for text in texts:
+    of_rows = list[Tensor]()
+    for noised in texts:
+        text = noised.countable
         row_counts = torch.tensor(text.rollout.row_counts)
         text_weights = text.weights(domain_weights)
         per_sequence, per_row = text_weights or (torch.ones(len(text)), torch.ones(int(row_counts.sum())))
@@ -172,17 +198,20 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
             or [torch.ones(len(text), dtype=torch.bool)]
         ).all(0)
         per_sequence = per_sequence * has_contexts
-        weighted |= text_weights is not None or term.select is not None or term.mean == "sequence"
+        weighted |= text_weights is not None or term.select is not None or term.mean != "token"
         weighted |= not bool(has_contexts.all())
-        if term.mean == "sequence":
+        if term.mean != "token":
             split = per_row.split(row_counts.tolist())
             weight_sums = torch.stack([w.sum() for w in split]) if len(row_counts) else torch.zeros(0)
-            per_row = per_row / weight_sums.repeat_interleave(row_counts).clamp_min(1e-30)
+            if term.mean == "sequence":
+                per_row = per_row / weight_sums.repeat_interleave(row_counts).clamp_min(1e-30)
             count += float(per_sequence[weight_sums > 0].sum())
         weights.append(per_row * per_sequence.repeat_interleave(row_counts))
-    weights_N = torch.cat(weights) if weights else torch.zeros(0)
+        of_rows.append(noised.of_rows(weights[-1]))
     if term.mean == "token":
-        count = float(weights_N.sum()) if weighted else float(len(weights_N))
+        weights_U = torch.cat(weights) if weights else torch.zeros(0)
+        count = float(weights_U.sum()) if weighted else float(len(weights_U))
+    weights_N = torch.cat(of_rows) if of_rows else torch.zeros(0)
     if term.group is not None:
         if weighted:
             raise UserError(

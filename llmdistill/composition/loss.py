@@ -16,7 +16,7 @@ from llmdistill.models.layers import captured
 from llmdistill.models.router import balance_loss, router_inputs
 from llmdistill.objectives.rows import PairedRows, TensorRows
 from llmdistill.objectives.streaming import Part, streamed_metrics, streamed_parts
-from llmdistill.texts.views import plain
+from llmdistill.texts.views import student_view
 
 
 @dataclass
@@ -64,7 +64,7 @@ def loss_on(
         metrics: also measure the student against each term's first judge, and the norm of each term's gradient.
         keep: the metric whose values per row are handed back, where a term has it.
     """
-    view, result = plain(batch.rollout), Result(torch.zeros(()))
+    view, result = student_view(batch.rollout), Result(torch.zeros(()))
     scaled_slices = [(s, s.term.weight_now / s.total) for s in batch.slices if s.total > 0]
     largest_scale = max((abs(scale_of_term) for _, scale_of_term in scaled_slices), default=1.0) or 1.0
     hidden_slices = [(s, scale_of_term) for s, scale_of_term in scaled_slices if s.term.hidden is not None]

@@ -14,7 +14,7 @@ from llmdistill.objectives.composed import on_samples
 from llmdistill.objectives.metrics import chunk_metrics, dense_metrics, sampled_metrics, sparse_metrics
 
 Support = Literal["teacher", "student", "union"]
-Mean = Literal["token", "sequence"]
+Mean = Literal["token", "sequence", "batch"]
 AskKind = Literal["full", "top_k", "sampled", "chunks"]
 ARGUMENTS: dict[AskKind, int] = {"full": 1, "top_k": 2, "sampled": 2, "chunks": 5}  # tensors of evidence from one judge
 METRICS: dict[AskKind, Callable[..., dict[str, Tensor]]] = {
@@ -123,10 +123,12 @@ class Term:
     ``loss(student_logits [n, V], *evidence) -> [n]``: after the student's logits come the answers of ``asks``, one
     judge after another, then the rows' own tensors that ``reads`` names: ``tokens`` (the ids, int64), ``behavior``
     (log-probs under the policy that drew them, NaN where nobody did), ``advantage`` (of the task reward), ``position``
-    (in the completion, 0 is its first token), or what the survey derives.
+    (in the completion, 0 is its first token), or what the survey derives. Of a noised text also ``noise_weight`` (of
+    the time in the bound) and ``no_suffix`` (nothing that the student reads stands to the right of it).
 
-    The loss of the global batch is weight * sum(w l) / sum(w) over its rows, or with ``mean`` sequence the mean over
-    sequences of their own weighted means. A group loss divides by its own count.
+    The loss of the global batch is weight * sum(w l) / sum(w) over its rows, with ``mean`` sequence the mean over
+    sequences of their own weighted means, with batch that of their sums. A group loss divides by its own count. Of a
+    noised text sum(w) is over all tokens that might have been masked, so that it does not depend on the draw.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Term:
     survey: Survey | None = None
     select: Callable[[Mapping[str, Tensor]], Tensor] | None = None  # weights [N] from the rows' own tensors, by name
     watch: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)  # name -> what a schedule hears, [n]
+    measures: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)  # name -> what is logged besides, [n]
     vanishes: bool = True  # 0, and its gradient too, where the student says what its judges say
     on_student: bool = False  # its expectation is over tokens the student drew: other text is refused
 
@@ -180,10 +183,11 @@ class Term:
             )
 
     def metrics(self, student_logits: Tensor, *evidence: Tensor) -> dict[str, Tensor]:
-        """How far the student is from the first judge, per row; nothing where there is none."""
+        """How far the student is from the first judge, per row, where there is one; and what the term measures."""
+        measured = {name: function(student_logits, *evidence) for name, function in self.measures.items()}
         if self.ask is None or self.hidden is not None:
-            return {}
-        return METRICS[self.ask.kind](student_logits, *evidence[: ARGUMENTS[self.ask.kind]])
+            return measured
+        return METRICS[self.ask.kind](student_logits, *evidence[: ARGUMENTS[self.ask.kind]]) | measured
 
     def per_row(self, student_logits: Tensor, *evidence: Tensor) -> Tensor:
         """The loss that the streaming engine runs."""

@@ -1,4 +1,4 @@
-"""Masked-diffusion language models: backbone, training conventions, sampling, likelihood, distillation, reinforcement.
+"""Masked-diffusion language models: backbone, training, sampling, likelihood, distillation, reinforcement.
 
 ``from llmdistill.diffusion import MaskedDiffusionLM, elbo`` works, and importing the package loads nothing heavy.
 """
@@ -9,12 +9,18 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "ARDistillationConfig": "llmdistill.diffusion.stages",
+    "ARDistillationTrainer": "llmdistill.diffusion.trainers",
     "DenoisingConfig": "llmdistill.diffusion.denoising",
     "DeterminantalRepulsion": "llmdistill.diffusion.diversity",
     "DiffusionGenerationConfig": "llmdistill.diffusion.generation_config",
+    "DiffusionOPDConfig": "llmdistill.diffusion.stages",
     "DiffusionOutput": "llmdistill.diffusion.sampling",
+    "FromARConfig": "llmdistill.diffusion.stages",
     "MaskedDiffusionLM": "llmdistill.diffusion.backbone",
+    "MaskedDiffusionTrainer": "llmdistill.diffusion.trainers",
     "OrthogonalRepulsion": "llmdistill.diffusion.diversity",
+    "SFTConfig": "llmdistill.diffusion.stages",
     "denoising_loss": "llmdistill.diffusion.denoising",
     "elbo": "llmdistill.diffusion.likelihood",
     "generate": "llmdistill.diffusion.sampling",

@@ -31,6 +31,7 @@ from llmdistill.diffusion.mask_token import mask_token_of
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.modes import evaluating
+from llmdistill.models.weights import base_model
 
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")  # layer types that can look both ways
 
@@ -72,7 +73,7 @@ class MaskedDiffusionLM(nn.Module):
         model.config.is_causal = False
         model.config.mask_token_id = mask_token_id
         model.config.diffusion_shift, model.config.diffusion_block_size = shift, block_size
-        self._accepts = set(inspect.signature(model.forward).parameters)
+        self._accepts = set(inspect.signature(base_model(model).forward).parameters)
         if probe:
             self.probe()
 
@@ -102,6 +103,26 @@ class MaskedDiffusionLM(nn.Module):
             model = loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
         except (OSError, ValueError) as error:
             raise UserError(f"student.model {str(name)!r} cannot be loaded: {why_not_loaded(name, error)}") from error
+        return cls.of(model, tokenizer, mask_token=mask_token, shift=shift, block_size=block_size), tokenizer
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask_token: str | None = None,
+        shift: bool | None = None,
+        block_size: int | None = None,
+        probe: bool = True,
+    ) -> MaskedDiffusionLM:
+        """A denoiser of a model that is loaded, which it changes; arguments as of :meth:`from_pretrained`.
+
+        Raises:
+            UserError: a mask token that is a real word, and as the class does.
+        """
+        config = model.config
+        check_layers(config, block_size)  # before the model is given a row for a new mask token
         mask_id = mask_token_of(model, tokenizer, mask_token)
         if shift is None:
             shift = getattr(config, "diffusion_shift", None)
@@ -109,7 +130,7 @@ class MaskedDiffusionLM(nn.Module):
             shift = predicts_next(config)
         if block_size is None:
             block_size = getattr(config, "diffusion_block_size", None)
-        return cls(model, mask_id, shift=shift, block_size=block_size), tokenizer
+        return cls(model, mask_id, shift=shift, block_size=block_size, probe=probe)
 
     @property
     def config(self) -> Any:

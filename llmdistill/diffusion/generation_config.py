@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llmdistill.diffusion import orders, schedules, selections
 from llmdistill.diffusion.names import named
 from llmdistill.errors import UserError
 from llmdistill.recipe.settings import Conflict, check_settings, setting
+from llmdistill.texts.rollout import Sampling
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,23 @@ class DiffusionGenerationConfig:
                 f"diffusion.block_length is {self.block_length}, the model attends in blocks of {block_size}: a block "
                 f"would read tokens it never saw in training. Fix: --diffusion.block_length {block_size}."
             )
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")  # what a Sampling says
+
+
+def generation_config(settings: Mapping[str, Any], sampling: Sampling, room: int) -> DiffusionGenerationConfig:
+    """Of one batch: sampling as any model has it, and beside it what only diffusion models have.
+
+    Args:
+        room: new tokens.
+
+    Raises:
+        UserError: a setting that there is not, or one that ``sampling`` has.
+    """
+    known = [name for name in DiffusionGenerationConfig.__dataclass_fields__ if name not in SAMPLING]
+    wrong = sorted(set(settings) - set(known))
+    if wrong:
+        raise UserError(f"diffusion has {wrong[0]!r}; there are {', '.join(known)}. Fix: leave it out.")
+    said: dict[str, Any] = {"max_new_tokens": room, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    return DiffusionGenerationConfig(**said, top_k=sampling.top_k, **settings)

@@ -108,7 +108,9 @@ class TokenConfig(DistillationConfig):
         "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled, else 0",
         at_least=0,
     )
-    mean: Mean = setting("token", "token: mean over all counted tokens; sequence: mean over sequences of their means")
+    mean: Mean = setting(
+        "token", "token: mean over all counted tokens; sequence: over sequences of their means; batch: of their sums"
+    )
     ce_weight: float = setting(
         0.0, "weight of the cross-entropy on the rows' own completions beside the divergence", at_least=0
     )

@@ -13,7 +13,7 @@ from llmdistill.models.modes import evaluating
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.texts import Rollout
-from llmdistill.texts.views import View, plain
+from llmdistill.texts.views import View, student_view
 
 Evidence = TypeVar("Evidence")
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def at_head(
     results = list[Result]()
     with evaluating(model):
         for rollout, evidence in batches:
-            view = plain(rollout)
+            view = student_view(rollout)
 
             def compute(hidden_BTH: Tensor, view: View = view, evidence: Evidence = evidence) -> Tensor:
                 results.append(read(view.rows(hidden_BTH), view, evidence))

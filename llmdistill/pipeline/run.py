@@ -28,7 +28,7 @@ from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.page.paired import TOKENS, change
 from llmdistill.record.run_folder import RunFolder
-from llmdistill.teachers.base import writes
+from llmdistill.teachers.base import Teacher, writes
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
 from llmdistill.texts import Prompt, Rollout, Sampling
@@ -117,8 +117,7 @@ def build(
     outages = {f"{section}.max_outage_s": teacher.max_outage_s for section, teacher in named if teacher.url}
     check_outages(outages, args.ddp_timeout, args.world_size)
     student, tokenizer = load_student(recipe.student)
-    longest = recipe.data.max_prompt_tokens + args.rollouts.max_new_tokens
-    teacher = load_teachers(recipe.teachers, args.device, longest, recipe.teacher_sections)
+    teacher = load_teacher(recipe)
     try:
         trainer = trainer_class(
             student,
@@ -135,8 +134,24 @@ def build(
         add_evaluations(trainer, recipe.evals, recipe.data)
         return trainer
     except BaseException:
-        teacher.close()
+        if teacher is not None:
+            teacher.close()
         raise
+
+
+def load_teacher(recipe: Recipe) -> Teacher | None:
+    """The teacher of a recipe; None for a method that asks none.
+
+    Raises:
+        UserError: it cannot be had, or is not asked.
+    """
+    if "teacher" not in getattr(recipe.args, "unread", ()):
+        longest = recipe.data.max_prompt_tokens + recipe.args.rollouts.max_new_tokens
+        return load_teachers(recipe.teachers, recipe.args.device, longest, recipe.teacher_sections)
+    for section, config in zip(recipe.teacher_sections, recipe.teachers, strict=True):
+        if config.label or config.student:
+            raise UserError(f"{section} is {config.label or config.student!r}, and nobody asks it. Fix: leave it out.")
+    return None
 
 
 def contexts_of(recipe: Recipe) -> dict[str, str]:
@@ -221,7 +236,7 @@ def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
     shown = heldout[:SHOWN_PROMPTS]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
     trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
-    live = writes(trainer.teacher)  # one that is only stored has nothing new to say
+    live = bool(trainer.judges) and writes(trainer.teacher)  # one that is only stored has nothing new to say
     return {
         "step": trainer.state.global_step,
         **({name: m.flat() for name, m in measured.items()} or {"not_measured": trainer.heldout.lacking(chosen)}),
@@ -287,14 +302,22 @@ def check_saved(trainer: Any, folder: RunFolder, skipped: Sequence[str]) -> str 
 
 def _print(folder: RunFolder, console: Console, page: Path) -> None:
     before, after = folder.read_json("before.json") or {}, folder.read_json("after.json") or {}
-    texts = {"student": "the student's own samples", "teacher": "the teacher's text", "dataset": "the dataset's text"}
+    texts = {
+        "student": "the student's own samples",
+        "teacher": "the teacher's text",
+        "dataset": "the dataset's text",
+        "bound": "the dataset's text, by masks of every size",
+        "t15": "15 % masked tokens of the dataset's text",
+        "t50": "50 % masked tokens of the dataset's text",
+        "t90": "90 % masked tokens of the dataset's text",
+    }
     for text, title in texts.items():
         if text not in before or text not in after:
             continue
         table = Table(title=f"held-out, on {title} (95 % intervals over sequences; of the change, prompt by prompt)")
         for column in ("per token", "before", "after", "change"):
             table.add_column(column, justify="left" if column == "per token" else "right")
-        for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance"):
+        for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance", "nats", "masked_ce"):
             if any(metric not in side[text] for side in (before, after)):  # of a teacher that tells no distributions
                 continue
             cells = [interval(side[text], metric) for side in (before, after)]

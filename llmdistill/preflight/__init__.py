@@ -1,8 +1,8 @@
 """The start-up checks: every classic silent failure of distillation, found before the first step, with what to change.
 
 A check is a generator of :class:`Finding`; its name is the function's. Probes run the models on a handful of tokens,
-and only when nothing before them failed. Runs on pairs ask no teacher, and those with a teacher of another tokenizer
-compare no ids: they have checks of their own.
+and only when nothing before them failed. Runs on pairs ask no teacher, those with a teacher of another tokenizer
+compare no ids, and those of a denoiser may do either: they have checks of their own.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from dataclasses import replace
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.saving import SKIPPED_BY
-from llmdistill.preflight import chunks, machine, models, pairs, tokens
+from llmdistill.preflight import chunks, denoising, machine, models, pairs, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.texts.pairs import Pair
 
-__all__ = ["CHECKS", "CHUNK_CHECKS", "PAIR_CHECKS", "STYLE", "Finding", "examine", "preflight"]
+__all__ = ["CHECKS", "CHUNK_CHECKS", "DENOISING_CHECKS", "PAIR_CHECKS", "STYLE", "Finding", "examine", "preflight"]
 
 Check = Callable[[Subject], Iterator[Finding]]
-PROBES: tuple[Check, ...] = (models.head, chunks.head, models.round_trip, models.self_, pairs.likelihood)
+PROBES: tuple[Check, ...] = (
+    *(models.head, chunks.head, models.round_trip, models.self_),
+    *(pairs.likelihood, denoising.both_ways),
+)
 CHECKS: tuple[Check, ...] = (
     tokens.tokenizers,
     tokens.logit_width,
@@ -63,6 +66,20 @@ PAIR_CHECKS: tuple[Check, ...] = (
     models.head,
     pairs.likelihood,
 )
+DENOISING_CHECKS: tuple[Check, ...] = (
+    tokens.tokenizers,
+    denoising.width,
+    tokens.eos_pad,
+    tokens.chat_template,
+    tokens.context,
+    tokens.prompts,
+    machine.disk,
+    machine.memory,
+    machine.device,
+    denoising.writing,
+    models.head,
+    denoising.both_ways,
+)
 
 
 def name_of(check: Check) -> str:
@@ -90,8 +107,9 @@ def preflight(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: 
 def examine(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
     """As :func:`preflight`, with failures among what is returned."""
     on_pairs = isinstance((list(trainer.train_dataset or []) or [None])[0], Pair)
-    in_chunks = not on_pairs and isinstance(trainer.teacher, ChunkTeacher)  # type: ignore[union-attr]
-    checks = PAIR_CHECKS if on_pairs else CHUNK_CHECKS if in_chunks else CHECKS
+    denoises = getattr(trainer, "denoiser", None) is not None
+    in_chunks = not (on_pairs or denoises) and isinstance(trainer.teacher, ChunkTeacher)  # type: ignore[union-attr]
+    checks = PAIR_CHECKS if on_pairs else DENOISING_CHECKS if denoises else CHUNK_CHECKS if in_chunks else CHECKS
     known = [*(name_of(check) for check in checks), SKIPPED_BY]  # the last is made when all is trained
     for name in skip:
         if name not in known:

@@ -126,15 +126,19 @@ class Subject:
         self.kind, self.top_k = trainer.method.asked.kind, trainer.method.top_k
         self.student: nn.Module = trainer.model  # type: ignore[assignment]
         self.tokenizer: PreTrainedTokenizerBase = trainer.encode.tokenizer
-        self.info: TeacherInfo = trainer.teacher.info()  # of all teachers as one
-        self.router = trainer.teacher if isinstance(trainer.teacher, RoutedTeacher) else None
-        self.live: bool = is_live(trainer.teacher)  # false: it replays what is stored
-        routes = self.router.members.items() if self.router else [(None, trainer.teacher)]
-        self.sides = [
-            Side.of(name, teacher, route, isinstance(member, EnsembleTeacher))
-            for route, member in routes
-            for name, teacher in leaves(member, route or "")
-        ]
+        self.sides: list[Side] = []
+        self.router: RoutedTeacher | None = None
+        self.live = True
+        if trainer.judges:
+            self.info: TeacherInfo = trainer.teacher.info()  # of all teachers as one
+            self.router = trainer.teacher if isinstance(trainer.teacher, RoutedTeacher) else None
+            self.live = is_live(trainer.teacher)  # false: it replays what is stored
+            routes = self.router.members.items() if self.router else [(None, trainer.teacher)]
+            self.sides = [
+                Side.of(name, teacher, route, isinstance(member, EnsembleTeacher))
+                for route, member in routes
+                for name, teacher in leaves(member, route or "")
+            ]
         self.prompts: list[Prompt] = list(trainer.train_dataset or [])  # type: ignore[arg-type]
         self.heldout: list[Prompt] = list(trainer.eval_dataset or [])  # type: ignore[arg-type]
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llmdistill.texts.noise import Noise
+
 Finish = Literal["stop", "length"]
 
 
@@ -71,10 +73,12 @@ class Rollout:
     policy_version: int = 0  # optimizer step of the weights that sampled it
     finish: tuple[Finish, ...] = ()  # one per sequence
     domain: tuple[str | None, ...] | None = None  # routes multi-teacher scoring
+    step_map: Tensor | None = None  # [B, T] int64: the step of a denoiser's writing that revealed it; -1 where none did
+    noise: Noise | None = None  # of a text that its student reads noised
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
-        for name in ("attention_mask", "completion_mask", "behavior_logprobs"):
+        for name in ("attention_mask", "completion_mask", "behavior_logprobs", "step_map"):
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"Rollout.{name} has shape {tuple(value.shape)}, input_ids {tuple(shape)}")
@@ -88,6 +92,11 @@ class Rollout:
     def num_rows(self) -> int:
         """Counted tokens: completion tokens that have a token before them to be predicted from."""
         return int(self.completion_mask[:, 1:].sum())
+
+    @property
+    def num_countable(self) -> int:
+        """Tokens that losses are means over: the counted ones, and in a noised text those that happen to be read."""
+        return self.num_rows if self.noise is None else int(self.noise.countable[:, 1:].sum())
 
     @property
     def row_counts(self) -> list[int]:
@@ -111,6 +120,8 @@ class Rollout:
             behavior_logprobs=None if self.behavior_logprobs is None else self.behavior_logprobs[index, keep],
             finish=tuple(self.finish[i] for i in index) if self.finish else (),
             domain=None if self.domain is None else tuple(self.domain[i] for i in index),
+            step_map=None if self.step_map is None else self.step_map[index, keep],
+            noise=None if self.noise is None else self.noise.sequences(index, keep),
         )
 
     def without_truncated(self) -> Rollout:
@@ -121,11 +132,16 @@ class Rollout:
         if not self.finish:
             return self
         keep = torch.tensor([f != "length" for f in self.finish], dtype=torch.bool, device=self.completion_mask.device)
-        return replace(self, completion_mask=self.completion_mask & keep[:, None])
+        noise = None if self.noise is None else self.noise.counting(keep)
+        return replace(self, completion_mask=self.completion_mask & keep[:, None], noise=noise)
 
     def within(self, width: int, pad_id: int) -> tuple[Rollout, int]:
         """The same with every sequence ended before its first id >= ``width``; and how many were."""
-        outside = (self.input_ids >= width) & self.attention_mask
+        return self.ended_before(self.input_ids >= width, pad_id)
+
+    def ended_before(self, marked_BT: Tensor, pad_id: int) -> tuple[Rollout, int]:
+        """The same with every sequence ended before its first marked token; and how many were."""
+        outside = marked_BT & self.attention_mask
         cut = outside.any(1)
         if not bool(cut.any()):
             return self, 0
@@ -140,13 +156,17 @@ class Rollout:
             finish=tuple("length" if c else f for f, c in zip(self.finish, cut.tolist(), strict=True))
             if self.finish
             else (),
+            step_map=None if self.step_map is None else self.step_map.masked_fill(gone, -1),
+            noise=None if self.noise is None else self.noise.ended(gone),
         )
         return shorter, int(cut.sum())
 
     def to(self, device: torch.device | str) -> Rollout:
         move = {n: getattr(self, n).to(device) for n in ("input_ids", "attention_mask", "completion_mask")}
-        lp = self.behavior_logprobs
-        return replace(self, **move, behavior_logprobs=None if lp is None else lp.to(device))
+        for name in ("behavior_logprobs", "step_map", "noise"):
+            if (value := getattr(self, name)) is not None:
+                move[name] = value.to(device)
+        return replace(self, **move)
 
 
 def predicting(mask_BT: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class Round:
     pad_id: int
     authors: Mapping[str, Draw]  # student, dataset, teacher
     drawn: list[str] = field(default_factory=list)  # who was asked, in turn
+    places: Sequence[int] = ()  # of the prompts in the global batch, whatever number of processes shares it
+    prompts_everywhere: int = 0  # of all processes
 
     def chance(self, what: str) -> float:
         """A uniform number in [0, 1) of this step, the same on every rank, and of no rank's own seeds."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmdistill.texts.noise import Noise
 from llmdistill.texts.rollout import Prompt, Rollout, collate, position_ids, predicting
 
 
@@ -17,15 +18,17 @@ class View:
     """What a model is given, and which of its states are rows. B sequences, T tokens, N rows."""
 
     input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] bool
+    attention_mask: Tensor  # [B, T] bool; or [B, 1, T, T] float, added to attention's logits
     position_ids: Tensor  # [B, T] int64
     at: Tensor  # [B, T] bool: a state here is a row
     targets: Tensor  # [N] int64: what every row should predict
     extras: Mapping[str, Any] = field(default_factory=dict)  # what else the model reads: images, token types
+    order: Tensor | None = None  # [N] int64: which state, in the order of ``at``, is a row's; None: the same order
 
     def rows(self, states_BTX: Tensor) -> Tensor:
         """[B, T, X] -> [N, X], sequence by sequence, position by position."""
-        return states_BTX[self.at]
+        states = states_BTX[self.at]
+        return states if self.order is None else states[self.order]
 
     @property
     def counts(self) -> list[int]:
@@ -48,6 +51,11 @@ def plain(rollout: Rollout) -> View:
         predicting(mask_BT),
         rollout.token_rows(),
     )
+
+
+def student_view(rollout: Rollout) -> View:
+    """How the student reads a text: noised, where a denoiser is trained; else plain."""
+    return plain(rollout) if rollout.noise is None else rollout.noise.view(rollout)  # type: ignore[no-any-return]
 
 
 def in_context(rollout: Rollout, prompts: Sequence[Prompt], context: str, pad_id: int) -> tuple[Rollout, Tensor]:
@@ -74,6 +82,9 @@ def stacked(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
     if len(rollouts) == 1:
         return rollouts[0]
     width = max(r.input_ids.shape[1] for r in rollouts)
+    noises = [r.noise.padded(width) for r in rollouts if r.noise is not None]
+    if noises and len(noises) < len(rollouts):
+        raise ValueError("one text of a round is noised and another is not; a student reads all in one way")
 
     def padded(tensor_BT: Tensor, value: int | bool) -> Tensor:
         return torch.nn.functional.pad(tensor_BT, (0, width - tensor_BT.shape[1]), value=value)
@@ -82,4 +93,5 @@ def stacked(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
         torch.cat([padded(r.input_ids, pad_id) for r in rollouts]),
         torch.cat([padded(r.attention_mask, False) for r in rollouts]),
         torch.cat([padded(r.completion_mask, False) for r in rollouts]),
+        noise=Noise.stacked(noises) if noises else None,
     )

@@ -50,7 +50,7 @@ class RoundLog(RoundTexts):
 
     def _note_round(self, texts: Mapping[str, Text]) -> None:
         rollouts = [text.rollout for text in texts.values()]
-        tokens = sum(r.num_rows for r in rollouts)
+        tokens = sum(r.num_countable for r in rollouts)
         self.meters.add("rollout/mean_length", tokens, sum(map(len, rollouts)))
         for r in rollouts:
             if r.finish:

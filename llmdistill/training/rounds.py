@@ -55,6 +55,8 @@ class RoundTexts(StudentTrainer):
     def draw(self, examples: Sequence[Any]) -> dict[str, Text]:
         """The texts of a round."""
         step, sampling = self.state.global_step, self._sampling(self.state.global_step)
+        size, world, rank = self.args.train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
+        batches = -(-len(examples) // size)
 
         def with_prompts(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
             n = len(rollout) // len(of)
@@ -77,6 +79,9 @@ class RoundTexts(StudentTrainer):
                 "dataset": lambda of: off_policy(completed(of, self.pad_id), of),
                 "teacher": lambda of: off_policy(self.teacher.generate(of, sampling), of),
             },
+            # Batches go to the processes in turn, so this numbers the prompts as one process would see them.
+            places=[(i // size * world + rank) * size + i % size for i in range(len(examples))],
+            prompts_everywhere=batches * world * size,
         )
         return {name: self._text(round_, source) for name, source in self.method.texts.items()}
 

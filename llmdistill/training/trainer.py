@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -86,6 +86,10 @@ class DistillationTrainer(RoundLog):
     """
 
     eval_dataset: list[Any] | None
+    # Of what is measured on held-out prompts: the loss is the first that there is.
+    heldout_losses: ClassVar = tuple(
+        f"{text}/{kl}" for kl in ("forward_kl", "reverse_kl") for text in ("dataset", "teacher", "student")
+    )
 
     def __init__(
         self,
@@ -315,8 +319,8 @@ class DistillationTrainer(RoundLog):
         for name, measured in self.measure_heldout(prompts[: self.args.heldout_sequences]).items():
             results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in measured.flat().items()})
         if results:
-            kinds = [f"{n}/{kl}" for kl in ("forward_kl", "reverse_kl") for n in ("dataset", "teacher", "student")]
-            loss = next(results[key] for kind in kinds if (key := f"{metric_key_prefix}_{kind}") in results)
+            keys = [f"{metric_key_prefix}_{name}" for name in self.heldout_losses]
+            loss = next(results[key] for key in keys if key in results)
             results[f"{metric_key_prefix}_loss"] = loss  # metric_for_best_model's default
             if eval_dataset is None and self.is_in_train:  # looking does not move a schedule
                 for source in self.method.texts.values():

@@ -9,30 +9,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.diffusion.backbone import MaskedDiffusionLM
-from llmdistill.diffusion.generation_config import DiffusionGenerationConfig
+from llmdistill.diffusion.generation_config import generation_config
 from llmdistill.diffusion.sampling import generate
-from llmdistill.errors import UserError
 from llmdistill.evals.engines.base import Asked, batches
 from llmdistill.evals.engines.local import decoded
 from llmdistill.evals.records import Sample
 from llmdistill.texts.rollout import Sampling
 from llmdistill.tokenization.special import eos_ids, pad_id
-
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")  # what an evaluation says itself
-
-
-def generation_config(settings: Mapping[str, Any], sampling: Sampling, room: int) -> DiffusionGenerationConfig:
-    """Of one batch: an evaluation's sampling, and beside it what only diffusion models have.
-
-    Raises:
-        UserError: a setting that there is not, or that the evaluation has of its own.
-    """
-    known = [name for name in DiffusionGenerationConfig.__dataclass_fields__ if name not in SAMPLING]
-    wrong = sorted(set(settings) - set(known))
-    if wrong:
-        raise UserError(f"diffusion has {wrong[0]!r}; there are {', '.join(known)}. Fix: leave it out.")
-    said: dict[str, Any] = {"max_new_tokens": room, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    return DiffusionGenerationConfig(**said, top_k=sampling.top_k, **settings)
 
 
 class DiffusionEngine:

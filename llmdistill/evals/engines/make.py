@@ -103,7 +103,8 @@ def _diffusion(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine
     import torch
 
     from llmdistill.diffusion.backbone import MaskedDiffusionLM
-    from llmdistill.evals.engines.diffusion import DiffusionEngine, generation_config
+    from llmdistill.diffusion.generation_config import generation_config
+    from llmdistill.evals.engines.diffusion import DiffusionEngine
     from llmdistill.recipe.config import torch_dtype
     from llmdistill.texts.rollout import Sampling
 
