@@ -9,7 +9,12 @@ from importlib import import_module
 from typing import Any
 
 # public name -> its module in this package. Each is a step, ``step(src, out, **settings) -> Manifest``.
-_HOME: dict[str, str] = {}  # a line for each: "curate": "curate"
+_HOME: dict[str, str] = {
+    "curate": "curate",
+    "decontaminate": "decontaminate",
+    "generate": "generation",
+    "verify": "verification",
+}
 __all__ = sorted(_HOME)
 
 

@@ -30,15 +30,21 @@ class Rejects:
     """The rows that could not be used, with the reason: ``OUT.rejects.jsonl``, made when there is one.
 
     Args:
-        file: where they are written, {"source", "row", "reason", "content"} a line; what was there is replaced.
+        file: where they are written, {"source", "row", "reason", "content"} a line; what was there is replaced. None:
+            nowhere.
         most: share of the rows read above which the run stops.
     """
 
-    def __init__(self, file: str | Path, most: float = MOST_REJECTED) -> None:
-        self.file, self.most = Path(file), most
+    def __init__(self, file: str | Path | None, most: float = MOST_REJECTED) -> None:
+        self.file, self.most = None if file is None else Path(file), most
         self.read = self.count = 0
         self.reasons: dict[str, int] = {}
         self._lines: IO[str] | None = None
+
+    @classmethod
+    def unheeded(cls) -> Rejects:
+        """For a second time through the same rows: what was rejected is written down and counted already."""
+        return cls(None, most=1.0)
 
     def add(self, source: str, number: int, reason: str, content: Any) -> None:
         """Row ``number`` (from 1) of ``source``.
@@ -48,6 +54,8 @@ class Rejects:
         """
         self.count += 1
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if self.file is None:
+            return
         with full_disk_is_said(self.file):
             if self._lines is None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +75,7 @@ class Rejects:
             )
 
     def close(self) -> None:
-        if self._lines is not None:
+        if self._lines is not None and self.file is not None:
             with full_disk_is_said(self.file):
                 self._lines.close()
             self._lines = None
@@ -189,7 +197,7 @@ def _parsed(line: bytes) -> tuple[Row | None, Any]:
 
 def _write_lines(target: Path, rows: Iterable[Mapping[str, Any]], gzipped: bool) -> None:
     with ExitStack() as stack:
-        raw: IO[bytes] = stack.enter_context(target.open("wb"))
+        raw: Any = stack.enter_context(target.open("wb"))
         if gzipped:  # without a date: equal rows, equal bytes
             raw = stack.enter_context(gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=6))
         lines = stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""What answers calls: an OpenAI-compatible endpoint, the service, vLLM or transformers in this process."""
