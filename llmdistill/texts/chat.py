@@ -8,7 +8,6 @@ begin with the prompt that generation starts from, the answer's own words are pu
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,20 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
+from llmdistill.texts import calls, thoughts
 from llmdistill.texts.messages import Message
 from llmdistill.texts.seam import text_ids
+from llmdistill.texts.thoughts import REASONING
 
 PROBE = "Quince 7"  # words that no template has of its own
+DEVELOPER = re.compile(r"['\"]developer['\"]")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 MERGED = "the chat template has no system role; the system message stands at the beginning of the first user message"
-REASONING = "reasoning_content"
+OWN_WORDS = (
+    "the chat template writes an answered turn otherwise than it opens one for generation (or drops part of the "
+    "answer); completions are the answers' own words behind the prompt, with the template's end of turn"
+)
 
 
 @dataclass(frozen=True)
@@ -116,24 +121,36 @@ class ChatTemplate:
             self.note(
                 f"the chat template ends a turn with {self.closing.kept!r}, which is no token; the eos follows it"
             )
-        try:
-            whole = self._rendered([*self._prepared(messages), answer], tools, add_generation_prompt=False)
-        except UserError:  # some write conversations to be answered only
-            whole = ""
-        rest = whole[len(prompt) :]
-        if whole.startswith(prompt) and _holds(rest, answer["content"]):
-            _check_written(rest, answer)
-            return Answered(prompt, *self._until_end_of_turn(rest))
+        if thoughts.closed(prompt) and thoughts.has_thoughts(answer):
+            raise UserError(
+                "the answer has thoughts, and the prompt ends with empty ones: the student is told not to think. Fix: "
+                "remove them from the row, or data.chat_template_kwargs without enable_thinking false."
+            )
+        whole, unwritten = "", False
+        for form in self._forms_of(answer):
+            try:
+                whole = self._rendered([*self._prepared(messages), form], tools, add_generation_prompt=False)
+            except calls.NotWritten:
+                raise
+            except UserError:  # some write conversations to be answered only
+                continue
+            if (rest := _behind_prompt(prompt, whole, form)) is None:
+                continue
+            if not form.get(REASONING) or _holds(rest, form[REASONING]):
+                return Answered(prompt, *self._until_end_of_turn(rest))
+            unwritten = True
+        if unwritten:
+            raise UserError(
+                f"the chat template does not write the answer's {REASONING}. Fix: put it into content, between the "
+                "marks that the student thinks in, or remove it."
+            )
         if answer.get("tool_calls"):
             raise UserError(
                 "the chat template writes an answered turn otherwise than it opens one for generation, so it is not "
                 "known how the answer's tool calls stand behind the prompt. Fix: the calls as text in content."
             )
-        self.note(
-            "the chat template writes an answered turn otherwise than it opens one for generation (or drops part of "
-            "the answer); completions are the answers' own words behind the prompt, with the template's end of turn"
-        )
-        said = _behind(prompt[len(commonprefix([prompt, whole])) :], _with_thoughts(answer))
+        self.note(OWN_WORDS)
+        said = _own_words(prompt, prompt[len(commonprefix([prompt, whole])) :], answer)
         return Answered(prompt, said + self.closing.kept, self.closing.token is not None)
 
     def assistant_tokens(
@@ -197,8 +214,10 @@ class ChatTemplate:
 
     def _prepared(self, messages: Sequence[Message]) -> list[Message]:
         """With the system prompt, and without a system message where the template knows none."""
-        said = list(messages)
-        if self.system_prompt and said[0]["role"] != "system":
+        said = [self._thoughts_apart(message) for message in messages]
+        if said[0]["role"] == "developer" and not DEVELOPER.search(self.source):  # OpenAI's newer name
+            said[0] = {**said[0], "role": "system"}
+        if self.system_prompt and said[0]["role"] not in ("system", "developer"):
             said = [{"role": "system", "content": self.system_prompt}, *said]
         if said[0]["role"] == "system" and not self.has_system_role:
             self.note(MERGED)
@@ -211,35 +230,74 @@ class ChatTemplate:
         return said
 
     def _in_form(self, message: Message) -> Message:
-        if not self.wants_parts:
+        if message.get(REASONING):
+            message = {**message, **dict.fromkeys(self._thoughts_read, message[REASONING])}
+        if not self.wants_parts or message["content"] is None:
             return message
         return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+    @cached_property
+    def _thoughts_read(self) -> list[str]:
+        return thoughts.names_read(self.source)
+
+    def _thoughts_apart(self, message: Message) -> Message:
+        """An assistant's message with its thoughts apart, for a template that knows no marks within the words."""
+        if message["role"] != "assistant" or not self._thoughts_read or thoughts.marks_written(self.source):
+            return message
+        return thoughts.apart(message) or message
+
+    def _forms_of(self, answer: Message) -> list[Message]:
+        """The answer as it is, and with its thoughts apart where the template reads them so."""
+        parted = thoughts.apart(answer) if self._thoughts_read else None
+        if parted is None:
+            return [answer]
+        return [answer, parted] if thoughts.marks_written(self.source) else [parted, answer]
 
     def _rendered(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, *, add_generation_prompt: bool
     ) -> str:
+        if not self.source and type(self.tokenizer).__name__ == "MistralCommonBackend":
+            raise UserError(
+                "the student's tokenizer is mistral-common's, which writes chats by code and has no chat template to "
+                "read. Fix: --student.tokenizer FOLDER with a tokenizer.json and a chat template, or prompts as "
+                "strings."
+            )
         if not self.source:
             raise UserError(
                 "the student's tokenizer has no chat template, and the prompts are chat messages. "
                 "Fix: set tokenizer.chat_template and save it beside the student, or give prompts as strings."
             )
-        said = [self._in_form(m) for m in messages]
-        try:
-            return self._applied(said, tools, add_generation_prompt)
-        except Exception as error:  # templates are programs and raise what they like
-            try:  # some write the arguments of a tool call as the text that they are in OpenAI's API
-                if any(m.get("tool_calls") for m in said):
-                    return self._applied([_with_text_arguments(m) for m in said], tools, add_generation_prompt)
-            except Exception:  # the first reason is the one that counts
-                pass
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            roles = ", ".join(m["role"] for m in messages)
-            raise UserError(
-                f"the chat template refuses messages of the roles {roles}: {reason}. "
-                "Fix: mend the row, or the template."
-            ) from None
+        first: Exception | None = None
+        for form in calls.forms() if calls.uses_tools(messages) else (lambda message: message,):
+            try:
+                text = self._applied([self._in_form(form(m)) for m in messages], tools, add_generation_prompt)
+                self._check_tools_written(form, messages, tools, add_generation_prompt)
+                return text
+            except Exception as error:  # templates are programs and raise what they like
+                first = first or error
+        if isinstance(first, calls.NotWritten):
+            raise first
+        reason = (str(first).strip() or type(first).__name__).splitlines()[0]
+        roles = ", ".join(m["role"] for m in messages)
+        raise UserError(
+            f"the chat template refuses messages of the roles {roles}: {reason}. Fix: mend the row, or the template."
+        ) from None
+
+    def _check_tools_written(
+        self, form: calls.Form, messages: Sequence[Message], tools: Sequence[Any] | None, generation: bool
+    ) -> None:
+        """Raises NotWritten where a call, or what a tool answered, is not in the text."""
+        changed, sought = calls.probe(messages)
+        text = self._applied([self._in_form(form(m)) for m in changed], tools, generation) if sought else ""
+        if left_out := [what for words, what in sought if words not in text]:
+            raise calls.NotWritten(
+                f"the chat template does not write {left_out[0]}. Fix: a template that does, or the call as text in "
+                "content and its result as a user's message."
+            )
 
     def _probed(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
+        if not self.source:
+            return None
         try:
             return self._applied(messages, None, add_generation_prompt)
         except Exception:  # what a probe is for
@@ -270,29 +328,18 @@ class ChatTemplate:
         closing = self.closing
         if closing.token is not None and rest.endswith(closing.written):
             return rest[: len(rest) - len(closing.written)] + closing.kept, True
-        for token in self.tokenizer.all_special_tokens:  # tool calls may end otherwise than words
+        for token in self._special_tokens:  # tool calls may end otherwise than words
             if rest.rstrip().endswith(token) and self._is_token(token):
                 return rest.rstrip(), True
         if closing.written and rest.endswith(closing.written):
             return rest[: len(rest) - len(closing.written)] + closing.kept, False
         return rest, False
 
-
-def _check_written(text: str, answer: Message) -> None:
-    """Raises UserError where ``text`` lacks what the answer holds beside its content."""
-    thoughts = answer.get(REASONING)
-    if thoughts and not _holds(text, thoughts):
-        raise UserError(
-            f"the chat template does not write the answer's {REASONING}. Fix: put it into content, between the marks "
-            "that the student thinks in, or remove it."
-        )
-    for call in answer.get("tool_calls") or ():
-        name = str((call.get("function") or call).get("name", ""))
-        if name not in text:
-            raise UserError(
-                f"the chat template does not write the answer's tool call {name!r}. Fix: a template that does, or the "
-                "call as text in content."
-            )
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        """All of them: transformers lists those only that have a name."""
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return [*self.tokenizer.all_special_tokens, *added]
 
 
 def reads(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
@@ -320,26 +367,26 @@ def _holds(text: str, part: str) -> bool:
     return "".join(part.split()) in "".join(text.split())
 
 
-def _with_thoughts(answer: Message) -> str:
-    thoughts = answer.get(REASONING)
-    return f"<think>\n{thoughts}\n</think>\n\n{answer['content']}" if thoughts else str(answer["content"])
+def _behind_prompt(prompt: str, whole: str, answer: Message) -> str | None:
+    """What a template has written behind a prompt; None where it does not begin with the prompt, or where it is not
+    what the answer says."""
+    opens = thoughts.opened(prompt)
+    begun = prompt.rstrip() if opens and not whole.startswith(prompt) else prompt
+    rest = whole[len(begun) :]
+    said = (opens[0] if opens else "") + rest
+    if not whole.startswith(begun) or not _holds(said, answer["content"] or ""):
+        return None
+    # Where the answer has marks of its own, a template that does not know them may write a second block in front.
+    of_its_own = thoughts.has_thoughts(answer) and not answer.get(REASONING)
+    return None if of_its_own and thoughts.blocks(said) != thoughts.blocks(answer["content"]) else rest
 
 
-def _behind(opened: str, said: str) -> str:
-    """``said`` without what the generation prompt has ``opened`` already, as a mark that thinking begins."""
-    if not opened.strip() or not said.lstrip().startswith(opened.strip()):
-        return said
-    said = said.lstrip()[len(opened.strip()) :]
-    return said.lstrip() if opened != opened.rstrip() else said
-
-
-def _with_text_arguments(message: Message) -> Message:
-    def changed(call: Any) -> Any:
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        if not isinstance(arguments, str | None):
-            function = {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        return {**call, "function": function} if "function" in call else function
-
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [changed(call) for call in calls]} if calls else message
+def _own_words(prompt: str, opened: str, answer: Message) -> str:
+    """The answer's words without what the prompt has ``opened`` already, as a mark that thinking begins; thoughts that
+    the prompt has opened and the answer does not have end at once."""
+    said, opens = thoughts.within(answer), thoughts.opened(prompt)
+    opened = opens[0] + "\n" if opens else opened
+    if opened.strip() and said.lstrip().startswith(opened.strip()):
+        said = said.lstrip()[len(opened.strip()) :]
+        return said.lstrip() if opened != opened.rstrip() else said
+    return f"\n{opens[1]}\n\n{said}" if opens and opens[1] not in said else said

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmdistill.errors import UserError
+from llmdistill.texts.thoughts import named
 
 Message = dict[str, Any]
 
@@ -88,11 +89,6 @@ def read_tools(value: Any, what: str) -> list[Any] | None:
     return list(tools)
 
 
-def as_parts(message: Message) -> Message:
-    """The message with its content as a list of one part, for templates that read no other."""
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
 def _message(entry: Any, what: str) -> Message:
     if not isinstance(entry, Mapping):
         raise UserError(
@@ -110,9 +106,11 @@ def _message(entry: Any, what: str) -> Message:
     message["role"] = ROLES.get(message["role"], message["role"])
     # A message of tool calls alone: templates ask for the key, and would write "None" where it is None.
     message["content"] = _content(message.get("content", ""), what)
-    if calls := message.get("tool_calls"):
+    if isinstance(function := message.pop("function_call", None), Mapping):  # OpenAI's first form
+        message.setdefault("tool_calls", [{"type": "function", "function": function}])
+    if calls := message.pop("tool_calls", None):  # templates ask for the key: no calls is none at all
         message["tool_calls"] = [_call(call) for call in calls]
-    return message
+    return named(message)
 
 
 def _content(content: Any, what: str) -> str:

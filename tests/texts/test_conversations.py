@@ -97,6 +97,8 @@ def test_tool_calls_and_tools_as_json_text() -> None:
     assert other[1] == ' <call>add!{"a": 2, "b": 2}</call><|im_end|>'  # a template that wants text gets text
     named = only(tokenizer, {"prompt": [ASK, said("4")], "functions": TOOLS}, tools_column="functions")
     assert named[0].startswith("<|im_start|>tools\n")
+    first_form = said("", function_call=CALL["function"])  # OpenAI's
+    assert only(tokenizer, {"prompt": [ASK], "completion": [first_form], "tools": TOOLS}) == got[0]
     for nothing in (None, [], ""):
         assert only(tokenizer, {"prompt": [ASK, said("4")], "tools": nothing})[0] == CHATML_PROMPT
 

@@ -206,6 +206,14 @@ def test_seams_of_a_real_sentence_piece_vocabulary() -> None:
         assert [*p.ids, *p.completion[:-1]] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def test_mistral_commons_own_tokenizers_take_strings_and_no_chats() -> None:
+    tokenizer = vocabularies.tokenizer("tekken")
+    (p,) = PromptEncoder(tokenizer, DataConfig()).encode_all([{"prompt": "2+2=", "completion": "4"}], completions=True)
+    assert tokenizer.decode(p.ids) == "<s>2+2=" and tokenizer.decode(list(p.completion)) == "4</s>"
+    with pytest.raises(UserError, match="row 0: the student's tokenizer is mistral-common's, .* Fix: --student.token"):
+        PromptEncoder(tokenizer, DataConfig()).encode_all([{"prompt": [ASK, said("4")]}], completions=True)
+
+
 # ---------------------------------------------------------------- strings
 
 
