@@ -5,7 +5,7 @@
 Traces of 40 to 160 words are made up; one in ten is a former one with a word changed, one in fifty a former one as it
 was, and one in a thousand holds a benchmark question. Each step runs in a process of its own, from file to file,
 reading and writing of JSON included, so that its peak memory is its own. What was planted must be found: the shares are
-printed (a little above 1 for copies: some changed ones are changed in the same way). Prints JSON; seconds are of the clock,
+printed (above 1 for copies: some changed ones are changed in the same way). Prints JSON; seconds are of the clock,
 ``cpu_seconds`` of the processor, which say the same on an idle machine.
 """
 
