@@ -1,8 +1,8 @@
-"""One rank works, the others wait for its word.
+"""One rank works, or all of them, and no one waits in a collective for another's work.
 
-What the first rank does for all may take as long as an outage of a service, or the grading of an evaluation. In a
-collective the others would be timed out (torch: 30 minutes), and where the first rank fails they would wait for what
-never comes. Here they look into the launch's key-value store, for as long as it takes, and an error reaches them all.
+What a rank does alone may take as long as an outage of a service, or the grading of an evaluation. In a collective the
+others would be timed out (torch: 30 minutes), and where that rank fails they would wait for what never comes. Here they
+look into the launch's key-value store, for as long as it takes, and an error reaches them all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,10 @@ from llmdistill.compat.ranks import launch_store
 from llmdistill.errors import UserError
 
 T = TypeVar("T")
-LONGEST_NAP_S = 0.2
+SHORTEST_NAP_S, LONGEST_NAP_S = 0.001, 0.2
+NAP_SHARE = 0.02  # of the time waited so far: no step becomes longer by more
 _numbers = itertools.count()
+_own_keys = list[str]()  # that this rank has set, and that somebody may still read
 
 
 class RankFailed(RuntimeError):
@@ -45,12 +48,19 @@ def from_first_rank(work: Callable[[], T]) -> T:
         return work()
     key = f"llmdistill/first/{next(_numbers)}"
     if not is_first():
-        return _awaited(store, key)  # type: ignore[no-any-return]
-    return _told(store, key, work)
+        _wait(store, key, [key])
+        return json.loads(store.get(key))  # type: ignore[no-any-return]
+    with _failure_told(store, key):
+        value = work()
+        content = json.dumps(value)
+    _tell(store, key, content)
+    return value
 
 
-def on_every_rank(work: Callable[[], None]) -> None:
-    """``work()`` on every rank, and back on all of them when all are done, however long one takes.
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What ``work()`` returns here, once it has returned on every rank, however long one takes.
+
+    Every rank calls this, in the same order as its other calls of it.
 
     Raises:
         UserError: that one of them raised, on every rank.
@@ -58,35 +68,47 @@ def on_every_rank(work: Callable[[], None]) -> None:
     """
     store = launch_store()
     if store is None:
-        work()
-        return
+        return work()
     key = f"llmdistill/every/{next(_numbers)}"
-    _told(store, f"{key}/{torch.distributed.get_rank()}", lambda: work())
-    for rank in range(torch.distributed.get_world_size()):
-        _awaited(store, f"{key}/{rank}")
-
-
-def _told(store: Any, key: str, work: Callable[[], T]) -> T:
-    """What ``work()`` returns; that, or what it raised, is told under ``key``."""
-    try:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with _failure_told(store, key):
         value = work()
-        content = json.dumps({"value": value})
-    except BaseException as error:
-        kind = "user" if isinstance(error, UserError) else "other"
-        store.set(key, json.dumps({"error": str(error) or type(error).__name__, "kind": kind}))
-        raise
-    store.set(key, content)
+    read = list(_own_keys)
+    _tell(store, f"{key}/{rank}", "")
+    _wait(store, key, [f"{key}/{other}" for other in range(world)])
+    for old in read:  # by all: they have come here
+        store.delete_key(old)
+        _own_keys.remove(old)
     return value
 
 
-def _awaited(store: Any, key: str) -> Any:
-    nap = 0.001
-    while not store.check([key]):
-        time.sleep(nap)
-        nap = min(nap * 1.5, LONGEST_NAP_S)
-    told = json.loads(store.get(key))
-    if "value" in told:
-        return told["value"]
-    if told["kind"] == "user":
-        raise UserError(told["error"])
-    raise RankFailed(f"another rank failed: {told['error']}")
+@contextmanager
+def _failure_told(store: Any, key: str) -> Iterator[None]:
+    """What the body raises is raised here, and by those who wait for ``key``."""
+    try:
+        yield
+    except BaseException as error:
+        kind = "user" if isinstance(error, UserError) else "other"
+        store.set(f"{key}/failed", json.dumps({"error": str(error) or type(error).__name__, "kind": kind}))
+        raise
+
+
+def _tell(store: Any, key: str, content: str) -> None:
+    store.set(key, content)
+    _own_keys.append(key)
+
+
+def _wait(store: Any, key: str, told: list[str]) -> None:
+    """Until all of ``told`` are there.
+
+    Raises:
+        UserError, RankFailed: a rank failed at ``key``.
+    """
+    began = time.monotonic()
+    while not store.check(told):
+        if store.check([f"{key}/failed"]):
+            failure = json.loads(store.get(f"{key}/failed"))
+            if failure["kind"] == "user":
+                raise UserError(failure["error"])
+            raise RankFailed(f"another rank failed: {failure['error']}")
+        time.sleep(min(max(NAP_SHARE * (time.monotonic() - began), SHORTEST_NAP_S), LONGEST_NAP_S))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from llmdistill.composition.batch import Text
 from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.rows import PairedRows, SparseRows, TeacherRows, TensorRows
+from llmdistill.ranks import on_every_rank
 from llmdistill.teachers.base import HiddenTeacher, Teacher
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.teachers.evidence import gather
@@ -22,7 +24,11 @@ Likeliest = Callable[[Rollout, int], Tensor]  # the student's so many likeliest 
 
 @dataclass
 class RoundEvidence:
-    """What the judges say about the texts of one round. What several terms ask alike is asked once."""
+    """What the judges say about the texts of one round. What several terms ask alike is asked once.
+
+    Every rank asks the same in the same order, and waits until all have their answers: outside of any collective, for
+    a judge may be a service that is down for an hour, to one rank or to all of them.
+    """
 
     judges: Mapping[str, Teacher]
     likeliest: Likeliest
@@ -55,19 +61,22 @@ class RoundEvidence:
             judge, rollout = self.judges[ask.judge], text.view(ask.context, self.pad_id).rollout
             if term.hidden is not None:
                 assert isinstance(judge, HiddenTeacher)  # others are refused before the first step
-                states = judge.hidden_layers(rollout, term.hidden.judge)
+                layers = term.hidden.judge
+                states = on_every_rank(lambda: judge.hidden_layers(rollout, layers))
                 self._evidence[key] = TensorRows(tuple(states), rollout.num_rows)
             elif not lists_tokens:
-                self._evidence[key] = gather(judge, rollout, ask.kind, 0, self.device)
+                self._evidence[key] = on_every_rank(lambda: gather(judge, rollout, ask.kind, 0, self.device))
             elif ask == first_ask:
                 own_top_k = 0 if term.support == "student" else term.top_k
-                self._evidence[key] = gather(
-                    judge, rollout, "top_k", own_top_k, self.device, self._chosen(term, name, text)
+                chosen = self._chosen(term, name, text)
+                self._evidence[key] = on_every_rank(
+                    lambda: gather(judge, rollout, "top_k", own_top_k, self.device, chosen)
                 )
             else:
                 first_evidence = self._answer(term, first_ask, name, text)
                 assert isinstance(first_evidence, SparseRows)
-                evidence = gather(judge, rollout, "top_k", 0, self.device, first_evidence.topk_ids_NK.cpu())
+                listed = first_evidence.topk_ids_NK.cpu()
+                evidence = on_every_rank(lambda: gather(judge, rollout, "top_k", 0, self.device, listed))
                 assert isinstance(evidence, SparseRows)
                 self._evidence[key] = in_order(evidence, first_evidence.topk_ids_NK)
         return self._evidence[key]
@@ -77,7 +86,8 @@ class RoundEvidence:
         assert isinstance(judge, ChunkTeacher) and isinstance(loss, ChunkLoss)
         key = (name, ask, loss.question)
         if key not in self._evidence:
-            self._evidence[key] = judge.chunks(text.rollout, text.prompts, loss.question, self.device)
+            ask_judge = partial(judge.chunks, text.rollout, text.prompts, loss.question, self.device)
+            self._evidence[key] = on_every_rank(ask_judge)
         return self._evidence[key]
 
     def _chosen(self, term: Term, name: str, text: Text) -> Tensor | None:

@@ -21,6 +21,7 @@ from llmdistill.models.loading import adapter_base, load_configured
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
+from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, EvalsConfig, StudentConfig
 from llmdistill.recipe.launches import check_outages, leave_group
@@ -117,7 +118,8 @@ def build(
     outages = {f"{section}.max_outage_s": teacher.max_outage_s for section, teacher in named if teacher.url}
     check_outages(outages, args.ddp_timeout, args.world_size)
     student, tokenizer = load_student(recipe.student)
-    teacher = load_teacher(recipe)
+    # on all ranks or on none: a service may not be there yet
+    teacher = on_every_rank(lambda: load_teacher(recipe))
     try:
         trainer = trainer_class(
             student,
@@ -242,8 +244,12 @@ def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
         **({name: m.flat() for name, m in measured.items()} or {"not_measured": trainer.heldout.lacking(chosen)}),
         "sequences": {name: _per_sequence(m) for name, m in measured.items()},
         "prompts": [p.text for p in shown],
-        "student_answers": _texts(trainer, trainer.rollout_engine.generate(shown, greedy)),
-        **({"teacher_answers": _texts(trainer, trainer.teacher.generate(shown, greedy))} if live else {}),
+        "student_answers": _texts(trainer, on_every_rank(lambda: trainer.rollout_engine.generate(shown, greedy))),
+        **(
+            {"teacher_answers": _texts(trainer, on_every_rank(lambda: trainer.teacher.generate(shown, greedy)))}
+            if live
+            else {}
+        ),
     }
 
 

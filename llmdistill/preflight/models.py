@@ -11,6 +11,7 @@ from torch import nn
 from llmdistill.errors import UserError
 from llmdistill.preflight import probes
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.ranks import on_every_rank
 from llmdistill.teachers.base import is_live
 from llmdistill.texts import Rollout
 from llmdistill.texts.prompts import completed
@@ -96,7 +97,7 @@ def round_trip(s: Subject) -> Iterator[Finding]:
     # No more candidates than training will ask for: an engine may be set up for that many only.
     asked = s.top_k or s.info.vocab_size
     listed = 0 if s.kind == "sampled" else min(LISTED, asked) if s.live else asked
-    blocks = s.trainer.teacher.score(rollout, listed)
+    blocks = on_every_rank(lambda: s.trainer.teacher.score(rollout, listed))
     if problem := misplaced(rollout, blocks):
         yield fail(f"teacher {s.info.name!r} {problem}", "report it: the teacher's engine breaks its contract")
         return

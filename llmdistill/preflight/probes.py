@@ -31,6 +31,7 @@ from llmdistill.models.modes import evaluating
 from llmdistill.objectives.projection import Projection
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.preflight.finding import Run, Subject
+from llmdistill.ranks import on_every_rank
 from llmdistill.teachers.base import Teacher
 from llmdistill.texts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
 from llmdistill.texts.prompts import completed
@@ -69,7 +70,7 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> tuple[Rollout, lis
     r = trainer.args.rollouts  # type: ignore[attr-defined]
     sampling = Sampling(min(NEW_TOKENS, r.max_new_tokens), r.temperature, r.top_p, r.top_k, seed=trainer.args.seed)
     trainer.sync_engine()
-    return trainer.rollout_engine.generate(chosen, sampling), chosen
+    return on_every_rank(lambda: trainer.rollout_engine.generate(chosen, sampling)), chosen
 
 
 def evidence_of(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt]) -> list[TeacherRows]:

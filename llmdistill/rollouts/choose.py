@@ -11,6 +11,7 @@ from torch import nn
 from llmdistill.compat.models import generation_ready
 from llmdistill.compat.vllm import require_vllm
 from llmdistill.models.generation import HFRollouts
+from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import RolloutConfig, bearer_token
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.rollouts.lazy import LazyEngine
@@ -65,4 +66,4 @@ def make_rollout_engine(
             gpu_memory_utilization=config.gpu_memory_utilization,
             seed=seed,
         )
-    return LazyEngine(make) if lazy else make()
+    return LazyEngine(make) if lazy else on_every_rank(make)  # the service may not be there yet

@@ -10,6 +10,7 @@ from llmdistill.errors import UserError
 from llmdistill.models.few_tokens import few_tokens
 from llmdistill.models.modes import evaluating
 from llmdistill.models.weights import base_model
+from llmdistill.ranks import on_every_rank
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.texts import Prompt, Sampling
 from llmdistill.texts.views import plain
@@ -33,7 +34,7 @@ def check_engine(engine: RolloutEngine, model: nn.Module, *, float32: bool = Fal
         UserError: the engine holds other weights.
     """
     prompts = [Prompt(few_tokens(model, n).input_ids[0].tolist(), "") for n in PROMPT_TOKENS]
-    rollout = engine.generate(prompts, Sampling(NEW_TOKENS, seed=0))
+    rollout = on_every_rank(lambda: engine.generate(prompts, Sampling(NEW_TOKENS, seed=0)))
     if rollout.behavior_logprobs is None:
         return
     inner = base_model(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from llmdistill.models.heads import Head, head_of
 from llmdistill.models.passes import batches_of, metrics_at_head
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import TeacherRows
+from llmdistill.ranks import on_every_rank
 from llmdistill.record.intervals import bootstrap_ci
 from llmdistill.teachers.base import DenseTeacher, Teacher, is_live, max_top_k, writes
 from llmdistill.teachers.chunks import ChunkTeacher, Question
@@ -120,7 +122,8 @@ def measure(
         start = 0
         read = batches_of(rollout if teacher_rollout is None else teacher_rollout, batch_sequences, device)
         for part, teacher_part in zip(batches_of(rollout, batch_sequences, device), read, strict=True):
-            yield part, _answer(teacher, teacher_part, prompts[start:], asked_kind, asked_top_k, device)
+            asked = (teacher, teacher_part, prompts[start:], asked_kind, asked_top_k, device)
+            yield part, on_every_rank(partial(_answer, *asked))
             start += len(part)
 
     values = metrics_at_head(
@@ -218,11 +221,11 @@ class HeldOut:
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
-        student_samples = t.readable(t.samples_of_now(prompts, sampling), prompts)
+        student_samples = t.readable(on_every_rank(lambda: t.samples_of_now(prompts, sampling)), prompts)
         if not writes(t.teacher):
             return {"student": student_samples}
         if self._teacher_text is None:
-            self._teacher_text = t.readable(t.teacher.generate(prompts, sampling), prompts)
+            self._teacher_text = t.readable(on_every_rank(lambda: t.teacher.generate(prompts, sampling)), prompts)
         return {"student": student_samples, "teacher": self._teacher_text}
 
     def _in_context(self, rollout: Rollout, prompts: Sequence[Prompt]) -> tuple[Rollout | None, list[bool]]:
