@@ -10,9 +10,12 @@ from typing import Any
 
 # public name -> its module in this package. Each is a step, ``step(src, out, **settings) -> Manifest``.
 _HOME: dict[str, str] = {
+    "build_pairs": "pairs",
     "curate": "curate",
     "decontaminate": "decontaminate",
+    "export": "exports",
     "generate": "generation",
+    "split": "splits",
     "verify": "verification",
 }
 __all__ = sorted(_HOME)

@@ -174,6 +174,13 @@ def paths(src: Paths) -> list[Path]:
     return list(dict.fromkeys(Path(file) for file in given))
 
 
+def beside(out: str | Path, name: str) -> Path:
+    """A second file of a step: DIR/STEM.NAME.SUFFIX for DIR/STEM.SUFFIX."""
+    path = Path(out)
+    stem, dot, suffix = path.name.partition(".")
+    return path.with_name(f"{stem}.{name}{dot}{suffix}")
+
+
 def plain(value: Any) -> Any:
     """Settings as JSON keeps them, so that what is compared later is what was written."""
     if isinstance(value, Mapping):
