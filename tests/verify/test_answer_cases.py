@@ -15,7 +15,8 @@ HERE = Path(__file__).parent
 CASES = [json.loads(line) for line in (HERE / "answers.jsonl").open()]
 PAIRS = [
     (line[0], *(part.strip() for part in line[1:].split(" ;; ")))
-    for line in (HERE / "answer_pairs.txt").read_text().splitlines()
+    for file in ("answer_pairs.txt", "answer_pairs_attacks.txt")
+    for line in (HERE / file).read_text().splitlines()
     if line and not line.startswith("#")
 ]
 

@@ -136,6 +136,7 @@ ONE_WAY = {
     (r"12\times18\times11", "2376"),
     (r"2 \times 3 \times 4", "24"),
     (r"12\%", r"12\% \text{ decrease}"),
+    ("7pm", "7"),  # p, m; or picometres, where the gold has no unit
 }
 
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -29,6 +29,7 @@ _POINTS = [
     (1, 4, False), (0, 3, True), (9, 40, False), (0, 9, True),
 ]  # fmt: skip
 _PRECISE = 400
+MOST_EXTRA = 5_000  # digits; numbers that take more are different
 PLACES = 6  # from so many on, a decimal stands for the number it rounds
 
 
@@ -104,7 +105,12 @@ def _equal_at(
     Raises:
         Undefined: a side has no value here.
     """
-    for digits in (50, 120, _PRECISE):
+    extra = _extra_digits(gold, answer)
+    if extra > MOST_EXTRA:
+        if closed:
+            return False
+        raise Undefined
+    for digits in (50 + extra, 120 + extra, _PRECISE + extra):
         numeric = _numeric(digits, base, real, applied)
         try:
             a, b = numeric.value(gold, at), numeric.value(answer, at)
@@ -117,13 +123,29 @@ def _equal_at(
                 return False
             raise
         size = max(abs(a), abs(b))
-        if size <= numeric.mp.mpf(10) ** (-int(0.8 * digits)):
+        if size <= numeric.mp.mpf(10) ** (-int(0.8 * (digits - extra)) - extra):
             continue  # both vanish, or are cancelled to noise
-        if abs(a - b) > size * numeric.mp.mpf(10) ** -(digits - 60 if digits == _PRECISE else digits // 2):
+        last = digits == _PRECISE + extra
+        if abs(a - b) > size * numeric.mp.mpf(10) ** -(digits - 60 if last else (digits - extra) // 2 + extra):
             return False
         if not closed:
             return True
     return True
+
+
+@lru_cache(4096)
+def _magnitude(tree: Node) -> int:
+    """The digits by which the numbers in a tree are very large or very small: 60 of x + 10^-60."""
+    value = None if symbols(tree) else rational(tree)
+    if value is not None:
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+        return bits * 3 // 10 if bits > 30 else 0
+    return sum(map(_magnitude, tree.args))
+
+
+def _extra_digits(*trees: Node) -> int:
+    """The digits beyond the usual ones that numbers of this size take, in steps of 50."""
+    return -(-sum(map(_magnitude, trees)) // 50) * 50
 
 
 # Functions
@@ -134,7 +156,7 @@ def whole_symbols(*trees: Node) -> set[str]:
     found: set[str] = set()
     for tree in trees:
         for node in walk(tree):
-            if node.op in ("factorial", "binomial", "permutations", "gcd", "lcm"):
+            if node.op in ("factorial", "double_factorial", "binomial", "permutations", "gcd", "lcm"):
                 found |= symbols(node)
             elif node.op in ("floor", "ceiling"):
                 found |= {name for name in symbols(node) if name[0] in "nmkpqNMK"}
@@ -317,8 +339,11 @@ def proportional(gold: Node, answer: Node, *, may_be_long: bool) -> int | None:
     if not may_be_long:
         raise Undecided
     ratios: list[tuple[dict[str, Fraction], Any]] = []
-    numeric = _numeric(50, "e", "i" not in all_symbols(gold) | all_symbols(answer), True)
-    small = numeric.mp.mpf(10) ** -25
+    extra = _extra_digits(gold, answer)
+    if extra > MOST_EXTRA:
+        return None
+    numeric = _numeric(50 + extra, "e", "i" not in all_symbols(gold) | all_symbols(answer), True)
+    small = numeric.mp.mpf(10) ** -(25 + extra)
     for at in points(names, gold, answer):
         with suppress(Undefined, TooLarge):
             a, b = numeric.value(gold, at), numeric.value(answer, at)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
-from llmdistill.verify.answers.figures import Figures
-from llmdistill.verify.answers.tokens import FUNCTIONS, GREEK, LISTED, TEXTS, NotUnderstood, tokens
+from llmdistill.verify.answers.bound import Bound
+from llmdistill.verify.answers.tokens import FUNCTIONS, GREEK, LISTED, TEXTS, NotUnderstood, Token, tokens
 from llmdistill.verify.answers.tree import Node, number
 
 LONGEST = 2_000
@@ -48,8 +48,16 @@ def name_of_points(text: str) -> Node:
     return Node("symbol", name=word)
 
 
-class _Parser(Figures):
+class _Parser(Bound):
     """Recursive descent."""
+
+    def parsed(self, found: list[Token]) -> Node:
+        inner = _Parser(found)
+        inner.depth = self.depth + 1
+        tree = inner.sum()
+        if inner.at < len(found):
+            raise NotUnderstood("a part")
+        return tree
 
     def sum(self) -> Node:
         self.depth += 1
@@ -111,9 +119,10 @@ class _Parser(Figures):
         while True:
             if self.is_sign("!"):
                 self.take()
-                if self.is_sign("!"):
-                    raise NotUnderstood("a double factorial")
-                base = Node("factorial", (base,))
+                double = self.is_sign("!")
+                if double:
+                    self.take()
+                base = Node("double_factorial" if double else "factorial", (base,))
             elif self.is_sign("'"):
                 if base.op != "symbol":
                     raise NotUnderstood("a prime")
@@ -249,12 +258,17 @@ class _Parser(Figures):
         return Node("symbol", name=letter)
 
     def _counted(self, letter: str) -> Node | None:
-        """C(5, 2), P(5, 2) and A(5, 2)."""
+        """C(5, 2), P(5, 2) and A(5, 2); C(n, k)."""
         ahead = [token.text if (token := self.peek(n)) else "" for n in range(5)]
-        if [ahead[0], ahead[2], ahead[4]] != ["(", ",", ")"] or not (ahead[1] + ahead[3]).isdigit():
+        if [ahead[0], ahead[2], ahead[4]] != ["(", ",", ")"]:
+            return None
+        kind = "binomial" if letter == "C" else "permutations"
+        if letter == "C" and ahead[1] in ("n", "m", "N") and ahead[3] in ("k", "r", "j", "m"):
+            self.at += 5
+            return Node(kind, (Node("symbol", name=ahead[1]), Node("symbol", name=ahead[3])))
+        if not (ahead[1] + ahead[3]).isdigit():
             return None
         self.at += 5
-        kind = "binomial" if letter == "C" else "permutations"
         return Node(kind, (number(int(ahead[1])), number(int(ahead[3]))))
 
     def _applied(self, letter: str) -> Node | None:
@@ -308,6 +322,10 @@ class _Parser(Figures):
             return Node(name, tuple(self._listed()))
         if name in ("sum", "prod"):
             return self._series(name)
+        if name == "int":
+            return self._integral()
+        if name == "lim":
+            return self._limit()
         if name in _DECORATIONS:
             return self._decorated(_DECORATIONS[name])
         if name in ("triangle", "angle"):
@@ -353,6 +371,8 @@ class _Parser(Figures):
     def _decorated(self, mark: str) -> Node:
         """A symbol with an accent, an arrow or a bar. The bar over a sum is what the bar is over."""
         inner = self.argument() if not self.is_sign("{") else self._points_or_group()
+        if inner == Node("symbol", name="x") and mark in ("dot", "ddot"):
+            return Node("symbol", name="x'" if mark == "dot" else "x''")
         return Node("symbol", name=f"{mark} {inner.name}") if inner.op == "symbol" else Node(mark, (inner,))
 
     def _points_or_group(self) -> Node:
@@ -376,33 +396,6 @@ class _Parser(Figures):
             assert top.value is not None and bottom.value is not None
             return number(top.value / bottom.value)
         return Node("quotient", (top, bottom))
-
-    def _derivative(self) -> Node | None:
-        r"""\frac{dv}{dt} and \frac{\partial u}{\partial x} are symbols."""
-        rest, at, words = self.tokens, self.at, []
-        for part in range(2):
-            if (
-                at >= len(rest)
-                or rest[at].text != "{"
-                or at + 1 >= len(rest)
-                or rest[at + 1].text not in ("d", "partial")
-            ):
-                return None
-            close = next(
-                (n for n in range(at, min(at + 16, len(rest))) if rest[n].text == "}" and self._balanced(at, n)), None
-            )
-            if close is None or (part == 1 and close < at + 3) or (part == 0 and close < at + 3):
-                return None
-            words.append("".join(token.text for token in rest[at + 1 : close] if token.text not in "{}"))
-            at = close + 1
-        if any(re.search(r"[-+*/()]", word) for word in words):
-            return None
-        self.at = at
-        return Node("symbol", name="/".join(words))
-
-    def _balanced(self, start: int, end: int) -> bool:
-        inside = [token.text for token in self.tokens[start : end + 1]]
-        return inside.count("{") == inside.count("}")
 
     def _root(self) -> Node:
         index = number(2)
@@ -472,22 +465,6 @@ class _Parser(Figures):
             self.take()
             return self._raised(inner)
         return inner
-
-    def _series(self, name: str) -> Node:
-        r"""\sum_{k=1}^{n} body: the index, its bounds, and the body, which is the rest of the term."""
-        self.expect("_")
-        self.expect("{")
-        index = self.take()
-        if index.kind != "letter":
-            raise NotUnderstood("an index")
-        self.expect("=")
-        low = self.sum()
-        self.expect("}")
-        self.expect("^")
-        high = self._script()
-        body = self.product()
-        kind = "series" if name == "sum" else "product_over"
-        return Node(kind, (Node("symbol", name=index.text), low, high, body))
 
 
 def _has_pi(tree: Node) -> bool:

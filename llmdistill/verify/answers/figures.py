@@ -25,7 +25,7 @@ class Figures(Cursor):
         _, point, digits = mantissa.partition(".")
         if len(text) > 400:
             raise NotUnderstood("a very long number")
-        if point and self.is_command("overline", "dot"):
+        if point and self.is_command("overline", "bar", "dot"):
             return self._repeating(text)
         value = Fraction(text + "0" if text.endswith(".") else text)
         mixed = self._mixed_part() if text.isdigit() else None
@@ -34,7 +34,7 @@ class Figures(Cursor):
     def _repeating(self, text: str) -> Node:
         r"""0.1\overline{6}, 0.\dot{3}, 0.\dot1 2\dot3."""
         fixed, cycle, start = text, "", self.at
-        if self.is_command("overline"):
+        if self.is_command("overline", "bar"):
             self.take()
             cycle = self._digits()
         else:

@@ -67,9 +67,23 @@ _SYNONYMS = [
         (r"\\(?:tg)", r"\\tan"), (r"\\(?:ctg)", r"\\cot"), (r"\\(?:arctg)", r"\\arctan"), (r"\\widehat", r"\\hat"),
         (r"\\(?:backslash|smallsetminus)", r"\\setminus"), (r"\\widetilde", r"\\tilde"), (r"\\(?:euro)", "€"),
         (r"\\(?:pounds)", "£"), (r"\\(?:dollar)", MONEY), (r"\\(?:prime)", "'"), (r"\\(?:wedge)", r"\\land "),
-        (r"\\(?:neg)", r"\\lnot "), (r"\\(?:top|intercal)", "T"),
+        (r"\\(?:[lr]?Vert)", r"\\|"), (r"\\(?:neg)", r"\\lnot "), (r"\\(?:top|intercal)", "T"),
     )
 ]  # fmt: skip
+
+
+_FUNCTION_NAMES = re.compile(
+    r"\\(?:operatorname\*?|mathrm|text) ?\{ ?(max|min|gcd|lcm|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|lg|exp) ?\}"
+)
+# {}_{10}C_3, ^{10}C_3, _nC_k: what is chosen from, in front of the letter.
+_COUNTED = re.compile(
+    r"(?:\{ ?\} ?|(?<![^\s(+*/={,-]))[_^] ?(?P<n>\{[^{}]{1,20}\}|\w)"
+    r" ?(?:\\(?:mathrm|text) ?\{ ?(?P<set>[CP]) ?\}|(?P<bare>[CP])) ?_ ?(?P<k>\{[^{}]{1,20}\}|\w)"
+)
+
+
+def _as_counted(match: re.Match[str]) -> str:
+    return f"{match['set'] or match['bare']}_{match['n']}^{match['k']}"
 
 
 def tidy(text: str) -> str:
@@ -89,9 +103,10 @@ def tidy(text: str) -> str:
             if single
             else text.replace("\\\\", "\\")
         )
-    text = _HTML.sub("", text)
+    text = _COUNTED.sub(_as_counted, _HTML.sub("", text))
     text = _bold(text)
     text = re.sub(r"(?<!\\)\\[\[\]()]", " ", text)
+    text = re.sub(r"(?<![\d.])\.{3}(?!\.)", r"\\dots ", text)
     text = re.sub(r"\\+(?:boxed|fbox|framebox)\s*\{", "{", text)
     text = re.sub(r"\\(?:text|mathrm)\{ ?([:;,./%-]) ?\}", r"\1", text)
     text = re.sub(r"\\phantom\s*(?:\{[^{}]*\}|\S)|\\label\{[^{}]*\}", "", text)
@@ -107,8 +122,13 @@ def tidy(text: str) -> str:
         if "\\" not in text:
             break
         text = pattern.sub(to, text)
+    text = _FUNCTION_NAMES.sub(lambda m: f"\\{m.group(1)} ", text)
+    text = re.sub(r"\^ ?(?:\{ ?('{1,2}) ?\}|('{1,2}))", lambda m: m.group(1) or m.group(2), text)
+    text = re.sub(r"\\(text|mathrm|mbox|textrm)\{([^{}]*[A-Za-z]) ?, ?\}", r"\\\1{\2},", text)
+    text = re.sub(r"\\(text|mathrm|mbox|textrm)\{([^{}]*[A-Za-z]),? (and|or) ?\}(?= ?-?[\d\\])", r"\\\1{\2} \3 ", text)
     text = _SIZES.sub("", text)
     text = _SPACES.sub(" ", text)
+    text = re.sub(r"\\(max|min|gcd|lcm) ?\\\{([^{}]*)\\\}", r"\\\1(\2)", text)
     text = re.sub(r"\\langle([^<>\\]*(?:\\(?!langle|rangle)[^<>\\]*)*)\\rangle", _angles, text)
     text = _python(text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -117,6 +137,7 @@ def tidy(text: str) -> str:
 
 def _bold(text: str) -> str:
     text = text.replace("`", "").strip()
+    text = re.sub(r"(?<=[\w)}])\*\*(?=-\d)", "^", text)
     text = re.sub(r"(?<![\w)}])\*\*(?=\S)|(?<=\S)\*\*(?![\w({\\])", "", text)
     text = re.sub(r"(?<=[\w)}])\s?\*\*\s?(?=[\w({\\-])", "^", text)  # Python's power
     return text.strip().strip("*_").strip()
@@ -130,6 +151,10 @@ def _angles(match: re.Match[str]) -> str:
 def _python(text: str) -> str:
     text = re.sub(r"\b(?:np|numpy|math|sp|sympy)\.log(?=\s?\()", r"\\ln", text)
     text = re.sub(r"\b(?:np|numpy|math|sp|sympy)\.(?=[a-z])", "", text)
+    text = re.sub(r"(?<![A-Za-z\\])log(?:10|2)(?=\s?\()", lambda m: r"\lg" if "10" in m.group() else r"\log_2", text)
+    text = re.sub(r"(?<![A-Za-z\\])pow(?:er)?\(([^(),]{1,60}),([^(),]{1,60})\)", r"(\1)^{(\2)}", text)
+    array = re.fullmatch(r"\s*(?:array|Matrix)\((\[.*\])\)\s*", text)
+    text = re.sub(r"^\[(?!\[)(.*)\]$", r"(\1)", array.group(1)) if array else text
     text = re.sub(r"(?<![A-Za-z\\])d ?([A-Za-z]) ?/ ?d ?([a-z])(?![A-Za-z])", r"\\frac{d \1}{d \2}", text)
     return re.sub(r"(?<=\d) ?[x×] ?(?=10 ?\^)|(?<=\d) [xX] (?=\d)", r" \\times ", text)
 
@@ -137,6 +162,8 @@ def _python(text: str) -> str:
 def _numbers_in_bold(text: str) -> str:
     def plain(match: re.Match[str]) -> str:
         held = match.group(1)
+        if held.strip() in ("i", "j", "k"):
+            return rf"\hat{{{held.strip()}}}"  # a unit vector
         # Typesetters space digits out: \mathbf{1 0 2 , 0 1 8}.
         spaced = re.fullmatch(r"\d(?: ?[\d,.])+", held.strip()) and not re.search(r"\d\d", held)
         if not spaced:

@@ -14,12 +14,20 @@ _SMALL = words("""zero one two three four five six seven eight nine ten eleven t
     seventeen eighteen nineteen""")
 _TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
 _VALUES = {w: i for i, w in enumerate(_SMALL)} | {w: 20 + 10 * i for i, w in enumerate(_TENS)}
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15} | {
+    "lakh": 10**5,
+    "crore": 10**7,
+}
 _PART_TABLE = """2 half halves; 3 third thirds; 4 quarter quarters fourth fourths; 5 fifth fifths; 6 sixth sixths;
 7 seventh sevenths; 8 eighth eighths; 9 ninth ninths; 10 tenth tenths; 11 eleventh elevenths; 12 twelfth twelfths;
 15 fifteenth fifteenths; 16 sixteenth sixteenths; 20 twentieth twentieths; 100 hundredth hundredths;
 1000 thousandth thousandths; 1000000 millionth millionths"""
 _PARTS = {word: int(entry.split()[0]) for entry in _PART_TABLE.split(";") for word in entry.split()[1:]}
+_ORDINALS = words("first second third fourth fifth sixth seventh eighth ninth")
+_PARTS |= {f"{tens}{word}{end}": 10 * n + i for n, tens in enumerate(_TENS, 2) for i, word in enumerate(_ORDINALS, 1)
+           for end in ("", "s")}  # fmt: skip
+# The hyphen of a denominator: thirty-sixths, where thirty sixths are five.
+_TENS_AND_PART = re.compile(rf"(?:^|[ -])({'|'.join(_TENS)})-((?:{'|'.join(_ORDINALS)})s?)$")
 
 
 def words_number(text: str) -> Fraction | None:
@@ -27,6 +35,7 @@ def words_number(text: str) -> Fraction | None:
     text = text.lower().strip(" .")
     if text.startswith("-"):
         return None if (found := words_number(text[1:])) is None else -found
+    text = _TENS_AND_PART.sub(lambda m: f" {m[1]}{m[2]}", text)
     tokens = [t for t in re.split(r"[\s-]+", text) if t]
     if not tokens or len(tokens) > 14:
         return None
@@ -35,6 +44,10 @@ def words_number(text: str) -> Fraction | None:
         return None if found is None else -found
     if tokens[-1] in _PARTS:
         return _with_fraction(tokens)
+    if "point" in tokens:
+        return _with_point(tokens)
+    if tokens == ["a", "dozen"]:
+        return Fraction(12)
     return _whole([t for t in tokens if t != "and"] if tokens[0] != "and" != tokens[-1] else [])
 
 
@@ -45,11 +58,21 @@ def _with_fraction(tokens: list[str]) -> Fraction | None:
         return part
     if "and" in head:  # "one and a half", "two and three quarters"
         at = len(head) - 1 - head[::-1].index("and")
-        whole, top = _whole(head[:at]), head[at + 1 :]
+        figures = len(head[:at]) == 1 and re.fullmatch(r"\d{1,9}", head[0])  # "1 and a half"
+        whole, top = Fraction(head[0]) if figures else _whole(head[:at]), head[at + 1 :]
         above = Fraction(1) if top in (["a"], ["an"], []) else _whole(top)
         return None if whole is None or above is None else whole + above * part
     above = _whole(head)
     return None if above is None else above * part
+
+
+def _with_point(tokens: list[str]) -> Fraction | None:
+    """Three point one four."""
+    at = tokens.index("point")
+    whole, digits = _whole(tokens[:at]), [_VALUES.get(token, 10) for token in tokens[at + 1 :]]
+    if whole is None or not digits or max(digits) > 9:
+        return None
+    return whole + sum((Fraction(digit, 10**place) for place, digit in enumerate(digits, 1)), Fraction(0))
 
 
 def _whole(tokens: list[str]) -> Fraction | None:
@@ -68,7 +91,7 @@ def _whole(tokens: list[str]) -> Fraction | None:
                 return None  # "two three" is no number
             current += value
             last = value
-        elif token == "hundred" and 0 < current < 10:
+        elif token == "hundred" and 0 < current < 100 and current % 10:
             current, last = current * 100, 100
         elif token in _SCALES and current:
             total, current, last = total + current * _SCALES[token], 0, 0
@@ -129,12 +152,22 @@ def other_spellings(text: str) -> list[tuple[Node, bool]]:
     return found
 
 
+_SPOKEN_TIMES = {"noon": "12:00 pm", "midnight": "12:00 am", "12 noon": "12:00 pm", "12 midnight": "12:00 am"}
 _TIME = re.compile(r"(?P<h>\d{1,2})(?::(?P<m>\d{2}))?(?P<blank> ?)(?P<half>[ap] ?\.? ?m\.?|noon|midnight)?", re.I)
 
 
 def read_time(text: str) -> Time | None:
     """A time of day; None for other texts. 5am without a blank is a product, and no time."""
-    match = _TIME.fullmatch(unwrap(text).replace("{", "").replace("}", "").strip(" .")) if len(text) < 40 else None
+    if len(text) > 40:
+        return None
+    plain = unwrap(text).replace("{", "").replace("}", "").strip(" .").removeprefix("at ")
+    plain = re.sub(r"^(\d{1,2}) ?o'? ?clock\b", r"\1:00", _SPOKEN_TIMES.get(plain.lower(), plain), flags=re.I)
+    past = _PAST.fullmatch(plain.lower())
+    if past:
+        hour, minutes = words_number(past["h"]), {"half": 30, "quarter": 15, "a quarter": 15}[past["part"]]
+        sign = 1 if past["side"] == "past" else -1
+        return None if hour is None or not 1 <= hour <= 12 else Time(int(60 * hour + sign * minutes), False)
+    match = _TIME.fullmatch(plain)
     if not match or not (match["m"] or match["half"]):
         return None
     hours, minutes, half = int(match["h"]), int(match["m"] or 0), (match["half"] or "").lower()
@@ -147,6 +180,7 @@ def read_time(text: str) -> Time | None:
     return Time(60 * hours + minutes, bool(half) or hours > 12)
 
 
+_PAST = re.compile(r"(?P<part>half|(?:a )?quarter) (?P<side>past|to) (?P<h>[a-z]+|\d{1,2})")
 _BASES = {w: str(i) for i, w in enumerate(_SMALL) if i > 1} | {
     "sixteen": "16",
     "binary": "2",
@@ -154,17 +188,22 @@ _BASES = {w: str(i) for i, w in enumerate(_SMALL) if i > 1} | {
     "hexadecimal": "16",
 }
 _BASED = re.compile(
-    r"\(?(?P<digits>[0-9A-F]{1,200})\)?(?: ?_ ?\{? ?(?P<sub>\w+) ?\}?| ?\(? ?(?:in )?base ?(?P<word>\w+) ?\)?)"
+    r"\(?(?P<digits>[0-9A-F]{1,200}|\d[\da-f]{0,199})\)?(?: ?_ ?\{? ?(?:base ?|\()?(?P<sub>\w+)\)? ?\}?"
+    r"| ?\(? ?(?:in )?(?:base[ -]?(?P<word>\w+)|(?P<name>binary|octal|hexadecimal)) ?\)?)"
 )
+_PREFIXED = re.compile(r"0(?P<base>[xbo])(?P<digits>[0-9A-Fa-f]{1,200})")
 
 
 def read_digits(text: str) -> Digits | None:
     """413_5, 413_{five}, 413 (base 5); None of digits without a base."""
-    match = _BASED.fullmatch(unwrap(text))
+    plain = unwrap(text)
+    prefixed = _PREFIXED.fullmatch(plain)
+    match = prefixed or _BASED.fullmatch(plain)
     if not match:
         return None
-    base = (match["sub"] or match["word"]).lower()
+    base = (match["base"] if prefixed else match["sub"] or match["word"] or match["name"]).lower()
+    base = {"x": "16", "b": "2", "o": "8"}[base] if prefixed else base
     base = _BASES.get(base, base)
     if not base.isdigit() or not 2 <= int(base) <= 36 or any(int(d, 36) >= int(base) for d in match["digits"]):
         return None
-    return Digits(match["digits"].lstrip("0") or "0", base)
+    return Digits(match["digits"].upper().lstrip("0") or "0", base)

@@ -13,16 +13,22 @@ from llmdistill.verify.answers.expression import parse
 from llmdistill.verify.answers.notation import MONEY, TEXT, WRAPPED, unwrap
 from llmdistill.verify.answers.numerals import in_figures, other_spellings, scaled, words_number
 from llmdistill.verify.answers.tree import Node, number, symbols
+from llmdistill.verify.answers.unit_tables import COUNTS
 from llmdistill.verify.answers.units import Unit, parse_unit
 from llmdistill.verify.answers.values import Quantity, Sizes, Value
 
-_CURRENCY = re.compile(rf"^(?P<sign>[-+]?) ?(?:US ?|USD ?|EUR ?|Rs\.? ?)?(?P<mark>[{MONEY}€£¥₹]) ?(?P<rest>.*)$", re.S)
+_CURRENCY = re.compile(
+    rf"^(?P<sign>[-+]?) ?(?:(?:US ?|USD ?|EUR ?|Rs\.? ?)?(?P<mark>[{MONEY}€£¥₹])"
+    r"|(?P<code>USD|EUR|GBP|INR)(?= ?\d)) ?(?P<rest>.*)$",
+    re.S,
+)
 _BOUNDARY = re.compile(
-    rf"(?={TEXT}\{{)|(?=\^ ?\{{? ?\\circ)|(?= ?%)|(?= ?[€£¥₹{MONEY}])|(?<=[\d)}}\]]) (?=[A-Za-z(/\\μ\u3400-\u9fff])"
+    rf"(?={TEXT}\{{)|(?=\^ ?\{{? ?\\circ)|(?= ?%)|(?= ?[€£¥₹¢{MONEY}])|(?<=[\d)}}\]]) (?=[A-Za-z(/\\μ\u3400-\u9fff])"
     r"|(?<=[\d)}])(?=[A-Za-zμ°\u3400-\u9fff])|(?<=\\pi) ?(?=[a-zA-Z(\u3400-\u9fff])|(?<=[A-Za-z!]) (?=[a-zA-Z(])"
     r"|(?<=\d)\\ ?(?=[A-Za-z])"
 )
 _INFINITE = {
+    "minus infinity": Node("minus", (Node("infinity"),)),
     "infinity": Node("infinity"),
     "positive infinity": Node("infinity"),
     "negative infinity": Node("minus", (Node("infinity"),)),
@@ -31,8 +37,17 @@ _PART = re.compile(
     r"\s*,?\s*(?:and )?(?P<value>\d+(?:\.\d+)?(?: \d+/\d+)?) ?(?P<unit>[A-Za-z]+(?:\^\d)?\.?|\^ ?\{? ?\\circ ?\}?|''?)"
 )
 _CHANCE = re.compile(
-    r"(?P<top>\d+|[a-z]+) ?(?:in|out of|of|chances? in) ?(?:every |a )?(?P<bottom>\d[\d,]*|[a-z]+)", re.I
+    r"(?:an? )?(?P<top>\d+|[a-z]+)[ -]?(?:in|out[ -]of|of|chances? in)[ -]?(?:every |a )?(?P<bottom>\d[\d,]*|[a-z-]+?)"
+    r"(?: chance)?",
+    re.I,
 )
+_OUTCOME = re.compile(
+    r"(?:an? )?(?P<word>profit|gain|loss|increase|decrease|rise|drop|fall|decline|surplus|deficit|discount|markup)"
+    r" of (?P<rest>.{1,60})",
+    re.I,
+)
+_SAID_TWICE = re.compile(r"(?P<words>[A-Za-z -]{3,60}) \((?P<figures>\d{1,9})\)")
+_AND_PART = re.compile(r"(?P<whole>\d{1,6}) and (?P<part>\d{1,3}/\d{1,3})(?P<rest>(?: [A-Za-z]+)*)")
 
 
 def read_quantities(text: str) -> list[Value]:
@@ -41,11 +56,20 @@ def read_quantities(text: str) -> list[Value]:
     if money:
         inner = money["rest"]
         found = [q for q in read_quantities(money["sign"] + inner) if isinstance(q, Quantity)]
-        unit = parse_unit(money["mark"], wrapped=True)
+        unit = parse_unit(money["mark"] or money["code"], wrapped=True)
         return [Quantity(q.tree, _with_currency(unit, q.unit), q.totals) for q in found if _fits(unit, q.unit)]
-    negative = re.match(r"(?:minus|negative) (?=[\d.]|" + MONEY + ")", plain := unwrap(text), re.I)
+    negative = re.match(r"(?:minus|negative) (?=[\d.\\]|[a-z](?![a-z])|" + MONEY + ")", plain := unwrap(text), re.I)
     if negative:
         return read_quantities("-" + plain[negative.end() :])
+    outcome = _OUTCOME.fullmatch(plain)
+    if outcome:
+        return read_quantities(f"{outcome['rest']} {outcome['word']}")
+    twice = _SAID_TWICE.fullmatch(plain)
+    if twice and words_number(twice["words"]) == Fraction(twice["figures"]):
+        return [Quantity(number(Fraction(twice["figures"])))]
+    figures_and_part = _AND_PART.fullmatch(plain)
+    if figures_and_part:
+        return read_quantities(f"{figures_and_part['whole']} {figures_and_part['part']}{figures_and_part['rest']}")
     if plain.lower() in _INFINITE:
         return [Quantity(_INFINITE[plain.lower()])]
     if WRAPPED.fullmatch(text) and re.search(r"\d", plain):
@@ -57,7 +81,8 @@ def read_quantities(text: str) -> list[Value]:
         return list(_numbers(text))
     whole = _numbers(text)
     with_unit = _with_unit(text)
-    if whole and with_unit and with_unit[0].unit == parse_unit("degree", wrapped=True) and whole[0].unit is None:
+    angle = bool(with_unit) and with_unit[0].unit == parse_unit("degree", wrapped=True)
+    if whole and angle and whole[0].unit is None and not symbols(whole[0].tree):
         with_unit = []  # the tangent of 45 degrees is no angle
     if with_unit and not any(q.unit is not None and q.unit.weak for q in with_unit):
         whole = []  # 36 kJ is no product of letters
@@ -126,6 +151,8 @@ def _with_unit(text: str) -> list[Quantity]:
             return found
     first, _, rest = unwrap(text).partition(" ")
     words = unwrap(text).split()
+    if words[:1] in (["a"], ["an"]) and words[1:2] and words[1] in COUNTS:
+        words[0] = "one"
     for size in range(min(len(words) - 1, 6), 0, -1):
         spelt = words_number(" ".join(words[:size]))
         unit = parse_unit(" ".join(words[size:]), wrapped=True) if spelt is not None else None

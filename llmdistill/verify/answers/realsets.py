@@ -30,6 +30,9 @@ _EMPTY = {
 }
 
 
+_SIGNED = re.compile(r"\\math(?:bb|bf) ?\{R\} ?(?:\^ ?\{? ?(?P<plus>\+) ?\}?|_ ?\{? ?(?P<bound>> ?0|\\ge ?0) ?\}?)")
+
+
 def read_set(text: str) -> RealSet | None:
     r"""(a, b], unions with \cup, differences with \setminus, \mathbb{R}, \emptyset; None for other texts."""
     pieces = split_top(text, r"\\cup(?![A-Za-z])|\\bigcup(?![A-Za-z])|(?<=[\])}]) ?U ?(?=[\[(])")
@@ -61,6 +64,10 @@ def _simple(text: str) -> RealSet | None:
     text = text.strip()
     if text.replace(" ", "") in (r"\mathbb{R}", r"\mathbf{R}", r"\Reals", r"\R", "R"):
         return RealSet((ALL,)) if text != "R" else None
+    signed = _SIGNED.fullmatch(text)
+    if signed:
+        low_open = not (signed["bound"] or "").startswith(r"\ge")
+        return RealSet((Interval(number(0), INFINITY, low_open, True),))
     if text.strip() == r"\emptyset" or text in (r"\{\}", r"\{ \}") or unwrap(text).lower() in _EMPTY:
         return RealSet(())
     if len(text) < 3:

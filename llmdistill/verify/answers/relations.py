@@ -9,7 +9,7 @@ from llmdistill.verify.answers.algebra import decimal_places, rational, same, wi
 from llmdistill.verify.answers.expression import parse
 from llmdistill.verify.answers.notation import split_top, unwrap
 from llmdistill.verify.answers.realsets import ALL, from_inequality, intersection, merged, read_set
-from llmdistill.verify.answers.tree import Node, symbols
+from llmdistill.verify.answers.tree import CONSTANTS, Node, substituted, symbols
 from llmdistill.verify.answers.values import (
     Assignment,
     Chain,
@@ -38,12 +38,15 @@ _SIGNS = {
     "element": "in",
 }
 _LABEL = re.compile(
-    r"(?:\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|\w))?'*(?:\([^()]{1,20}\))?|\\(?:angle|triangle) ?[A-Z]{1,4}|[A-Z]{2,6}"
+    r"(?:\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|\w))?'*(?:\^ ?\{ ?-1 ?\})?(?:\([^()]{1,20}\))?"
+    r"|\\(?:angle|triangle) ?[A-Z]{1,4}|[A-Z]{2,6}"
     r"|\\(?:vec|overline|hat|bar|mathbf)\{?\w{1,3}\}?|\\(?:text|mathrm)\{[^{}]{1,30}\}|\[[A-Z]{3,6}\]"
     r"|\|[A-Za-z]\||\|[A-Z]{2}\||P ?\([^()]{1,40}\)"
     r"|\([A-Za-z](?:_\d)?(?:, ?[A-Za-z](?:_\d)?)*\))"
 )
-_APPLIED = re.compile(r"(?P<name>[A-Za-z](?:_(?:\{\w+\}|\w))?'?)\((?P<argument>[A-Za-z])\)")
+_APPLIED = re.compile(
+    r"(?P<name>[A-Za-z](?:_(?:\{\w+\}|\w))?'{0,3}(?:\^\{?-1\}?)?)\((?P<argument>[A-Za-z](?:,[A-Za-z]){0,3})\)"
+)
 Reader = Callable[[str], Readings]
 
 
@@ -83,7 +86,8 @@ def read_relation(text: str, read: Reader) -> list[Value]:
         return []
     known = [tree for tree in trees if tree is not None]
     if not any(symbols(tree) or tree.op == "unknown" for tree in known):
-        return []  # 4 > 3 says nothing of a variable
+        # 4 > 3 says nothing of a variable, and numbers in their order are an answer from three on.
+        return [Chain(tuple(known), tuple(signs))] if len(known) > 2 else []
     found = from_inequality(known, signs)
     return [Chain(tuple(known), tuple(signs)), *([found] if found is not None else [])]
 
@@ -110,11 +114,17 @@ def _membership(name: str, domain: str) -> list[Value]:
 def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]:
     trees = [parse(part) or _number_of(part, read) for part in parts]
     closed = [tree is not None and not symbols(tree) and tree.op != "unknown" for tree in trees]
+    if parts[0].strip() in CONSTANTS and len(parts) == 2:
+        closed[0] = False  # e = c/a names an eccentricity
     exact_end = signs.index("~") if "~" in signs else len(parts) - 1
     value = _chain_value(parts, trees, closed, exact_end, read)
     if all(closed):
         # 17 + 14 = 31 is 31, if it is; 1 = 1 says nothing, and 2 = 3 nothing that is right.
-        return value if _consistent(trees[: exact_end + 1]) and parts[0].strip() != parts[-1].strip() else []
+        near = [tree for tree in trees[exact_end + 1 :] if tree is not None]
+        last = trees[exact_end]
+        if last is None or not _consistent(trees[: exact_end + 1]) or not all(_about(tree, last) for tree in near):
+            return []
+        return value if parts[0].strip() != parts[-1].strip() else []
     if not value:
         return []
     name = parts[0].strip()
@@ -123,6 +133,8 @@ def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]
     label = bool(_LABEL.fullmatch(name)) or _geometric(name)
     if not closed[0] and (label or not (_is_multiple(trees[0]) or (len(parts) == 2 and _is_curve(trees[0])))):
         compact = re.sub(r"\\(?:text|mathrm)\b|[{}\\ ]", "", name) if label else name.replace(" ", "")
+        if trees[0] is not None and trees[0].op == "symbol":
+            compact, label = trees[0].name, True
         found.append(
             Assignment(
                 applied["name"] if applied else compact, tuple(value), label, applied["argument"] if applied else ""
@@ -130,7 +142,7 @@ def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]
         )
     elif len(parts) > 2:
         found += value
-    if len(parts) == 2 and signs == ["="] and trees[0] is not None and trees[1] is not None:
+    if len(parts) == 2 and signs == ["="] and trees[0] is not None and trees[1] is not None and name not in CONSTANTS:
         found.append(Equation(Node("sum", (trees[0], Node("minus", (trees[1],))))))
         flipped = trees[1].op == "symbol" and not label
         if flipped:
@@ -185,6 +197,16 @@ def _chain_value(
     return value
 
 
+def _about(near: Node, exact: Node) -> bool:
+    """Whether "22/7 = 3.14, about" may be said: one unit of the last place, or some percent, apart at most."""
+    return any(within(exact, near, most) for most in (0.99 * 10.0 ** -(decimal_places(near) or 0), 0.05 * _size(near)))
+
+
+def _size(tree: Node) -> float:
+    value = rational(tree)
+    return abs(float(value)) if value is not None and abs(value) < 10**300 else 0.0
+
+
 def _rounds(decimal: Node, exact: Node) -> bool:
     """Whether a decimal of any length is a number rounded."""
     places = decimal_places(decimal)
@@ -196,11 +218,15 @@ def read_builder(text: str, read: Reader) -> list[Value]:
     text = re.sub(r"(?<=[\w}) ]) ?\( ?([A-Za-z] ?\\in ?\\mathbb ?\{?[ZN]\}?) ?\)$", r", \1", text)
     braced = re.fullmatch(r"\\\{(?P<inside>.*)\\\}", text, re.S)
     if not braced:
+        text = re.sub(r"(?<![,\s]),? ?(?:\\(?:text|mathrm)\{ ?,? ?)?\b(where|for|with) ", r", \1 ", unwrap(text))
         return _parametrised(split_top(text), read)
     pieces = split_top(braced["inside"], r"\|| : |:(?![=\d])")
-    if len(pieces) != 2:
+    if len(pieces) < 2:
         return []
-    head, condition = pieces[0].strip(), pieces[1].strip()
+    head = pieces[0].strip()
+    condition = re.sub(
+        r"^ ?(?:\|| : |:)", "", braced["inside"].strip()[len(head) :]
+    ).strip()  # |x| < 1 has bars of its own
     within_reals = re.fullmatch(r"(?P<name>\w+) ?\\in ?\\math(?:bb|bf) ?\{?R\}?", head)
     head = within_reals["name"] if within_reals else head
     conditions = [
@@ -226,7 +252,39 @@ def read_builder(text: str, read: Reader) -> list[Value]:
     found = read_union(
         re.sub(r"(?<=\d) ?, ?", " and ", ",".join(conditions)) if len(conditions) > 1 else conditions[0], read
     )
-    return [RealSet(value.intervals, "") for value in found if isinstance(value, RealSet)]
+    real: list[Value] = [RealSet(value.intervals, "") for value in found if isinstance(value, RealSet)]
+    return real or (_bound_condition(head, conditions[0], read) if len(conditions) == 1 else [])
+
+
+def _bound_condition(head: str, condition: str, read: Reader) -> list[Value]:
+    """What x^2 < 4 says of x in {x : x^2 < 4}, y = 2x of (x, y): with the bound variables called x, y, z in turn."""
+    names = [name.strip() for name in head.strip("() ").split(",")]
+    if len(names) > 3 or len(set(names)) < len(names) or not all(re.fullmatch(r"[A-Za-z](?:_\w)?", n) for n in names):
+        return []
+    found: list[Value] = []
+    for value in read_relation(condition, read):
+        if isinstance(value, Chain):
+            found.append(Chain(tuple(_renamed(side, names) for side in value.sides), value.signs))
+        elif isinstance(value, Equation) and len(names) > 1:
+            found.append(Equation(_renamed(value.difference, names)))
+    return found
+
+
+def _renamed(tree: Node, names: list[str]) -> Node:
+    axes = "xyz"[: len(names)]
+    for name in set(axes) - set(names):
+        tree = substituted(tree, name, Node("symbol", name=f"{name} elsewhere"))
+    for at, name in enumerate(names):
+        tree = substituted(tree, name, Node("symbol", name=f"variable {at}"))
+    for at, axis in enumerate(axes):
+        tree = substituted(tree, f"variable {at}", Node("symbol", name=axis))
+    return tree
+
+
+_SPELT_DOMAIN = re.compile(
+    r"(?:where |with |for )?(?:(?P<name>[a-z]) (?:is )?(?:an|any|some) (?:arbitrary )?integer"
+    r"|(?:all|any|every|each|an|some)? ?integers? (?P<last>[a-z]))"
+)
 
 
 def _domain(text: str) -> tuple[str, str] | None:
@@ -236,8 +294,8 @@ def _domain(text: str) -> tuple[str, str] | None:
     )
     if match:
         return match["name"], match["set"]
-    spelt = re.fullmatch(r"(?:where )?(?P<name>[a-z]) (?:is )?(?:an|any) integer", unwrap(text).strip())
-    return (spelt["name"], "Z") if spelt else None
+    spelt = _SPELT_DOMAIN.fullmatch(unwrap(text).strip())
+    return (spelt["name"] or spelt["last"], "Z") if spelt else None
 
 
 def _parametrised(pieces: list[str], read: Reader) -> list[Value]:
@@ -253,6 +311,9 @@ def read_union(text: str, read: Reader) -> list[Value]:
     """x < 1 or x > 2, x > 1 and x < 3: the union or the intersection of what the parts say; [] of other texts."""
     plain = re.sub(r"\\(?:text|mathrm|textnormal|mbox)\s*\{\s*,?\s*(or|and)\s*\}|\\(lor|land)(?![A-Za-z])",
                    lambda m: f" {m.group(1) or {'lor': 'or', 'land': 'and'}[m.group(2)]} ", text)  # fmt: skip
+    several = re.fullmatch(r"(?P<name>[A-Za-z]) ?\\ne ?(?P<values>[^<>=]+,[^<>=]+)", plain)
+    if several:  # x \ne 1, 2
+        plain = " and ".join(rf"{several['name']} \ne {value}" for value in split_top(several["values"]))
     words = set(re.findall(r"\b(?:or|and)\b", plain))
     pieces = [piece.strip(" ,") for piece in re.split(r"\b(?:or|and)\b", plain)]
     found: list[RealSet] = []

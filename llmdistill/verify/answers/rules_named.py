@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmdistill.verify.answers import algebra
 from llmdistill.verify.answers.terms import Terms
 from llmdistill.verify.answers.tree import Node, number, substituted, symbols
-from llmdistill.verify.answers.values import Assignment, Equation, Family, Option, Quantity, Value, Words
+from llmdistill.verify.answers.values import (
+    Assignment,
+    Equation,
+    Family,
+    Option,
+    Quantity,
+    Readings,
+    Sequence,
+    Value,
+    Words,
+)
 
 
 def assignment_rule(gold: Assignment, answer: Assignment, terms: Terms) -> bool:
@@ -13,27 +25,58 @@ def assignment_rule(gold: Assignment, answer: Assignment, terms: Terms) -> bool:
     if bool(gold.argument) != bool(answer.argument):
         return "y" in (gold.name, answer.name) and terms.readings(gold.value, answer.value, terms)
     if not gold.argument:
-        return gold.name == answer.name and terms.readings(gold.value, answer.value, terms)
-    if gold.name != answer.name:
+        if gold.name == answer.name:
+            return terms.readings(gold.value, answer.value, terms)
+        ours, theirs = by_name(gold), by_name(answer)
+        return ours.keys() == theirs.keys() != set() and all(
+            terms.readings(ours[name], theirs[name], terms) for name in ours
+        )
+    old, new = answer.argument.split(","), gold.argument.split(",")
+    if gold.name != answer.name or len(old) != len(new):
         return False
-    renamed = tuple(_renamed(value, answer.argument, gold.argument) for value in answer.value)
-    return terms.readings(gold.value, renamed, terms)
+    return terms.readings(gold.value, tuple(_renamed(value, old, new) for value in answer.value), terms)
 
 
-def _renamed(value: Value, old: str, new: str) -> Value:
+def _renamed(value: Value, old: list[str], new: list[str]) -> Value:
+    """A function's value with its variables renamed; what bore the new names before is something else."""
     if not isinstance(value, Quantity) or old == new:
         return value
-    free = substituted(value.tree, new, Node("symbol", name=f"{new} elsewhere"))
-    return Quantity(substituted(free, old, Node("symbol", name=new)), value.unit)
+    tree = value.tree
+    for name in set(new) - set(old):
+        tree = substituted(tree, name, Node("symbol", name=f"{name} elsewhere"))
+    for at, name in enumerate(old):
+        tree = substituted(tree, name, Node("symbol", name=f"variable {at}"))
+    for at, name in enumerate(new):
+        tree = substituted(tree, f"variable {at}", Node("symbol", name=name))
+    return Quantity(tree, value.unit)
+
+
+def by_name(assignment: Assignment) -> dict[str, Readings]:
+    """The names of (x, y) = (1, 2), and the value of each; {} of what is no tuple."""
+    names = assignment.name.strip("()").split(",") if assignment.name.startswith("(") else []
+    values = next((v for v in assignment.value if isinstance(v, Sequence) and v.kind == "tuple"), None)
+    if values is None or len(set(names)) < len(names) or len(names) != len(values.items):
+        return {}
+    return dict(zip(names, values.items, strict=True))
+
+
+def _in_order_of_axes(assignment: Assignment) -> Assignment:
+    """(y, x) = (2, 1) as (x, y) = (1, 2): a tuple without names is of coordinates in their order."""
+    named = by_name(assignment)
+    if not named or not set(named) <= set("xyz"):
+        return assignment
+    names = sorted(named)
+    return replace(assignment, value=(Sequence("tuple", tuple(named[name] for name in names)),))
 
 
 def value_of_name_rule(gold: Value, answer: Value, terms: Terms) -> bool:
     """x = 5 is 5. What is no name, as x + y = 5, is only where the gold is a number."""
     assignment, other = (gold, answer) if isinstance(gold, Assignment) else (answer, gold)
     assert isinstance(assignment, Assignment)
-    if not assignment.label and (assignment is gold or not isinstance(other, Quantity) or symbols(other.tree)):
+    is_gold, assignment = assignment is gold, _in_order_of_axes(assignment)
+    if not assignment.label and (is_gold or not isinstance(other, Quantity) or symbols(other.tree)):
         return False
-    if assignment is gold:
+    if is_gold:
         return terms.readings(assignment.value, (other,), terms)
     return terms.readings((other,), assignment.value, terms)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 from llmdistill.verify.answers import algebra
 from llmdistill.verify.answers.terms import Terms, same_trees, times
 from llmdistill.verify.answers.tree import Node, operations, walk
-from llmdistill.verify.answers.unit_tables import COMPASS
+from llmdistill.verify.answers.unit_tables import COMPASS, UNITS
 from llmdistill.verify.answers.units import Unit, turned
 from llmdistill.verify.answers.values import Digits, Quantity, Ratio, Residue, Sizes, Time, Value
 
@@ -32,10 +33,22 @@ def quantity_rule(gold: Quantity, answer: Quantity, terms: Terms) -> bool:
 
 
 def _both_units(gold: Quantity, ours: Unit, answer: Quantity, theirs: Unit, terms: Terms) -> bool:
+    if turned(ours.polarity) != turned(theirs.polarity) and not (ours.polarity and theirs.polarity):
+        directed, other = (theirs, gold) if turned(theirs.polarity) else (ours, answer)
+        if _reversed(directed) and _is_negative(other):
+            return _turned_round(gold, ours, answer, theirs, terms)
     if ours.polarity != theirs.polarity and (ours.polarity and theirs.polarity or turned(theirs.polarity)):
         return False
-    if ours.words and theirs.words and not ours.words & theirs.words:
+    if ours.words and theirs.words and not (ours.words <= theirs.words or theirs.words <= ours.words):
         return False
+    if {unit.dimensions for unit in (ours, theirs)} == _ANGLES:
+        sides = [
+            Node("degrees", (times(q.tree, unit.factor),)) if unit.dimensions == (("angle", 1),) else q.tree
+            for q, unit in ((gold, ours), (answer, theirs))
+        ]
+        return same_trees(sides[0], sides[1], terms)
+    if {unit.dimensions for unit in (ours, theirs)} == {(("sterling", 1),), UNITS["pound"][0]}:
+        return UNITS["pound"][1] in (ours.factor, theirs.factor) and same_trees(gold.tree, answer.tree, terms)
     if ours.percent != theirs.percent:
         return False
     if ours.dimensions and theirs.dimensions:
@@ -59,6 +72,28 @@ def _both_units(gold: Quantity, ours: Unit, answer: Quantity, theirs: Unit, term
     return same_trees(times(gold.tree, Fraction(counts[0][0])), times(answer.tree, Fraction(counts[1][0])), terms)
 
 
+_ANGLES = {(("angle", 1),), (("radian", 1),)}
+
+
+def _is_negative(quantity: Quantity) -> bool:
+    value = algebra.rational(quantity.tree)
+    return value is not None and value < 0
+
+
+def _reversed(unit: Unit) -> bool:
+    """Whether a unit's direction is what a minus says: a loss, a decrease, below; not the south, and no era."""
+    return turned(unit.polarity) and not unit.polarity & COMPASS
+
+
+def _turned_round(gold: Quantity, ours: Unit, answer: Quantity, theirs: Unit, terms: Terms) -> bool:
+    """A decrease of 10 % for -10 %."""
+    sides = []
+    for quantity, unit in ((gold, ours), (answer, theirs)):
+        tree = Node("minus", (quantity.tree,)) if turned(unit.polarity) else quantity.tree
+        sides.append((Quantity(tree), replace(unit, polarity=frozenset())))
+    return _both_units(sides[0][0], sides[0][1], sides[1][0], sides[1][1], terms)
+
+
 def _is_measured(tree: Node) -> bool:
     """A decimal or a power of ten: a number of physics, behind which C is the coulomb."""
     nodes = list(walk(tree))
@@ -74,6 +109,8 @@ def _squares(unit: Unit) -> int:
 
 def _unit_left_out(quantity: Quantity, unit: Unit, other: Node, terms: Terms, *, by_gold: bool) -> bool:
     """A bare number against one with a unit."""
+    if _reversed(unit) and same_trees(Node("minus", (quantity.tree,)), other, terms):
+        return not _is_negative(quantity)  # a loss of 5 is -5
     if by_gold and turned(unit.polarity):
         return False
     if not by_gold and unit.polarity & COMPASS:

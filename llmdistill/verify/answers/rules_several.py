@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import permutations
 
+from llmdistill.verify.answers.rules_named import by_name
 from llmdistill.verify.answers.terms import Terms
 from llmdistill.verify.answers.values import Assignment, Matrix, Permutation, Readings, Sequence, System, Value
 
@@ -83,12 +84,10 @@ def system_as_tuple_rule(gold: Value, answer: Value, terms: Terms) -> bool:
     """x = 1, y = 2 is (x, y) = (1, 2)."""
     system, tuple_ = (gold, answer) if isinstance(gold, System) else (answer, gold)
     assert isinstance(system, System) and isinstance(tuple_, Assignment)
-    names = tuple_.name.strip("()").split(",")
-    by_name = {part.name: part for part in system.parts}
-    values = next((value for value in tuple_.value if isinstance(value, Sequence) and value.kind == "tuple"), None)
-    if values is None or set(names) != set(by_name) or len(names) != len(values.items):
+    named = by_name(tuple_)
+    if named.keys() != {part.name for part in system.parts}:
         return False
-    return all(terms.readings(by_name[n].value, item, terms) for n, item in zip(names, values.items, strict=True))
+    return all(terms.readings(part.value, named[part.name], terms) for part in system.parts)
 
 
 def matrix_rule(gold: Matrix, answer: Matrix, terms: Terms) -> bool:

@@ -1,4 +1,4 @@
-r"""Texts of several answers: lists, tuples, sets, systems of named values, matrices, cases, permutations, ratios."""
+r"""Texts of several answers: lists, tuples, sets, systems of named values, permutations, ratios."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from collections.abc import Callable
 
 from llmdistill.verify.answers.algebra import rational
 from llmdistill.verify.answers.expression import parse
-from llmdistill.verify.answers.notation import TEXT, split_top, unwrap
-from llmdistill.verify.answers.values import Assignment, Matrix, Permutation, Ratio, Readings, Sequence, System, Value
+from llmdistill.verify.answers.notation import TEXT, split_top
+from llmdistill.verify.answers.values import Assignment, Permutation, Ratio, Readings, Sequence, System, Value
 
 _JOINER = re.compile(
     rf",? ?(?:{TEXT}\{{\s*,?\s*(?:and|or|und|et|y)\s*,?\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\lor(?![A-Za-z]))"
-)
-_MATRIX = re.compile(
-    r"(?:\(|\[|\\lbrack|\||\\\{)? ?\\begin ?\{(?P<kind>[pbvBV]?(?:small)?matrix|array|cases|aligned|gathered)\} ?"
-    r"(?:\{[^{}]{0,20}\})?(?P<body>.*)"
-    r"\\end ?\{(?P=kind)\} ?(?:\)|\]|\|)?(?P<transposed> ?\^ ?\{? ?T ?\}?)?",
-    re.S,
 )
 MOST = 200
 Reader = Callable[[str], Readings]
@@ -48,7 +42,7 @@ def read_sequence(text: str, read: Reader) -> list[Value]:
         return [Sequence("list", tuple(read(sign) for sign in signs))]
     if len(parts) < 2:
         return []
-    return _system(parts, read) or _sequence("list", parts, read)
+    return system_of(parts, read) or _sequence("list", parts, read)
 
 
 def _sequence(kind: str, parts: list[str], read: Reader) -> list[Value]:
@@ -116,7 +110,7 @@ def _both_signs(text: str) -> list[str]:
     return [re.sub(r"^\+ ?", "", f.strip()) for f in found]
 
 
-def _system(parts: list[str], read: Reader) -> list[Value]:
+def system_of(parts: list[str], read: Reader) -> list[Value]:
     found: list[Assignment] = []
     for part in parts:
         named = [value for value in read(part) if isinstance(value, Assignment) and value.label]
@@ -152,36 +146,3 @@ def read_permutation(text: str) -> Permutation | None:
         step = dict(zip(points, points[1:] + points[:1], strict=True))
         moves = {p: step.get(moves.get(p, p), moves.get(p, p)) for p in {*moves, *points}}
     return Permutation(tuple(sorted((a, b) for a, b in moves.items() if a != b)))
-
-
-def read_matrix(text: str, read: Reader) -> list[Value]:
-    match = _MATRIX.fullmatch(text)
-    if not match:
-        return []
-    kind = match["kind"]
-    rows = [
-        row.strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["body"].replace(r"\hline", ""))
-    ]
-    rows = [row for row in rows if row]
-    if kind in ("cases", "aligned", "gathered") or text.startswith(r"\{"):
-        return _cases(rows, read)
-    cells = tuple(tuple(read(cell.strip()) for cell in split_top(row, "&")) for row in rows)
-    if not cells or len({len(row) for row in cells}) > 1 or not all(cell for row in cells for cell in row):
-        return []
-    if match["transposed"]:
-        cells = tuple(zip(*cells, strict=True))
-    determinant = kind in ("vmatrix", "Vmatrix") or text.startswith("|")
-    return [Matrix("determinant" if determinant else "matrix", cells)]
-
-
-def _cases(rows: list[str], read: Reader) -> list[Value]:
-    rows = [row.strip(" ,;") for row in rows]
-    plain = [row.replace("&", "") for row in rows]
-    system = _system(plain, read)
-    if system:
-        return system
-    cells = [[cell for cell in split_top(row, r"&|,") if cell] for row in rows]
-    read_cells = tuple(
-        tuple(read(re.sub(r"^(?:if|for|when|otherwise) ", "", unwrap(cell)).strip()) for cell in row) for row in cells
-    )
-    return [Matrix("cases", read_cells)] if read_cells and all(cell for row in read_cells for cell in row) else []

@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 CONSTANTS = frozenset({"e", "i"})
+BINDERS = frozenset({"series", "product_over", "integral", "limit"})  # variable, low, high, body
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def all_symbols(tree: Node) -> frozenset[str]:
     """The free symbols, e and i among them."""
     if tree.op == "symbol":
         return frozenset({tree.name})
-    if tree.op in ("series", "product_over"):
+    if tree.op in BINDERS:
         index, low, high, body = tree.args
         return (all_symbols(body) - {index.name}) | all_symbols(low) | all_symbols(high)
     return frozenset().union(*map(all_symbols, tree.args)) if tree.args else frozenset()
@@ -64,5 +65,7 @@ def substituted(tree: Node, name: str, by: Node) -> Node:
     if tree.op == "symbol":
         return by if tree.name == name else tree
     if not tree.args:
+        return tree
+    if tree.op in BINDERS and tree.args[0].name == name:
         return tree
     return Node(tree.op, tuple(substituted(arg, name, by) for arg in tree.args), tree.name, tree.value, tree.places)

@@ -32,7 +32,7 @@ mg | 1/1000 | mass | milligram
 t | 1000000 | mass | tonne
 lb | 45359237/100000 | mass | lbs pound
 oz | 45359237/1600000 | mass | ounce
-ton | 45359237/50 | mass |
+ton | 45359237/50 | mass | tons
 s | 1 | time | sec second secs
 ms | 1/1000 | time | millisecond
 μs | 1/1000000 | time | microsecond
@@ -90,6 +90,10 @@ MeV | 1/6241509074460762 | mass length^2 time^-2 | mev
 W | 1000 | mass length^2 time^-3 | watt watts
 kW | 1000000 | mass length^2 time^-3 | kilowatt kilowatts kw
 MW | 1000000000 | mass length^2 time^-3 | megawatt
+Wh | 3600000 | mass length^2 time^-2 |
+kWh | 3600000000 | mass length^2 time^-2 | kwh kilowatthour
+cal | 4184 | mass length^2 time^-2 | calorie calories
+kcal | 4184000 | mass length^2 time^-2 | kilocalorie
 mW | 1 | mass length^2 time^-3 | milliwatt
 Pa | 1000 | mass length^-1 time^-2 | pascal pa
 kPa | 1000000 | mass length^-1 time^-2 | kpa
@@ -156,8 +160,22 @@ plain: faster
 plain: slower
 turned: before
 plain: after
-plain: discount
+plain: discount off
 plain: markup
+plain: right
+plain: leftward leftwards
+plain: heavier
+plain: lighter
+plain: larger bigger
+plain: smaller
+plain: hotter warmer
+plain: colder cooler
+plain: deeper
+plain: shallower
+plain: cheaper
+plain: dearer costlier
+plain: credit
+plain: debit
 """
 
 
@@ -182,7 +200,7 @@ POLARITIES = {
 }
 TURNED = frozenset(line.split()[1] for line in _DIRECTION_TABLE.strip().splitlines() if line.startswith("turned"))
 # Directions and eras: a gold that names one is not met by a bare number.
-COMPASS = word_set("north south east west northeast northwest southeast southwest ad bc")
+COMPASS = word_set("north south east west northeast northwest southeast southwest ad bc compass")
 # One letter, bare behind a blank: "5 m" for 5 metres. Other letters are variables.
 WEAK = word_set("m s g h J N W V K A C L F T H")
 # Names that may follow a number without a blank; "ft" and "in" may be products.
@@ -198,7 +216,8 @@ squared cubed factorial root roots power powers and or than not no none nor neve
 maximum plus minus times over under remainder mod modulo to from between out if infinity lambda half halves
 third thirds quarter fourth fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth
 tenths hundredth hundredths thousandth thousandths millionth hundred thousand million billion trillion
-quadrillion zero one two three four five six seven eight nine ten pi sqrt sin cos tan log ln exp digits digit
+quadrillion quintillion sextillion septillion lakh lakhs crore crores myriad googol point cdot circ
+zero one two three four five six seven eight nine ten pi sqrt sin cos tan log ln exp digits digit
 base is are was equals equal approximately about around roughly nearly almost but wrong incorrect false true
 double twice triple doubled tripled halved inverse reciprocal negative positive divided multiplied million-th
 choose permute for all where undefined

@@ -60,6 +60,7 @@ def parse_unit(text: str, *, wrapped: bool = False, glued: bool = False, head_is
         head_is_number: whether what it stands behind has no symbols of its own.
     """
     text = re.sub(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"\b(above|below) (?:zero|freezing)\b", r"\1", text)
     if re.search(r"\\(?!mu\b|cdot\b|circ\b|Omega\b|text|mathrm|times\b)[A-Za-z]", text):
         return None  # \hbar, \lambda and \infty are no units
     text = re.sub(r"\\Omega\b", "Ω", text).replace("\\", " ").replace("~", " ").strip(" .,")
@@ -160,18 +161,36 @@ def _words(text: str, wrapped: bool, glued: bool) -> Unit | None:
     if not words or len(words) > 12 or set(lower) & NO_UNIT or any(w.endswith("n't") for w in lower):
         return None
     ascii_word = words[0].isascii()
-    if not wrapped and ascii_word and (glued or len(words[0]) < 3) and (words[0] not in UNITS or len(words[0]) < 2):
+    of_it = lower[0] == "of" and len(lower) > 1 and not glued  # "1/2 of the pizza"
+    short = len(words[0]) < 3 and not of_it
+    if not wrapped and ascii_word and (glued or short) and (words[0] not in UNITS or len(words[0]) < 2):
         return None
     if wrapped and len(words) == 1 and len(words[0]) == 1 and words[0] not in UNITS:
         return None
     known, rest = _leading_unit(words)
-    polarity = frozenset(POLARITIES[w] for w in lower if w in POLARITIES)
+    polarity = frozenset(POLARITIES[w] for w in lower if w in POLARITIES) | _side(lower)
     count = next((COUNTS[w] for w in lower if w in COUNTS), 0)
     things = frozenset(
         _singular(w) for w in (r.lower() for r in rest) if w not in FILLER and w not in POLARITIES and w not in COUNTS
     )
     base = known or Unit()
     return Unit(base.dimensions, base.factor, things, polarity, count=count)
+
+
+_OBLIQUE = re.compile(r"\b(north|south|east|west) (?:of|by) (?:due )?(north|south|east|west)\b")
+
+
+def _side(words: list[str]) -> frozenset[str]:
+    """Left, where it is a side and not what remains; and which of two directions is turned towards which."""
+    text = " ".join(words)
+    oblique = _OBLIQUE.search(text)
+    if oblique:
+        return frozenset({oblique.group(), "compass"})
+    return (
+        frozenset({"left"})
+        if re.search(r"\b(?:the|units?|steps?|spaces?|squares?|blocks?) left\b", text)
+        else frozenset()
+    )
 
 
 def _leading_unit(words: list[str]) -> tuple[Unit | None, list[str]]:
