@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmdistill import RolloutConfig

@@ -1,4 +1,4 @@
-"""A denoiser as a view: the trainer's streamed loss is that of the library with whole logits, whatever it is split into.
+"""A denoiser as a view: the trainer's streamed loss is that of the library with whole logits, in any split.
 
 Tolerances are those of float32 sums in another order.
 """
@@ -106,7 +106,7 @@ PROMPTS = [Prompt([5, 6, 7][: 1 + i % 3], "", row=i, completion=tuple(range(10, 
 
 @pytest.mark.parametrize("block_size", [None, 2])
 def test_a_sequence_is_noised_alike_in_any_company(block_size: int | None) -> None:
-    """What one process draws for four rows, two processes draw for two each: masks, weights, and attention on its way."""
+    """What one process draws for four rows, two processes draw for two each: masks, weights, and annealed attention."""
     settings = NoiseSettings(copies=2, anneal_steps=0 if block_size else 9)
     source = Noised(Only("dataset"), Denoiser(99, block_size=block_size), settings, 1)
     together, _ = source.draw(round_of(PROMPTS, [0, 1, 2, 3], 4))
