@@ -4,8 +4,9 @@
 
 The student's text is read by the teacher in its own tokens behind its own template, and both are compared on the
 smallest chunks of text that end at a token of both (:mod:`llmdistill.tokenization.align`). ``objective.method`` says
-how: ``alm`` (the default) matches the chunks' likelihoods on given text, ``chunk_opd`` is on-policy distillation. The
-same methods run behind ``llmdistill.opd``.
+how: ``alm`` (the default) matches the chunks' likelihoods on given text, ``chunk_opd`` is on-policy distillation;
+``p_kl``, ``h_kl`` and ``simct`` also compare what else might have come next, in classes of tokens that both can tell.
+The same methods run behind ``llmdistill.opd``.
 
 Logged: ``teacher/aligned_bytes`` and ``teacher/aligned_rows``, the shares that were aligned; ``inexact_rows``, those
 aligned only when case, accents and spaces are ignored; ``single_chunks``, of one token on either side. A run in which
@@ -21,6 +22,7 @@ from typing import Any
 
 from llmdistill import methods
 from llmdistill.composition.method import Method
+from llmdistill.composition.term import OTHER_TOKENIZER
 from llmdistill.errors import UserError
 from llmdistill.methods import alm
 from llmdistill.pipeline.run import run
@@ -29,6 +31,7 @@ from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.settings import setting
 from llmdistill.training.method_trainer import MethodTrainer
 
+METHODS = ("alm", "chunk_opd", "p_kl", "h_kl", "simct")
 SUMMARY = "Cross-tokenizer distillation: a teacher of any family, compared on chunks of text that both have tokens for."
 
 
@@ -36,7 +39,7 @@ SUMMARY = "Cross-tokenizer distillation: a teacher of any family, compared on ch
 class CrossTokenizerConfig(alm.Settings, DistillationConfig):
     """Settings of cross-tokenizer distillation by ``alm``; another method's: ``llmdistill.methods.config_class``."""
 
-    method: str = setting("alm", "alm (what follows), or chunk_opd")
+    method: str = setting("alm", "alm (what follows), chunk_opd, p_kl, h_kl or simct")
 
     def build(self) -> Method:
         """The composition these settings name."""
@@ -44,7 +47,7 @@ class CrossTokenizerConfig(alm.Settings, DistillationConfig):
 
 
 class CrossTokenizerTrainer(MethodTrainer):
-    """Distils ``teacher`` into ``model``; ``args`` are settings of a method on chunks, ``alm`` or ``chunk_opd``.
+    """Distils ``teacher`` into ``model``; ``args`` are settings of a method on chunks: ``alm`` or another of METHODS.
 
     Example::
 
@@ -56,10 +59,10 @@ class CrossTokenizerTrainer(MethodTrainer):
     """
 
     def __init__(self, model: Any, args: Any, teacher: Any = None, **kwargs: Any) -> None:
-        if not any(ask.kind == "chunks" for term in args.build().terms for ask in term.asks):
+        if not any(ask.kind in OTHER_TOKENIZER for term in args.build().terms for ask in term.asks):
             raise UserError(
                 f"objective.method is {args.method!r}, which compares tokens that student and teacher share. "
-                "Fix: --method alm or chunk_opd; or llmdistill.opd, for a teacher of the student's family."
+                f"Fix: --method {', '.join(METHODS)}; or llmdistill.opd, for a teacher of the student's family."
             )
         super().__init__(model, args, teacher, **kwargs)
 

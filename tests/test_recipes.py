@@ -21,6 +21,9 @@ DOORS = {
     "alm": ("cross_tokenizer", "CrossTokenizerConfig"),
     "alm-cpu": ("cross_tokenizer", "CrossTokenizerConfig"),
     "chunk_opd": ("cross_tokenizer", "CrossTokenizerConfig"),
+    "p_kl": ("cross_tokenizer", "CrossTokenizerConfig"),
+    "h_kl": ("cross_tokenizer", "CrossTokenizerConfig"),
+    "simct": ("cross_tokenizer", "CrossTokenizerConfig"),
 }  # every other one is opd's
 RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
 

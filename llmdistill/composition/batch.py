@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmdistill.composition.term import Groups, Term, consecutive_slices
 from llmdistill.errors import UserError
+from llmdistill.objectives.placed_rows import told_rows
 from llmdistill.objectives.rows import PairedRows, RoutedRows, TeacherRows, TensorRows
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.views import in_context, stacked
@@ -213,7 +214,7 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
         count = float(weights_U.sum()) if weighted else float(len(weights_U))
     weights_N = torch.cat(of_rows) if of_rows else torch.zeros(0)
     if term.group is not None:
-        if weighted:
+        if weighted and not getattr(term.group, "weighs", False):
             raise UserError(
                 f"term {term.name!r} is a loss of groups of rows, and rows have weights, which it would not read. Fix: "
                 "leave data.weight_column and objective.domain_weights out."
@@ -224,15 +225,18 @@ def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, 
 
 
 def with_evidence(term: Term, inputs: TermInputs, texts: Sequence[Text], evidence: TeacherRows) -> TermInputs:
-    """The inputs with the evidence, by which a loss of groups counts them."""
-    count = inputs.count
+    """The inputs with the evidence, by which a loss of groups counts them; rows that it says nothing of weigh none."""
     if term.group is not None:
         counts = tuple(c for text in texts for c in text.rollout.row_counts)
-        count = float(term.group.count(Groups(counts, tuple(map(len, texts)), _tensors(evidence))))
-    return replace(inputs, evidence=evidence, count=count)
+        groups = Groups(counts, tuple(map(len, texts)), _tensors(evidence), inputs.weights_N)
+        return replace(inputs, evidence=evidence, count=float(term.group.count(groups)))
+    told_N = told_rows(evidence)
+    return replace(inputs if told_N is None else inputs.times(told_N), evidence=evidence)
 
 
 def _tensors(evidence: TeacherRows) -> tuple[Tensor, ...]:
+    if isinstance(evidence, PairedRows):
+        return tuple(tensor for part in evidence.parts for tensor in _tensors(part))
     return evidence.tensors if isinstance(evidence, TensorRows) else ()
 
 
@@ -304,9 +308,9 @@ def micro_batches(
             inputs = term_inputs[term.name]
             counts = tuple(c for name in names_here for c in part_texts[name].rollout.row_counts)
             evidence = inputs.evidence[rows]
-            groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here), _tensors(evidence))
             span = slice(row_spans[names_here[0]].start, row_spans[names_here[-1]].stop)
             weights = None if inputs.weights_N is None else inputs.weights_N[rows].to(device)
+            groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here), _tensors(evidence), weights)
             slices.append(Slice(term, evidence, span, weights, groups, totals[term.name]))
         rollout = stacked([text.rollout for text in part_texts.values()], pad_id).to(device)
         batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name], counted))

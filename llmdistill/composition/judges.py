@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llmdistill.composition.batch import Text
-from llmdistill.composition.chunks import ChunkLoss
-from llmdistill.composition.term import Ask, Term
+from llmdistill.composition.chunks import asked_of_chunks
+from llmdistill.composition.term import OTHER_TOKENIZER, Ask, Term
 from llmdistill.objectives.rows import PairedRows, SparseRows, TeacherRows, TensorRows
 from llmdistill.ranks import on_every_rank
 from llmdistill.teachers.base import HiddenTeacher, Teacher
@@ -47,7 +47,7 @@ class RoundEvidence:
         return evidence[0] if len(evidence) == 1 else PairedRows(tuple(evidence))
 
     def _answer(self, term: Term, ask: Ask, name: str, text: Text) -> TeacherRows:
-        if ask.kind == "chunks":
+        if ask.kind in OTHER_TOKENIZER:
             return self._chunks(term, ask, name, text)
         lists_tokens = ask.kind == "top_k"
         first_ask = next((a for a in term.asks if a.kind == "top_k"), ask)  # whose list the others are asked about
@@ -82,11 +82,11 @@ class RoundEvidence:
         return self._evidence[key]
 
     def _chunks(self, term: Term, ask: Ask, name: str, text: Text) -> TeacherRows:
-        judge, loss = self.judges[ask.judge], term.group
-        assert isinstance(judge, ChunkTeacher) and isinstance(loss, ChunkLoss)
-        key = (name, ask, loss.question)
+        judge, question = self.judges[ask.judge], asked_of_chunks(term, ask)
+        assert isinstance(judge, ChunkTeacher)
+        key = (name, ask, question)
         if key not in self._evidence:
-            ask_judge = partial(judge.chunks, text.rollout, text.prompts, loss.question, self.device)
+            ask_judge = partial(judge.answer, text.rollout, text.prompts, question, self.device)
             self._evidence[key] = on_every_rank(ask_judge)
         return self._evidence[key]
 

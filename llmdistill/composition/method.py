@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from llmdistill.composition.term import Ask, Term
+from llmdistill.composition.term import OTHER_TOKENIZER, Ask, Term
 from llmdistill.models.helpers import Factory
 from llmdistill.texts.sources import Only, Source
 
@@ -109,8 +109,12 @@ class Method:
 
     @property
     def asked(self) -> Ask:
-        """What the primary term hears from its judge; of a method without one, the teacher's whole distributions."""
-        return self.primary.asks[0] if self.primary is not None else Ask()
+        """What the primary term hears from its judge; of a method without one, the teacher's whole distributions.
+
+        Of a judge with another tokenizer always chunks, by which alone the student can be measured.
+        """
+        ask = self.primary.asks[0] if self.primary is not None else Ask()
+        return replace(ask, kind="chunks") if ask.kind in OTHER_TOKENIZER else ask
 
     @property
     def top_k(self) -> int:

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from llmdistill.errors import UserError
 from llmdistill.objectives.composed import on_samples
-from llmdistill.objectives.metrics import chunk_metrics, dense_metrics, sampled_metrics, sparse_metrics
+from llmdistill.objectives.metrics import chunk_metrics, class_metrics, dense_metrics, sampled_metrics, sparse_metrics
 
 Support = Literal["teacher", "student", "union"]
 Mean = Literal["token", "sequence", "batch"]
-AskKind = Literal["full", "top_k", "sampled", "chunks"]
-ARGUMENTS: dict[AskKind, int] = {"full": 1, "top_k": 2, "sampled": 2, "chunks": 5}  # tensors of evidence from one judge
+AskKind = Literal["full", "top_k", "sampled", "chunks", "classes"]
+OTHER_TOKENIZER: tuple[AskKind, ...] = ("chunks", "classes")  # what a judge of another tokenizer can say
+# Tensors of evidence from one judge.
+ARGUMENTS: dict[AskKind, int] = {"full": 1, "top_k": 2, "sampled": 2, "chunks": 5, "classes": 3}
 METRICS: dict[AskKind, Callable[..., dict[str, Tensor]]] = {
     "full": dense_metrics,
     "top_k": sparse_metrics,
     "sampled": sampled_metrics,
     "chunks": chunk_metrics,
+    "classes": class_metrics,
 }
 
 
@@ -30,8 +33,9 @@ class Ask:
     """What a term hears from one judge.
 
     ``full``: logits [n, V]; ``top_k``: ids and log-probs [n, K]; ``sampled``: token ids and their log-probs [n];
-    ``chunks``, of a judge with another tokenizer: what :class:`~llmdistill.teachers.chunks.ChunkTeacher` returns. All
-    that a term hears as ``top_k`` is about one list of ids, whoever is asked.
+    ``chunks`` and ``classes``, of a judge with another tokenizer: what the methods of these names of
+    :class:`~llmdistill.teachers.chunks.ChunkTeacher` return; a term on hidden states hears those at the ends of chunks.
+    All that a term hears as ``top_k`` is about one list of ids, whoever is asked.
     """
 
     judge: str = "teacher"
@@ -66,7 +70,8 @@ class Groups:
 
     counts: tuple[int, ...]  # counted rows of every sequence, in row order
     sequences: tuple[int, ...]  # sequences of every text, in the order of the term's texts
-    evidence: tuple[Tensor, ...] = ()  # what the term hears and reads of the rows, where all of that is tensors
+    evidence: tuple[Tensor, ...] = ()  # what of that which the term hears and reads of the rows is tensors
+    weights_N: Tensor | None = None  # of the rows, for a loss that ``weighs`` its groups; None: 1
 
 
 class GroupLoss(Protocol):
@@ -74,6 +79,8 @@ class GroupLoss(Protocol):
 
     So its derivative by those numbers makes a weight for every row, and the weighted numbers have its exact gradient:
     two passes over the projection, and [N, V] logits never exist.
+
+    One that reads the rows' weights has an attribute ``weighs`` that is True; others are refused where there are some.
     """
 
     def values(self, student_logits: Tensor, /, *evidence: Tensor) -> Tensor:

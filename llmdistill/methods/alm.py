@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+from llmdistill.composition.beside import with_labels
 from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.alm import BinaryDivergence, binary_divergence
-from llmdistill.objectives.labels import cross_entropy
 from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.teachers.chunks import Question
-from llmdistill.texts.sources import Only
 
 
 @dataclass
@@ -56,9 +55,4 @@ def build(args: Any) -> Method:
     question = Question(args.debias, args.merge_threshold if args.debias else 0.0)
     vanishes = args.divergence != "binary_ce"
     terms = [Term("chunks", group=ChunkLoss(loss, question), asks=(Ask("teacher", "chunks"),), vanishes=vanishes)]
-    texts = {"main": Only(args.sequences)}
-    if args.ce_weight:
-        on = "main" if args.sequences == "dataset" else "labels"
-        texts.setdefault(on, Only("dataset", optional=True))
-        terms.append(Term("cross_entropy", cross_entropy, (), ("tokens",), on, weight=args.ce_weight))
-    return Method(tuple(terms), texts)
+    return with_labels(terms, args.sequences, args.ce_weight)

@@ -12,14 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llmdistill.composition.beside import with_labels
 from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.alm import chunk_credit
-from llmdistill.objectives.labels import cross_entropy
 from llmdistill.recipe.settings import GREEDY, Conflict, setting
 from llmdistill.teachers.chunks import Question
-from llmdistill.texts.sources import Only
 
 
 @dataclass
@@ -42,8 +41,4 @@ class Settings:
 def build(args: Any) -> Method:
     """A term on chunks of the student's text, and one on the dataset's tokens where it has weight."""
     group, asks = ChunkLoss(chunk_credit, Question()), (Ask("teacher", "chunks"),)
-    terms, texts = [Term("chunks", group=group, asks=asks, on_student=True)], {"main": Only("student")}
-    if args.ce_weight:
-        texts["labels"] = Only("dataset", optional=True)
-        terms.append(Term("cross_entropy", cross_entropy, (), ("tokens",), "labels", weight=args.ce_weight))
-    return Method(tuple(terms), texts)
+    return with_labels([Term("chunks", group=group, asks=asks, on_student=True)], "student", args.ce_weight)

@@ -79,6 +79,13 @@ def chunk_metrics(
     return {**found, "reverse_kl": found["reverse_kl"].masked_fill(chunks < 0, 0.0)}
 
 
+@torch.no_grad()
+def class_metrics(student_logits: Tensor, *_: Tensor) -> dict[str, Tensor]:
+    """{"entropy"} of the student [...]: how far it is from a judge of other tokens, its losses on classes say."""
+    log_s = student_logits.log_softmax(-1, dtype=compute_dtype(student_logits))
+    return {"entropy": _entropy(log_s, log_s.exp())}
+
+
 def kl_k1(student_lp: Tensor, teacher_lp: Tensor) -> Tensor:
     """log S - log T per token sampled from the student: unbiased for KL(S || T), noisy. No gradient."""
     return (student_lp - teacher_lp).detach()

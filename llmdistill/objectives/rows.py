@@ -5,8 +5,9 @@ All are indexable by a slice or an index tensor over rows, so that a batch's row
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,15 @@ class TeacherRows(Protocol):
 
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         """The objective's arguments after the student's logits, cut to these rows and vocab_size tokens."""
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """Rows that are made of others."""
+
+    def over(self, change: Callable[[TeacherRows], TeacherRows]) -> TeacherRows:
+        """The same of ``change(others)``."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +314,8 @@ def as_rows(teacher: Teacher) -> TeacherRows:
         return LogitRows(teacher)
     if isinstance(teacher, RoutedRows | MixtureRows | PairedRows):
         return replace(teacher, parts=tuple(map(as_rows, teacher.parts)))
+    if isinstance(teacher, Nested):
+        return teacher.over(as_rows)
     rows = HiddenRows(*teacher) if isinstance(teacher, tuple) else teacher
     if isinstance(rows, HiddenRows):
         dtype = matmul_dtype(rows.hidden_NH)

@@ -25,7 +25,7 @@ from llmdistill.composition.batch import (
 )
 from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import loss_on
-from llmdistill.composition.term import Term
+from llmdistill.composition.term import OTHER_TOKENIZER, Term
 from llmdistill.models.heads import head_of, hidden_states
 from llmdistill.models.modes import evaluating
 from llmdistill.objectives.projection import Projection
@@ -85,7 +85,7 @@ def comparable(trainer: Run) -> list[Term]:
     """The terms that a judge in the student's place would make 0: they read logits, and nothing that a survey derives
     from a whole round."""
     every = [t for t in trainer.method.terms if t.asks and t.vanishes and not isinstance(t.text, tuple)]
-    every = [t for t in every if all(ask.kind != "chunks" for ask in t.asks)]  # those ask about other tokens
+    every = [t for t in every if all(ask.kind not in OTHER_TOKENIZER for ask in t.asks)]  # those ask about other tokens
     return [t for t in every if t.hidden is None and set(t.reads) <= ROW_READS.keys()]
 
 

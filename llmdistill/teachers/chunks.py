@@ -2,7 +2,7 @@
 
 It may be any teacher whose tokenizer is at hand: in this process, vLLM, a service, or stored. It is sent ids of its own
 (:mod:`llmdistill.texts.retokenized`) and its log-probabilities are summed by chunk. What is asked of whole
-distributions (how likely a word is to end there) only one in this process can say.
+distributions (how likely a word is to end there, what else may come next) only one in this process can say.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.objectives.alm import chunk_sums, merged
-from llmdistill.objectives.rows import TensorRows
-from llmdistill.teachers.base import DenseTeacher, Teacher, TeacherInfo, is_live
+from llmdistill.objectives.classes import Classes
+from llmdistill.objectives.placed_rows import ClassedRows, PlacedRows
+from llmdistill.objectives.rows import PairedRows, TeacherRows, TensorRows
+from llmdistill.teachers.base import DenseTeacher, HiddenTeacher, Teacher, TeacherInfo, is_live
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.retokenized import Retokenized, Retokenizer, Shares
@@ -35,6 +37,18 @@ class Question:
 
     word_ends: bool = False  # how likely a word is to end at theirs
     merge_threshold: float = 0.0  # chunks that end where that is not likelier go on into the next
+
+
+@dataclass(frozen=True)
+class ClassQuestion:
+    """What comes next, in classes of tokens."""
+
+
+@dataclass(frozen=True)
+class EndQuestion:
+    """Hidden states of these layers where chunks end."""
+
+    layers: tuple[int, ...]
 
 
 class ChunkTeacher:
@@ -54,6 +68,8 @@ class ChunkTeacher:
         self.live = is_live(teacher)
         self.shares = Shares()  # since the beginning
         self.fresh = Shares()  # since they were last logged
+        self._last: tuple[Rollout, Retokenized] | None = None
+        self._rows: tuple[Retokenized, TeacherRows] | None = None
 
     def info(self) -> TeacherInfo:
         return self.teacher.info()
@@ -70,6 +86,20 @@ class ChunkTeacher:
     def _refuse(self, what: str, fix: str) -> NoReturn:
         raise UserError(f"{self.name} {self.info().name!r} {what}. Fix: {fix}.")
 
+    def answer(
+        self,
+        rollout: Rollout,
+        prompts: Sequence[Prompt],
+        question: Question | ClassQuestion | EndQuestion,
+        device: torch.device | str = "cpu",
+    ) -> TeacherRows:
+        """What it says about a text, by what is asked."""
+        if isinstance(question, ClassQuestion):
+            return self.classes(rollout, prompts, device)
+        if isinstance(question, EndQuestion):
+            return self.ends(rollout, prompts, question.layers, device)
+        return self.chunks(rollout, prompts, question, device)
+
     def chunks(
         self, rollout: Rollout, prompts: Sequence[Prompt], question: Question, device: torch.device | str = "cpu"
     ) -> TensorRows:
@@ -84,9 +114,7 @@ class ChunkTeacher:
             UserError: word ends of a teacher elsewhere. How little was aligned is for ``refuse_unaligned``, which all
                 processes call with what they have aligned together.
         """
-        read = self.retokenizer(rollout, prompts, self.name)
-        self.shares.add(read.shares)
-        self.fresh.add(read.shares)
+        read = self._read(rollout, prompts)
         logps_M, ends_M = self._asked(read, question)
         count, own_N, judged_M, before_N = len(read.lasts), read.student_chunks, read.judge_chunks, read.student_before
         ends_C = torch.full((count,), math.nan)
@@ -109,6 +137,68 @@ class ChunkTeacher:
         tensors = (tokens_N, share_N, own_N, torch.where(told_N, before_N, -1), ending_N)
         return TensorRows(tuple(x.to(device) for x in tensors), len(own_N))
 
+    def classes(self, rollout: Rollout, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> TeacherRows:
+        """What it says comes next, where a chunk begins: as classes of tokens that both vocabularies can tell.
+
+        Returns:
+            Of the N rows of the student, log T of the classes [n, K + 1] and the class of its own next token [n] int64.
+            It says nothing of rows within a chunk, and of chunks that begin or spell otherwise than in the same bytes.
+
+        Raises:
+            UserError: a teacher elsewhere.
+        """
+        read, (_, classes_V, same) = self._read(rollout, prompts), self.retokenizer.classes
+        classes = Classes(classes_V, len(same))
+        own_C, judged_C = (first_rows(x, len(read.level)) for x in (read.student_chunks, read.judge_chunks))
+        level = read.level & (own_C >= 0) & (judged_C >= 0)
+        dense = self._dense(read, "compares what comes next")
+        token_classes_M = classes.of(read.rollout.token_rows()).to(device)
+        said = PairedRows((ClassedRows(dense, classes), TensorRows((token_classes_M,), len(token_classes_M))))
+        return PlacedRows(said, _placed(len(read.student_chunks), own_C[level], judged_C[level]))
+
+    def ends(
+        self, rollout: Rollout, prompts: Sequence[Prompt], layers: Sequence[int], device: torch.device | str = "cpu"
+    ) -> TeacherRows:
+        """Its hidden states [n, H] of each of these layers at the last token of every chunk.
+
+        They are at the student's rows that follow a chunk: of those the state is that of the chunk's last token too. Of
+        other rows, and of the end of a text, it says nothing.
+
+        Raises:
+            UserError: a teacher elsewhere.
+        """
+        read = self._read(rollout, prompts)
+        if not isinstance(self.teacher, HiddenTeacher):
+            raise self._elsewhere("a term reads its hidden states")
+        states = tuple(x.to(device) for x in self.teacher.hidden_layers(read.rollout, layers))
+        own_C, judged_C = (first_rows(x, len(read.lasts)) for x in (read.student_before, read.judge_before))
+        known = (own_C >= 0) & (judged_C >= 0)
+        said = TensorRows(states, len(read.judge_before))
+        return PlacedRows(said, _placed(len(read.student_before), own_C[known], judged_C[known]))
+
+    def _read(self, rollout: Rollout, prompts: Sequence[Prompt]) -> Retokenized:
+        """The text in its tokens. What several terms ask of one text is read, and counted, once."""
+        if self._last is None or self._last[0] is not rollout:
+            read = self.retokenizer(rollout, prompts, self.name)
+            self.shares.add(read.shares)
+            self.fresh.add(read.shares)
+            self._last, self._rows = (rollout, read), None
+        return self._last[1]
+
+    def _dense(self, read: Retokenized, why: str) -> TeacherRows:
+        """Its whole distributions, for all that is asked of one text."""
+        if not isinstance(self.teacher, DenseTeacher):
+            raise self._elsewhere(why)
+        if self._rows is None or self._rows[0] is not read:
+            self._rows = read, self.teacher.dense(read.rollout)
+        return self._rows[1]
+
+    def _elsewhere(self, why: str) -> UserError:
+        return UserError(
+            f"the method {why} of {self.name} {self.info().name!r}, which takes a model in this process. "
+            "Fix: teacher.model with engine hf, or --method chunk_opd."
+        )
+
     def _asked(self, read: Retokenized, question: Question) -> tuple[Tensor, Tensor]:
         """log T of every token of the judge, and of a word's end just before it, [M] float32 on the CPU each."""
         if not question.word_ends:
@@ -120,7 +210,7 @@ class ChunkTeacher:
                 f"objective.debias asks {self.name} {self.info().name!r} how likely words end, which takes whole "
                 "distributions, and it is not a model in this process. Fix: --debias false, or teacher.model."
             )
-        rows, tokens_M = self.teacher.dense(read.rollout), read.rollout.token_rows()
+        rows, tokens_M = self._dense(read, "asks how likely words end"), read.rollout.token_rows()
         logps, ends = [torch.zeros(0)], [torch.zeros(0)]
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, len(rows)))
@@ -153,12 +243,26 @@ class ChunkTeacher:
     def numbers(self) -> dict[str, tuple[float, float]]:
         """What was aligned since this was last asked: name -> (sum, count)."""
         s, self.fresh = self.fresh, Shares()
+        self._last = self._rows = None  # the round is asked about
         return {
             "aligned_bytes": (s.aligned_bytes, s.bytes),
             "aligned_rows": (s.aligned_sequences, s.sequences),
             "inexact_rows": (s.inexact_sequences, s.sequences),
             "single_chunks": (s.single, s.chunks),
         }
+
+
+def first_rows(chunks_N: Tensor, chunks: int) -> Tensor:
+    """The first row of every chunk, [C] int64; -1: it has none. Of [N] that are -1, or the number of a row's chunk."""
+    rows = torch.arange(len(chunks_N))
+    known_N = chunks_N >= 0
+    first_C = torch.full((chunks,), len(chunks_N)).scatter_reduce(0, chunks_N[known_N], rows[known_N], "amin")
+    return torch.where(first_C < len(chunks_N), first_C, -1)
+
+
+def _placed(count: int, rows: Tensor, places: Tensor) -> Tensor:
+    """[count] int64: ``places`` at these rows, -1 elsewhere."""
+    return torch.full((count,), -1).index_put((rows,), places)
 
 
 def _renumbered(chunks_N: Tensor, into_C: Tensor) -> Tensor:

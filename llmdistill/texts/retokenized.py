@@ -21,8 +21,10 @@ from llmdistill.texts.chat import PROBE, ChatTemplate
 from llmdistill.texts.rollout import Prompt, Reading, Rollout, collate
 from llmdistill.texts.seam import behind, text_ids
 from llmdistill.tokenization.align import Spelling, align, behind_front, spell, substituted
+from llmdistill.tokenization.classes import shared_classes
+from llmdistill.tokenization.compare import special_ids
 from llmdistill.tokenization.marks import THINK_TAGS, think_tags
-from llmdistill.tokenization.token_bytes import END, END_THINK, MARK, THINK, UNKNOWN, table_of
+from llmdistill.tokenization.token_bytes import END, END_THINK, MARK, THINK, UNKNOWN, TokenTable, table_of
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Retokenized:
     student_before: Tensor  # [N] int64: the chunk that ends just before each row, -1: none
     judge_before: Tensor  # [M] int64
     lasts: Tensor  # [C] bool: the last chunk of its sequence
+    level: Tensor  # [C] bool: where it begins, both sides say what comes next in the same bytes
     shares: Shares
 
 
@@ -79,11 +82,13 @@ class Retokenizer:
     ) -> None:
         self.judge, self.template, self.pad_id = judge, template, pad_id
         self.student = student
+        self._classes: tuple[TokenTable, tuple[Tensor, Tensor, Tensor]] | None = None
         self.student_ends_at(student_ends)
         self.end = self._end_of_turn()
         ends = [i for i in (self.end, judge.eos_token_id) if i is not None]
         self.judge_table = table_of(judge).marked(dict.fromkeys(ends, END))
         self.student_tags, self.judge_tags = think_tags(student), think_tags(judge)
+        self.other_tags = [THINK, END_THINK] if self.student_tags != self.judge_tags else []  # spelled unlike
 
     def student_ends_at(self, ids: Collection[int]) -> None:
         """Which ids end the student's turns."""
@@ -93,6 +98,21 @@ class Retokenizer:
         token = self.template.closing.token if self.template.source else None
         found = self.judge.eos_token_id if token is None else self.judge.convert_tokens_to_ids(token)
         return None if found is None else int(found)  # type: ignore[arg-type]
+
+    @property
+    def classes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What both sides can tell a next token to be (:func:`~llmdistill.tokenization.classes.shared_classes`):
+        the class of every id of the student, of the judge, and [K] whether it is the same token."""
+        if self._classes is None or self._classes[0] is not self.student_table:
+            own = self._with_tags(self.student_table, self.student_tags)
+            other = self._with_tags(self.judge_table, self.judge_tags)
+            special = special_ids(self.student), special_ids(self.judge)
+            self._classes = self.student_table, shared_classes(own, other, special)
+        return self._classes[1]
+
+    def _with_tags(self, table: TokenTable, tags: tuple[str, ...]) -> TokenTable:
+        ids = (table.ids_by_units.get(tuple(tag.encode())) for tag in tags)
+        return table.marked({i: unit for i, unit in zip(ids, (THINK, END_THINK), strict=False) if i is not None})
 
     @cached_property
     def lead(self) -> str:
@@ -106,7 +126,7 @@ class Retokenizer:
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Prompt], name: str) -> Retokenized:
         """The sequences of a rollout as the judge ``name`` reads them."""
-        heads, tails, lasts = [], [], list[bool]()
+        heads, tails, lasts, level = [], [], list[bool](), list[bool]()
         own, other = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
         shares, chunks = Shares(), 0
         before = rollout.attention_mask.long().argmax(1).tolist()
@@ -128,12 +148,12 @@ class Retokenizer:
             other.append(_rows(judged, torch.arange(len(judged)) >= len(written.head), chunks))
             chunks += written.count
             lasts += [False] * (written.count - 1) + [True] * (written.count > 0)
+            level += written.level
             shares.add(written.shares)
         read = collate(heads, tails, pad_id=self.pad_id, domain=rollout.domain, policy_version=rollout.policy_version)
         (student, student_before), (judge, judge_before) = (map(torch.cat, zip(*x, strict=True)) for x in (own, other))
-        return Retokenized(
-            read, student, judge, student_before, judge_before, torch.tensor(lasts, dtype=torch.bool), shares
-        )
+        marks = (torch.tensor(flags, dtype=torch.bool) for flags in (lasts, level))
+        return Retokenized(read, student, judge, student_before, judge_before, *marks, shares)
 
     def sequence(
         self, ids: np.ndarray, counted: np.ndarray, reading: Reading | None, *, predicted: bool, thinking: bool = False
@@ -154,34 +174,39 @@ class Retokenizer:
         head, tail, front = self._tokens(self._in_judges_tags(raw), reading, thinking)
         if closed and self.end is not None:
             tail = [*tail, self.end]
-        judged = behind_front(spell(tail, self.judge_table, whole=True), front)
+        judged = spell(tail, self.judge_table, whole=True)
+        astride = front > 0 and 2 * front not in judged.ends  # a token begins in the template and ends in the content
+        judged = behind_front(judged, front)
         skip = int((judged.ends <= 0).sum())  # tokens of the template alone
         head, tail = [*head, *tail[:skip]], tail[skip:]
         judged = Spelling(judged.units, judged.ends[skip:])
         if closed and self.end is None:  # what the judge cannot say is in no chunk
             spelled = Spelling(spelled.units[:-1], spelled.ends[:-1])
-        found = align(self._marked(spelled, self.student_tags), self._marked(judged, self.judge_tags))
+        marked = self._marked(spelled, self.student_tags)
+        found = align(marked, self._marked(judged, self.judge_tags))
         own, other = (np.full(n, -1, dtype=np.int64) for n in (len(ids), len(tail)))
         shares.template_tokens = len(head)
         if found.reason:
             shares.reasons[found.reason] += 1
         if not found.aligned and len(ids):
-            return Written(head, tail, own, other, 0, shares)
+            return Written(head, tail, own, other, [], shares)
         shares.aligned_sequences, shares.inexact_sequences = 1, int(not found.exact)
-        number, starts = 0, (0, 0)
+        level, starts = list[bool](), (0, 0)
+        put_before = len(spell(ids, self.student_table, whole=True).units) > len(spell(ids, self.student_table).units)
         for stops in zip(found.student_ends.tolist(), found.teacher_ends.tolist(), strict=True):
             rows, judged_rows = (slice(a, b) for a, b in zip(starts, stops, strict=True))
             starts = stops
             known = counted[rows].all() and (predicted or rows.start > 0) and (bool(head) or judged_rows.start > 0)
             if not known:  # what the loss leaves out, or what nothing stands before
                 continue
-            own[rows], other[judged_rows] = number, number
-            number += 1
+            own[rows], other[judged_rows] = len(level), len(level)
             shares.single += int(stops[0] - rows.start == 1 and stops[1] - judged_rows.start == 1)
             last, first = int(spelled.ends[stops[0] - 1]), int(spelled.ends[rows.start - 1]) if rows.start else 0
             shares.aligned_bytes += int((spelled.units[first // 2 : last // 2] < MARK).sum())
-        shares.chunks = number
-        return Written(head, tail, own, other, number, shares)
+            shifted = rows.start == 0 and (put_before or astride)
+            level.append(found.exact and not shifted and not self._is_tag(marked, rows))
+        shares.chunks = len(level)
+        return Written(head, tail, own, other, level, shares)
 
     # ---------------------------------------------------------------- the judge's tokens
 
@@ -221,6 +246,14 @@ class Retokenizer:
                 ids += text_ids(self.judge, piece, special=False)
         return ids
 
+    def _is_tag(self, marked: Spelling, tokens: slice) -> bool:
+        """Whether these tokens spell a tag of thoughts that the judge spells in another way."""
+        if not self.other_tags:
+            return False
+        first = int(marked.ends[tokens.start - 1]) // 2 if tokens.start else 0
+        units = marked.units[first : int(marked.ends[tokens.stop - 1]) // 2]
+        return bool(np.isin(units, self.other_tags).any())
+
     def _in_judges_tags(self, raw: bytes) -> bytes:
         for own, other in zip(self.student_tags, self.judge_tags, strict=False):
             raw = raw.replace(own.encode(), other.encode())
@@ -240,8 +273,12 @@ class Written:
     tail: list[int]
     student_chunks: np.ndarray  # [tokens of the student's content]
     judge_chunks: np.ndarray  # [tail]
-    count: int
+    level: list[bool]  # of the chunks
     shares: Shares
+
+    @property
+    def count(self) -> int:
+        return len(self.level)
 
 
 def _known(spelling: Spelling) -> Spelling:

@@ -21,6 +21,11 @@ class Comparison:
     teacher_only: int
     same_splits: bool  # a probe text becomes the same ids
 
+    @property
+    def alike(self) -> bool:
+        """Every id of either is the same token to the other, and a text becomes the same ids."""
+        return not (self.differing or self.student_only or self.teacher_only) and self.same_splits
+
 
 def compare_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Comparison:
     """Compares token strings and special marks id by id."""

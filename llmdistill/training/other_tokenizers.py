@@ -10,8 +10,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from llmdistill.composition.chunks import ChunkLoss
+from llmdistill.composition.classes import InClasses
 from llmdistill.composition.method import Method
+from llmdistill.composition.term import OTHER_TOKENIZER
 from llmdistill.errors import UserError
+from llmdistill.objectives.classes import Classes
 from llmdistill.recipe.config import DataConfig
 from llmdistill.record.meters import Meters
 from llmdistill.teachers.base import Teacher
@@ -42,9 +45,9 @@ def with_chunks(
     found = dict(judges)
     for name, judge in judges.items():
         asks = [ask for _, ask in method.asks_of(name)]
-        if not any(ask.kind == "chunks" for ask in asks) or isinstance(judge, ChunkTeacher):
+        if not any(ask.kind in OTHER_TOKENIZER for ask in asks) or isinstance(judge, ChunkTeacher):
             continue
-        if tokens := [ask.kind for ask in asks if ask.kind != "chunks"]:
+        if tokens := [ask.kind for ask in asks if ask.kind not in OTHER_TOKENIZER]:
             raise UserError(
                 f"the method asks {name} about chunks and about its {tokens[0]} tokens, which only a teacher of the "
                 "student's tokenizer has. Fix: another judge for one of the two."
@@ -57,7 +60,7 @@ def with_chunks(
         if isinstance(judge, RoutedTeacher | EnsembleTeacher):
             raise UserError(f"{name} is several teachers, and chunks are asked of one. Fix: one teacher.")
         other = tokenizer_of(judge, name)
-        if not compare_tokenizers(tokenizer, other).differing:
+        if compare_tokenizers(tokenizer, other).alike:
             logger.warning(
                 "%s %r has the student's tokenizer: every token is a chunk. A method on whole distributions "
                 "(llmdistill.opd) learns more from it",
@@ -86,13 +89,17 @@ def widths(judges: Mapping[str, Teacher]) -> list[int]:
 
 
 def bind(method: Method, judges: Mapping[str, Teacher], ends: Collection[int]) -> None:
-    """Tells judges what ends the student's turns, and losses which of its tokens begin words."""
+    """Tells judges what ends the student's turns, and losses which of its tokens begin words, and their classes."""
     for name, judge in judges.items():
         if isinstance(judge, ChunkTeacher):
             judge.retokenizer.student_ends_at(ends)
             for term, _ in method.asks_of(name):
                 if isinstance(term.group, ChunkLoss):
                     term.group.bind(judge.retokenizer.student_table)
+                for loss in (term.loss, term.group):
+                    if isinstance(loss, InClasses):
+                        own, _, same = judge.retokenizer.classes
+                        loss.bind_classes(Classes(own, len(same)), same)
 
 
 def check_alignment(trainer: Trainer, judges: Mapping[str, Teacher]) -> None:

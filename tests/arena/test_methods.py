@@ -18,7 +18,8 @@ from llmdistill import methods as compositions
 from llmdistill.teachers.local import LocalTeacher
 
 CELLS = ["distillm2", "sampled_f", "vopd", "tip", "entropy_aware", "selected", "layers", "context", "opsd", "sdpo"]
-ACROSS_TOKENIZERS = {"alm", "chunk_opd"}  # they need a track with two tokenizers, and are nothing new on one
+# They need a track with two tokenizers, and are nothing new on one.
+ACROSS_TOKENIZERS = {"alm", "chunk_opd", "p_kl", "h_kl", "simct"}
 
 
 class Curve(TrainerCallback):

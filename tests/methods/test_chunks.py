@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,46 @@ def test_gradients_do_not_depend_on_micro_batches_or_padding(tmp_path: Path, cas
         other, found = rounds.gradients(t, text(t, **padding), parts)
         assert other == pytest.approx(loss, rel=1e-5, abs=1e-8)
         rounds.assert_same(found, whole, 5e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "debiased"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_chunks_weigh_what_their_rows_do(tmp_path: Path, case: str, parts: int) -> None:
+    """Weights of domains, of rows, and of tokens: a chunk's is the mean of its rows'; over the sum of all weights."""
+    method, settings, loss = CASES[case]
+    student = tiny.llama(1)
+    t = make(tmp_path, method, student=student, **settings)
+    t.args.domain_weights = {"maths": 3.0}
+    given, twin = text(t), copy.deepcopy(student).double()
+    lengths = given.rollout.row_counts
+    token_weights = tuple(0.5 + (k % 3) for k in range(lengths[1]))
+    weights = [1.0, token_weights, 0.25, 0.0]
+    domains = ["maths", None, "other", None]
+    given.prompts = [replace(p, weight=w, domain=d) for p, w, d in zip(given.prompts, weights, domains, strict=True)]
+    s, o = by_hand(t, given, twin, word_ends=bool(t.method.terms[0].group.question.word_ends))
+    expected_weights = []
+    for b, (weight, domain) in enumerate(zip(weights, domains, strict=True)):
+        chunks = chunk_rows(t, given, b)
+        of_rows = torch.tensor(weight if isinstance(weight, tuple) else [weight] * lengths[b])
+        expected_weights += [float(of_rows[rows].mean()) * (3.0 if domain == "maths" else 1.0) for rows in chunks]
+    w = torch.tensor(expected_weights, dtype=torch.float64)
+    assert len(w) == len(s) and len(set(expected_weights)) > 4
+    expected = (w * loss(s, o)).sum() / w.sum()
+    value, found = rounds.gradients(t, given, parts)
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4)
+    twin.zero_grad()
+    expected.backward()
+    rounds.assert_same(found, {n: p.grad.float() for n, p in twin.named_parameters() if p.grad is not None}, 1e-4)
+
+
+def chunk_rows(t: Any, given: Text, b: int) -> list[slice]:
+    """The student's rows of every chunk of a sequence."""
+    judge = t.judges["teacher"].retokenizer
+    tail = given.rollout.input_ids[b][given.rollout.attention_mask[b]].tolist()[len(given.prompts[b].ids) :]
+    content = [i for i in tail if i != t.encode.tokenizer.eos_token_id]
+    written = bytes(u for i in content for u in table_of(t.encode.tokenizer).units[i]).decode()
+    judged = [*vocabularies.encode(judge.judge, written), *([judge.judge.eos_token_id] if tail != content else [])]
+    return [a for a, _ in align_chunks(tail, judged, t.encode.tokenizer, judge.judge)]
 
 
 @pytest.mark.parametrize("case", ["plain", "credit", "debiased"])
