@@ -32,3 +32,17 @@ class DiffusionValue(nn.Module):
         states = base(input_ids=input_ids, attention_mask=given, position_ids=positions).last_hidden_state
         values: Tensor = self.head(states.float()).squeeze(-1)
         return values
+
+
+class ValueHead(nn.Module):
+    """V of states [N, H] -> [N] of a student that is trained beside it: normalised, then a linear map from zero."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        normalised = nn.functional.layer_norm(states.float(), states.shape[-1:])
+        values: Tensor = self.head(normalised).squeeze(-1)
+        return values

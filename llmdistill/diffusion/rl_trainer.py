@@ -1,0 +1,127 @@
+"""DiffusionRLTrainer: reinforcement of a masked diffusion student, over the one loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmdistill.composition.batch import Text
+from llmdistill.diffusion.reinforced import Reinforced
+from llmdistill.diffusion.rl_stage import LAST, DiffusionRLConfig
+from llmdistill.diffusion.trainers import MaskedDiffusionTrainer
+from llmdistill.errors import UserError
+from llmdistill.models.heads import head_of
+from llmdistill.models.layers import captured
+from llmdistill.models.passes import at_head, batches_of
+from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.views import View
+from llmdistill.training.rewards import Reward, load_reward, task_rewards
+
+
+class DiffusionRLTrainer(MaskedDiffusionTrainer):
+    """Trains ``model`` on what its own completions are worth.
+
+    Args:
+        args: a :class:`~llmdistill.diffusion.rl_stage.DiffusionRLConfig`.
+        reward: a function with TRL's signature, which goes before ``args.reward``.
+        process_reward: likewise, that returns a number for each token of every completion.
+
+    Example::
+
+        args = DiffusionRLConfig(output_dir="run", rollouts=RolloutConfig(samples_per_prompt=8, max_new_tokens=64))
+        DiffusionRLTrainer("student", args, reward=math_reward, train_dataset=rows_with_answers).train()
+
+    Raises:
+        UserError: no reward, and what :class:`~llmdistill.diffusion.trainers.MaskedDiffusionTrainer` raises.
+    """
+
+    args: DiffusionRLConfig  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        model: Any,
+        args: DiffusionRLConfig,
+        teacher: Any = None,
+        *,
+        reward: Reward | None = None,
+        process_reward: Callable[..., Sequence[Sequence[float]]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if reward is None and not args.reward:
+            raise UserError("objective.reward is empty, and nothing else says what a completion is worth. Fix: math.")
+        reward = reward or load_reward(args.reward)
+        super().__init__(model, args, teacher, reward=reward, **kwargs)
+        if process_reward is None and args.process_reward:
+            process_reward = load_reward(args.process_reward)  # type: ignore[assignment]
+        self.process_reward = process_reward
+        source = self.method.texts["main"]
+        assert isinstance(source, Reinforced)
+        source.rewarded = self._worth
+        source.stepwise = self._worth_of_tokens if process_reward is not None else None
+        source.valued = self._values if args.value else None
+
+    def _rewards(self, text: Text) -> Text:
+        return text  # its slices have their advantages already
+
+    def _worth(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[float]:
+        """The reward of every completion, up to its end; what was written is logged with it."""
+        assert self.reward is not None
+        completions = self._written(rollout)
+        with self.meters.timed("time/reward"):
+            rewards = task_rewards(self.reward, prompts, completions)
+        if len(rewards) != len(rollout):
+            raise UserError(f"the reward returned {len(rewards)} numbers for {len(rollout)} completions")
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise UserError(
+                    f"the reward is {reward} on row {prompt.row}; it must be a finite number. Fix: return 0."
+                )
+        if self.is_world_process_zero() and self._logs_this_step():
+            for prompt, text, reason, reward in zip(prompts, completions, rollout.finish, rewards, strict=True):
+                self.run_folder.add_completion(
+                    step=self.state.global_step + 1,
+                    prompt=prompt.text,
+                    completion=text,
+                    domain=prompt.domain,
+                    finish=reason,
+                    reward=reward,
+                    reverse_kl=[],
+                )
+        return rewards
+
+    def _worth_of_tokens(self, rollout: Rollout, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """What the process reward says, one number for each counted token."""
+        assert self.process_reward is not None
+        counts = rollout.completion_mask.sum(-1).tolist()
+        answers = [p.answer for p in prompts]
+        found = self.process_reward([p.text for p in prompts], self._written(rollout), answer=answers, tokens=counts)
+        rows = [[float(x) for x in row] for row in found]
+        if [len(row) for row in rows] != counts:
+            raise UserError(
+                f"the process reward returned {[len(row) for row in rows][:4]}… numbers for completions of "
+                f"{counts[:4]}… tokens. Fix: one number for each token."
+            )
+        return rows
+
+    @torch.no_grad()
+    def _values(self, noised: Rollout) -> Tensor:
+        """V of every row, [N], by the value head on the student of now."""
+        head, size = head_of(self.model), self.args.per_device_eval_batch_size
+        with self.accelerator.autocast(), captured(self.model, (LAST,)) as states:
+
+            def read(rows_NH: Tensor, view: View, _: None) -> Tensor:
+                return self.helpers["value"](view.rows(states[LAST]))  # type: ignore[no-any-return]
+
+            batches = ((part, None) for part in batches_of(noised, size, self.args.device))
+            return torch.cat(at_head(self.forward_model(), head, batches, read))
+
+    def _written(self, rollout: Rollout) -> list[str]:
+        counted = [ids[mask].tolist() for ids, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]
+        return self.encode.tokenizer.batch_decode(counted, skip_special_tokens=True)
+
+    def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
+        """They were, when they were rewarded: here each would come once for every slice."""
