@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llmdistill.datagen.card import card
+from llmdistill.datagen.cards import card
 from llmdistill.datagen.tell import told
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from llmdistill.datagen.curate import curate
+from llmdistill.datagen.curation import curate
 from llmdistill.datagen.tell import told
 
 

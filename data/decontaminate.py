@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llmdistill.datagen.decontaminate import ALL, decontaminate
+from llmdistill.datagen.decontamination import ALL, decontaminate
 from llmdistill.datagen.tell import told
 
 

@@ -7,6 +7,8 @@
     llmdistill transfer --model M --tokenizer T --out DIR  # another vocabulary, from which training goes on
     llmdistill contamination --train prompts.jsonl       # which benchmark problems are in there
     llmdistill verify answers.jsonl                      # verdicts on completions, with their reasons
+    llmdistill generate --prompts P --teacher M --out F  # traces, resumable call by call
+    llmdistill data run recipes/data/sums.yaml           # a chain: traces, verdicts, pairs, curation, ...
 
 Training has its own front doors (``accelerate launch -m llmdistill.opd``). Nothing heavy is imported before a command
 is known.
@@ -102,6 +104,20 @@ def verify(words: argparse.Namespace, rest: Sequence[str]) -> int:
     return run(rest)
 
 
+def generate(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Traces of prompts, by one or several models."""
+    from llmdistill.datagen.generate_command import run
+
+    return run(rest)
+
+
+def data(words: argparse.Namespace, rest: Sequence[str]) -> int:
+    """A chain of data steps, or one of them."""
+    from llmdistill.datagen.command import run
+
+    return run(rest)
+
+
 def transfer(words: argparse.Namespace, rest: Sequence[str]) -> int:
     """Gives a model another tokenizer."""
     from llmdistill.models.transfer import run
@@ -132,6 +148,8 @@ def parser() -> argparse.ArgumentParser:
         ("contamination", contamination, "find benchmark problems in a training set"),
         ("transfer", transfer, "give a model another tokenizer"),
         ("verify", verify, "judge completions in a file against right answers or tests"),
+        ("generate", generate, "have models write traces of prompts"),
+        ("data", data, "run a chain of data steps, or one: verify, build_pairs, curate, ..."),
     ):
         other = commands.add_parser(name, help=what, add_help=False, allow_abbrev=False)
         other.set_defaults(run_command=command)
@@ -154,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "interrupted" + ("; the same command goes on from here" if words.command == "eval" else ""), file=sys.stderr
+            "interrupted"
+            + ("; the same command goes on from here" if words.command in ("eval", "generate", "data") else ""),
+            file=sys.stderr,
         )
         return 130
 

@@ -58,8 +58,8 @@ def write_traces(file: Path, questions: list[str], count: int, seed: int) -> dic
 
 def step(name: str, source: Path, out: Path, suites: list[str]) -> None:
     """One step in this process; prints its figures."""
-    from llmdistill.datagen.curate import curate
-    from llmdistill.datagen.decontaminate import decontaminate
+    from llmdistill.datagen.curation import curate
+    from llmdistill.datagen.decontamination import decontaminate
 
     start = time.perf_counter()
     if name == "curate":

@@ -8,11 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# public name -> its module in this package. Each is a step, ``step(src, out, **settings) -> Manifest``.
+# public name -> its module in this package, which has another name: importing it would hide the step behind itself.
+# Each is a step, ``step(src, out, **settings) -> Manifest``.
 _HOME: dict[str, str] = {
     "build_pairs": "pairs",
-    "curate": "curate",
-    "decontaminate": "decontaminate",
+    "card": "cards",
+    "compare_teachers": "comparison",
+    "curate": "curation",
+    "decontaminate": "decontamination",
     "export": "exports",
     "generate": "generation",
     "split": "splits",

@@ -131,9 +131,11 @@ class Desk:
             )
 
     def _engine(self, name: str, role: Role) -> Engine:
-        if name not in self._engines:
-            self._engines[name] = role.engine()
-        return self._engines[name]
+        """Opened when it is first asked. Roles that are one model share it."""
+        whose = self._identities[name]
+        if whose not in self._engines:
+            self._engines[whose] = role.engine()
+        return self._engines[whose]
 
 
 class Ask:

@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from llmdistill.datagen.card import card, plot
-from llmdistill.datagen.curate import curate
+from llmdistill.datagen.cards import card, plot
+from llmdistill.datagen.curation import curate
 from llmdistill.datagen.tables import write_rows
 from llmdistill.errors import UserError
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from llmdistill.datagen.curate import curate
+from llmdistill.datagen.curation import curate
 from llmdistill.datagen.tables import read_rows, write_rows
 from llmdistill.errors import UserError
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmdistill.datagen.decontaminate import decontaminate
+from llmdistill.datagen.decontamination import decontaminate
 from llmdistill.datagen.tables import read_rows, write_rows
 from llmdistill.errors import UserError
 

@@ -1,0 +1,154 @@
+"""``llmdistill data run RECIPE``: a chain of steps, of which those that are finished are skipped.
+
+    folder: runs/data/sums                # where files without a path of their own go
+    steps:
+      - generate:
+          from: {source: "reasoning_gym:chain_sum", size: 200, template: boxed}
+          writer: plain
+          roles: {teacher: data/quickstart/teacher}
+          n: 4
+          sampling: {max_new_tokens: 256, temperature: 0.8}
+      - verify: {judge: math}
+      - split: {heldout: 0.2}
+      - build_pairs: {}
+      - curate: {from: verify, steps: [finished, no_loops]}
+
+A step is a function ``step(src, out, **settings) -> Manifest``: one of llmdistill.datagen by its name, or
+package.module:function. ``from`` is a file, a list of files, the name of an earlier step, or (of generate) the
+settings of prompts; without it, the step before. ``out`` is a file; without it FOLDER/NAME.jsonl. ``name`` tells two
+steps of one kind apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmdistill import datagen
+from llmdistill.datagen.prompts import Prompts
+from llmdistill.errors import UserError
+from llmdistill.record.manifest import Manifest, read_manifest
+
+StepFunction = Callable[..., Manifest]
+OURS = ("from", "out", "name")  # settings of the chain, not of the step
+SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step of a chain, with its files."""
+
+    name: str
+    kind: str
+    step: StepFunction
+    source: Any  # files, or settings of prompts
+    out: Path
+    settings: Mapping[str, Any]
+
+    def do(self) -> Manifest:
+        """Does it, unless it is done."""
+        first, second, *_ = inspect.signature(self.step).parameters
+        if second != "out":  # generate has its writer and roles in between
+            return self.step(**{first: self.source, "out": self.out, **self.settings})
+        return self.step(self.source, self.out, **self.settings)
+
+
+def read_chain(recipe: str | Path) -> list[Link]:
+    """The steps of a recipe, checked before any is begun.
+
+    Raises:
+        UserError: no such file, no steps, a step that is not there, a setting that it does not take, two steps of one
+            name or one output, or a source that no step before it makes.
+    """
+    path = Path(recipe)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{recipe} cannot be read: {error.strerror}. Fix: the path of a recipe.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{recipe} is no YAML: {' '.join(str(error).split())}. Fix: mend it.") from error
+    steps = content.get("steps") if isinstance(content, Mapping) else None
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
+        raise UserError(f"{recipe} has no list of steps. Fix: steps: [generate: {{...}}, verify: {{...}}].")
+    if unknown := set(content) - {"folder", "steps"}:
+        raise UserError(f"{recipe} has the unknown key {sorted(unknown)[0]!r}; it takes folder and steps.")
+    folder, links = Path(content.get("folder") or Path("runs") / "data" / path.stem), list[Link]()
+    for number, entry in enumerate(steps, 1):
+        links.append(_link(f"{recipe}, step {number}", entry, folder, links))
+    return links
+
+
+def run_chain(recipe: str | Path, told: Callable[[Link, Manifest, bool], None] = lambda *_: None) -> list[Manifest]:
+    """Does the steps of a recipe in turn.
+
+    Args:
+        told: called with each step, its manifest, and whether it had been done before.
+
+    Raises:
+        UserError: as :func:`read_chain`, or of a step. Those before it are done.
+    """
+    made = []
+    for link in read_chain(recipe):
+        link.out.parent.mkdir(parents=True, exist_ok=True)
+        before = read_manifest(link.out)
+        manifest = link.do()
+        told(link, manifest, manifest == before)
+        made.append(manifest)
+    return made
+
+
+def find_step(kind: str, where: str = "step") -> StepFunction:
+    """A step by the name of its function. Raises UserError where there is none."""
+    module, colon, function = kind.partition(":")
+    try:
+        found = getattr(import_module(module), function) if colon else getattr(datagen, kind)
+    except (ImportError, AttributeError) as error:
+        known = ", ".join(datagen.__all__)
+        raise UserError(
+            f"{where}: there is no step {kind!r}. Fix: one of {known}, or package.module:function."
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+def _link(where: str, entry: Any, folder: Path, before: Sequence[Link]) -> Link:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise UserError(f"{where} is {entry!r}; it must be NAME: {{settings}}. Fix: one step an entry.")
+    ((kind, given),) = entry.items()
+    settings = dict(given or {})
+    step = find_step(str(kind), where)
+    name = str(settings.pop("name", str(kind).rpartition(":")[2]))
+    out = Path(settings.pop("out", folder / f"{name}{SUFFIX}"))
+    for link in before:
+        if name == link.name or out == link.out:
+            what = f"named {name!r}" if name == link.name else f"written to {out}"
+            raise UserError(f"{where}: a step before it is {what} too. Fix: name: ANOTHER.")
+    source = _source(where, settings.pop("from", None), before)
+    takes = inspect.signature(step).parameters
+    if unknown := [key for key in settings if key not in takes]:
+        settable = [p for p in takes if p not in ("src", "out", "rows", "progress")]
+        raise UserError(f"{where}: {kind} takes no {unknown[0]!r}. Fix: one of {', '.join(settable)}.")
+    return Link(name, str(kind), step, source, out, settings)
+
+
+def _source(where: str, given: Any, before: Sequence[Link]) -> Any:
+    outs = {link.name: link.out for link in before}
+    if given is None:
+        if not before:
+            raise UserError(f"{where} has nothing to read. Fix: from: FILE, or the settings of prompts.")
+        return before[-1].out
+    if isinstance(given, Mapping):
+        known = [f.name for f in fields(Prompts)]
+        if unknown := [key for key in given if key not in known]:
+            raise UserError(f"{where}: from has the unknown key {unknown[0]!r}. Fix: one of {', '.join(known)}.")
+        return Prompts(**given)
+    files = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    found = [outs.get(str(file), file) for file in files]
+    return found if len(found) > 1 else found[0]
