@@ -1,4 +1,6 @@
-"""Models of transformers: checkpointing's switches, generation under every wrapper, and the layout of checkpoints."""
+"""Models of transformers: the class that makes one, checkpointing's switches, generation under every wrapper, and the
+layout of checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmdistill.compat.patching import patched
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class that makes a model of a checkpoint with this config: that of causal language models or, for those
+    of images and sound with a decoder in them that it does not know, that of several modalities.
+
+    Of some it makes the decoder alone, whose own config no auto class would know again (Mllama): those are whole too.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    causal, several = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or type(config) not in several:
+        return AutoModelForCausalLM
+    made = getattr(causal[type(config)], "config_class", None) if type(config) in causal else None
+    return AutoModelForCausalLM if config.is_encoder_decoder or made in causal else AutoModelForMultimodalLM
 
 
 @contextmanager

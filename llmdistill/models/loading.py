@@ -9,9 +9,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from llmdistill.compat.models import auto_class
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.weights import refuse_adapted_ties
@@ -72,9 +73,9 @@ def load_model(
         raise UserError(f"{setting} cannot be loaded: {why_not_loaded(tokenizer or path, error)}") from error
     try:
         with _one_load_at_a_time, whole_models() if base else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                base or path, **{**options, **({"revision": None} if base else {})}
-            )
+            hub = {**hub, **({"revision": None} if base else {})}
+            cls = auto_class(AutoConfig.from_pretrained(base or path, **hub))
+            model = cls.from_pretrained(base or path, **{**options, **hub})
             return (_merged(model, path, base, revision, section) if base else model), found
     except (OSError, ValueError) as error:
         of = f", an adapter of {base!r}," if base else ""
@@ -89,7 +90,7 @@ def load_saved(folder: Path, like: Any) -> tuple[PreTrainedModel, list[str]]:
     remote = type(like).__module__.startswith("transformers_modules")
     options: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
     with _one_load_at_a_time, whole_models():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(like.config).from_pretrained(
             folder, trust_remote_code=remote, output_loading_info=True, **options
         )
     saved, found = loaded

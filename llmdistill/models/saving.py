@@ -9,12 +9,14 @@ in memory on a few tokens.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from llmdistill.compat import zero3
 from llmdistill.compat.models import without_writing_weights
@@ -28,6 +30,7 @@ from llmdistill.models.weights import base_model, named_weights
 from llmdistill.texts.views import plain
 
 SKIPPED_BY = "saved-student"  # --skip-check
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 COMPARED_TOKENS = 16
 # Distance of the two models' log-probs over the spread of one's. float32 on another device differs by 1e-5; adapters
 # merged in 16 bits, and experts chosen anew because of it, by some per cent. Lost weights give 0.5 and more.
@@ -103,6 +106,22 @@ def save_student(model: Any, folder: Path, tokenizer: Any, *, main_process: bool
     if main_process:
         _write(model, folder, weights)
         tokenizer.save_pretrained(folder)
+
+
+def keep_processor(model: Any, source: str, revision: str, folder: Path) -> None:
+    """Of a model of several modalities, what images and sounds are read with: engines ask for it, though all is text.
+
+    Args:
+        source: folder or hub name of the model that was trained.
+    """
+    config = base_model(model).config
+    for name in PROCESSOR if config.get_text_config() is not config else ():
+        try:
+            found = cached_file(source, name, revision=revision or None)
+        except OSError:  # none has all of them
+            continue
+        if found is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)
 
 
 def logits_on_few_tokens(model: nn.Module, forward_model: nn.Module) -> Tensor:

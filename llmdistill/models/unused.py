@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 def freeze_unused(student: Any) -> list[str]:
     """Freezes what a forward pass on a few tokens of text does not run; returns the names of those modules.
 
-    Experts that no token was routed to are not among them: only whole branches of a model of several modalities, and
-    adapted layers beside which everything else of their block ran.
+    Experts that no token was routed to are not among them: only whole branches of a model of several modalities, blocks
+    of a kind of which none ran (layers that look at images), and adapted layers beside which everything else of their
+    block ran.
     """
     model = base_model(student)
     several = model.config.get_text_config() is not model.config
@@ -36,12 +37,14 @@ def freeze_unused(student: Any) -> list[str]:
     if not (several or adapters) or any(zero3.is_sharded(p) for p in student.parameters()):
         return []
     ran = _modules_that_run(model)
+    kinds = {type(module) for module in ran} | {nn.ModuleList, nn.ModuleDict}
     frozen = list[str]()
     for name, module in model.named_modules():
         if module in ran or any(name.startswith(f"{above}.") for above in frozen):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
-        branch = several and parent in ran and name.count(".") <= 1 and not any(m in ran for m in module.modules())
+        unused = several and not any(m in ran for m in module.modules())
+        branch = unused and (parent in ran and name.count(".") <= 1 or type(module) not in kinds)
         bypassed = parent in ran and hasattr(module, "base_layer") and module.base_layer not in ran
         if (branch or bypassed) and any(p.requires_grad for p in module.parameters()):
             module.requires_grad_(False)

@@ -290,9 +290,13 @@ def save_student(trainer: Any, folder: RunFolder, student: StudentConfig) -> Non
     target = folder.path / "student"
     if not hasattr(trainer.model, "merge_and_unload") or student.saved_as == "adapter":
         trainer.save_model(str(target))
-        return
-    trainer.save_model(str(folder.path / "adapter"))
-    saving.save_student(trainer.model, target, trainer.encode.tokenizer, main_process=trainer.is_world_process_zero())
+    else:
+        trainer.save_model(str(folder.path / "adapter"))
+        main_process = trainer.is_world_process_zero()
+        saving.save_student(trainer.model, target, trainer.encode.tokenizer, main_process=main_process)
+    if student.saved_as == "merged" and student.model and trainer.is_world_process_zero():
+        source = adapter_base(student.model, "student", student.revision)
+        saving.keep_processor(trainer.model, source or student.model, "" if source else student.revision, target)
 
 
 def check_saved(trainer: Any, folder: RunFolder, skipped: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from llmdistill.errors import UserError
 from llmdistill.models.adapters import adapted
+from llmdistill.models.causality import check_causal
 from llmdistill.models.heads import check_head
 from llmdistill.models.loading import load_model
 from llmdistill.models.saving import check_savable
@@ -155,14 +156,16 @@ def _at_rate_zero(optimizer: Any) -> Iterator[None]:
 
 
 class _AroundSteps(TrainerCallback):
-    """Looks at what can only be looked at when the student is ready to run: where ZeRO-3 shards it, its head. Takes the
-    gradients of a step in which nothing counted away."""
+    """Looks at what can only be looked at when the student is ready to run: where ZeRO-3 shards it, its head and
+    the way it reads. Takes the gradients of a step in which nothing counted away."""
 
     def __init__(self, trainer: StudentTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_head(self.trainer.model, self.trainer.forward_model())
+        if getattr(self.trainer, "denoiser", None) is None:  # which reads both ways
+            check_causal(self.trainer.model, self.trainer.forward_model())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.step_counts and not self.trainer.is_deepspeed_enabled:

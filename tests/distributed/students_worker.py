@@ -23,7 +23,8 @@ from llmdistill.recipe.config import StudentConfig
 from llmdistill.recipe.launches import leave_group, whole_models
 from llmdistill.record.run_folder import RunFolder
 from tests import tiny
-from tests.students.architectures import small, wrapped
+from tests.students.architectures import small
+from tests.students.multimodal import wrapped
 
 LORA = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # name -> (student, settings); all train two steps, the second of which counts nothing.

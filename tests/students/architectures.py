@@ -82,17 +82,3 @@ def _get(config: Any, key: str) -> Any:
         return getattr(config, key, None)
     except Exception:  # some configs have one value a layer, and refuse to name one
         return None
-
-
-def wrapped(name: str, seed: int = 0) -> Any:
-    """A seeded random float32 model of an image-text class, whose decoder is one of several parts."""
-    from transformers import Gemma3Config
-
-    assert name == "gemma3"
-    tower = dict(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    text = small_config("gemma3_text").to_dict()
-    config = Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=263, **_IDS)
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).float().eval()

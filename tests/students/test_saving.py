@@ -18,7 +18,8 @@ from llmdistill.models.adapters import adapted
 from llmdistill.models.loading import load_model
 from llmdistill.models.weights import base_model
 from tests import tiny
-from tests.students.architectures import small, wrapped
+from tests.students.architectures import small
+from tests.students.multimodal import wrapped
 from tests.test_weights import lora
 
 # Image-text classes whose checkpoints have other names than the model; experts that memory holds fused and a
@@ -135,6 +136,23 @@ def test_a_student_that_is_an_adapter_is_merged_and_trained_from_there(
     assert opd.main([*words, "--learning_rate", "1e-30"]) == 0
     torch.testing.assert_close(reloaded(tmp_path / "run" / "student"), expected, rtol=1e-4, atol=1e-5)
     assert "is an adapter of" in caplog.text and "merged into it" in caplog.text
+
+
+@pytest.mark.parametrize(("architecture", "lora_r"), [("qwen2_5_vl", 0), ("llava", 4), ("mllama", 4)])
+def test_a_class_of_several_modalities_from_a_recipe(
+    architecture: str, lora_r: int, command: list[str], tmp_path: Path
+) -> None:
+    """No causal language model to transformers: its checkpoint goes in, is trained on text and comes out whole."""
+    model = wrapped(architecture)
+    model.save_pretrained(tmp_path / "whole")
+    tiny.tokenizer().save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "preprocessor_config.json").write_text("{}")
+    words = [*command, "--student.model", str(tmp_path / "whole"), "--student.lora_r", str(lora_r)]
+    assert opd.main([*words, "--learning_rate", "0.01"]) == 0  # which compares what it saved
+    saved, _ = load_model(str(tmp_path / "run" / "student"), "float32", "student")
+    assert type(saved) is type(model)
+    assert saving.relative_distance(logits(saved.eval()), logits(model)) > 1e-2
+    assert (tmp_path / "run" / "student" / "preprocessor_config.json").read_text() == "{}"
 
 
 def test_an_adapter_is_not_kept_apart_from_another(adapter_folder: Path, command: list[str]) -> None:

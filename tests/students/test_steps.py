@@ -15,7 +15,8 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, UserError
 from llmdistill.models.adapters import adapted
 from llmdistill.models.unused import freeze_unused
 from tests import tiny
-from tests.students.architectures import small, wrapped
+from tests.students.architectures import small
+from tests.students.multimodal import wrapped
 
 
 def trainer(student: Any, teacher: Any, tmp_path: Path, rows: Any = None, **settings: Any) -> OPDTrainer:
@@ -94,6 +95,24 @@ def test_towers_are_frozen_and_the_rest_is_not() -> None:
     assert set(freeze_unused(model)) == {"model.vision_tower", "model.multi_modal_projector"}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "language_model" in name or "lm_head" in name}
+
+
+def test_layers_that_look_at_images_are_frozen_too() -> None:
+    """Mllama's stand between those of text: text passes them by."""
+    model = wrapped("mllama")
+    frozen = freeze_unused(model)
+    assert "model.language_model.layers.1" in frozen and "model.language_model.layers.0" not in frozen
+    model(input_ids=torch.randint(4, 260, (2, 16))).logits.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "mistral3", "voxtral"])
+def test_all_that_is_trained_of_a_class_of_several_modalities_gets_a_gradient(name: str) -> None:
+    model = wrapped(name)
+    assert freeze_unused(model)
+    model(input_ids=torch.randint(4, 260, (2, 16))).logits.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
+    assert all(p.requires_grad for p in model.get_output_embeddings().parameters())
 
 
 def test_every_trained_weight_of_an_adapted_mixture_gets_a_gradient() -> None:
