@@ -52,6 +52,7 @@ def loss_on(
     chunk_tokens: int,
     scale: float = 1.0,
     metrics: bool = False,
+    norms: bool = False,
     helpers: Mapping[str, nn.Module] | None = None,
     keep: str = "reverse_kl",
 ) -> Result:
@@ -62,6 +63,7 @@ def loss_on(
         scale: processes that gradients are averaged over.
         helpers: the method's own modules, for terms on hidden states.
         metrics: also measure the student against each term's first judge, and the norm of each term's gradient.
+        norms: measure the norms alone.
         keep: the metric whose values per row are handed back, where a term has it.
     """
     view, result = student_view(batch.rollout), Result(torch.zeros(()))
@@ -93,7 +95,7 @@ def loss_on(
             parts.append(Part(loss, evidence, s.rows, weights, part_scale, observe, weighted))
             group_values.append(group_value)
         if parts:
-            streamed = streamed_parts(parts, rows_NH, head.linear, norms=metrics, **options)
+            streamed = streamed_parts(parts, rows_NH, head.linear, norms=metrics or norms, **options)
             _note(logit_slices, group_values, streamed, largest_scale, result, watched)
             losses["loss"] = _valued(streamed.total, parts, group_values, streamed.sums)
         else:
@@ -101,7 +103,7 @@ def loss_on(
         for s, scale_of_term in hidden_slices:
             assert s.term.hidden is not None
             states = [view.rows(states_by_layer[layer])[s.rows] for layer in s.term.hidden.student]
-            norm = _squared_norm(s, states, helpers or {}) * scale_of_term**2 if metrics else 0.0
+            norm = _squared_norm(s, states, helpers or {}) * scale_of_term**2 if metrics or norms else 0.0
             losses_n = _hidden(s, states, helpers or {})
             loss_sum = losses_n.sum() if s.weights_N is None else (losses_n * s.weights_N).sum()
             result.terms[s.term.name] = TermResult(float(loss_sum.detach()), {}, losses_n.detach(), {}, {}, norm)

@@ -19,6 +19,7 @@ class Measured:
     losses: Mapping[str, float]  # of each term, unweighted
     watched: Mapping[tuple[str, str], float]  # (term, name of its watch) -> mean
     groups: Mapping[tuple[str, str, str], tuple[float, float]]  # (term, axis, label) -> (sum of losses, rows)
+    norms: Mapping[str, float] = field(default_factory=dict)  # of each term's gradient, where a schedule hears them
 
     def by(self, term: str, axis: str) -> dict[str, float]:
         """Mean loss of a term by ``domain``, ``author`` (student, dataset, teacher) or ``teacher``."""
@@ -32,6 +33,7 @@ class Schedule:
     """
 
     state: ClassVar[tuple[str, ...]] = ()  # the attributes that are its state: plain data or tensors
+    hears_norms: ClassVar[bool] = False  # of each term's gradient, by its unweighted loss at the states that it reads
 
     def start(self, total_steps: int) -> None:
         """Told by the trainer before the first step, also of a resumed run."""

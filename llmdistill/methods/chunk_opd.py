@@ -4,7 +4,8 @@
 
 The student writes; every token of a chunk gets log T(chunk) - log S(chunk), without gradient: at the cuts that both
 tokenizers share this is the estimator of the reverse KL that ``objective.estimator: sampled`` takes token by token
-(METHODS-2026 9.3.7). Any teacher will do that gives log-probs of its own tokens: here, vLLM, a service.
+(METHODS-2026 9.3.7). Any teacher will do that gives log-probs of its own tokens: here, vLLM, a service. With a model in
+this process ``shared_weight`` adds the exact KL over the tokens that mean the same to both, where a chunk begins.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llmdistill.composition.beside import with_labels
+from llmdistill.composition.beside import shared_tokens, with_labels
 from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
@@ -25,6 +26,9 @@ from llmdistill.teachers.chunks import Question
 class Settings:
     """Settings of on-policy distillation in chunks."""
 
+    shared_weight: float = setting(
+        0.0, "weight of the reverse KL over tokens that both have (needs a teacher in this process)", at_least=0
+    )
     ce_weight: float = setting(0.0, "weight of the cross-entropy on the rows' own completions", at_least=0)
 
     conflicts: ClassVar[tuple[Conflict, ...]] = (
@@ -41,4 +45,5 @@ class Settings:
 def build(args: Any) -> Method:
     """A term on chunks of the student's text, and one on the dataset's tokens where it has weight."""
     group, asks = ChunkLoss(chunk_credit, Question()), (Ask("teacher", "chunks"),)
-    return with_labels([Term("chunks", group=group, asks=asks, on_student=True)], "student", args.ce_weight)
+    terms = [Term("chunks", group=group, asks=asks, on_student=True), *shared_tokens(args.shared_weight, "reverse")]
+    return with_labels(terms, "student", args.ce_weight)

@@ -6,6 +6,7 @@ student's.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from llmdistill.objectives.fused import check_temperature, compute_dtype
 
 BinaryDivergence = Literal["binary_kl", "binary_ce", "reverse_binary_kl", "total_variation"]
+NORM_EPSILON = 1e-8
 EPSILON = 1e-6  # keeps 1 - p above 0 for a chunk that is certain
 
 
@@ -84,6 +86,16 @@ def merged(boundary_C: Tensor, last_C: Tensor, threshold: float) -> Tensor:
     """
     closed_C = (boundary_C > threshold) | last_C
     return torch.cat([closed_C.new_zeros(1, dtype=torch.int64), closed_C.long().cumsum(0)[:-1]])[: len(closed_C)]
+
+
+def inverse_norm_weights(norms: Sequence[float]) -> list[float]:
+    """1 / norm of every loss's gradient, over their sum: weights under which all pull alike (GradMag, section 4).
+
+    Of the variants of the authors' code the one that keeps the size: "no aggregation" there averages, so that the loss
+    shrinks with the number of terms (METHODS 6.1).
+    """
+    inverse = [1.0 / (norm + NORM_EPSILON) for norm in norms]
+    return [x / sum(inverse) for x in inverse]
 
 
 def _log1m(log_p: Tensor) -> Tensor:

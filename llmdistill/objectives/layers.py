@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from llmdistill.objectives.fused import compute_dtype
 
+CHANNEL_EPSILON = 1e-6  # a channel that is 0 throughout
+
 
 def cosine_distance(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     """1 - cos(student, teacher) -> [N] in [0, 2], as DistilBERT has it (arXiv 1910.01108); blind to the lengths."""
@@ -22,6 +24,21 @@ def mse(student_NH: Tensor, teacher_NH: Tensor) -> Tensor:
     """mean over H of (student - teacher)^2 -> [N], as TinyBERT has it (arXiv 1909.10351, eq. 8)."""
     student_NH, teacher_NH = _alike(student_NH, teacher_NH)
     return (student_NH - teacher_NH).square().mean(-1)
+
+
+def channelwise(student_NH: Tensor, teacher_NH: Tensor, mean_square_H: Tensor) -> Tensor:
+    """mean over H of (student - teacher)^2 / mean_square_H -> [N], ALM's loss on hidden states (arXiv 2503.20083).
+
+    mean_square_H is that of the teacher's states over the batch (`mean_square`): a channel counts by how far it is off
+    in units of its own size, not by how large it is.
+    """
+    student_NH, teacher_NH = _alike(student_NH, teacher_NH)
+    return ((student_NH - teacher_NH).square() / (mean_square_H.to(student_NH) + CHANNEL_EPSILON)).mean(-1)
+
+
+def mean_square(states_NH: Tensor) -> Tensor:
+    """The mean over N of states^2 -> [H]; ones of no states."""
+    return states_NH.to(compute_dtype(states_NH)).square().mean(0) if len(states_NH) else torch.ones(1)
 
 
 def mi_alpha_loss(scores_BB: Tensor, baseline_B: Tensor, alpha_logit: Tensor | float) -> Tensor:

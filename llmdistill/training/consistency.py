@@ -86,6 +86,11 @@ def check_hidden(method: Method, model: Any, judges: Mapping[str, Teacher]) -> t
                 )
             check_layers(judge_model, term.hidden.judge, f"term {term.name!r}, {ask.judge}'s layers,")
             sizes = (sizes[0], hidden_size(judge_model))
+            if sizes[0] != sizes[1] and not method.helpers:
+                raise UserError(
+                    f"term {term.name!r} compares hidden states, the student's of width {sizes[0]} with those of "
+                    f"{ask.judge}, {sizes[1]} wide. Fix: a projector between them (--hidden_projector true)."
+                )
     return sizes
 
 

@@ -30,11 +30,17 @@ class Progress:
         self.method, self.judges = method, judges
         self.forget()
 
+    @property
+    def hears_norms(self) -> bool:
+        """Whether a schedule hears the norms of the terms' gradients."""
+        return any(schedule.hears_norms for schedule in self.method.schedules.values())
+
     def forget(self) -> None:
         """Nothing of a step that broke off counts for the next one."""
         self.losses: dict[str, float] = defaultdict(float)  # of this rank, each over the global denominator
         self.watched: dict[tuple[str, str], float] = defaultdict(float)
         self.groups: Sums = defaultdict(lambda: [0.0, 0.0])
+        self.squared_norms: dict[str, float] = defaultdict(float)
         self.counted: set[str] = set()  # terms that the global batch has something of
 
     def note(self, batch: MicroBatch, result: Result) -> None:
@@ -46,6 +52,8 @@ class Progress:
                 continue
             self.counted.add(s.term.name)
             self.losses[s.term.name] += term_result.loss_sum / s.total
+            if self.hears_norms and s.term.weight_now:
+                self.squared_norms[s.term.name] += term_result.squared_norm / s.term.weight_now**2
             for name, total in term_result.watched.items():
                 self.watched[s.term.name, name] += total / s.total
             if s.term.group is None:
@@ -87,12 +95,16 @@ class Progress:
             {n: self.losses[n] for n in self.counted},
             dict(self.watched),
             {k: list(v) for k, v in self.groups.items()},
+            dict(self.squared_norms),
         )
         sums_of_ranks = gather_object([local_sums]) if accelerator.num_processes > 1 else [local_sums]
         losses: dict[str, float] = defaultdict(float)
         watched: dict[tuple[str, str], float] = defaultdict(float)
         groups: Sums = defaultdict(lambda: [0.0, 0.0])
-        for rank_losses, rank_watched, rank_groups in sums_of_ranks:
+        squares: dict[str, float] = defaultdict(float)
+        for rank_losses, rank_watched, rank_groups, rank_squares in sums_of_ranks:
+            for name, value in rank_squares.items():
+                squares[name] += value
             for name, value in rank_losses.items():
                 losses[name] += value
             for key, value in rank_watched.items():
@@ -100,7 +112,8 @@ class Progress:
             for label, (total, count) in rank_groups.items():
                 groups[label][0] += total
                 groups[label][1] += count
-        return Measured(step, dict(losses), dict(watched), {k: (a, b) for k, (a, b) in groups.items()})
+        norms = {name: square**0.5 for name, square in squares.items()}
+        return Measured(step, dict(losses), dict(watched), {k: (a, b) for k, (a, b) in groups.items()}, norms)
 
 
 class ProgressCallback(TrainerCallback):

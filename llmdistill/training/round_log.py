@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,8 +32,12 @@ class RoundLog(RoundTexts):
                 continue
             prefix, rows = self._prefix(s.term), s.rows.stop - s.rows.start
             count = s.term.group.count(s.groups) if s.term.group else rows
-            weight = float(s.weights_N.sum()) if s.weights_N is not None else count
-            self.meters.add_all(term_result.metric_sums, weight, prefix)
+            weight, watched = count, count
+            if s.term.group is not None:  # of whose rows metrics are plain sums
+                watched = s.term.group.count(replace(s.groups, weights_N=None))
+            elif s.weights_N is not None:
+                weight = watched = float(s.weights_N.sum())
+            self.meters.add_all(term_result.metric_sums, watched, prefix)
             if has_several_terms:
                 self.meters.add(f"{prefix}loss", term_result.loss_sum, weight)
                 self.meters.add_root(f"{prefix}grad_norm", term_result.squared_norm)

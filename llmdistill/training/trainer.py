@@ -278,6 +278,7 @@ class DistillationTrainer(RoundLog):
             chunk_tokens=self.args.chunk_tokens,
             scale=self.accelerator.num_processes,
             metrics=logging,
+            norms=self.progress.hears_norms,
             helpers=self.helpers,  # type: ignore[arg-type]
         )
         if not torch.isfinite(result.loss):

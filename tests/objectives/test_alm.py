@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdistill.objectives.alm import alm_loss, binary_divergence, chunk_credit, chunk_sums, merged
+from llmdistill.objectives.alm import (
+    alm_loss,
+    binary_divergence,
+    chunk_credit,
+    chunk_sums,
+    inverse_norm_weights,
+    merged,
+)
+from llmdistill.objectives.layers import channelwise, mean_square
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/alm_tokenkit.json").read_text())
 DIVERGENCES = {"binary_ce": "binary_ce", "reverse_binary_kl": "reverse_binary_kl", "abs_exp": "total_variation"}
@@ -83,6 +91,30 @@ def test_merging_is_the_papers_mean_and_not_the_codes(case: dict[str, Any]) -> N
     loss = float(alm_loss(student, teacher, divergence="binary_ce"))
     assert loss == pytest.approx(case["paper_mean_over_merged_chunks_float64"], rel=1e-5)
     assert loss * case["inflation"] == pytest.approx(case["expected_official_float32"], rel=1e-5)
+
+
+def test_hidden_states_at_chunk_ends_are_the_authors() -> None:
+    """``l2_channelwise`` of the golden file: the states at the last token of every chunk, first tokens included."""
+    golden = next(g for g in GOLDEN["latents"] if g["latents_normalization"] == "l2_channelwise")
+    states = [torch.tensor(GOLDEN["inputs"][f"{side}_hidden"], dtype=torch.float64) for side in ("student", "teacher")]
+    ends = [(b, c[3] - 1, c[1] - 1) for b, row in enumerate(GOLDEN["alignment"]["rows"]) for c in row]
+    student = torch.stack([states[0][b, i] for b, i, _ in ends]).requires_grad_()
+    teacher = torch.stack([states[1][b, j] for b, _, j in ends])
+    scale = mean_square(teacher)
+    losses = channelwise(student, teacher, scale)
+    assert float(losses.mean().detach()) == pytest.approx(golden["independent_float64"], rel=1e-5)
+    assert float(losses.mean().detach()) == pytest.approx(golden["expected_official_float32"], rel=1e-5)
+    assert bool((channelwise(teacher, teacher, scale) == 0).all())
+    assert torch.autograd.gradcheck(lambda x: channelwise(x, teacher, scale), student)
+    torch.testing.assert_close(
+        channelwise(10 * student, 10 * teacher, mean_square(10 * teacher)), losses, rtol=1e-5, atol=0
+    )
+
+
+def test_weights_by_gradient_norms_are_the_authors() -> None:
+    golden = GOLDEN["gradmag"]
+    assert inverse_norm_weights(golden["norms"]) == pytest.approx(golden["weights_normalised"], rel=1e-6)
+    assert sum(inverse_norm_weights([0.3, 0.0, 2.0])) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("divergence", ["binary_kl", "reverse_binary_kl", "total_variation"])
