@@ -10,6 +10,7 @@ import json
 import random
 import re
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -30,6 +31,7 @@ class ChatEndpoint:
     def __init__(self, name: str = "adder", *, vllm: bool = True) -> None:
         self.name, self.vllm, self.root, self.system = name, vllm, name, ""
         self.refused = ""  # calls whose last message holds this are answered with HTTP 400
+        self.delay_s = 0.0  # before an answer, so that a test can catch it in between
         self.extra_choices = 0  # answers that have a choice too many, from now on
         self.seeds = Counter[int]()  # of the calls that were answered
         self.bodies: list[dict[str, Any]] = []
@@ -41,6 +43,7 @@ class ChatEndpoint:
             return Answer(200, json.dumps({"data": [card]}).encode())
         if seen.path != CHAT or seen.method != "POST":
             return error(404, "no such path")
+        time.sleep(self.delay_s)
         body = json.loads(seen.body)
         if self.refused and self.refused in body["messages"][-1]["content"]:
             return error(400, "this is not answered")
