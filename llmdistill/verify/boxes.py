@@ -23,6 +23,28 @@ _BETWEEN_BOXES = re.compile(
     rf"{_MARKS}(?:(?:[a-z]{{2,12}} ){{1,2}}(?:and|or)\b|(?:[a-z]{{2,12}} ?){{1,2}},)?{_MARKS}"
     r"(?:[A-Za-z](?:_\{?\w\}?)?\s*=)?\s*"
 )
+# Sub-questions answered in turn: "(1) \\boxed{5} (2) \\boxed{7}".
+_NUMBERED = re.compile(
+    r"[\s$.,;)\\]{0,9}(?:and\s)?(?:[Pp]art\s)?\(?(?P<label>[2-9]|[b-h]|ii|iii|iv)\)\s?:?[\s$\\(]{0,6}"
+)
+_FIRST = re.compile(r"\(?(?:1|a|i)\)\s?:?[\s$\\(]{0,6}$")
+# What a prompt writes into the box, and a completion repeats.
+_PLACEHOLDER = re.compile(
+    r"(?:\\text\s*\{)?\W{0,3}(?:(?:your|the|insert|final)\s){0,3}(?:final\s)?(?:answer|ans|result)(?:\shere)?\W{0,3}\}?"
+    r"|[.…?_\s]{1,9}|\\[lc]?dots",
+    re.I,
+)
+_DENIED_BOX = re.compile(
+    r"(?:\bnot|n['’]t(?:\sbe)?|\bcannot\sbe|\brather\sthan|\binstead\sof|\bother\sthan)\s{1,3}"
+    r"(?:equal\s(?:to\s)?|simply\s|just\s)?[$\\(\[]{0,3}\s?\\boxed\{[^{}]{0,200}\}"
+)
+
+
+def without_denied(text: str) -> str:
+    """A text without the boxes that it says are not the answer: "45, not \\boxed{44}"."""
+    return _DENIED_BOX.sub("not", text) if "\\boxed" in text else text
+
+
 _JOINER = re.compile(r"[,;]|\b(?:and|or)\b")
 _UNIT_WORDS = re.compile(r"[A-Za-z]{2,}")
 
@@ -52,13 +74,19 @@ def last_boxes(text: str) -> tuple[list[str], int]:
                 content = text[box[1] + 1 : token.start()].strip()
                 while found and found[-1][0] > box[0]:  # boxes inside this one
                     found.pop()
-                if content:
+                if content and not _PLACEHOLDER.fullmatch(content[:80]):
                     found.append((box[0], token.end(), content))
     if not found:
         return [], 0
     run = [found[-1]]
     for box_before in reversed(found[:-1]):
         gap = text[box_before[1] : run[0][0]]
+        numbered = _NUMBERED.fullmatch(gap) if len(gap) < 40 else None
+        if numbered and (
+            numbered["label"] not in ("2", "b", "ii") or _FIRST.search(text[max(0, box_before[0] - 16) : box_before[0]])
+        ):
+            run.insert(0, box_before)
+            continue
         if len(gap) > 80 or not _BETWEEN_BOXES.fullmatch(gap) or ("\n\n" in gap and not _JOINER.search(gap)):
             break
         if CORRECTS.search(gap) or not all(map(_is_unit, _UNIT_WORDS.findall(gap))):

@@ -33,6 +33,8 @@ def word_in_conclusion(prediction: str, gold: str) -> str | None:
     The sentence must name no other candidate: no second proper noun, no negation, no comparison.
     """
     word = unwrap(tidy(gold))
+    if word in _STATEMENTS:
+        return _statement(prediction, word)
     if not re.fullmatch(r"[^\W\d_]{3,30}", word):
         return None
     sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n+", prediction[-4000:].strip()) if s.strip()]
@@ -55,6 +57,33 @@ def word_in_conclusion(prediction: str, gold: str) -> str | None:
     if others or any(w.lower() in kin and w.lower() != word.lower() for w in words) or (not kin and not word.istitle()):
         return None
     return word
+
+
+# Golds that a concluding sentence ends with, and how else they are said.
+_STATEMENTS = {
+    "does not exist": ("does not exist", "doesn't exist"),
+    "no solution": ("no solution", "no solutions", "no real solution", "no real solutions"),
+    "no real solutions": ("no solution", "no solutions", "no real solution", "no real solutions"),
+    "infinitely many": ("infinitely many", "infinitely many solutions"),
+    "infinitely many solutions": ("infinitely many solutions",),
+    "cannot be determined": ("cannot be determined", "can't be determined", "cannot be uniquely determined"),
+    "undefined": ("undefined", "not defined"),
+    r"\infty": ("infinity", "infinite"),
+    r"-\infty": ("negative infinity", "minus infinity"),
+}
+
+
+def _statement(prediction: str, gold: str) -> str | None:
+    """The gold, where the last sentence of a completion ends in it and turns it round in no way."""
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+|\n+", prediction[-4000:].strip()) if s.strip()]
+    last = re.sub(r"[*_`$\\]", "", sentences[-1]).lower().rstrip(" .!") if sentences else ""
+    for words in _STATEMENTS[gold]:
+        before = last.removesuffix(words) if last.endswith(words) else last.removesuffix(f"{words} exist")
+        if before != last and not re.search(
+            r"\b(?:not|no|never|neither|whether|if|or|negative|minus)\b|n['’]t\b", before
+        ):
+            return gold
+    return None
 
 
 _KIN = [

@@ -22,10 +22,17 @@ from typing import Literal
 
 from llmdistill.verify.answers.wording import read_option
 from llmdistill.verify.asked import LONGEST_COMPLETION
-from llmdistill.verify.boxes import last_boxes
+from llmdistill.verify.boxes import last_boxes, without_denied
 from llmdistill.verify.choices import chosen
-from llmdistill.verify.phrases import ANNOUNCED, FINAL, FOREIGN, HASHES, HOPE, TAG
-from llmdistill.verify.sentences import LONGEST_SENTENCE, Extraction, answer_of_sentence, looks_like_answer, unmarked
+from llmdistill.verify.phrases import DENIES, FINAL, FOREIGN, HASHES, HOPE, TAG, announcing
+from llmdistill.verify.sentences import (
+    LONGEST_SENTENCE,
+    Extraction,
+    answer_of_sentence,
+    conclusion_within,
+    looks_like_answer,
+    unmarked,
+)
 from llmdistill.verify.transcripts import spoken
 
 __all__ = ["Extraction", "answer_of_sentence", "extract", "looks_like_answer"]
@@ -45,7 +52,7 @@ def extract(text: str, *, kind: Literal["math", "choice"] = "math", last_number:
     said = spoken(text[-LONGEST_COMPLETION:])
     if said is None:
         return Extraction(None, "unfinished_thinking")
-    text = said
+    text = without_denied(said)
     boxes, after = last_boxes(text)
     if kind == "choice":
         return _choice(text, boxes)
@@ -55,32 +62,42 @@ def extract(text: str, *, kind: Literal["math", "choice"] = "math", last_number:
             return Extraction(found, "answer_line")
         return Extraction(", ".join(boxes), "boxed", tuple(boxes) if len(boxes) > 1 else ())
     for tail, rest in _answer_tails(text):
-        denied = re.match(r"[\s*_:]{0,4}not\b(?:[^.\n]{0,80}?\b(?:but|rather)\b)?", tail, re.I)
-        if denied and not denied.group().endswith(("but", "rather")):
+        denied = _DENIAL.match(tail)
+        if denied and not denied["other"]:
             return Extraction(None, "none")  # "the answer is not 45"
         tail = tail[denied.end() :] if denied else tail
-        found = answer_of_sentence(tail)
+        yes = _YES.match(tail)
+        found = yes["word"] if yes else answer_of_sentence(tail)
         if found and last_number and len(rest) > 80 and not HOPE.search(tail):
             # "So the answer is 24 for now. ..." and later "Therefore, Jeff is 30.": the later conclusion counts.
             later = unmarked(rest)
             if later.stage == "conclusion":
                 return later
+            # "Answer: The price was $40. ... Therefore, it is $36. ..." is a heading over a worked solution.
+            if not looks_like_answer(tail) and (within := conclusion_within(tail)):
+                return Extraction(within, "conclusion")
         taken_back = _TAKES_BACK.search(tail + rest) if found and last_number else None
-        if taken_back and (later := unmarked((tail + rest)[taken_back.end() :].lstrip(" ,.;:—-"))).answer:
-            return later
+        if taken_back:
+            behind = (tail + rest)[taken_back.end() :]
+            spoken_after = _INTERJECTIONS.match(behind)
+            if (later := unmarked(behind[spoken_after.end() if spoken_after else 0 :])).answer:
+                return later
         if found:
             return Extraction(found, "answer_line")
     stripped = re.sub(
-        r"^[\s*_]*(?:(?:the\s+)?(?:final\s+)?answer\b[\s*_:]*|(?:so|thus|hence|therefore)\b,?\s+)",
+        r"^[\s*_#→⇒➜∴]*(?:(?:the\s+)?(?:final\s+)?answer\b[\s*_:]*|(?:so|thus|hence|therefore)\b,?\s+)?",
         "",
         text.strip(),
         flags=re.I,
     )
-    if looks_like_answer(stripped):
+    if looks_like_answer(stripped) and not _LINES.search(stripped):
         return Extraction(stripped, "whole")
     if not last_number:
         return Extraction(None, "none")
     return unmarked(text)
+
+
+_LINES = re.compile(r"\A(?!\\|\$|`).*\d.*\n.*\d")  # steps, one a line
 
 
 def _after_box(text: str, after: int) -> str | None:
@@ -98,14 +115,21 @@ def _after_box(text: str, after: int) -> str | None:
     return None
 
 
+_YES = re.compile(r"[\s*_\"]{0,4}(?P<word>yes|no|true|false)[*_\"]{0,2}(?:[,;:—-]|\s*\.|$)", re.I)
+_DENIAL = re.compile(
+    r"[\s*_:]{0,4}(?:definitely |certainly |simply )?not\b"
+    r"(?:[^.\n]{0,80}?(?P<other>\b(?:but|rather|instead)\b|\bit(?:['’]s| is| must be| should be)(?!\w)))?",
+    re.I,
+)
+_INTERJECTIONS = re.compile(r"(?:[\s,.;:—-]|\b(?:no|wait|sorry|actually)\b){1,12}", re.I)
 _TAKES_BACK = re.compile(
-    r"\b(?:wait|correction|oops|mistake|that(?:['’]s| is| was) (?:wrong|incorrect|not right))\b", re.I
+    r"\b(?:wait|correction|oops|mistake|edit(?=:)|that(?:['’]s| is| was) (?:wrong|incorrect|not right))\b", re.I
 )
 
 
 def _answer_tails(text: str) -> Iterator[tuple[str, str]]:
     """What follows "answer is", "Answer:", "####" and the like, and the text after it; the last one first."""
-    matches = [m for pattern in (*ANNOUNCED, FOREIGN, TAG) for m in pattern.finditer(text)]
+    matches = [m for pattern in announcing(text) for m in pattern.finditer(text)]
     for match in sorted(matches, key=lambda m: m.start(), reverse=True)[:8]:
         tail = match.groupdict().get("tail") or ""
         if not tail.strip(" *_$\\[("):
@@ -114,15 +138,24 @@ def _answer_tails(text: str) -> Iterator[tuple[str, str]]:
             tail = tail.strip() + below.split("\n\n")[0]
         if match.re is HASHES and not re.search(r"\d", tail):
             continue  # a heading
-        if text[max(0, match.start() - 2) : match.start()] in ('{"', "{'"):  # JSON
-            tail = tail.partition("}")[0].strip(" \"'")
+        if text[max(0, match.start() - 1) : match.start()] in ('"', "'") or _JSON.search(text, 0, match.start()):
+            tail = _json_value(tail)
         if match.re is FOREIGN:
-            tail = _first_of_foreign(tail)
+            denied = DENIES.search(match.group()) or DENIES.match(tail.lstrip(" *_"))
+            tail = f"not {tail}" if denied else _first_of_foreign(tail)
         # "#### 18" and "final answer" are meant as marks, whatever comes after them.
         strong = match.re in (HASHES, TAG) or re.search(
             r"final\s*$", text[max(0, match.start() - 8) : match.start()], re.I
         )
         yield tail, "" if strong else text[match.end("tail") if match.groupdict() else match.end() :]
+
+
+_JSON = re.compile(r"[\"'](?:final|correct)_\Z")
+
+
+def _json_value(tail: str) -> str:
+    quoted = re.match(r"\s*([\"'])(.{0,400}?)\1\s*[,}]", tail)
+    return quoted.group(2) if quoted else re.split(r"[,}]", tail)[0].strip(" \"'")
 
 
 _FIGURE = re.compile(r"[*_$\s\\(]{0,8}(?P<value>[-−+]?[$€£¥]?\d[\d.,]*(?:/\d+)?\s?%?)(?=[^\d]|$)")
@@ -136,7 +169,9 @@ def _first_of_foreign(tail: str) -> str:
         return formula.group()
     if match and not re.match(r"\s?[-+*/^=×√\\]|\s?[A-Za-z]\b(?!\w)", tail[match.end() :]):
         return match["value"].rstrip(".,")
-    return tail
+    figures = re.findall(r"[-−]?\d[\d.,]*(?:/\d+)?", tail)
+    # "他有45个苹果": a script without blanks, and one number.
+    return figures[0].rstrip(".,") if len(figures) == 1 and re.search(r"[\u3040-\u9fff]{2}", tail) else tail
 
 
 def _choice(text: str, boxes: list[str]) -> Extraction:

@@ -12,19 +12,22 @@ FINAL = re.compile(r"\bfinal answer is\b[ \t]{0,9}:?(?=(?P<tail>[^\n]{0,2000}))"
 HASHES = re.compile(r"^[ \t]{0,20}####(?P<tail>[^\n]{1,2000})", re.M)
 LETTER_A = re.compile(r"^[ \t]{0,20}A[ \t]{0,20}:(?P<tail>[^\n]{1,2000})", re.M)
 ANSWER = re.compile(
-    r"\banswers?\b[\"*_ \t]{0,9}(?:\([^()\n]{0,40}\)[*_ \t]{0,9})?(?:(?:to|for|of)\b[^\n:.]{0,80}?)?"
+    r"\b(?:answers?|solution set)\b[\"'*_ \t]{0,9}(?:\([^()\n]{0,40}\)[*_ \t]{0,9})?(?:(?:to|for|of)\b[^\n:.]{0,80}?)?"
     r"(?:\b(?:is|are|equals|must be|should be|would be|will be|comes out to|comes to)\b[ \t]{0,9}:?"
-    r"|[*_ \t]{0,9}[:：=]|[ \t]{1,3}[-–—]{1,2}[ \t])[*_ \t]{0,9}(?=(?P<tail>[^\n]{0,2000}))",
+    r"|[*_ \t]{0,9}[:：=]|[ \t]{0,3}[-–—]{1,2}[ \t])[*_ \t]{0,9}(?=(?P<tail>[^\n]{0,2000}))",
     re.I,
 )
 HEADING = re.compile(r"^[#*_ \t]{0,20}(?:final[ \t]{1,9})?answer[ \t]{0,9}[*_:]{0,9}[ \t]{0,9}$", re.I | re.M)
 TAG = re.compile(r"<answer>(?P<tail>[^<]{0,2000}(?:<(?!/?answer>)[^<]{0,500}){0,20})</answer>", re.I)
 _NOUNS = (
-    r"antwort|ergebnis|lösung|respuesta|solución|resposta|risposta|réponse|reponse|ответ|відповідь|odpowiedź|odpowiedz|odpověď"
+    r"antwort|ergebnis|lösung|résultat|resultado|risultato|результат|απάντηση|คำตอบ|vastaus|结果|結果|結論|"
+    r"respuesta|solución|resposta|risposta|réponse|reponse|ответ|відповідь|odpowiedź|odpowiedz|odpověď"
     r"|svaret|svar|antwoord|cevap|yanıt|đáp án|jawaban|答案|答え|解答|答|正解|정답|답|الإجابة|الجواب|उत्तर"
 )
+_NOUN_LIST = tuple(_NOUNS.split("|"))
 _VERBS = (
     r"[:：=]|\b(?:ist|lautet|beträgt|es|est|é|è|jest|to|равен|это|is|är|er|là|adalah)\b"
+    r"|n['’]est\b|\b(?:είναι|on|هو|هي|será|sarà|sera)\b|คือ"
     r"|(?<=[\u3040-\u9fff\uac00-\ud7a3])(?:是|为|為|は|が|은|는|选|選)"
 )
 # An answer in another language: the noun, at most three words, and the verb.
@@ -33,7 +36,17 @@ FOREIGN = re.compile(
     r"(?:选|選)?[*_ \t:：]{0,9}(?=(?P<tail>[^\n。]{0,400}))",
     re.I,
 )
+DENIES = re.compile(
+    r"\b(?:no|non|não|nicht|kein\w{0,2}|не|nie|inte|niet|tidak|değil|ei)\b|\bn['’]|\bpas\b|不|ない|아니|ไม่", re.I
+)
 ANNOUNCED = (HASHES, LETTER_A, ANSWER, HEADING)
+
+
+def announcing(text: str) -> tuple[re.Pattern[str], ...]:
+    """The patterns of what announces an answer in a text: other languages' only where one of their nouns stands."""
+    lower = text.lower()
+    return (*ANNOUNCED, FOREIGN, TAG) if any(noun in lower for noun in _NOUN_LIST) else (*ANNOUNCED, TAG)
+
 
 CONCLUDES = re.compile(
     r"^[\s*_#>-]*(?:therefore|thus|hence|so|consequently|in conclusion|finally|in total|altogether|overall"
@@ -41,7 +54,7 @@ CONCLUDES = re.compile(
     re.I,
 )
 CORRECTS = re.compile(
-    r"\b(?:wait|no|nope|not|actually|oops|sorry|correct(?:ion|ed|ing)?|rather|instead|hmm|but|mistake|wrong|incorrect|recheck"
+    r"\b(?:oh|ah|ugh|meant?|typo|should|wait|no|nope|not|actually|oops|sorry|correct(?:ion|ed|ing)?|rather|instead|hmm|but|mistake|wrong|incorrect|recheck"
     r"|reconsider|however|scratch)\b|n['’]t\b",
     re.I,
 )

@@ -14,6 +14,7 @@ _CHATTER = re.compile(
     r"^[\s*_#>]*(?:let me know|feel free|would you like|i hope (?:this|that|it)|if you(?:'d| would| have)|please let)",
     re.I,
 )
+_NOTE = re.compile(r"^[\s*_#>(]*(?:note|remark|p\.?s\.?)[*_]{0,2}\s?[:*]", re.I)
 _MATH = re.compile(
     r"(?<!\\)\$\$(?P<a>[^$]{1,1500})\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$\n]){1,600})(?<!\\)\$"
     r"|\\\[(?P<c>(?:[^\\]|\\(?!\])){1,1500})\\\]|\\\((?P<d>(?:[^\\]|\\(?!\))){1,600})\\\)"
@@ -43,13 +44,18 @@ _ADVERBIAL = re.compile(
     re.I,
 )
 _DENIED = re.compile(
-    r"(?:\bnot|\bcannot|n['’]t|\b(?:less|more|greater|fewer|larger|smaller|higher|lower|bigger|other|rather) than"
+    r"(?:\b(?:half|third|quarter|double|twice|root|cube|square|reciprocal|inverse|multiple|sum|product"
+    r"|difference) of|\bnor|\bneither|\bclose to|\breject|\bdiscard|\bdoubt that (?:it|\w) is"
+    r"|\bwhether (?:it is|it['’]s)|\bnot|\bcannot|n['’]t"
+    r"|\b(?:less|more|greater|fewer|larger|smaller|higher|lower|bigger|other|rather) than"
     r"|(?:^|\b(?:is|are|be) )at (?:least|most)|\bnever|\binstead of|\bnicht|\bno es)\s+"
-    r"(?:be\s+|equal(?:\s+to)?\s+|simply\s+|just\s+)?[$(\\]*$",
+    r"(?:[a-z]\s?=\s?)?(?:be\s+|equal(?:\s+to)?\s+|simply\s+|just\s+)?[$(\\]*$",
     re.I,
 )
 _REFUTED = re.compile(
-    r"[)$*]{0,3}\s(?:is|was|are)\s(?:wrong|incorrect|impossible|too (?:small|large|big|low|high)|not\b)", re.I
+    r"[)$*]{0,3}\s(?:is|was|are)\s(?:wrong|incorrect|impossible|rejected"
+    r"|extraneous|invalid|discarded|too (?:small|large|big|low|high)|not\b)",
+    re.I,
 )
 _BETWEEN = re.compile(
     r"\bbetween\s[^.;\n]{1,40}?\s(?:and|to)\s[^\s]{1,20}|\bfrom\s[-\d.,$]{1,12}\sto\s[-\d.,$]{1,12}", re.I
@@ -57,8 +63,18 @@ _BETWEEN = re.compile(
 _COPULA = re.compile(
     r"\b(?:is|are|was|were|be|equals?|becomes|ist|beträgt|lautet|es|est)\b(?:\s+(?:equal\s+to|approximately|about|exactly|only))?"
 )
+_ANY_NUMBER_WORD = (
+    r"(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:-(?:one|two|three|four|five|six|seven|eight|nine))?|zero|one|two"
+    r"|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|hundred|thousand|million"
+    r"|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|dozen"
+)
 _NUMBER_WORD = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|hundred|half|third|quarters?|twice|dozen)\b",
+    re.I,
+)
+_SPELT = re.compile(
+    rf"(?<![\d-] )(?<![\d-])\b(?:{_ANY_NUMBER_WORD})"
+    rf"(?:(?:[ -]|[ -]and[ -]|[ -](?:in|out of)[ -])(?:{_ANY_NUMBER_WORD}|a))*\b(?!-)",
     re.I,
 )
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -90,6 +106,9 @@ class Extraction:
 def answer_of_sentence(sentence: str) -> str | None:
     """The answer that a sentence such as "Jim walks **200 feet** less than Martha." gives; None if it gives none."""
     sentence = _ASIDE.sub("", _CALCULATOR.sub("", HOPE.sub("", sentence[:LONGEST_SENTENCE])).strip())
+    sentence = re.sub(r"^\s{0,9}\d{1,2}[.)]\s+(?=[-$\d])", "", sentence)  # a step's number
+    sentence = _NOT_THAT.sub(r"\g<kept>", sentence.lstrip(" ,→⇒➜∴"))
+    sentence = _CIRCUMSTANCE.sub(r"\g<kept>", sentence)
     sentence = _BETWEEN.sub(" ", sentence)
     if looks_like_answer(sentence):
         return _result(sentence)
@@ -124,6 +143,15 @@ def answer_of_sentence(sentence: str) -> str | None:
     return _number_of_clause(plain)
 
 
+# "45, not 44", "45 rather than 44".
+_NOT_THAT = re.compile(
+    r"(?P<kept>^.{0,200}?\d.{0,80}?)(?:,\s(?:and\s)?not|,?\srather\sthan|,?\sinstead\sof)\s[^.]{1,80}"
+)
+# What a number is said of, behind it: "45 when r = 3", "45 left after giving 5 away", "-4 at x = 2".
+_CIRCUMSTANCE = re.compile(
+    r"(?P<kept>^[^.]{0,200}?\d[^.]{0,80}?),?\s(?:(?:after|before|by|without)\s[a-z]+ing|when|where|attained|occurring|to\sfinish"
+    r"|at\s\$?[a-z]\s?=)\s[^.]{1,80}"
+)
 # "x = 1 and x = -2"
 _SEVERAL = re.compile(
     r"(?<!\w)(?P<n>[A-Za-z]_?\d?)\s?=\s?[-−]?\d[\d./]{0,20}(?:,?\s(?:and|or)\s|,\s?)[A-Za-z]_?\d?\s?=\s?[-−]?\d[\d./]{0,20}(?<=\d)"
@@ -137,6 +165,7 @@ _SUBORDINATE = re.compile(
 _EQUATION = re.compile(
     r"[\d)%.\"]\s{0,5}(?:[A-Za-z]{1,20}(?:[\s/]{1,3}|(?==))){0,3}="
     r"\s{0,5}(?P<result>[-−]?(?:\\?[$€£]\s?)?[-−]?\d[\d,]*(?:\.\d+)?(?:\s?/\s?\d+)?%?)(?![\d^])(?![^=]*=)"
+    r"(?!\s?[-+*/×·]\s?[\d(])"
 )
 
 
@@ -232,13 +261,33 @@ def _first_candidate(tail: str) -> str | None:
 def _number_of_clause(sentence: str) -> str | None:
     """The last number that does not hang on a preposition ("for the 12 of them"), else the last number."""
     numbers = _numbers_in(sentence)
-    free = [m for m in numbers if not _ADVERBIAL.search(sentence[max(0, m.start() - 40) : m.start()])]
+    free = [m for m in numbers if not _hangs(sentence[max(0, m.start() - 80) : m.start()])]
     chosen = free or numbers
     if not chosen:
-        return None
+        return _spelt_number(sentence)
     # "16 people think that ...": what a sentence begins with is what it is about.
     subject = chosen[0].start() <= len(sentence) - len(sentence.lstrip(" *_$")) and free
     return _whole_number(sentence, chosen[0] if subject and _SUBJECT.match(sentence, chosen[0].end()) else chosen[-1])
+
+
+def _hangs(before: str) -> bool:
+    """Whether a preposition stands in front of a number; "exceeded it by 20" says the number all the same."""
+    return bool(_ADVERBIAL.search(before[-40:])) and not _BY_HOW_MUCH.search(before)
+
+
+_BY_HOW_MUCH = re.compile(
+    r"\b(?:exceed|increas|decreas|ris(?:e|ing)|rose|f[ae]ll|reduc|gr[eo]w|differ|dropp|outnumber)\w{0,5}\b[^.]{0,60}\bby\s+[$€£]?$",
+    re.I,
+)
+
+
+def _spelt_number(sentence: str) -> str | None:
+    """The last number in words, "three quarters" or "one in four"; a lone "one" or "half" is none."""
+    found = [
+        m.group() for m in _SPELT.finditer(sentence) if not _DENIED.search(sentence[max(0, m.start() - 24) : m.start()])
+    ]
+    found = [words for words in found if words.lower() not in ("one", "half", "third", "quarter", "fifth", "two")]
+    return found[-1] if found else None
 
 
 _SUBJECT = re.compile(
@@ -254,7 +303,7 @@ def looks_like_answer(text: str) -> bool:
     maths = maths_in(text)
     if len(maths) == 1 and maths[0][:2] == (0, len(text.rstrip(" .,"))):
         return True
-    text = text.replace("\\$", "$")
+    text = _SPELT.sub("1", text.replace("\\$", "$"))
     bare = re.sub(r"\\[A-Za-z]+", " ", text)
     words = [w for w in _WORD.findall(bare) if w.lower() not in _NOT_PROSE]
     if len(words) > 2 or any(_COPULA.fullmatch(w) for w in words):
@@ -272,7 +321,7 @@ def paragraphs(text: str) -> list[str]:
     kept = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
         lines = [line for line in paragraph.split("\n") if line.strip() and not _CHATTER.match(line)]
-        if lines:
+        if lines and not _NOTE.match(lines[0]):
             kept.append("\n".join(lines))
     return kept
 
@@ -287,7 +336,7 @@ def unmarked(text: str) -> Extraction:
         sentences = [
             s
             for s in _sentences(block)
-            if _NUMBER.search(s) or maths_in(s) or (CONCLUDES.match(s) and _NUMBER_WORD.search(s))
+            if _NUMBER.search(s) or maths_in(s) or (CONCLUDES.match(s) and _NUMBER_WORD.search(s)) or _spelt_number(s)
         ]
         if not sentences:
             continue
@@ -306,6 +355,13 @@ def unmarked(text: str) -> Extraction:
 
 
 _CHECKS = re.compile(r"\b(?:check|verif|confirm|correct|because|indeed|note that|consistent|satisf)", re.I)
+
+
+def conclusion_within(text: str) -> str | None:
+    """The answer of the last concluding sentence of several; None where there is none, or but one sentence."""
+    sentences = _sentences(text)
+    concluding = [s for s in sentences[1:] if CONCLUDES.match(s)]
+    return answer_of_sentence(concluding[-1]) if concluding else None
 
 
 def _sentences(block: str) -> list[str]:

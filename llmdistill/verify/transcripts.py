@@ -16,9 +16,12 @@ _LEADING = re.compile(
     r"|<start_of_turn>(?:model)?|<bos>|<s>|\[/INST\]|<\|begin_of_text\|>|<\|begin_of_solution\|>)+"
 )
 _END = re.compile(
-    r"<\|[a-z_]{2,30}\|>|</s>|<｜[^｜<>\n]{2,30}｜>|<(?:end_of_turn|start_of_turn|eos|pad)>|\[/?INST\]|\[END\]"
-    r"|^(?:Human|User|### ?(?:User|Instruction|Human)) ?:", re.M
+    r"<\|[A-Za-z_/▁ ]{2,30}\|>|</s>|<｜[^｜<>\n]{2,30}｜>|<(?:end_of_turn|start_of_turn|eos|pad)>|\[/?INST\]|\[END\]"
+    r"|^(?:Human|User|### ?(?:User|Instruction|Human)) ?:|(?<=\s)(?:USER|HUMAN) ?:", re.M
 )  # fmt: skip
+# A base model goes on with the next question of its own, behind an answer to the one that it was asked.
+_NEXT_QUESTION = re.compile(r"\n[ \t*_#]{0,6}(?:Question|Problem|Exercise|Q)(?: ?\d{1,4})?[*_]{0,2} ?[:.]")
+_ANSWERED = re.compile(r"\\boxed|####|\banswer\b[*_ \t]{0,4}(?:is\b|:)|^[ \t]{0,9}A ?:", re.I | re.M)
 
 
 def spoken(text: str) -> str | None:
@@ -30,4 +33,7 @@ def spoken(text: str) -> str | None:
     leading = _LEADING.match(text)
     text = text[leading.end() :] if leading else text
     end = _END.search(text)
-    return text[: end.start()] if end and text[: end.start()].strip() else text
+    text = text[: end.start()] if end and text[: end.start()].strip() else text
+    following = _NEXT_QUESTION.search(text)
+    answered = _ANSWERED.search(text) if following else None
+    return text[: following.start()] if following and answered and answered.end() <= following.start() else text

@@ -12,7 +12,8 @@ from llmdistill.verify.answers.tree import Node, number, substituted, symbols
 from llmdistill.verify.answers.values import Matrix, Quantity, Readings, Sequence, Value
 
 _MATRIX = re.compile(
-    r"(?:\(|\[|\\lbrack|\||\\\{)? ?\\begin ?\{(?P<kind>[pbvBV]?(?:small)?matrix|array|cases|aligned|gathered)\} ?"
+    r"(?:\(|\[|\\lbrack|\||\\\{)? ?\\begin ?\{(?P<kind>[pbvBV]?(?:small)?matrix|array|cases|aligned|gathered"
+    r"|(?:align|gather|equation)\*?|split)\} ?"
     r"(?:\{[^{}]{0,20}\})?(?P<body>.*)"
     r"\\end ?\{(?P=kind)\} ?(?:\)|\]|\|)?(?P<transposed> ?\^ ?\{? ?T ?\}?)?",
     re.S,
@@ -34,7 +35,13 @@ def read_matrix(text: str, read: Reader) -> list[Value]:
         row.strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![A-Za-z])", match["body"].replace(r"\hline", ""))
     ]
     rows = [row for row in rows if row]
-    if kind in ("cases", "aligned", "gathered") or text.startswith(r"\{"):
+    if (
+        kind not in ("cases", "array")
+        and not kind.endswith("matrix")
+        and any(re.match(r"[\s&]*=", row) for row in rows)
+    ):
+        return list(read(" ".join(row.replace("&", "") for row in rows)))  # a calculation, step by step
+    if not kind.endswith("matrix") and kind != "array" or text.startswith(r"\{"):
         return _cases(rows, read)
     cells = tuple(tuple(read(cell.strip()) for cell in split_top(row, "&")) for row in rows)
     if not cells or len({len(row) for row in cells}) > 1 or not all(cell for row in cells for cell in row):

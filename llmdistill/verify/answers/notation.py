@@ -93,7 +93,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"√\s*\(([^()]*)\)|√\s*(\d+|[A-Za-z])", lambda m: r"\sqrt{" + (m.group(1) or m.group(2)) + "}", text)
     text = re.sub(r"(?<=\d)(?=[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", " ", text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE))
-    text = re.sub("[\u2600-\u27bf\U0001f000-\U0001faff\ufe0f]", " ", text)
+    text = re.sub("[∎□■\u2600-\u27bf\U0001f000-\U0001faff\ufe0f]", " ", text)
     if _DOUBLED.search(text):  # a LaTeX string that was escaped once too often
         single = re.search(r"(?<!\\)\\[A-Za-z]", text)
         text = (

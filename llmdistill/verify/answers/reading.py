@@ -54,6 +54,10 @@ _SETS = {
     ),
     **dict.fromkeys(("all integers", "set of all integers", "set of integers"), r"\mathbb{Z}"),
 }
+_ALSO_ABOUT = re.compile(
+    r",? ?\(?(?:or |which is |that is )?(?<!\\)(?:approximately|approx\.?|about|roughly) (?P<value>-?\d[\d.,]*%?)\)?$",
+    re.I,
+)
 _APPROXIMATE = re.compile(
     r"(?<=[\d}%]) ?\((?:approximately|approx\.?|about|rounded)[^()]*\)|(?<=[\d}%]) (?:approximately|approx\.?)$"
 )
@@ -74,7 +78,9 @@ def bare(text: str) -> str:
         match = _LEAD.match(plain)
         if match and match.end() < len(plain) and match.end() > 0:
             plain = plain[match.end() :].strip()
-    return _APPROXIMATE.sub("", _spelt_out(plain)).strip() or text
+    plain = re.sub(r"(?<=\d) ?\[[A-Za-z ]{1,20}\]$", "", _spelt_out(plain))  # 45 [units]
+    plain = _ALSO_ABOUT.sub(lambda m: rf" \approx {m['value']}" if m.start() else m.group(), plain)
+    return _APPROXIMATE.sub("", plain).strip() or text
 
 
 def _spelt_out(text: str) -> str:

@@ -9,7 +9,7 @@ from llmdistill.verify.answers.algebra import decimal_places, rational, same, wi
 from llmdistill.verify.answers.expression import parse
 from llmdistill.verify.answers.notation import split_top, unwrap
 from llmdistill.verify.answers.realsets import ALL, from_inequality, intersection, merged, read_set
-from llmdistill.verify.answers.tree import CONSTANTS, Node, substituted, symbols
+from llmdistill.verify.answers.tree import CONSTANTS, Node, number, substituted, symbols
 from llmdistill.verify.answers.values import (
     Assignment,
     Chain,
@@ -74,7 +74,7 @@ def read_relation(text: str, read: Reader) -> list[Value]:
     if not signs or len(parts) > 12:
         return []
     if signs == ["in"]:
-        return _membership(*parts)
+        return _membership(parts[0], parts[1], read)
     if "in" in signs or "===" in signs:
         return []
     if all(sign in "=~" for sign in signs):
@@ -104,10 +104,12 @@ def _residue(text: str) -> Residue | None:
     return Residue(value, modulus) if value is not None and modulus is not None else None
 
 
-def _membership(name: str, domain: str) -> list[Value]:
+def _membership(name: str, domain: str, read: Reader) -> list[Value]:
     if not re.fullmatch(_LABEL, name.strip()):
         return []
     found = read_set(domain)
+    if found is not None and domain.strip().startswith(r"\{"):
+        return [RealSet(found.intervals, name.strip()), Assignment(name.strip(), tuple(read(domain)), True)]
     return [RealSet(found.intervals, name.strip())] if found is not None else []
 
 
@@ -151,9 +153,12 @@ def _equalities(parts: list[str], signs: list[str], read: Reader) -> list[Value]
 
 
 def _number_of(part: str, read: Reader) -> Node | None:
-    """The number of "45 apples"."""
+    """The number of "45 apples", 1/4 of "25%"."""
     found = [value for value in read(part) if isinstance(value, Quantity)] if re.search(r"\d[^\uff04]*$", part) else []
-    return found[0].tree if found else None
+    if not found:
+        return None
+    percent = found[0].unit is not None and found[0].unit.percent
+    return Node("quotient", (found[0].tree, number(100))) if percent else found[0].tree
 
 
 def _geometric(name: str) -> bool:
