@@ -14,7 +14,7 @@ from dataclasses import replace
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.saving import SKIPPED_BY
-from llmdistill.preflight import chunks, denoising, machine, models, pairs, tokens
+from llmdistill.preflight import authors, chunks, denoising, machine, models, pairs, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.teachers.chunks import ChunkTeacher
@@ -35,6 +35,7 @@ CHECKS: tuple[Check, ...] = (
     tokens.context,
     tokens.prompts,
     tokens.domains,
+    authors.authors,
     machine.disk,
     machine.memory,
     machine.device,
