@@ -80,7 +80,7 @@ class MaskedDiffusionTrainer(DistillationTrainer):
         super().__init__(model, args, teacher, method=method, processing_class=processing_class, data=data, **kwargs)
         engine.eos_ids = tuple(self.eos_ids)
         for prompts in (self.train_dataset, self.eval_dataset):
-            check_no_mask_token(prompts or [], self.denoiser.mask_token_id)
+            check_no_mask_token(list(prompts or []), self.denoiser.mask_token_id)
 
     def measure_heldout(self, prompts: Sequence[Any]) -> dict[str, Measurement]:
         """See :func:`~llmdistill.diffusion.heldout.measure`."""

@@ -32,7 +32,7 @@ class Noise:
 
     def ended(self, gone_BT: Tensor) -> Noise:
         """With sequences that end before the marked tokens."""
-        kept = {name: getattr(self, name) & ~gone_BT for name in ("masked", "countable", "no_suffix")}
+        kept: dict[str, Any] = {name: getattr(self, name) & ~gone_BT for name in ("masked", "countable", "no_suffix")}
         return replace(self, **kept, blocks=self.blocks.masked_fill(gone_BT, -1))
 
     def counting(self, keep_B: Tensor) -> Noise:
@@ -49,13 +49,16 @@ class Noise:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
         values = {"masked": 0, "countable": 0, "weight": 0, "no_suffix": 0, "blocks": -1}
-        return replace(self, **{name: pad(getattr(self, name), value) for name, value in values.items()})
+        changed: dict[str, Any] = {name: pad(getattr(self, name), value) for name, value in values.items()}
+        return replace(self, **changed)
 
     @staticmethod
     def stacked(noises: Sequence[Noise]) -> Noise:
         """Of several rollouts of one width, read alike, one after another."""
-        tensors = [f.name for f in fields(Noise) if f.name != "view"]
-        return replace(noises[0], **{name: torch.cat([getattr(n, name) for n in noises]) for name in tensors})
+        names = [f.name for f in fields(Noise) if f.name != "view"]
+        joined: dict[str, Any] = {name: torch.cat([getattr(n, name) for n in noises]) for name in names}
+        return replace(noises[0], **joined)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Noise:
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "view"})
+        changed: dict[str, Any] = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "view"}
+        return replace(self, **changed)
