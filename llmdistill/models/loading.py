@@ -37,6 +37,7 @@ def load_configured(
         config.attn_implementation,
         revision=config.revision,
         tokenizer=config.tokenizer,
+        trained_on=getattr(config, "adapter", "merge") == "continue",
     )
 
 
@@ -49,6 +50,7 @@ def load_model(
     *,
     revision: str = "",
     tokenizer: str = "",
+    trained_on: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub name. The adapter of an adapter's folder is merged into its base, and that
     is said.
@@ -57,15 +59,22 @@ def load_model(
         section: of the recipe, for messages.
         revision: branch, tag or commit of a hub model; empty: its main branch.
         tokenizer: folder or hub name of another tokenizer than the model's; empty: the model's, or its adapter's.
+        trained_on: an adapter is not merged but what will be trained.
 
     Raises:
-        UserError: nothing loadable there, or an adapter that cannot be merged; the message names the setting.
+        UserError: nothing loadable there, an adapter that cannot be merged, or none where one is to be trained on; the
+            message names the setting.
     """
     if not path:
         raise UserError(f"{section}.model is empty; it must be a folder or a hub name. Fix: --{section}.model PATH.")
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or None}
     options = {**hub, "dtype": torch_dtype(dtype), "attn_implementation": attn_implementation}
     base = adapter_base(path, section, revision)
+    if trained_on and not base:
+        raise UserError(
+            f"{section}.adapter is continue, and {section}.model {path!r} is no adapter. "
+            f"Fix: --{section}.adapter merge, or --{section}.lora_r for a new one."
+        )
     try:
         found = AutoTokenizer.from_pretrained(tokenizer or _tokenizer_of(path, base), **({} if tokenizer else hub))
     except (OSError, ValueError) as error:
@@ -76,7 +85,7 @@ def load_model(
             hub = {**hub, **({"revision": None} if base else {})}
             cls = auto_class(AutoConfig.from_pretrained(base or path, **hub))
             model = cls.from_pretrained(base or path, **{**options, **hub})
-            return (_merged(model, path, base, revision, section) if base else model), found
+            return (_adapted(model, path, base, revision, section, trained_on) if base else model), found
     except (OSError, ValueError) as error:
         of = f", an adapter of {base!r}," if base else ""
         raise UserError(
@@ -119,8 +128,10 @@ def adapter_base(path: str, section: str, revision: str = "") -> str:
     return base
 
 
-def _merged(model: Any, path: str, base: str, revision: str, section: str) -> PreTrainedModel:
-    """``model`` with the adapter in ``path`` merged in.
+def _adapted(
+    model: Any, path: str, base: str, revision: str, section: str, trained_on: bool = False
+) -> PreTrainedModel:
+    """``model`` with the adapter in ``path`` merged in, or on it to be trained.
 
     Raises:
         UserError: it does not fit the model, or trains no weights of it.
@@ -129,7 +140,7 @@ def _merged(model: Any, path: str, base: str, revision: str, section: str) -> Pr
 
     fix = f"Fix: merge it by hand, and give the merged model as {section}.model"
     try:
-        wrapped: Any = PeftModel.from_pretrained(model, path, revision=revision or None)
+        wrapped: Any = PeftModel.from_pretrained(model, path, revision=revision or None, is_trainable=trained_on)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"{section}.model {path!r}, an adapter, does not fit {base!r}: {_first_line(error)} {fix}."
@@ -139,6 +150,9 @@ def _merged(model: Any, path: str, base: str, revision: str, section: str) -> Pr
             f"{section}.model {path!r} is a trained prompt, and no weights that could be merged. Fix: {base!r}."
         )
     refuse_adapted_ties(wrapped.get_base_model())
+    if trained_on:
+        logger.warning("%s.model %s is an adapter of %s: it is trained on", section, path, base)
+        return wrapped  # type: ignore[no-any-return]
     merged: PreTrainedModel = wrapped.merge_and_unload()
     merged.requires_grad_(True)  # an adapter's base is frozen
     vars(merged).pop("peft_config", None)

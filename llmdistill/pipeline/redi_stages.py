@@ -70,7 +70,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     started = read_start(folder) if recipe.flags.resume else None
     changed = check_settings(recipe, folder, started, given) if started else {}
     first = folder if args.method == "sft" else RunFolder(folder.path / "stage1")
-    tuned = replace(recipe.student, model=str(first.path / "student"), revision="")
+    tuned = replace(recipe.student, adapter="merge", model=str(first.path / "student"), revision="")
     skip = not args.has_stage1 or (recipe.flags.resume and args.method != "sft" and _finished(first))
     model, tokenizer = load_student(tuned if skip and args.has_stage1 else recipe.student)
     encoder = pair_encoder(
@@ -134,6 +134,12 @@ def _refuse(recipe: Recipe) -> None:
         raise UserError(
             f"the recipe has a teacher, {label!r}, and REDI asks none: the pairs of data.train are its answers. "
             "Fix: leave the section out."
+        )
+    args = cast(REDIConfig, recipe.args)
+    if recipe.student.adapter == "continue" and args.has_stage1 and args.method != "sft":
+        raise UserError(
+            "student.adapter is continue, and stage 2 starts from the whole weights that stage 1 leaves, where no "
+            "adapter is left to go on with. Fix: --student.adapter merge with --student.lora_r, or one stage."
         )
     if not recipe.data.train:
         raise UserError("data.train is empty; it must name a file or hub dataset of pairs. Fix: --data.train FILE.")

@@ -132,6 +132,7 @@ def build(
             data=recipe.data,
             contexts=contexts_of(recipe),
             min_aligned=min(config.min_aligned for config in recipe.teachers),
+            view=recipe.teachers[0].view,
         )
         add_evaluations(trainer, recipe.evals, recipe.data)
         return trainer
@@ -192,10 +193,12 @@ def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedToke
     Raises:
         UserError: it cannot be loaded, or is an adapter that another adapter is to be kept apart from.
     """
-    if config.saved_as == "adapter" and (base := adapter_base(config.model, "student", config.revision)):
+    alone = config.saved_as == "adapter" and config.adapter == "merge"
+    if alone and (base := adapter_base(config.model, "student", config.revision)):
         raise UserError(
             f"student.saved_as is adapter, and student.model {config.model!r} an adapter of {base!r} itself: alone the "
-            "new one would belong to no model that is stored. Fix: --student.saved_as merged."
+            "new one would belong to no model that is stored. Fix: --student.saved_as merged, or --student.adapter "
+            "continue."
         )
     return load_configured(config, "student")
 

@@ -42,7 +42,10 @@ def option(default: Any, help: str) -> Any:
 class StudentConfig:
     """The model that learns."""
 
-    model: str = option("", "folder or hub name of the student; an adapter's folder is merged into its base")
+    model: str = option("", "folder or hub name of the student, or of an adapter")
+    adapter: Literal["merge", "continue"] = option(
+        "merge", "of an adapter as model: merged into its base and trained from there, or trained on as an adapter"
+    )
     revision: str = option("", "branch, tag or commit of a hub model; empty: its main branch")
     tokenizer: str = option("", "folder or hub name of another tokenizer than the model's")
     saved_as: Literal["merged", "adapter"] = option(
@@ -59,7 +62,9 @@ class StudentConfig:
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
-        lacking = self.saved_as == "adapter" and self.lora_r == 0
+        two = self.adapter == "continue" and self.lora_r > 0
+        require(not two, "student.lora_r", self.lora_r, "0 where student.adapter is continue", "leave it out")
+        lacking = self.saved_as == "adapter" and self.lora_r == 0 and self.adapter == "merge"
         require(not lacking, "student.saved_as", "adapter", "merged where student.lora_r is 0", "--student.lora_r 16")
 
 
@@ -90,6 +95,9 @@ class TeacherConfig:
     domains: list[str] = option([], "rows of these domains are its own; empty: all that no other teacher has")
     weight: float = option(0.0, "share in the average of teachers with the same domains; 0: it is not averaged")
     min_aligned: float = option(0.9, "of another tokenizer: least share of the bytes that both have chunks for")
+    view: Literal["tokens", "classes"] = option(
+        "tokens", "classes: it has another tokenizer, and is compared in classes of tokens that both can tell"
+    )
     context: str = option("", "it reads the completions under this one of data.contexts instead of the prompt")
     student: Literal["", "live", "initial", "ema"] = option(
         "", "the student is its own teacher: as it is, as it began, or as an average over its steps (needs a context)"

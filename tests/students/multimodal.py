@@ -68,7 +68,7 @@ def _rotary(*sections: int, part: float = 1.0) -> dict[str, Any]:
 
 
 _TEXT: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v"), _rotary(2, 3, 3)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v"), _rotary(2, 3, 3)),
     "glm4v_moe": _rotary(1, 1, 2, part=0.5),
     # A layer that looks at images, which there are none of, beside one that does not.
     "mllama": {"cross_attention_layers": [1]},

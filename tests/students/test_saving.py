@@ -155,6 +155,41 @@ def test_a_class_of_several_modalities_from_a_recipe(
     assert (tmp_path / "run" / "student" / "preprocessor_config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("saved_as", ["merged", "adapter"])
+def test_an_adapter_is_trained_on(
+    saved_as: str, adapter_folder: Path, tiny_run: Path, command: list[str], tmp_path: Path, caplog: Any
+) -> None:
+    """The adapter that was given goes on from where it was, on the same base; nothing else is trained."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_run / "student", dtype=torch.float32)
+    given = logits(PeftModel.from_pretrained(base, str(adapter_folder)).eval())
+    words = [*command, "--student.model", str(adapter_folder), "--student.adapter", "continue"]
+    words += ["--student.saved_as", saved_as]
+    assert opd.main([*words, "--learning_rate", "1e-30"]) == 0  # at which no float32 weight moves
+    student = tmp_path / "run" / "student"
+    torch.testing.assert_close(logits(load_model(str(student), "float32", "student")[0].eval()), given)
+    assert opd.main([*words, "--learning_rate", "0.01"]) == 0
+    kept = student if saved_as == "adapter" else tmp_path / "run" / "adapter"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (adapter_folder, kept))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    base = AutoModelForCausalLM.from_pretrained(tiny_run / "student", dtype=torch.float32)
+    trained = logits(PeftModel.from_pretrained(base, str(kept)).eval())
+    torch.testing.assert_close(logits(load_model(str(student), "float32", "student")[0].eval()), trained)
+    assert "it is trained on" in caplog.text
+
+
+def test_training_on_an_adapter_needs_one_and_no_other(
+    adapter_folder: Path, command: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="student.adapter is continue, and student.model .* is no adapter. Fix"):
+        opd.main([*command, "--student.adapter", "continue"])
+    words = ["--student.model", str(adapter_folder), "--student.adapter", "continue"]
+    with pytest.raises(UserError, match="student.lora_r is 4; it must be 0 where student.adapter is continue"):
+        opd.main([*command, *words, "--student.lora_r", "4"])
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "1+1", "chosen": "2", "rejected": "3"}\n')
+    with pytest.raises(UserError, match="student.adapter is continue, and stage 2 starts from the whole weights"):
+        redi.main([*words, "--data.train", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "run")])
+
+
 def test_an_adapter_is_not_kept_apart_from_another(adapter_folder: Path, command: list[str]) -> None:
     words = ["--student.model", str(adapter_folder), "--student.lora_r", "4", "--student.saved_as", "adapter"]
     with pytest.raises(UserError, match="an adapter of .* itself"):
