@@ -65,7 +65,9 @@ class RoundEvidence:
                 states = on_every_rank(lambda: judge.hidden_layers(rollout, layers))
                 self._evidence[key] = TensorRows(tuple(states), rollout.num_rows)
             elif not lists_tokens:
-                self._evidence[key] = on_every_rank(lambda: gather(judge, rollout, ask.kind, 0, self.device))
+                kind = ask.kind
+                assert kind == "full" or kind == "sampled"
+                self._evidence[key] = on_every_rank(lambda: gather(judge, rollout, kind, 0, self.device))
             elif ask == first_ask:
                 own_top_k = 0 if term.support == "student" else term.top_k
                 chosen = self._chosen(term, name, text)
