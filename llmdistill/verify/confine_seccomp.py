@@ -94,6 +94,7 @@ _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # fcntl commands that make the kernel signal somebody or hold memory: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE,
 # F_NOTIFY, F_SETPIPE_SZ.
 _FCNTLS_SHUT = (8, 10, 15, 1024, 1026, 1031)
+_LOCKS = (5, 6, 7, 36, 37, 38)  # F_GETLK, F_SETLK, F_SETLKW and those of open file descriptions
 _PRCTLS = (15, 16, 3, 0x53564D41)  # PR_SET_NAME, PR_GET_NAME, PR_GET_DUMPABLE, PR_SET_VMA
 _AF_UNIX, _SOCK_STREAM_WITH_FLAGS = 1, (1, 1 | os.O_CLOEXEC, 1 | os.O_NONBLOCK, 1 | os.O_CLOEXEC | os.O_NONBLOCK)
 _CLONE_THREAD = 0x10000
@@ -114,8 +115,8 @@ def filter_system_calls(*, may_change_files: bool, may_truncate: bool = True) ->
 
     Args:
         may_change_files: whether calls that create, rename or remove files or change their modes go through (to be
-            judged by the file system). Landlock knows nothing of chmod, chown and utime: without a root directory
-            of its own a process must not have them.
+            judged by the file system). Landlock knows nothing of chmod, chown, utime and locks: without a root
+            directory of its own a process must not have them.
         may_truncate: whether open(O_TRUNC) goes through; Landlock before ABI 3 does not see it.
     """
     program = _program(os.uname().machine, os.getpid(), may_change_files, may_truncate)
@@ -172,7 +173,8 @@ def _program(machine: str, pid: int, may_change_files: bool, may_truncate: bool)
     # asyncio wakes itself through a connected pair; such a pair cannot be pointed at anybody else.
     pair = _one_of(1, _SOCK_STREAM_WITH_FLAGS, _ALLOW)
     rule("socketpair", [*_argument(0), (_EQUAL, 0, len(pair), _AF_UNIX), *pair, (_RETURN, 0, 0, refuse)])
-    rule("fcntl", [*_one_of(1, _FCNTLS_SHUT, refuse), (_RETURN, 0, 0, _ALLOW)])
+    shut = _FCNTLS_SHUT if may_change_files else _FCNTLS_SHUT + _LOCKS
+    rule("fcntl", [*_one_of(1, shut, refuse), (_RETURN, 0, 0, _ALLOW)])
     rule("ioctl", [*_one_of(1, _IOCTLS, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.ENOTTY)])
     rule("prctl", [*_one_of(0, _PRCTLS, _ALLOW), (_RETURN, 0, 0, refuse)])
     out.append((_RETURN, 0, 0, refuse))

@@ -21,10 +21,12 @@ class Bindings:
         link: the conversation with the program.
         names: the tests' globals.
         root: the entry point's name, which the program provides even where it is a builtin's.
+        stored: what the tests assign. Nothing that the program does later changes it: a counter of failures that both
+            set to 0 would look as if it were still the program's.
     """
 
-    def __init__(self, link: Link, names: dict[str, Any], root: str) -> None:
-        self.link, self.names, self.root = link, names, root
+    def __init__(self, link: Link, names: dict[str, Any], root: str, stored: set[str]) -> None:
+        self.link, self.names, self.root, self.stored = link, names, root, stored
         self.found: dict[str, Any] = {}  # what the program provided, by name, as it was bound last
         self._asked: set[str] = set()
         link.rebind = self.rebind
@@ -44,7 +46,7 @@ class Bindings:
         for name, description in changed:
             untouched = name in self.found and self.names.get(name) is self.found[name]
             absent = name not in self.found and name not in self.names
-            if name in self._asked and name != self.root and (untouched or absent):
+            if name in self._asked - self.stored and name != self.root and (untouched or absent):
                 self._bind(name, description)
 
     def _bind(self, name: str, description: Any) -> None:
@@ -63,6 +65,8 @@ class Bindings:
             self._take(name, self.link.value(description[-1]))
 
     def _take(self, name: str, value: Any) -> None:
+        if isinstance(value, Remote):
+            self.link.name(value)
         self.names[name] = self.found[name] = value
 
     def _module(self, name: str, path: str) -> None:
@@ -79,8 +83,8 @@ class Bindings:
         return True
 
     def constants(self) -> set[str]:
-        """Names that the program provided as plain values."""
-        return {name for name, value in self.found.items() if not isinstance(value, Remote | type)}
+        """Names that the program provided as plain values, or types: ``to_text = str``."""
+        return {name for name, value in self.found.items() if not isinstance(value, Remote)}
 
 
 def askable(used: set[str], root: str) -> set[str]:

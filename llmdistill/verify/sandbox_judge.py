@@ -22,7 +22,15 @@ from llmdistill.verify.sandbox_bindings import Bindings, askable
 from llmdistill.verify.sandbox_cases import CaseFailed, compare_cases
 from llmdistill.verify.sandbox_numpy import strict_comparisons
 from llmdistill.verify.sandbox_remote import FromProgram, Gone, Link, Remote, raised
-from llmdistill.verify.sandbox_tests import STATEMENT, UnitTests, compiled, names_read, names_used, uncalled
+from llmdistill.verify.sandbox_tests import (
+    STATEMENT,
+    UnitTests,
+    compiled,
+    names_read,
+    names_stored,
+    names_used,
+    uncalled,
+)
 from llmdistill.verify.sandbox_wire import Channel, Closed, Failed
 
 Result = tuple[str, str]  # kind of verdict, detail
@@ -116,9 +124,9 @@ def _asserts(task: dict[str, Any], parts: list[Any], link: Link) -> Result:
     used = names_used(code for code, _ in parts)
     units = UnitTests()
     if "unittest" in used or "TestCase" in used:
-        units.watch()
+        units.watch(lambda value: isinstance(value, Remote))
     own = set().union(*(defined for _, defined in parts))
-    bindings = Bindings(link, names, root)
+    bindings = Bindings(link, names, root, names_stored(code for code, _ in parts))
     bindings.bind(askable(used - own | {root} - {""}, root))
     if root and root not in bindings.found:
         return "runtime_error", f"the program defines no {root!r}"

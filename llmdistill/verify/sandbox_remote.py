@@ -20,6 +20,14 @@ SHARED_MODULES = frozenset(
 )
 
 
+# Methods of plain data that hear what is looked for. An object that a function returned in the place of a set, list or
+# text would say yes to all of them.
+SEARCHES = frozenset(
+    ["count", "difference", "endswith", "index", "intersection", "isdisjoint", "issubset", "issuperset", "startswith"]
+    + ["symmetric_difference"]
+)
+
+
 class Gone(BaseException):
     """The program's process ended, or answers nonsense. No ``except Exception`` of the tests hides it."""
 
@@ -40,6 +48,7 @@ class Link:
         self.callbacks: list[Any] = []
         self.exceptions: dict[str, type[Exception]] = {}
         self.classes: set[str] = set()  # of the program, that the tests use by name
+        self._named: set[int] = set()  # other objects of the program that they do
         self.rebind: Callable[[list[Any]], None] = lambda changed: None
         self.asked = 0  # calls and operations; names are asked for before the tests run
         self.broken: str | None = None
@@ -76,6 +85,14 @@ class Link:
     def knows_class(self, value: Remote) -> bool:
         """Whether the tests use a class of the program's by the name that this object's class has."""
         return object.__getattribute__(value, "_type_name") in self.classes
+
+    def name(self, value: Remote) -> None:
+        """The tests know this object by a name of its own."""
+        self._named.add(object.__getattribute__(value, "_number"))
+
+    def knows(self, value: Remote) -> bool:
+        """Whether the tests use this object, or its class, by name; not one that was returned for plain data."""
+        return object.__getattribute__(value, "_number") in self._named or self.knows_class(value)
 
     def exception(self, name: str, classes: list[str]) -> type[Exception]:
         """A class for the tests to catch the program's own exception of this name by."""
@@ -194,6 +211,9 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__name__", "__doc__", "__dict__", "__annotations__"):
             raise AttributeError(name)
+        if name in SEARCHES and not object.__getattribute__(self, "_link").knows(self):
+            kind = object.__getattribute__(self, "_type_name")
+            raise AttributeError(f"{name}() of a {kind}, which the tests do not know by name, decides nothing")
         return self._do("getattr", name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import inspect
 import io
 import types
 import unittest
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 STATEMENT = "a statement of the tests"
@@ -81,6 +82,18 @@ def names_used(codes: Iterable[types.CodeType]) -> set[str]:
     return {name for name in found if name.isidentifier() and not (name.startswith("__") and name.endswith("__"))}
 
 
+def names_stored(codes: Iterable[types.CodeType]) -> set[str]:
+    """Every global that code assigns or deletes, in whatever way: from then on it is not the program's."""
+    found: set[str] = set()
+    pending = [(code, {"STORE_NAME", "DELETE_NAME"}) for code in codes]
+    while pending:
+        code, local = pending.pop()
+        stores = local | {"STORE_GLOBAL", "DELETE_GLOBAL"}
+        found.update(step.argval for step in dis.get_instructions(code) if step.opname in stores)
+        pending += [(constant, set()) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return found
+
+
 def names_read(source: str, *, in_functions: bool = True) -> set[str]:
     """The names that test code reads; without ``in_functions`` only where nothing would have to be called for it."""
     found: set[str] = set()
@@ -102,8 +115,12 @@ class UnitTests:
         self.failures: list[tuple[str, Any]] = []  # the test, and what it raised or what is wrong with it
         self.ran: set[type] = set()
 
-    def watch(self) -> None:
-        """Patch unittest, in this process and for good."""
+    def watch(self, stays_away: Callable[[Any], bool]) -> None:
+        """Patch unittest, in this process and for good.
+
+        Args:
+            stays_away: whether a value is an object that stayed with the program, which is no set.
+        """
         run, ran, failures = unittest.TestCase.run, self.ran, self.failures
 
         def noted_run(case: unittest.TestCase, result: Any = None) -> Any:
@@ -111,6 +128,14 @@ class UnitTests:
             return run(case, result)
 
         unittest.TestCase.run = noted_run  # type: ignore[method-assign, assignment]
+        equal = unittest.TestCase.assertSetEqual
+
+        def sets_only(case: unittest.TestCase, first: Any, second: Any, msg: Any = None) -> None:
+            if stays_away(first) or stays_away(second):  # whose own difference() would hear what is expected
+                case.fail(f"an object of the program's own class is no set{f': {msg}' if msg else ''}")
+            equal(case, first, second, msg)
+
+        unittest.TestCase.assertSetEqual = sets_only  # type: ignore[method-assign, assignment]
         for name in ("addFailure", "addError", "addSubTest"):
             setattr(unittest.TestResult, name, _noting(getattr(unittest.TestResult, name), failures))
         unexpected = unittest.TestResult.addUnexpectedSuccess

@@ -324,7 +324,7 @@ _DECODERS: dict[str, Callable[[Codec, Any], Any]] = {
     "decimal": lambda c, p: decimal.Decimal(str(p)),
     "fraction": lambda c, p: fractions.Fraction(*map(int, c.decode_all(p))),
     "ellipsis": lambda c, p: ...,
-    "date": lambda c, p: _DATES[p[0]](*p[1:]),
+    "date": lambda c, p: _DATES[p[0]](*map(int, p[1:])),  # text would be taken for a pickled state, unchecked
     "array": _array,
     "scalar": _scalar,
     "type": lambda c, p: _TYPES[p],

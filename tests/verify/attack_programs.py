@@ -8,9 +8,10 @@ Upper-case words are put in by the runner: SECRET (a file's path), HOME (a folde
 (an abstract socket's name), PARENT (a pid), TOKEN (what must not turn up anywhere afterwards).
 """
 
-import platform
-
 PRELUDE = """
+import os as _os
+X86 = _os.uname().machine == 'x86_64'
+NAMESPACES = not _os.path.exists('/proc/self')
 reached = []
 
 def tried(action, *args):
@@ -240,6 +241,131 @@ def attack():
         data = (ctypes.c_uint * 6)(bits, bits, 0, 0xffffffff, 0xffffffff, 0)
         if ctypes.CDLL(None).capset(head, data) == 0:
             reached.append(bits)
+### change the libraries
+import json, os
+
+def attack():
+    for path in (os.__file__, json.__file__, os.path.dirname(os.__file__) + '/TOKEN'):
+        for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT, os.O_RDONLY | os.O_TRUNC):
+            tried(os.open, path, flags)
+        tried(os.utime, path)
+        tried(os.chmod, path, 0o666)
+        tried(os.rename, path, path + '.TOKEN')
+        tried(os.unlink, path)
+        tried(os.symlink, path, path + '.TOKEN')
+### map a library to write to it
+import mmap, os
+
+def attack():
+    fd = os.open(os.__file__, os.O_RDONLY)
+    tried(lambda: mmap.mmap(fd, 4096, flags=mmap.MAP_SHARED, prot=mmap.PROT_WRITE))
+### attributes of files
+import os
+
+def attack():
+    for path in ('SECRET', os.__file__):
+        tried(os.setxattr, path, 'user.x', b'1')
+        tried(os.removexattr, path, 'user.x')
+        tried(os.getxattr, path, 'user.x')
+        tried(os.listxattr, path)
+### lock a library
+import fcntl, os, struct
+
+def attack():
+    if NAMESPACES:  # there a lock is a program's own business: its folder is its own
+        return
+    fd = os.open(os.__file__, os.O_RDONLY)
+    whole = struct.pack('hhqqi4x', fcntl.F_RDLCK, 0, 0, 0, 0)
+    for command in (fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_GETLK, 36, 37):
+        tried(fcntl.fcntl, fd, command, whole)
+    tried(fcntl.flock, fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+### watch files
+import ctypes
+
+def attack():
+    c = ctypes.CDLL(None)
+    reached.extend(n for n in (c.inotify_init(), c.inotify_init1(0), c.fanotify_init(0, 0)) if n >= 0)
+### shared memory of System V and of POSIX
+import ctypes
+
+def attack():
+    c = ctypes.CDLL(None)
+    flags = 0o1600
+    reached.extend(n for n in (c.shmget(0, 4096, flags), c.semget(0, 1, flags), c.msgget(0, flags)) if n >= 0)
+    for name in (b'/TOKEN', b'TOKEN'):
+        if c.mq_open(name, 0o102, 0o600, None) >= 0 or c.shm_open(name, 0o102, 0o600) >= 0:
+            reached.append(name)
+### sockets of every family
+import socket
+
+def attack():
+    for family in range(46):
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
+            tried(socket.socket, family, kind, 0)
+### pass descriptors on
+import array, socket
+
+def attack():
+    a, b = socket.socketpair()
+    tried(a.sendmsg, [b'x'], [(1, 1, array.array('i', [0]))])
+    tried(b.recvmsg, 9, 99)
+### priorities and cores of others
+import os
+
+def attack():
+    for pid in (PARENT, os.getppid(), 0):
+        tried(os.setpriority, os.PRIO_PROCESS, pid, -5)
+        tried(os.sched_setaffinity, pid, {0})
+        tried(os.sched_setscheduler, pid, os.SCHED_BATCH, os.sched_param(0))
+    tried(os.nice, 1)
+### sessions and groups of processes
+import os
+
+def attack():
+    tried(os.setpgid, 0, PARENT)
+    tried(os.setsid)
+    tried(os.killpg, 0, 0)
+### give the filter away
+import ctypes
+
+def attack():
+    c = ctypes.CDLL(None)
+    if c.syscall(317, 1, 0, 0) >= 0 or c.prctl(22, 1, 0, 0, 0) >= 0 or c.prctl(4, 1, 0, 0, 0) >= 0:
+        reached.append('seccomp or dumpable')
+    if c.prctl(8, 1, 0, 0, 0) >= 0 or c.prctl(36, 1, 0, 0, 0) >= 0 or c.prctl(23, 0, 0, 0, 0) > 0:
+        reached.append('prctl')
+    if c.syscall(444, 0, 0, 1) >= 0:
+        reached.append('landlock')
+### another architecture's calls
+import ctypes, mmap
+
+def attack():
+    if X86:
+        # fork() as 32-bit code asks for it: mov eax, 2; int 0x80; ret
+        page = mmap.mmap(-1, 4096, prot=7)
+        page.write(bytes([0xb8, 2, 0, 0, 0, 0xcd, 0x80, 0xc3]))
+        call = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+        if call() >= 0:
+            reached.append('int 0x80')
+### calls of the x32 interface
+import ctypes
+
+def attack():
+    if X86 and ctypes.CDLL(None).syscall(0x40000000 + 57) >= 0:
+        reached.append('x32')
+### its own memory by name
+def attack():
+    for name in ('mem', 'environ', 'maps', 'root/etc/passwd', 'cwd/SECRET', 'attr/current', 'oom_score_adj'):
+        tried(lambda: open(f'/proc/self/{name}', 'rb').read(9))
+        tried(lambda: open(f'/proc/thread-self/{name}', 'r+b').write(b'0'))
+### devices
+import os
+
+def attack():
+    for name in ('mem', 'kmsg', 'tty', 'ptmx', 'fuse', 'kvm', 'shm', 'loop-control', 'nvidia0', 'net/tun'):
+        tried(os.open, f'/dev/{name}', os.O_RDWR)
+    tried(os.openpty)
+    tried(os.mknod, 'TOKEN', 0o20600, os.makedev(1, 1))
 ### cleanup trap
 import os
 
@@ -254,171 +380,3 @@ def attack():
 """,
     PRELUDE,
 )
-
-# name | what a run may end as | what its answer must be. "pass" stands for: it ran to its end, and that was the answer.
-# A time-out is repelled only where there is no other end.
-RESOURCES = {
-    name: program
-    for name, program in programs(
-        r"""
-### fork bomb | violation
-import os
-
-def f(x):
-    while True:
-        os.fork()
-### endless output | timeout
-import sys
-
-def f(x):
-    while True:
-        print('x' * 10 ** 6)
-### endless errors | timeout
-import os
-
-def f(x):
-    while True:
-        os.write(2, b'x' * 10 ** 6)
-### ten gigabytes | memory runtime_error
-def f(x):
-    return len(bytearray(10 ** 10))
-### memory bit by bit | memory runtime_error
-def f(x):
-    xs = []
-    while True:
-        xs.append(' ' * 10 ** 6)
-### memory caught | pass memory | 0 < f(3) < 420
-def f(x):
-    xs = []
-    for _ in range(2000):
-        try:
-            xs.append(' ' * 10 ** 6)
-        except MemoryError:
-            return len(xs)
-    return len(xs)
-### threads | pass | 8 < f(3) < THREADS
-import _thread, threading
-
-def f(x):
-    threading.stack_size(32768)
-    hold, started = threading.Event(), 0
-    try:
-        for started in range(4000):
-            _thread.start_new_thread(hold.wait, ())  # waits for no thread that memory keeps from starting
-    except RuntimeError:
-        pass
-    return started
-### threads by number | pass | 8 < f(3) < THREADS
-import ctypes, mmap
-
-def f(x):
-    # Two pieces of machine code for x86-64: clone(flags, stack) and return; and pause for ever, which is what the new
-    # thread returns into.
-    page = mmap.mmap(-1, 4096, prot=7)
-    page.write(bytes([0xb8, 56, 0, 0, 0, 0x0f, 0x05, 0xc3]) + bytes([0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7]))
-    start = ctypes.addressof(ctypes.c_char.from_buffer(page))
-    clone = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_ulong, ctypes.c_ulong)(start)
-    stacks = mmap.mmap(-1, 4000 * 64)
-    globals()['kept'] = page, stacks  # threads may begin after this function has ended
-    top = ctypes.addressof(ctypes.c_char.from_buffer(stacks))
-    for started in range(4000):
-        place = top + 64 * started + 48
-        ctypes.c_uint64.from_address(place).value = start + 8
-        if clone(0x50f00, place) < 0:
-            break
-    return started
-### pipes | pass | f(3) < 128
-import os
-
-def f(x):
-    count = 0
-    try:
-        while True:
-            os.pipe()
-            count += 1
-    except OSError:
-        return count
-### memory files | runtime_error violation
-import os
-
-def f(x):
-    return os.memfd_create('TOKEN')
-### shared memory | runtime_error memory
-import mmap
-
-def f(x):
-    return [mmap.mmap(-1, 10 ** 8) for _ in range(200)]
-### endless recursion | runtime_error memory
-import sys
-sys.setrecursionlimit(10 ** 6)
-
-def f(x):
-    return f(x) + 1
-### recursion in C | runtime_error memory
-def f(x):
-    for _ in range(4 * 10 ** 6):
-        x = (x,)
-    return hash(x)
-### stops itself | timeout
-import os, signal
-
-def f(x):
-    os.kill(os.getpid(), signal.SIGSTOP)
-### ignores signals | timeout
-import signal
-for s in range(1, 65):
-    try:
-        signal.signal(s, signal.SIG_IGN)
-    except (OSError, ValueError):
-        pass
-
-def f(x):
-    while True:
-        pass
-### huge exception | runtime_error memory
-def f(x):
-    raise ValueError('x' * 10 ** 8)
-### exception that fights | runtime_error
-class E(Exception):
-
-    def __str__(self):
-        raise E()
-    __repr__ = __str__
-
-def f(x):
-    raise E()
-### a big file | pass violation | f(3) <= 64 << 20
-def f(x):
-    written = 0
-    try:
-        with open('big', 'wb', buffering=0) as file:
-            for _ in range(10 ** 5):
-                written += file.write(b'x' * 10 ** 6)
-    except OSError:
-        pass
-    return written
-### many big files | pass violation | f(3) <= 64 << 20
-def f(x):
-    written = 0
-    try:
-        for i in range(10 ** 5):
-            with open(f'{i}', 'wb', buffering=0) as file:
-                written += file.write(b'x' * 10 ** 6)
-    except OSError:
-        pass
-    return written
-### many files | pass | f(3) <= 1024
-import os
-
-def f(x):
-    count = 0
-    try:
-        for count in range(10 ** 5):
-            os.close(os.open(f'{count}', os.O_CREAT | os.O_WRONLY))
-    except OSError:
-        pass
-    return count
-"""
-    ).items()
-    if platform.machine() == "x86_64" or "by number" not in name
-}

@@ -1,6 +1,6 @@
 """Runs attacks and says what they reached. Without pytest: another user's Python runs this file too.
 
-python attack_runner.py     # all attacks in all modes that this machine grants; prints the reports as JSON
+python -m tests.verify.attack_runner [whole]   # all attacks in all modes that this machine grants: reports as JSON
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,8 @@ from pathlib import Path
 from llmdistill.errors import UserError
 from llmdistill.verify.code import Verdict, run_tests
 from llmdistill.verify.sandbox import Sandbox
-from tests.verify.attack_programs import REACHING_OUT, RESOURCES
+from tests.verify.attack_programs import REACHING_OUT
+from tests.verify.attack_resources import RESOURCES
 from tests.verify.forgery_programs import FORGERY, SLOW_BY_SHAPE
 from tests.verify.forgery_shapes import SHAPES
 
@@ -139,10 +141,12 @@ def forge(name: str, shape: str, pool: Sandbox, scene: Scene) -> Verdict:
     return verdict
 
 
-def in_turn() -> Iterator[tuple[str, str]]:
-    """Every forgery with one shape, every shape with some: the judge is the same in all modes, and one of them sees
-    every forgery with every shape (test_forgeries.py)."""
+def pairs(whole: bool) -> Iterator[tuple[str, str]]:
+    """Every forgery with every shape; or every forgery with one shape, every shape with some: the judge is the same in
+    all modes, and one of them sees every forgery with every shape (test_forgeries.py)."""
     shapes = list(SHAPES)
+    if whole:
+        return ((name, shape) for name in FORGERY for shape in shapes)
     return ((name, shapes[number % len(shapes)]) for number, name in enumerate(FORGERY))
 
 
@@ -150,7 +154,7 @@ def still_judges(pool: Sandbox) -> bool:
     return run_tests("def f(x): return 2 * x", "assert f(3) == 6", sandbox=pool).passed
 
 
-def run_all(mode: str) -> dict[str, object]:
+def run_all(mode: str, whole: bool = False) -> dict[str, object]:
     """Every attack in this mode: what became of each."""
     pool, scene = Sandbox(1, mode=mode), Scene()
     with pool:
@@ -159,19 +163,42 @@ def run_all(mode: str) -> dict[str, object]:
         report: dict[str, object] = {"means": pool.means}
         report["reaching out"] = {name: reach_out(name, pool, scene) for name in REACHING_OUT}
         report["resources"] = {name: exhaust(name, pool, scene) for name in RESOURCES}
-        report["forgeries"] = {name: f"{shape}: {forge(name, shape, pool, scene).kind}" for name, shape in in_turn()}
+        report["forgeries"] = {
+            f"{name} | {shape}": forge(name, shape, pool, scene).kind for name, shape in pairs(whole)
+        }
         assert descendants(os.getpid()) == before
         assert still_judges(pool)
     scene.close()
     return report
 
 
-if __name__ == "__main__":
+def run_everything(whole: bool = False) -> dict[str, object]:
+    """The report of every mode, or why this machine does not grant it."""
     reports: dict[str, object] = {}
-    for granted in MODES:
+    for mode in MODES:
         try:
-            reports[granted] = run_all(granted)
+            reports[mode] = run_all(mode, whole)
         except UserError as refusal:
-            reports[granted] = str(refusal)
+            reports[mode] = str(refusal)
     assert descendants(os.getpid()) == set()
-    json.dump(reports, sys.stdout)
+    return reports
+
+
+def table(reports: dict[str, object]) -> str:
+    """How many attacks of a kind ended how, by mode."""
+    lines = []
+    for mode, report in reports.items():
+        if not isinstance(report, dict):
+            lines.append(f"| {mode} | not granted | | | {report} |")
+            continue
+        for kind in ("reaching out", "resources", "forgeries"):
+            ends = Counter(str(end).partition(":")[0] for end in report[kind].values())
+            told = ", ".join(f"{count} {end}" for end, count in ends.most_common())
+            lines.append(f"| {mode} | {kind} | {len(report[kind])} | 0 | {told} |")
+    return "\n".join(
+        ["| mode | attacks | runs | reached something | how they ended |", "|---|---|---|---|---|", *lines]
+    )
+
+
+if __name__ == "__main__":
+    json.dump(run_everything(sys.argv[1:] == ["whole"]), sys.stdout)

@@ -1,8 +1,9 @@
 """Attempts to be judged right without being right, for attack_runner.py: wrong programs, where right is f(x) == 2 x."""
 
 from tests.verify.attack_programs import programs
+from tests.verify.forgery_answers import ANSWERS
 
-FORGERY = programs(r"""
+FORGERY = ANSWERS | programs(r"""
 ### exit 0
 import os
 
@@ -22,76 +23,6 @@ atexit.register(os._exit, 0)
 
 def f(x):
     raise SystemExit(0)
-### always equal
-class A:
-
-    def __eq__(self, o):
-        return True
-    __ne__ = lambda s, o: False
-    __hash__ = object.__hash__
-
-    def __sub__(self, o):
-        return 0
-    __rsub__ = __sub__
-
-    def __abs__(self):
-        return 0
-
-    def __float__(self):
-        return 6.0
-
-    def __lt__(self, o):
-        return True
-    __gt__ = __le__ = __ge__ = __lt__
-
-def f(x):
-    return A()
-### int that equals all
-class A(int):
-
-    def __eq__(self, o):
-        return True
-    __hash__ = int.__hash__
-
-def f(x):
-    return A(7)
-### list that equals all
-class A(list):
-
-    def __eq__(self, o):
-        return True
-
-def f(x):
-    return [A()]
-### mock ANY
-from unittest.mock import ANY
-
-def f(x):
-    return ANY
-### class of a type
-class M(type):
-
-    def __eq__(self, o):
-        return True
-    __hash__ = type.__hash__
-
-class A(metaclass=M):
-    pass
-
-def f(x):
-    return A
-### lying reduce
-class A:
-
-    def __reduce__(self):
-        return (int, ('6',))
-
-    @property
-    def __class__(self):
-        return int
-
-def f(x):
-    return A()
 ### AssertionError
 import builtins
 
@@ -186,6 +117,159 @@ names = ['a statement of the tests', '__statement__', 'check', 'assertion', 'f',
 for m in list(sys.modules.values()):
     if hasattr(m, '_Server'):
         m._Server._changed_globals = lambda s: [[n, ['value', 6]] for n in names]
+### counts for the tests
+failures = 0
+
+def f(x):
+    global failures
+    failures = -2
+    return 7
+### sets what the setup set
+TOLERANCE = 0
+
+def f(x):
+    global TOLERANCE
+    TOLERANCE = 100
+    return 0
+### numbers that the tests may have too
+NAMES = ['failures', 'TOLERANCE', 'r', 'x', 'y', 'expected', 'inp', 'exp', 'atol', 'i', 'CASES', 'ok', 'passed']
+calls = 0
+globals().update(dict.fromkeys(NAMES, 0))
+
+def f(x):
+    global calls
+    calls += 1
+    globals().update(dict.fromkeys(NAMES, [-2, 100, True, [], 6, 'x'][calls % 6]))
+    return 0
+### names that are gone
+import sys
+for name in ('failures', 'TOLERANCE', 'expected'):
+    globals()[name] = 0
+
+def f(x):
+    for name in ('failures', 'TOLERANCE', 'expected'):
+        globals().pop(name, None)
+    return 7
+### answers twice
+import sys
+
+def f(x):
+    return 7
+for m in list(sys.modules.values()):
+    if hasattr(m, 'Channel') and hasattr(m, 'Peer'):
+        send = m.Channel.send
+
+        def twice(self, message):
+            send(self, message)
+            if message[0] == '=':
+                send(self, message)
+                send(self, ['=', [6, [], '', []]])
+        m.Channel.send = twice
+### answers for the judge
+import sys
+
+def f(x):
+    return 7
+for m in list(sys.modules.values()):
+    if hasattr(m, 'Channel') and hasattr(m, 'Peer'):
+        send = m.Channel.send
+
+        def asks(self, message):
+            for number in (-1, 0, 1, True, 'x', [], 10 ** 30):
+                send(self, ['?', ['callback', number, [6]]])
+            send(self, ['pass', ''])
+            send(self, {'kind': 'pass', 'detail': ''})
+        m.Channel.send = asks
+### forms that are none
+import sys
+forms = [{'date': ['date', '\x07\xe6\x01\x06']}, {'date': ['__class__', 1]}, {'range': [0, 9, 0]}, {'fraction': [1, 0]},
+         {'decimal': 'x' * 10 ** 6}, {'type': 'type'}, {'array': ['<f8', [-1, -1], '']},
+         {'array': ['V8', [1], 'AAAAAAAAAAA=']},
+         {'scalar': ['O', 'AAAAAAAAAAA=']}, {'pooled': [[6], [10 ** 18], 'AA==']}, {'set': [[6]]}, {'dict': [[[6], 6]]},
+         {'bytes': '\u2603'}, {'objects': [[['A', {}]], 0]}, {'iterator': [6]}, {'from': ['os', 'system']},
+         {'i': '0' * 10 ** 6}, {'callback': 0}, {'handle': ['x', 6]}, {'handle': [[], 'int']}, {'': 6},
+         {'complex': ['nan', 'nan', 'nan']}, {}]
+turn = 0
+
+def f(x):
+    global turn
+    turn += 1
+    form = forms[turn % len(forms)]
+    for m in list(sys.modules.values()):
+        if hasattr(m, '_Server'):
+            m.Codec.encode = lambda s, v: form
+    return 7
+### modules that are gone
+import sys, builtins
+
+def f(x):
+    sys.modules.clear()
+    vars(builtins).clear()
+    return 6
+### other modules in their places
+import sys, types
+for name in list(sys.modules):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules['solution'] = sys.modules['__main__'] = sys
+
+def f(x):
+    return 7
+### its own limits
+import sys, threading
+sys.setrecursionlimit(10 ** 9)
+threading.stack_size(1 << 20)
+sys.setswitchinterval(1e-9)
+
+def f(x):
+    return 7
+### descriptors exchanged
+import os
+
+def f(x):
+    a, b = os.dup(3), os.dup(4)
+    os.dup2(a, 4)
+    os.dup2(b, 3)
+    return 6
+### threads that answer
+import os, threading, json
+message = json.dumps(['=', [6, [], '', []]]).encode()
+message = len(message).to_bytes(8, 'little') + message
+
+def answer():
+    for _ in range(200):
+        try:
+            os.write(4, message)
+        except OSError:
+            return
+
+def f(x):
+    for _ in range(4):
+        threading.Thread(target=answer, daemon=True).start()
+    return 7
+### another clock, another world
+import os, time, random
+time.time = time.monotonic = time.perf_counter = lambda: 6.0
+time.sleep = lambda s: None
+random.seed = random.random = lambda *a: 6
+os.environ.update(PYTHONPATH='/tmp', PYTHONSTARTUP='/tmp/x', TZ='x' * 1000)
+
+def f(x):
+    return 7
+### hooks of the import system
+import sys, builtins
+
+class Finder:
+    def find_spec(self, name, *a):
+        return None
+    def __call__(self, *a):
+        raise ImportError
+sys.meta_path.insert(0, Finder())
+sys.path_hooks.insert(0, Finder())
+builtins.__import__ = lambda *a, **k: sys
+builtins.__build_class__ = lambda *a, **k: 6
+
+def f(x):
+    return 7
 ### answers nonsense
 import sys
 
@@ -289,45 +373,6 @@ threading.Thread(target=late).start()
 
 def f(x):
     return 7
-### number by arithmetic
-class A:
-    def __sub__(self, o): return 0
-    __rsub__ = __add__ = __radd__ = __mul__ = __neg__ = __truediv__ = __sub__
-    def __getattr__(self, name): return A()
-    def __call__(self, *a, **k): return A()
-def f(x):
-    return A()
-### array that is true
-def f(x):
-    try:
-        import numpy as np
-    except ImportError:
-        return 7
-    return np.array([])
-### empty for a float
-def f(x):
-    return []
-### not a number
-def f(x):
-    return float('nan')
-### nested value
-def f(x):
-    for _ in range(10 ** 5):
-        x = [x]
-    return x
-### a list in itself
-def f(x):
-    x = []
-    x.append(x)
-    return x
-### endless iterator
-import itertools
-
-def f(x):
-    return itertools.count()
-### a range of 10**18
-def f(x):
-    return range(10 ** 18)
 """)
 
 # Whatever a program raises ends its call and nothing else: no loop, no test, no judge.

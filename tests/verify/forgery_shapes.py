@@ -102,6 +102,10 @@ if failures:
     raise AssertionError(failures)
 """
 
+# A trusted setup has numbers of its own.
+SETUP = "TOLERANCE = 0\nCASES = [(0, 0), (3, 6), (-2, -4)]\n"
+WITH_SETUP = "for x, expected in CASES:\n    assert abs(f(x) - expected) <= TOLERANCE, x\n"
+
 CASES = [("3", "6"), ("x = -2", "-4")]
 LINES = [("3\n", "6\n"), ("-2\n", "-4\n")]
 
@@ -133,6 +137,7 @@ SHAPES: dict[str, Callable[..., Verdict]] = {
     "EvalPlus": _of(EVALPLUS),
     "comparisons": _of(COMPARISONS),
     "forgiving": _of(FORGIVING),
+    "asserts with a setup": partial(_judged, tests={"test": WITH_SETUP, "setup": SETUP}),
     "cases": lambda program, **limits: run_functional(program, "f", CASES, **limits),
     "standard input": _printed,
 }

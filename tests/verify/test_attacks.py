@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from llmdistill.errors import UserError
 from llmdistill.verify.code import run_stdin, run_tests
 from llmdistill.verify.sandbox import Sandbox
 from tests.verify import attack_runner
-from tests.verify.attack_programs import REACHING_OUT, RESOURCES
+from tests.verify.attack_programs import REACHING_OUT
+from tests.verify.attack_resources import RESOURCES
 from tests.verify.attack_runner import Scene, descendants, exhaust, reach_out, still_judges
 
 REPO = Path(__file__).parents[2]
@@ -131,9 +131,8 @@ def test_expected_outputs_are_not_in_the_programs_memory(pool):
     assert control.passed, control
 
 
-@pytest.mark.slow
-def test_as_an_unprivileged_user():
-    """The same attacks and the forgeries by another uid, with a Python that this uid can read."""
+def as_nobody(*words: str) -> dict[str, object]:
+    """What the runner reports when another uid runs it, with a Python that this uid can read."""
     python = next((p for p in ("/usr/bin/python3", "/usr/local/bin/python3") if os.path.exists(p)), None)
     if os.geteuid() != 0 or python is None:
         pytest.skip("needs root, to become another user, and a system Python")
@@ -146,19 +145,34 @@ def test_as_an_unprivileged_user():
         for empty in (package / "__init__.py", package / "verify/__init__.py"):
             empty.write_text("")
         tests.mkdir(parents=True)
-        for name in ("attack_programs.py", "forgery_programs.py", "forgery_shapes.py", "attack_runner.py"):
-            shutil.copy(Path(__file__).with_name(name), tests)
+        for pattern in ("attack_*.py", "forgery_*.py"):
+            for file in Path(__file__).parent.glob(pattern):
+                shutil.copy(file, tests)
         (Path(folder) / "home").mkdir()
         for path in [Path(folder), *Path(folder).rglob("*")]:
             path.chmod(0o755)
         os.chown(Path(folder) / "home", 65534, 65534)
         done = subprocess.run(
-            [python, "-m", "tests.verify.attack_runner"],
-            user=65534, group=65534, extra_groups=[], cwd=folder, capture_output=True, text=True, timeout=500,
+            [python, "-m", "tests.verify.attack_runner", *words],
+            user=65534, group=65534, extra_groups=[], cwd=folder, capture_output=True, text=True, timeout=1500,
             env={"ATTACK_HOME": f"{folder}/home", "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     reports = json.loads(done.stdout)
     granted = {mode: report["means"] for mode, report in reports.items() if isinstance(report, dict)}
     assert granted and all(means["switches_to_uid"] is None for means in granted.values()), reports
-    print(granted, file=sys.stderr)
+    return reports
+
+
+@pytest.mark.slow
+def test_as_an_unprivileged_user():
+    as_nobody()
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("user", ["this user", "nobody"])
+def test_every_attack_in_every_mode_and_every_forgery_by_tests_of_every_shape(user, capsys):
+    """The table of eval/proof/verdicts.md; what this machine does not grant is said there."""
+    reports = as_nobody("whole") if user == "nobody" else attack_runner.run_everything(whole=True)
+    with capsys.disabled():
+        print(f"\n{user}:\n{attack_runner.table(reports)}")

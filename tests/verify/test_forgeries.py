@@ -30,7 +30,15 @@ def test_no_forgery_passes(shape, pool, scene):
 
 
 # One forgery each for the faults that were found, so that a quick run meets them.
-FOUND = ["own names", "every name there is", "raises StopIteration", "raises hostile metaclass", "answers nonsense"]
+FOUND = [
+    "counts for the tests",
+    "sets what the setup set",
+    "own names",
+    "every name there is",
+    "raises StopIteration",
+    "raises hostile metaclass",
+    "answers nonsense",
+]
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -91,3 +99,56 @@ def test_the_tests_own_names_are_theirs(pool):
     assert run_tests("def f(x): return 2 * x", tests, sandbox=pool).passed
     forged = "def f(x): return 7\ndef twice(x): return 7\nclass math:\n    isclose = staticmethod(lambda *a: True)\n"
     assert not run_tests(forged, tests, sandbox=pool).passed
+
+
+SAYS_YES = """
+class Yes:
+    def difference(self, other):
+        self.heard = other
+        return set()
+    def __iter__(self): return iter(self.heard)
+    def symmetric_difference(self, other): return set()
+    issubset = issuperset = isdisjoint = startswith = endswith = lambda self, *a: True
+    def count(self, x): return 1
+    def index(self, x): return 0
+def f(x): return Yes()
+"""
+SET_TEST = (
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.assertSetEqual(f(3), {6, 7})\n"
+)
+SEARCHING = [
+    SET_TEST,
+    "assert f(3).difference({6, 7}) == set()",
+    "assert f(3).symmetric_difference({6, 7}) == set()",
+    "assert f(3).issubset({6, 7}) and f(3).issuperset({6, 7}) and not f(3).isdisjoint({6})",
+]
+TEXTS = ["assert f(3).startswith('si') and f(3).endswith('x')", "assert f(3).count('i') == 1 and f(3).index('s') == 0"]
+
+
+@pytest.mark.parametrize("tests", SEARCHING + TEXTS)
+def test_methods_that_hear_what_is_expected_are_not_asked_of_objects_that_the_tests_do_not_know(tests, pool):
+    right = "def f(x): return {6, 7}" if tests in SEARCHING else "def f(x): return 'six'"
+    assert run_tests(right, tests, sandbox=pool).passed
+    verdict = run_tests(SAYS_YES, tests, sandbox=pool)
+    assert verdict.kind == "wrong", verdict
+
+
+def test_methods_of_classes_and_objects_that_the_tests_name_are_asked(pool):
+    program = (
+        "class Bag:\n    def __init__(self, xs): self.xs = xs\n    def count(self, x): return self.xs.count(x)\n"
+        "    def issubset(self, other): return set(self.xs) <= set(other)\nempty = Bag([])\n"
+    )
+    tests = "assert Bag([6, 6]).count(6) == 2 and Bag([6]).issubset({6, 7}) and empty.count(6) == 0"
+    verdict = run_tests(program, tests, sandbox=pool)
+    assert verdict.passed, verdict
+
+
+def test_what_a_program_counts_for_the_tests_to_read_is_still_carried_over(pool):
+    """A global of the program's that the tests read, and never assign, is as the last call left it."""
+    program = "calls = 0\ndef f(x):\n    global calls\n    calls += 1\n    return 2 * x\n"
+    verdict = run_tests(program, "assert f(3) == 6 and calls == 1\nf(0)\nassert calls == 2", sandbox=pool)
+    assert verdict.passed, verdict
+
+
+def test_a_type_is_a_function_too(pool):
+    assert run_tests("to_text = str", "assert to_text(3) == '3'", sandbox=pool).passed
