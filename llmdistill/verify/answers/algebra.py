@@ -221,9 +221,20 @@ def _monomial(tree: Node) -> dict[str, Fraction] | None:
 
 def points(names: frozenset[str], *trees: Node) -> Iterator[dict[str, Fraction]]:
     whole, positive = whole_symbols(*trees), positive_symbols(*trees)
+    rounded = {
+        name for tree in trees for node in walk(tree) if node.op in ("floor", "ceiling") for name in symbols(node)
+    }
     for number, (low, high, signed) in enumerate(_POINTS):
         yield {
-            name: coordinate(name, number, low, high, name in whole, signed and name not in positive) for name in names
+            name: coordinate(
+                name,
+                number,
+                low,
+                high,
+                name in whole or (name in rounded and number % 3 == 1),
+                signed and name not in positive,
+            )
+            for name in names
         }
 
 

@@ -251,7 +251,9 @@ class Numeric:
                 point, weight = ends[0] + n, self.mp.mpf(_drawn(tree.op, n)) / 97
             else:
                 point = self.mp.mpf(_drawn("point", n)) / 97 + n
-                weight = self.mp.cos(ends[1] * _drawn(tree.op, n)) - self.mp.cos(ends[0] * _drawn("low", n))
+                weight = self.mp.cos(ends[1] * _drawn(tree.op, n))
+                if tree.op == "integral":  # from b to a is minus from a to b
+                    weight -= self.mp.cos(ends[0] * _drawn(tree.op, n))
             try:
                 total += weight * self._value(body, {**at, index.name: _as_fraction(self._real(point))})
                 seen += 1
@@ -259,7 +261,7 @@ class Numeric:
                 continue
         if seen < 4:
             raise Undefined
-        return total + _drawn(tree.op + tree.name, 0)
+        return total * _drawn(tree.op + tree.name, 0)
 
     def _end(self, bound: Node, at: Point) -> Any:
         if bound.op == "infinity" or (bound.op == "minus" and bound.args[0].op == "infinity"):
@@ -304,6 +306,10 @@ class Numeric:
 
     def _product(self, a: Any, b: Any) -> Any:
         return a * b
+
+    def _cross(self, a: Any, b: Any) -> Any:
+        """Some product of vectors that is turned round with them, and not their inner one."""
+        return a * b * self.mp.sin(a - b)
 
     def _quotient(self, a: Any, b: Any) -> Any:
         return a / b

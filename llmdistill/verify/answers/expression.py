@@ -86,8 +86,10 @@ class _Parser(Bound):
         result = self.power()
         while True:
             if self.is_sign("*") or self.is_command("cdot", "times"):
-                self.take()
-                result = Node("product", (result, self._signed_power()))
+                cross = self.take().text == "times"
+                factor = self._signed_power()
+                vectors = result.name.startswith("vec ") and factor.name.startswith("vec ")
+                result = Node("cross" if cross and vectors else "product", (result, factor))
             elif self.is_sign("/") or self.is_command("div"):
                 self.take()
                 result = Node("quotient", (result, self._signed_power()))

@@ -24,6 +24,7 @@ from llmdistill.verify.answers.wording import read_option, read_words
 
 LONGEST = 2_000
 DEEPEST = 5
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2}/\d{1,2}/\d{4}")
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|i\.e\.),? )?(?:the )?(?:final |correct |required )?"
     r"(?:answer|result|solution|value)s? ?(?:is|are|equals|=|:)[: ]*"
@@ -114,7 +115,7 @@ def read(text: str) -> Readings:
 
 def readings(text: str, depth: int = 0) -> Readings:
     """The readings of a tidy text; never empty."""
-    if not text or len(text) > LONGEST or depth > DEEPEST:
+    if not text or len(text) > LONGEST or depth > DEEPEST or _DATE.fullmatch(text):
         return (Text(text),)
 
     def inner(part: str) -> Readings:
@@ -164,7 +165,9 @@ def _structured(text: str, simple: bool, inner: Reader) -> list[Value]:
     if simple:
         found += read_relation(text, inner)
     elif re.search(r"[<>]|\\[lgn]e(?![A-Za-z])", text):
-        found += read_union(text, inner)
+        union = read_union(text, inner)
+        if union:
+            return found + union  # "x < 1 or x > 2" is one answer, no list
     if found and isinstance(found[0], Ratio):
         return found
     return found + read_sequence(text, inner)

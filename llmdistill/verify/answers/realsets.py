@@ -211,7 +211,9 @@ def probes(found: RealSet) -> list[tuple[Node, bool]] | None:
     return [(test, contains(found, test)) for test in tests]
 
 
-_STEPS = [sign * size for size in (Fraction(1, 1000), Fraction(1, 7), Fraction(3, 2)) for sign in (-1, 1)]
+_STEPS = [
+    sign * size for size in (Fraction(1, 10**80), Fraction(1, 1000), Fraction(1, 7), Fraction(3, 2)) for sign in (-1, 1)
+]
 
 
 def contains(found: RealSet, point: Node) -> bool:

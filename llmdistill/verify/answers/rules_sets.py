@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmdistill.verify.answers import algebra
 from llmdistill.verify.answers.algebra import Undecided
-from llmdistill.verify.answers.realsets import probes
+from llmdistill.verify.answers.realsets import from_inequality, probes
 from llmdistill.verify.answers.terms import Terms, same_trees
 from llmdistill.verify.answers.tree import Node, substituted, symbols
 from llmdistill.verify.answers.values import Chain, Interval, RealSet, Value
@@ -55,6 +55,8 @@ def chain_as_set_rule(gold: Value, answer: Value, terms: Terms) -> bool:
     """An inequality that holds inside of a set and not outside: at its ends, beside them, between them, far away."""
     chain, real = (gold, answer) if isinstance(gold, Chain) else (answer, gold)
     assert isinstance(chain, Chain) and isinstance(real, RealSet)
+    if from_inequality(list(chain.sides), list(chain.signs)) is not None:
+        return False  # it is a set itself, and compared as one
     names = frozenset().union(*map(symbols, chain.sides))
     if len(names) != 1 or (real.variable and real.variable not in names):
         return False
