@@ -231,7 +231,21 @@ def with_evidence(term: Term, inputs: TermInputs, texts: Sequence[Text], evidenc
         groups = Groups(counts, tuple(map(len, texts)), _tensors(evidence), inputs.weights_N)
         return replace(inputs, evidence=evidence, count=float(term.group.count(groups)))
     told_N = told_rows(evidence)
-    return replace(inputs if told_N is None else inputs.times(told_N), evidence=evidence)
+    if told_N is not None:
+        inputs = inputs.times(told_N) if term.mean == "token" else _means_of(inputs, told_N, texts)
+    return replace(inputs, evidence=evidence)
+
+
+def _means_of(inputs: TermInputs, told_N: Tensor, texts: Sequence[Text]) -> TermInputs:
+    """Sequence means over the told rows alone; a sequence without any has none."""
+    assert inputs.weights_N is not None
+    counts = [count for text in texts for count in text.rollout.row_counts]
+    told = inputs.weights_N * told_N.float()
+    sums, whole = (torch.stack([x.sum() for x in values.split(counts)]) for values in (told, inputs.weights_N))
+    scale = torch.where(sums > 0, whole / sums.clamp_min(1e-30), 0.0)
+    weights_N = told * scale.repeat_interleave(torch.tensor(counts))
+    effective = float(weights_N.sum()), float(weights_N.square().sum())
+    return TermInputs(inputs.evidence, weights_N, float(whole[sums > 0].sum()), effective)
 
 
 def _tensors(evidence: TeacherRows) -> tuple[Tensor, ...]:

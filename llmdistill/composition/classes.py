@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llmdistill.composition.chunks import ChunkLoss
-from llmdistill.composition.term import Groups
+from llmdistill.composition.method import Method
+from llmdistill.composition.term import OTHER_TOKENIZER, Ask, Groups, Term
+from llmdistill.errors import UserError
 from llmdistill.objectives.alm import chunk_sums
 from llmdistill.objectives.classes import Classes, span_kl
 from llmdistill.teachers.chunks import Question
@@ -77,3 +80,34 @@ class SpanLoss(InClasses, ChunkLoss):
         gap_C, student_others_C, teacher_others_C = (chunk_sums(x, place_N, count) for x in values_N[:, 2:].unbind(-1))
         student_rest_C = 1.0 - student_others_C - student_C.exp()
         return gap_C + span_kl(student_C, teacher_C, student_rest_C, 1.0 - teacher_others_C - teacher_C.exp())
+
+
+def in_classes(method: Method, judge: str = "teacher") -> Method:
+    """The same method with a judge of another tokenizer: its divergences compare classes instead of tokens.
+
+    They are 0 within chunks, where the judge does not stand, and are means over the rows where it does.
+
+    Raises:
+        UserError: a term hears anything of the judge but whole distributions, or reads more than those.
+    """
+
+    def changed(term: Term) -> Term:
+        if all(ask.judge != judge or ask.kind in OTHER_TOKENIZER for ask in term.asks):
+            return term
+        alone = len(term.asks) == 1 and term.loss is not None and not (term.reads or term.survey)
+        if not alone or term.asks[0].kind != "full":
+            raise UserError(
+                f"{judge}.view is classes, and term {term.name!r} takes more than whole distributions of two models. "
+                "Fix: --estimator full without what stands beside it; or llmdistill.cross_tokenizer, whose chunk_opd "
+                "weighs sampled tokens."
+            )
+        compared = [ClassLoss(_of_two(x)) for x in (term.loss, *term.watch.values())]
+        watch = dict(zip(term.watch, compared[1:], strict=True))
+        return replace(term, loss=compared[0], watch=watch, asks=(Ask(judge, "classes"),))
+
+    return replace(method, terms=tuple(map(changed, method.terms)))
+
+
+def _of_two(loss: Callable[..., Tensor] | None) -> ClassDivergence:
+    assert loss is not None
+    return lambda student, teacher, same: loss(student, teacher)

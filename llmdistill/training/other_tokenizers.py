@@ -96,7 +96,7 @@ def bind(method: Method, judges: Mapping[str, Teacher], ends: Collection[int]) -
             for term, _ in method.asks_of(name):
                 if isinstance(term.group, ChunkLoss):
                     term.group.bind(judge.retokenizer.student_table)
-                for loss in (term.loss, term.group):
+                for loss in (term.loss, term.group, *term.watch.values()):
                     if isinstance(loss, InClasses):
                         own, _, same = judge.retokenizer.classes
                         loss.bind_classes(Classes(own, len(same)), same)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +29,7 @@ from llmdistill.composition.batch import (
     with_evidence,
     with_reads,
 )
+from llmdistill.composition.classes import in_classes
 from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import Result, loss_on
 from llmdistill.composition.method import Method
@@ -83,6 +84,8 @@ class DistillationTrainer(RoundLog):
         rollout_engine: samples from the student; by default what ``args.rollouts`` names.
         data: names of the columns and the limits.
         min_aligned: of judges with another tokenizer: the least share of the bytes that must be in chunks of both.
+        view: how the teacher is compared: token by token, or, where it has another tokenizer, in ``classes`` of tokens
+            that both can tell (:func:`~llmdistill.composition.classes.in_classes`).
         preflight: whether :meth:`train` begins with the start-up checks; None: once per process and kind of run.
     """
 
@@ -112,9 +115,11 @@ class DistillationTrainer(RoundLog):
         optimizers: tuple[Any, Any] = (None, None),
         preflight: bool | None = None,
         min_aligned: float = 0.9,
+        view: Literal["tokens", "classes"] = "tokens",
     ) -> None:
         self.wants_preflight = preflight
         model, tokenizer = ready_student(model, processing_class, args, peft_config)
+        method = in_classes(method) if view == "classes" else method
         self.method, self.data_config, self.reward = method.in_contexts(contexts or {}), data or DataConfig(), reward
         self.eos_ids, self.pad_id = eos_ids(model, tokenizer), pad_id(tokenizer)
         named_judges = {**({} if teacher is None else {"teacher": teacher}), **(judges or {})}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, TAIDTrainer
 from llmdistill.composition.chunks import asked_of_chunks
 from llmdistill.composition.term import Groups
 from llmdistill.errors import UserError
+from llmdistill.objectives.classes import Classes
+from llmdistill.objectives.divergences import jsd, reverse_kl
+from llmdistill.objectives.taid import taid
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, collate
 from llmdistill.texts.rollout import Reading
@@ -202,3 +208,99 @@ def test_tables_of_one_byte_level_model_leave_nothing(tmp_path: Path, case: str,
             assert float(term.group.losses(values, groups).abs().max()) < 1e-6
             assert term.group.count(groups) > 20
     assert judge.shares.aligned_bytes == judge.shares.bytes and judge.shares.single < judge.shares.chunks
+
+
+# ---------------------------------------------------------------- the other front doors, across families
+
+DOORS: dict[str, tuple[type[Any], type[Any], dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
+    "opd": (OPDTrainer, OPDConfig, {}, reverse_kl),
+    "gkd": (OPDTrainer, OPDConfig, {"divergence": "jsd", "beta": 0.3, "sequences": "mixed"}, partial(jsd, beta=0.3)),
+    "taid": (TAIDTrainer, TAIDConfig, {"sequences": "dataset"}, partial(taid, t=0.4)),
+}
+
+
+def behind(door: str, folder: Path, student: Any = None, teacher: Any = None, **settings: Any) -> Any:
+    trainer, config, own, _ = DOORS[door]
+    args = config(
+        output_dir=str(folder / "run"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        rollouts=RolloutConfig(max_new_tokens=5),
+        **{**own, **settings},
+    )
+    return trainer(
+        student or tiny.llama(1),
+        args,
+        teacher or other_teacher(),
+        train_dataset=tiny.rows(8),
+        processing_class=tiny.tokenizer(),
+        view="classes",
+        preflight=True,
+    )
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_another_front_door_compares_classes(tmp_path: Path, door: str) -> None:
+    """Its own divergence of the classes' log-probabilities, at the rows where chunks begin; and it trains."""
+    student = tiny.llama(1)
+    t = behind(door, tmp_path, student=student)
+    given, twin = text(t), copy.deepcopy(student)
+    expected = dense_by_hand(t, given, twin, DOORS[door][3])
+    value, found = rounds.gradients(t, text(t, left=2))
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4) and value > 0.01
+    twin.zero_grad()
+    expected.backward()
+    rounds.assert_same(found, {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}, 1e-4)
+    before = copy.deepcopy(student.state_dict())
+    t.train()
+    assert any(not torch.equal(p, before[n]) for n, p in student.state_dict().items())
+
+
+def dense_by_hand(t: Any, given: Any, student: Any, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    judge = t.judges["teacher"]
+    model, tok, own_tok = judge.teacher.model, judge.retokenizer.judge, t.encode.tokenizer
+    own_V, other_V, same = judge.retokenizer.classes  # proved by hand above
+    maps, losses = [Classes(x, len(same)) for x in (own_V, other_V)], []
+    for b, prompt in enumerate(given.prompts):
+        tail = given.rollout.input_ids[b][given.rollout.attention_mask[b]].tolist()[len(prompt.ids) :]
+        content = [i for i in tail if i != own_tok.eos_token_id]
+        written = bytes(u for i in content for u in table_of(own_tok).units[i]).decode()
+        head = vocabularies.encode(tok, tok.apply_chat_template(t_row(b), tokenize=False, add_generation_prompt=True))
+        judged = [*vocabularies.encode(tok, written), *([tok.eos_token_id] if tail != content else [])]
+        own = student(torch.tensor([[*prompt.ids, *tail]])).logits[0, len(prompt.ids) - 1 : -1]
+        other = model(torch.tensor([head + judged])).logits[0, len(head) - 1 : -1].detach()
+        starts = [(a.start, c.start) for a, c in align_chunks(tail, judged, own_tok, tok)]
+        s, q = own[[i for i, _ in starts]], other[[j for _, j in starts]]
+        losses += list(loss(maps[0].logprobs(s), maps[1].logprobs(q)))
+    return torch.stack(losses).mean()
+
+
+def test_a_mean_of_sequences_is_over_the_rows_where_the_judge_stands(tmp_path: Path) -> None:
+    t = behind("opd", tmp_path, mean="sequence")
+    given = text(t)
+    loss, whole = rounds.gradients(t, given)
+    of_each = [rounds.gradients(t, given.reorder([b]))[0] for b in range(len(given))]
+    assert loss == pytest.approx(sum(of_each) / len(of_each), rel=1e-5)
+    token_mean = behind("opd", tmp_path / "b")
+    assert of_each[0] == pytest.approx(rounds.gradients(token_mean, given.reorder([0]))[0], rel=1e-5)
+    again, found = rounds.gradients(t, text(t, left=3), 4)
+    assert again == pytest.approx(loss, rel=1e-5)
+    rounds.assert_same(found, whole, 5e-5)
+
+
+def test_a_front_door_names_another_or_the_view(tmp_path: Path) -> None:
+    """One line, where nothing is said about the other tokenizer, and where what is asked has no classes."""
+    args = OPDConfig(output_dir=str(tmp_path / "a"), rollouts=RolloutConfig(max_new_tokens=5))
+    t = OPDTrainer(tiny.llama(1), args, other_teacher(), train_dataset=tiny.rows(4), processing_class=tiny.tokenizer(),
+                   preflight=True)  # fmt: skip
+    with pytest.raises(UserError) as refused:
+        t.train()
+    line = str(refused.value)
+    assert "\n" not in line and "260 shared ids are different tokens" in line
+    assert "Fix: llmdistill.cross_tokenizer, which compares chunks of text, or --teacher.view classes here" in line
+    with pytest.raises(UserError, match="teacher.view is classes, and term 'divergence' takes more .* chunk_opd"):
+        behind("opd", tmp_path / "b", estimator="sampled")
+    with pytest.raises(UserError, match="teacher.view is classes, and term 'mixed_target' takes more"):
+        behind("taid", tmp_path / "c", divergence="forward_kl", xi=0.5)
