@@ -18,7 +18,9 @@ _HOME: dict[str, str] = {
     "decontaminate": "decontamination",
     "export": "exports",
     "generate": "generation",
+    "score": "scores",
     "split": "splits",
+    "train": "training",
     "verify": "verification",
 }
 __all__ = sorted(_HOME)
