@@ -6,7 +6,7 @@ without the shift.
     OMP_NUM_THREADS=1 python eval/proof/ar_to_diffusion.py OUT --only shift --steps 300
 
 The text is this repository's own documentation in windows of 48 tokens, every tenth held out. Each variant is one run
-of ``stage: from_ar`` on the one loop: batch 4, AdamW at 1e-4. OUT gets a folder for each, and the table in ``table.md``;
+of ``stage: from_ar`` on the one loop: batch 4, AdamW at 1e-4. OUT gets a folder for each, and the table ``table.md``;
 what is there already is not run again. A run that was stopped goes into the table as far as it was measured.
 """
 
