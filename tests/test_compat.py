@@ -1,6 +1,7 @@
 """Contracts with unstable API of others: when an upgrade breaks one, this says which."""
 
 import contextlib
+import inspect
 import logging
 import os
 import pkgutil
@@ -373,3 +374,13 @@ def test_the_group_goes_with_the_last_engine_and_one_left_open_does_not_spoil_th
         "print('loaded', is_initialized())"
     )
     assert python(code).split("\n")[-3:] == ["group True False", "loaded True", ""]
+
+
+def test_uvicorn_tells_its_protocol_of_every_connection_and_answer() -> None:
+    """What ``compat/uvicorn.py`` hangs on to; tests/service/test_connections.py sees it work."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    for name in ("connection_made", "on_response_complete", "connection_lost"):
+        assert callable(getattr(AutoHTTPProtocol, name))
+    assert "response_complete" in Path(inspect.getfile(AutoHTTPProtocol)).read_text()
+    assert "self.cycle" in Path(inspect.getfile(AutoHTTPProtocol)).read_text()

@@ -20,7 +20,6 @@ from llmdistill.service.problems import Problem
 from llmdistill.wire import protocol
 
 OPEN = (protocol.HEALTH, protocol.READY)  # without a token, and at any load: load balancers ask
-CALLERS_PER_REQUEST = 4  # that may be answered, told to wait included, for each request that may be in the house
 # What a page of another origin cannot send without asking first, which nobody here answers.
 TYPES = (protocol.JSON_TYPE, protocol.IDS_TYPE, protocol.TENSORS_TYPE)
 
@@ -70,7 +69,7 @@ class Around:
         if scope["method"] == "POST" and kind not in TYPES:
             shown = repr(kind[:60]) if kind else "missing"
             return Problem(415, "type", f"the content type is {shown}; it must be one of {', '.join(TYPES)}")
-        if self.callers > CALLERS_PER_REQUEST * self.service.limits.in_flight:
+        if self.callers > self.service.limits.callers:
             return Problem(503, "busy", f"{self.callers} callers at one time", retry_after_s=1)
         return None
 

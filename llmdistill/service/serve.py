@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import ipaddress
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
+from llmdistill.compat.uvicorn import bounded_connections
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DType, TeacherConfig, option
 from llmdistill.service.app import Service
@@ -27,6 +29,7 @@ from llmdistill.service.routes import create_app
 
 # Limits that are settings of the command; the others are the same for everybody.
 WATCH_S, LAG_EVERY_S = 2.0, 0.05
+OTHER_FILES = 256  # than connections: the model's, the engine's, libraries'
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
 
 
@@ -185,15 +188,16 @@ async def serve(config: ServeConfig, token: str | None) -> int:
     """Loads, listens, and drains when told to stop."""
     import uvicorn
 
+    limits = Limits(
+        sequence_tokens=config.max_model_len,
+        adapters=config.max_adapters,
+        **{name: getattr(config, name) for name in LIMITS},
+    )
+    allow_files(limits)
     listening = bind(config.host, config.port)
     try:
         engine = load(config)
         await engine.start()
-        limits = Limits(
-            sequence_tokens=config.max_model_len,
-            adapters=config.max_adapters,
-            **{name: getattr(config, name) for name in LIMITS},
-        )
 
         class Server(uvicorn.Server):
             @contextmanager
@@ -217,7 +221,7 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             on_dead=dead,
         )
         service.uploads.clear()
-        settings |= {"timeout_graceful_shutdown": 10}
+        settings |= {"timeout_graceful_shutdown": 10, "ws": "none", "http": bounded_connections(limits.connections)}
         if config.tls_cert:
             settings |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
         server = Server(uvicorn.Config(create_app(service), **settings))
@@ -275,6 +279,24 @@ async def measure_lag(service: Service) -> None:
         wanted = time.monotonic() + LAG_EVERY_S
         await asyncio.sleep(LAG_EVERY_S)
         service.metrics.late(max(time.monotonic() - wanted, 0.0))
+
+
+def allow_files(limits: Limits) -> None:
+    """Raises this process's limit on open files to what that many connections need.
+
+    Raises:
+        UserError: more than the system lets it have.
+    """
+    needed = limits.connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        fits = max((hard - OTHER_FILES - 64) // (2 * limits.callers_per_request), 1)
+        raise UserError(
+            f"--in-flight {limits.in_flight} means up to {limits.connections} connections, and this process may have "
+            f"{hard} files open. Fix: a higher limit (ulimit -Hn {needed}), or --in-flight {fits}."
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
