@@ -17,13 +17,29 @@ A step is a function ``step(src, out, **settings) -> Manifest``: one of llmdisti
 package.module:function. ``from`` is a file, a list of files, the name of an earlier step, or (of generate) the
 settings of prompts; without it, the step before. ``out`` is a file; without it FOLDER/NAME.jsonl. ``name`` tells two
 steps of one kind apart.
+
+Behind them, or in their place, a recipe may have rounds, each of which trains a student that writes in the next one:
+
+    rounds:
+      times: 3
+      start: data/quickstart/teacher
+      steps:
+        - generate: {from: {...}, writer: plain, roles: {teacher: $student}, n: 8, seed: $round}
+        - verify: {judge: math}
+        - curate: {steps: [finished, right, {shortest: {k: 2}}]}
+        - train: {door: redi, config: R.yaml, settings: {student.model: $student, objective.method: sft}}
+
+In a setting ``$student`` is the student of the round before (``start`` in the first), ``$start`` that of the recipe for
+those who train afresh every time, ``$round`` the number from 1, and ``$NAME`` what a step of that name has made: of
+``train`` the student's folder, else the file. The files of a round are in FOLDER/round-N.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,12 +48,16 @@ import yaml
 
 from llmdistill import datagen
 from llmdistill.datagen.prompts import Prompts
+from llmdistill.datagen.training import student_of
 from llmdistill.errors import UserError
 from llmdistill.record.manifest import Manifest, read_manifest
 
 StepFunction = Callable[..., Manifest]
 OURS = ("from", "out", "name")  # settings of the chain, not of the step
 SUFFIX = ".jsonl"
+TRAIN = "train"
+OTHER_SUFFIXES = {TRAIN: ".json", "card": ".md", "compare_teachers": ".md"}
+_NAMED = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 
 
 @dataclass(frozen=True)
@@ -74,14 +94,59 @@ def read_chain(recipe: str | Path) -> list[Link]:
     except yaml.YAMLError as error:
         raise UserError(f"{recipe} is no YAML: {' '.join(str(error).split())}. Fix: mend it.") from error
     steps = content.get("steps") if isinstance(content, Mapping) else None
-    if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
+    rounds = content.get("rounds") if isinstance(content, Mapping) else None
+    if steps is None and rounds is not None:
+        steps = []
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or (not steps and rounds is None):
         raise UserError(f"{recipe} has no list of steps. Fix: steps: [generate: {{...}}, verify: {{...}}].")
-    if unknown := set(content) - {"folder", "steps"}:
-        raise UserError(f"{recipe} has the unknown key {sorted(unknown)[0]!r}; it takes folder and steps.")
+    if unknown := set(content) - {"folder", "steps", "rounds"}:
+        raise UserError(f"{recipe} has the unknown key {sorted(unknown)[0]!r}; it takes folder, steps and rounds.")
     folder, links = Path(content.get("folder") or Path("runs") / "data" / path.stem), list[Link]()
     for number, entry in enumerate(steps, 1):
-        links.append(_link(f"{recipe}, step {number}", entry, folder, links))
+        links.append(_link(f"{recipe}, step {number}", _with(_made(links), entry), folder, links))
+    if rounds is not None:
+        _add_rounds(str(recipe), rounds, folder, links)
     return links
+
+
+def _add_rounds(recipe: str, rounds: Any, folder: Path, links: list[Link]) -> None:
+    """The steps of all rounds, behind those that are there."""
+    if not isinstance(rounds, Mapping) or set(rounds) != {"times", "start", "steps"}:
+        raise UserError(f"{recipe}: rounds has the keys times, start and steps, all of them. Fix: as in a ready one.")
+    times, steps = rounds["times"], rounds["steps"]
+    if not isinstance(times, int) or times < 1 or not isinstance(steps, Sequence) or isinstance(steps, str):
+        raise UserError(f"{recipe}: rounds.times is {times!r} and steps a list. Fix: times of 1 or more, steps: [...].")
+    once = list(links)
+    start = student = str(_with(_made(once), rounds["start"]))
+    for number in range(1, times + 1):
+        mine = list(once)
+        for i, entry in enumerate(steps, 1):
+            known = {**_made(mine), "start": start, "student": student, "round": number}
+            where = f"{recipe}, round {number}, step {i}"
+            mine.append(_link(where, _with(known, entry), folder / f"round-{number}", mine))
+        trained = [link for link in mine[len(once) :] if link.kind == TRAIN]
+        if not trained:
+            raise UserError(f"{recipe}: the rounds train no student. Fix: a step train among their steps.")
+        student = str(student_of(trained[-1].out))
+        links.extend(replace(link, name=f"round-{number}/{link.name}") for link in mine[len(once) :])
+
+
+def _made(links: Sequence[Link]) -> dict[str, Any]:
+    """What ``$NAME`` stands for."""
+    return {link.name: str(student_of(link.out) if link.kind == TRAIN else link.out) for link in links}
+
+
+def _with(known: Mapping[str, Any], value: Any) -> Any:
+    """A setting with ``$NAME`` replaced; alone it keeps its type. Other dollars stay, as mathematics has them."""
+    if isinstance(value, Mapping):
+        return {key: _with(known, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with(known, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value[:1] == "$" and value[1:] in known:
+        return known[value[1:]]
+    return _NAMED.sub(lambda found: str(known.get(found[1] or found[2], found[0])), value)
 
 
 def run_chain(recipe: str | Path, told: Callable[[Link, Manifest, bool], None] = lambda *_: None) -> list[Manifest]:
@@ -125,7 +190,7 @@ def _link(where: str, entry: Any, folder: Path, before: Sequence[Link]) -> Link:
     settings = dict(given or {})
     step = find_step(str(kind), where)
     name = str(settings.pop("name", str(kind).rpartition(":")[2]))
-    out = Path(settings.pop("out", folder / f"{name}{SUFFIX}"))
+    out = Path(settings.pop("out", folder / f"{name}{OTHER_SUFFIXES.get(str(kind), SUFFIX)}"))
     for link in before:
         if name == link.name or out == link.out:
             what = f"named {name!r}" if name == link.name else f"written to {out}"

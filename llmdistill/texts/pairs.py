@@ -172,7 +172,9 @@ class PairEncoder:
 
     def _positives(self, row: Mapping[str, Any], index: int) -> list[Pair]:
         """The row's last answer, or all of its answers, each for fine-tuning."""
-        turns = self.prompts.turns.counted(self._turn(row, self.chosen_column, index))
+        answered = self.chosen_column not in row  # a prompt with its completion, or a conversation that ends in one
+        turn = self.prompts.turns.of(row, index) if answered else self._turn(row, self.chosen_column, index)
+        turns = self.prompts.turns.counted(turn)
         return [self._pair([turn], row, index) for turn in turns]
 
     def _turn(self, row: Mapping[str, Any], column: str, index: int) -> Turn:

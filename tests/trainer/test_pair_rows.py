@@ -116,6 +116,17 @@ def test_the_rejected_column_is_asked_of_pairs_and_not_of_positives() -> None:
     assert positive.rejected == () and len(collate_pairs([positive], 0)) == 1
 
 
+@pytest.mark.parametrize("prompt", ["2+2=", [{"role": "user", "content": "2+2="}]])
+@pytest.mark.parametrize("completion", ["4", [{"role": "assistant", "content": "4"}]])
+def test_a_trace_is_a_positive_with_its_completion(prompt: Any, completion: Any) -> None:
+    """Rows with prompt and completion, as traces have them, are what fine-tuning takes."""
+    row = {"prompt": prompt, "completion": completion}
+    (made,) = encoder().encode_all([row], "data.train", positive=True)
+    (same,) = encoder().encode_all([{"prompt": prompt, "chosen": completion}], "data.train", positive=True)
+    assert (made.prompt.ids, made.chosen, made.rejected) == (same.prompt.ids, same.chosen, ())
+    assert tiny.tokenizer().decode(made.chosen) == "4<eos>"
+
+
 def test_a_tokenizer_without_an_eos_is_refused() -> None:
     tok = tiny.tokenizer()
     tok.eos_token = None
