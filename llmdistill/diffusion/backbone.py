@@ -28,6 +28,7 @@ from llmdistill.compat.patching import random_state_kept
 from llmdistill.diffusion.attention import additive, block_causal, block_ids
 from llmdistill.diffusion.losses import shift_right, without_mask_token
 from llmdistill.diffusion.mask_token import mask_token_of
+from llmdistill.diffusion.own_code import called_as_it_takes
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
 from llmdistill.models.modes import evaluating
@@ -74,6 +75,7 @@ class MaskedDiffusionLM(nn.Module):
         model.config.mask_token_id = mask_token_id
         model.config.diffusion_shift, model.config.diffusion_block_size = shift, block_size
         self._accepts = set(inspect.signature(base_model(model).forward).parameters)
+        called_as_it_takes(base_model(model))
         if probe:
             self.probe()
 

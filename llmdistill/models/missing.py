@@ -13,6 +13,8 @@ def why_not_loaded(path: str | Path, error: Exception) -> str:
         reason = reason.partition(" Checkout '")[0]  # the address of a page of the hub that cannot exist
     elif is_a_path(str(path)):
         reason = "there is no such folder"
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which runs only when that is asked for. Fix: trust_remote_code true."
     return reason if reason.endswith(".") else f"{reason}."
 
 
