@@ -76,7 +76,7 @@ def load_model(
             f"Fix: --{section}.adapter merge, or --{section}.lora_r for a new one."
         )
     try:
-        found = AutoTokenizer.from_pretrained(tokenizer or _tokenizer_of(path, base), **({} if tokenizer else hub))
+        found = AutoTokenizer.from_pretrained(tokenizer or tokenizer_source(path, base), **({} if tokenizer else hub))
     except (OSError, ValueError) as error:
         setting = f"{section}.tokenizer {tokenizer!r}" if tokenizer else f"{section}.model {path!r}"
         raise UserError(f"{setting} cannot be loaded: {why_not_loaded(tokenizer or path, error)}") from error
@@ -161,8 +161,8 @@ def _adapted(
     return merged
 
 
-def _tokenizer_of(path: str, base: str) -> str:
-    """An adapter's folder may have a tokenizer of its own."""
+def tokenizer_source(path: str, base: str) -> str:
+    """Where the tokenizer of a model is: an adapter's folder may have one of its own, or leave it to its base."""
     return base if base and Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) else path
 
 

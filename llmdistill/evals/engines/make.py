@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Engine
 from llmdistill.evals.engines.http import OpenAIEngine, RemoteEngine
+from llmdistill.models.loading import adapter_base, load_model, tokenizer_source
 from llmdistill.models.missing import is_a_path, why_not_loaded
 from llmdistill.recipe.config import bearer_token
 from llmdistill.teachers.fingerprint import stored_dtype, weights_fingerprint
@@ -48,40 +50,42 @@ def open_source(config: EvalConfig) -> Source:
     kind = config.resolved_engine
     if kind in ("openai", "remote"):
         return _behind_url(config, kind)
-    tokenizer = _tokenizer_of(config)
+    base = adapter_base(config.model, "eval")  # whose weights are the adapter's too
+    tokenizer = _tokenizer_of(config, base)
     try:
-        settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        settings = AutoConfig.from_pretrained(base or config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _unreadable("model", config.model, error) from error
+        raise _unreadable("model", base or config.model, error) from error
 
     def load(longest: int) -> Engine:
         # here, not above: both take seconds to import
         from llmdistill.evals.engines.local import HFEngine, VLLMSampler
 
         if kind == "vllm":
-            return VLLMSampler.load(
-                config.model,
-                tokenizer,
-                dtype=config.dtype,
-                max_model_len=longest,
-                kv_cache_gib=config.kv_cache_gib,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                trust_remote_code=config.trust_remote_code,
-            )
+            from llmdistill.models.merged import whole_checkpoint
+
+            with whole_checkpoint(config.model, config.dtype, "eval", config.trust_remote_code) as folder:
+                return VLLMSampler.load(
+                    folder,
+                    tokenizer,
+                    dtype=config.dtype,
+                    max_model_len=longest,
+                    kv_cache_gib=config.kv_cache_gib,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
+                    trust_remote_code=config.trust_remote_code,
+                )
         import torch
 
         if kind == "diffusion":
             return _diffusion(config, tokenizer)
-        from llmdistill.models.loading import load_model
-
         model, _ = load_model(config.model, config.dtype, "eval", config.trust_remote_code)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return HFEngine(model.to(device).eval(), tokenizer, batch_size=config.batch_size)  # type: ignore[arg-type]
 
     return Source(
         config.model,
-        weights_fingerprint(config.model),
-        resolved_dtype(config.dtype, kind, settings, config.model),
+        _fingerprint(config.model, base),
+        resolved_dtype(config.dtype, kind, settings, base or config.model),
         tokenizer,
         context_length(settings),
         load,
@@ -124,9 +128,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, setting: str = "t
         raise _unreadable(setting, path, error) from error
 
 
-def _tokenizer_of(config: EvalConfig) -> PreTrainedTokenizerBase:
+def _tokenizer_of(config: EvalConfig, base: str = "") -> PreTrainedTokenizerBase:
     setting = "tokenizer" if config.tokenizer else "the tokenizer of model"
-    return load_tokenizer(config.tokenizer or config.model, config.trust_remote_code, setting)
+    source = config.tokenizer or tokenizer_source(config.model, base)
+    return load_tokenizer(source, config.trust_remote_code, setting)
+
+
+def _fingerprint(model: str, base: str) -> str:
+    """Of the weights; of an adapter those of its base are a part."""
+    own = weights_fingerprint(model)
+    if not base:
+        return own
+    return hashlib.blake2b(f"{own} on {weights_fingerprint(base)}".encode(), digest_size=8).hexdigest()
 
 
 def _behind_url(config: EvalConfig, kind: str) -> Source:
