@@ -17,6 +17,12 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from tests import tiny
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--students-table", metavar="FILE", help="tests/students/test_sweep.py: page whose table is written"
+    )
+
+
 @pytest.fixture(autouse=True)
 def without_preflight(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Trainers of tests train at once; the preflight has its own tests, and runs where ``preflight=True`` is said."""

@@ -8,6 +8,7 @@ prints the table of eval/proof/students.md. Each model has some ten thousand ran
 from __future__ import annotations
 
 import copy
+import fcntl
 import platform
 import subprocess
 import sys
@@ -206,6 +207,26 @@ def table(rows: list[Row]) -> str:
         numbers = " | ".join(cell(v) for v in (row.loss, row.gradient, row.saved, row.adapted, row.sampled))
         lines.append(f"| {row.name} | {row.made} | {numbers} | {row.refused} |")
     return "\n".join(lines)
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    """Puts rows into the table of a page, each in the place of what was found of its architecture before. Several
+    processes of pytest may do so at a time."""
+    with file.open("r+") as page:
+        fcntl.flock(page, fcntl.LOCK_EX)
+        text = _with_rows(page.read().splitlines(), rows)
+        page.seek(0)
+        page.truncate()
+        page.write(text)
+
+
+def _with_rows(lines: list[str], rows: list[Row]) -> str:
+    header = table([]).splitlines()
+    start = lines.index(header[0]) + len(header)
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    known = {line.split(" | ")[0].strip("| "): line for line in lines[start:end]}
+    known |= {row.name: line for row, line in zip(rows, table(rows).splitlines()[len(header) :], strict=True)}
+    return "\n".join([*lines[:start], *(known[name] for name in sorted(known)), *lines[end:]]) + "\n"
 
 
 def main(chosen: list[str]) -> None:

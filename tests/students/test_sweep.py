@@ -1,6 +1,13 @@
-"""The sweep over architectures: all of them as a proof, a dozen in CI."""
+"""The sweep over architectures: all of them as a proof, a dozen in CI.
+
+pytest -m proof tests/students                        # holds every architecture to the limits
+pytest -m proof tests/students --students-table FILE  # and writes what was found into the table of FILE
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +19,15 @@ DOZEN = ["cohere", "deepseek_v3", "falcon_h1", "gemma2", "gemma3", "gpt2"]
 DOZEN += ["hyperclovax", "jamba", "minicpm3", "mixtral", "qwen3_next", "rwkv"]
 
 
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> Iterator[list[sweep.Row]]:
+    """The rows that are found; written where that was asked for, in the places of what was found before."""
+    rows: list[sweep.Row] = []
+    yield rows
+    if (file := request.config.getoption("--students-table")) and rows:
+        sweep.write(Path(file), rows)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DOZEN)
 def test_one_of_a_dozen(name: str) -> None:
@@ -21,10 +37,22 @@ def test_one_of_a_dozen(name: str) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("name", sweep.names())
-def test_every_architecture(name: str) -> None:
+def test_every_architecture(name: str, found: list[sweep.Row]) -> None:
     """The few that a small config cannot be made of, in transformers, are named in eval/proof/students.md."""
     try:
         row = sweep.examine(name)
     except sweep.NotMade as error:
         pytest.skip(str(error))
     assert row.right, row
+    found.append(row)
+
+
+def test_the_table_takes_new_rows_in_the_places_of_the_old(tmp_path: Path) -> None:
+    file, old = tmp_path / "students.md", [sweep.Row("gpt2", "A", *[0.0] * 5), sweep.Row("rwkv", "B", refused="no")]
+    file.write_text(f"Words.\n\n{sweep.table(old)}\n\nMore words.\n")
+    sweep.write(file, [sweep.Row("llama", "C", *[1e-7] * 5), sweep.Row("gpt2", "D", *[2e-7] * 5)])
+    lines = file.read_text().splitlines()
+    assert lines[0] == "Words." and lines[-1] == "More words."
+    rows = [line for line in lines if line.startswith("| ") and "---" not in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| architecture", "| gpt2", "| llama", "| rwkv"]
+    assert "| gpt2 | D | 2e-07 |" in rows[1] and rows[3].endswith("| no |")
