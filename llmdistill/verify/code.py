@@ -123,6 +123,7 @@ def run_tests(
         UserError: no confinement here and not allow_unsafe_exec; a limit that is not above 0; tests, setup or
             preamble that are no Python.
     """
+    tests = tests.removeprefix("\ufeff")
     task = {"mode": "asserts", "tests": tests, "setup": setup, "preamble": preamble, "entry_point": entry_point}
     return _judged(program, preamble, task, Limits(time_limit_s, memory_limit_mb), allow_unsafe_exec, sandbox)
 

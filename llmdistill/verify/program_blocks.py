@@ -15,6 +15,7 @@ _CODE = re.compile(
     r"(?:from[ \t]+\S+[ \t]+import\b|import[ \t]+\w|(?:async[ \t]+)?def[ \t]+\w|class[ \t]+\w|@\w|print\()"
 )
 _WORD = re.compile(r"[A-Za-z][\w+#.-]*")
+_GLUED_WORD = re.compile(r"[ \t]*python3?(?=(?:def|class|import|from|async)[ \t])", re.I)  # ```pythondef f(x):
 _REJECTED_AT_MOST = 3  # blocks whose strings led nowhere; then strings are not looked at any more
 
 
@@ -41,6 +42,9 @@ class Fence:
         info = bare.lstrip(mark)
         if mark == "`" and "`" in info:  # code within a line
             return None
+        glued = _GLUED_WORD.match(info)
+        if glued:
+            return cls(mark * (len(bare) - len(info)), len(line) - len(bare), "python", info[glued.end() :].strip())
         words = _WORD.search(info[:200])
         language = words.group().lower() if words and not info[: words.start()].strip(" \t{.") else ""
         rest = info[words.end() :] if words and language else info

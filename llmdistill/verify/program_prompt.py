@@ -109,7 +109,8 @@ def _body(lines: list[str]) -> list[str]:
     state = Lines()
     kept = []
     for line in lines:
-        if line.strip() and not line[0].isspace() and not state.inside and not line.startswith("#"):
+        goes_on = state.inside or (kept and kept[-1].endswith("\\"))
+        if line.strip() and not line[0].isspace() and not goes_on and not line.startswith("#"):
             break
         state.feed(line)
         kept.append(line)

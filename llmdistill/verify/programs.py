@@ -21,8 +21,11 @@ LONGEST_TEXT = 1 << 20
 
 _STARTS = 20  # lines at which bare code is tried to begin
 _TAG = re.compile(
-    r"[ \t]*(?:\[(/?)(?:PYTHON|CODE|ANSWER|BEGIN|DONE)\]|<(/?)(?:python|code|answer|solution)>)[ \t]*", re.I
+    r"[ \t]*(?:\[(/?)(?:PYTHON|CODE|ANSWER|BEGIN|DONE|END)\]|<(/?)(?:python|code|answer|solution)>)[ \t]*", re.I
 )
+_INLINE_TAG = re.compile(r"^([ \t]{0,9}\[(?:PYTHON|CODE)\])[ \t]+(?=\S)", re.I | re.M)
+_MARGIN = re.compile(r"^[ \t\u00a0]*\u00a0[ \t\u00a0]*", re.M)  # web pages indent with blanks that do not break
+_PROMPTED = re.compile(r"(?:>>>|\.\.\.)(?: |$)")
 _END = re.compile(r"(?:<\|[A-Za-z_ ]{1,30}\|>|<｜[^｜<>\n]{1,30}｜>|</s>|<(?:eos|end_of_turn)>)\s*\Z")
 
 
@@ -81,25 +84,26 @@ def _answer(completion: str) -> str | None:
         if end is None:
             break
         text = text[: end.start()]
-    text = text.replace("\r\n", "\n")
+    text = _MARGIN.sub(lambda m: m.group().replace("\u00a0", " "), text.replace("\r\n", "\n"))
     return text if "```" in text or "~~~" in text else _tags_as_fences(text)
 
 
 def _tags_as_fences(text: str) -> str:
     lines = []
+    text = _INLINE_TAG.sub(lambda m: f"{m.group(1)}\n", text)
     for line in text.split("\n"):
         tag = _TAG.fullmatch(line) if len(line) < 100 else None
         if tag is None:
             lines.append(line)
         else:
-            closing = "/" in tag.group() or "DONE" in tag.group().upper()
+            closing = "/" in tag.group() or tag.group().strip(" \t[]").upper() in ("DONE", "END")
             lines.append("```" if closing else "```python")
     return "\n".join(lines)
 
 
 def _fenced(found: list[Block], entry_point: str | None, parser: Parser) -> str | None:
     code = [block for block in found if block.python or (not block.language and parser.tree(block.code) is not None)]
-    code = code or [block for block in found if not block.language]
+    code = [_without_prompts(block) for block in code or [block for block in found if not block.language]]
     for closed in (True, False):
         candidates = [block for block in code if block.closed is closed and block.code.strip()]
         if entry_point is not None:
@@ -113,6 +117,15 @@ def _fenced(found: list[Block], entry_point: str | None, parser: Parser) -> str 
             last = chosen or candidates[-1].code
             return last if closed else parser.longest_part(last) or last
     return None
+
+
+def _without_prompts(block: Block) -> Block:
+    """What was typed into a session, where a block is one: the lines behind >>> and ..., without what was printed."""
+    lines = block.code.split("\n")
+    if not lines[0].startswith(">>> ") or not any(line.startswith("... ") for line in lines):
+        return block
+    typed = [line[4:] for line in lines if _PROMPTED.match(line)]
+    return Block("\n".join(typed) + "\n", block.language, block.closed)
 
 
 def _last_program(codes: list[str], parser: Parser) -> str | None:

@@ -71,6 +71,7 @@ def test_reference_solutions_score_100_and_empty_ones_0(name, form):
 
 MADE_UP = [
     ("def double(x):\n    return 2 * x", "assert double(3) == 6\nassert double('a') == 'aa'", "pass"),
+    ("\ufeffdef double(x):\n    return 2 * x", "\ufeffassert double(3) == 6", "pass"),
     ("def double(x):\n    return x", "assert double(3) == 6", "wrong"),
     ("def double(x):\n    return x / 0", "assert double(3) == 6", "runtime_error"),
     ("def double(x):\n    while True: pass", "assert double(3) == 6", "timeout"),
