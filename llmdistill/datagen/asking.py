@@ -17,6 +17,7 @@ from llmdistill.datagen.spending import Purse
 from llmdistill.errors import UserError
 from llmdistill.texts.rollout import Sampling
 
+FIRST_IN_FLIGHT = 4  # calls, before an engine says how many it likes
 REFUSED_AT_LEAST = 20  # calls, before a share of them says anything
 
 
@@ -95,8 +96,8 @@ class Desk:
         return Reply(name, role.model, role.fingerprint, role.tokenizer, call, key, drawn)
 
     def in_flight(self) -> int:
-        """Calls worth having under way at one time, of all engines that are open; a guess before any is."""
-        return max([engine.in_flight for engine in self._engines.values()], default=64)
+        """Calls worth having under way at one time, of all engines that are open; few before any is."""
+        return max([engine.in_flight for engine in self._engines.values()], default=FIRST_IN_FLIGHT)
 
     def close(self) -> None:
         for engine in self._engines.values():

@@ -13,6 +13,7 @@ import json
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Ledger:
         self._appender = Appender(self.file)  # cuts off what was half written
         self._places: dict[bytes, int] = {}
         self._size = 0
+        self._failed: UserError | None = None
         self._index()
         self._reader = self.file.open("rb")
 
@@ -73,14 +75,24 @@ class Ledger:
         """
         whole = {"name": name, **row}
         with self._lock:
-            self._appender.add(whole)
+            if self._failed is not None:  # nothing may follow a line that was cut off
+                raise self._failed
+            try:
+                self._appender.add(whole)
+            except UserError as error:
+                self._failed = error
+                raise
             self._places[bytes.fromhex(name)] = self._size
             self._size += len(as_line(whole).encode())
 
     def close(self) -> None:
         """Closing twice is harmless."""
         self._reader.close()
-        self._appender.close()
+        if self._failed is None:
+            self._appender.close()
+        else:
+            with suppress(UserError):  # what could not be written is said already
+                self._appender.close()
 
     def _index(self) -> None:
         with self.file.open("rb") as lines:
@@ -136,8 +148,10 @@ class CallStore:
 
     def close(self) -> None:
         """Closing twice is harmless."""
-        self.calls.close()
-        self.verdicts.close()
+        try:
+            self.calls.close()
+        finally:
+            self.verdicts.close()
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
         file = self.folder / "config.json"

@@ -58,7 +58,13 @@ def score(
         UserError: a teacher that cannot be had, a store of another teacher's, too many rows that cannot be read.
     """
     said = dict(teacher) if isinstance(teacher, Mapping) else {"model": teacher}
-    settings = {"teacher": said, "student": student, "top_k": top_k, "lossless": lossless, "max_tokens": max_tokens}
+    settings: dict[str, Any] = {
+        "teacher": said,
+        "student": student,
+        "top_k": top_k,
+        "lossless": lossless,
+        "max_tokens": max_tokens,
+    }
     settings["data"] = dict(data or {})
     folder = blocks_folder(out)
 
