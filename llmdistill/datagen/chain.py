@@ -119,16 +119,30 @@ def _add_rounds(recipe: str, rounds: Any, folder: Path, links: list[Link]) -> No
     once = list(links)
     start = student = str(_with(_made(once), rounds["start"]))
     for number in range(1, times + 1):
-        mine = list(once)
+        mine: list[Link] = []
         for i, entry in enumerate(steps, 1):
-            known = {**_made(mine), "start": start, "student": student, "round": number}
+            hidden = {link.name for link in mine} | {_name_of(entry)}  # a round's step hides one before the rounds
+            before = [*(link for link in once if link.name not in hidden), *mine]
+            known = {**_made(before), "start": start, "student": student, "round": number}
             where = f"{recipe}, round {number}, step {i}"
-            mine.append(_link(where, _with(known, entry), folder / f"round-{number}", mine))
-        trained = [link for link in mine[len(once) :] if link.kind == TRAIN]
+            mine.append(_link(where, _with(known, entry), folder / f"round-{number}", before))
+        trained = [link for link in mine if link.kind == TRAIN]
         if not trained:
             raise UserError(f"{recipe}: the rounds train no student. Fix: a step train among their steps.")
         student = str(student_of(trained[-1].out))
-        links.extend(replace(link, name=f"round-{number}/{link.name}") for link in mine[len(once) :])
+        links.extend(replace(link, name=f"round-{number}/{link.name}") for link in mine)
+
+
+def _name_of(entry: Any) -> str:
+    """Of a step as a recipe has it; empty for what is none."""
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        ((kind, given),) = entry.items()
+        return str((given or {}).get("name", _kind_name(kind)) if isinstance(given or {}, Mapping) else kind)
+    return _kind_name(entry) if isinstance(entry, str) else ""
+
+
+def _kind_name(kind: Any) -> str:
+    return str(kind).rpartition(":")[2]
 
 
 def _made(links: Sequence[Link]) -> dict[str, Any]:
@@ -189,7 +203,7 @@ def _link(where: str, entry: Any, folder: Path, before: Sequence[Link]) -> Link:
     ((kind, given),) = entry.items()
     settings = dict(given or {})
     step = find_step(str(kind), where)
-    name = str(settings.pop("name", str(kind).rpartition(":")[2]))
+    name = str(settings.pop("name", _kind_name(kind)))
     out = Path(settings.pop("out", folder / f"{name}{OTHER_SUFFIXES.get(str(kind), SUFFIX)}"))
     for link in before:
         if name == link.name or out == link.out:

@@ -101,6 +101,28 @@ def test_rounds_that_cannot_work(folder: Path, rounds: dict[str, Any], said: str
         read_chain(recipe(folder, **rounds))
 
 
+def test_a_step_of_the_rounds_hides_one_before_them(folder: Path) -> None:
+    file = recipe(folder)
+    content = yaml.safe_load(file.read_text())
+    content["steps"] = [
+        {"curate": {"from": str(folder / "p.jsonl"), "steps": ["finished"]}},
+        {"train": {"name": "imitate"}},
+    ]
+    file.write_text(yaml.safe_dump(content))
+    links = {link.name: link for link in read_chain(file)}
+    assert links["imitate"].source == folder / "out" / "curate.jsonl"
+    assert links["round-1/train"].source == folder / "out" / "round-1" / "curate.jsonl"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "recipes" / "data").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_every_recipe_can_be_read(file: Path) -> None:
+    if "steps" in (content := yaml.safe_load(file.read_text())) or "rounds" in content:
+        assert read_chain(file)
+    assert f"llmdistill data run recipes/data/{file.name}" in file.read_text() or "student" in content
+
+
 def test_dollars_of_mathematics_stay(folder: Path) -> None:
     file = recipe(folder)
     file.write_text(file.read_text().replace("plain", "'$x$ costs $5, round ${round} of $rounds'"))
