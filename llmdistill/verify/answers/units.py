@@ -129,7 +129,7 @@ def _known(text: str) -> Unit | None:
         else:
             name, _, exponent = word.partition("^")
             found = _lookup(name)
-            if found is None:
+            if found is None or exponent.strip("+-") == "0":
                 return None
             times = sign * power * int(exponent or 1)
             for dimension, e in found[0]:
