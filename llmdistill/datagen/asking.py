@@ -58,9 +58,8 @@ class Desk:
         self.roles, self.store, self.seed, self.replay = roles, store, seed, replay
         self.most_refused = most_refused
         self.asked = Asked()
-        prices = [role.price for role in roles.values()]
-        dearest = max(prices, key=lambda p: (p.completion, p.prompt)) if prices else None
-        self.purse = Purse(most_cost, dearest.of(*store.totals()) if dearest and most_cost else 0.0)
+        tokens = store.tokens() if any(role.price.of(1, 1) for role in roles.values()) else {}
+        self.purse = Purse(most_cost, sum(roles[name].price.of(*t) for name, t in tokens.items() if name in roles))
         self._identities = {name: digest(role.identity) for name, role in roles.items()}
         self._engines: dict[str, Engine] = {}
 
@@ -110,10 +109,10 @@ class Desk:
         drawn: Drawn | None = None
         try:
             drawn = await asyncio.wrap_future(self._engine(name, role).submit(call))
-            self.store.put(key, drawn)
+            self.store.put(key, drawn, role=name)
         except Unanswerable as reason:
             self.asked.refused += 1
-            self.store.put(key, refused=str(reason))
+            self.store.put(key, role=name, refused=str(reason))
             self._check_refused(name, str(reason))
             raise
         finally:

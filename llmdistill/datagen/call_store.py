@@ -1,7 +1,7 @@
 """The calls that were answered, on disk as they come: what was paid for survives the process, and is not asked again.
 
     OUT.calls/config.json      whose calls these are: models, writer, sampling, seed
-    OUT.calls/calls.jsonl      {"name": ..., "drawn": {...}} or {"name": ..., "refused": why} a line, appended
+    OUT.calls/calls.jsonl      {"name", "role", "drawn": {...}} or {"name", "role", "refused": why} a line, appended
     OUT.calls/verdicts.jsonl   {"name": ..., "verdict": {...}}, where traces are judged as they come
 
 A line that was being written when the process died is dropped. In memory is a place for each line, no text.
@@ -134,17 +134,17 @@ class CallStore:
         """Why there is no answer."""
         return (self.calls.get(name) or {}).get("refused")
 
-    def put(self, name: str, drawn: Drawn | None = None, refused: str = "") -> None:
-        """Keeps an answer, or why there is none. Raises as :meth:`Ledger.put`."""
-        self.calls.put(name, {"refused": refused} if drawn is None else {"drawn": drawn.stored()})
+    def put(self, name: str, drawn: Drawn | None = None, *, role: str = "", refused: str = "") -> None:
+        """Keeps an answer of a role, or why there is none. Raises as :meth:`Ledger.put`."""
+        self.calls.put(name, {"role": role, **({"refused": refused} if drawn is None else {"drawn": drawn.stored()})})
 
-    def totals(self) -> tuple[int, int]:
-        """Prompt and completion tokens of all answers."""
-        prompt = completion = 0
+    def tokens(self) -> dict[str, tuple[int, int]]:
+        """Prompt and completion tokens of all answers, by role."""
+        found: dict[str, tuple[int, int]] = {}
         for row in self.calls:
-            drawn = row.get("drawn", {})
-            prompt, completion = prompt + drawn.get("prompt_tokens", 0), completion + drawn.get("tokens", 0)
-        return prompt, completion
+            drawn, (prompt, completion) = row.get("drawn", {}), found.get(row.get("role", ""), (0, 0))
+            found[row.get("role", "")] = prompt + drawn.get("prompt_tokens", 0), completion + drawn.get("tokens", 0)
+        return found
 
     def close(self) -> None:
         """Closing twice is harmless."""
