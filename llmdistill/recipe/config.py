@@ -125,8 +125,8 @@ class TeacherConfig:
             "leave one out",
         )
         require(not (self.model and self.url), "teacher.url", self.url, "empty beside teacher.model", "leave one out")
-        for name, needed in (("tokenizer", self.url or self.model), ("revision", self.model)):
-            value, of = getattr(self, name), "a model" if name == "revision" else "a model or a url"
+        for name, needed in (("tokenizer", self.url or self.model or self.stored), ("revision", self.model)):
+            value, of = getattr(self, name), "a model" if name == "revision" else "a model, a url or a store"
             require(bool(needed) or not value, f"teacher.{name}", value, f"empty without {of}", "leave it out")
         require(self.timeout_s > 0, "teacher.timeout_s", self.timeout_s, "> 0", "use 120")
         require(self.max_outage_s >= 0, "teacher.max_outage_s", self.max_outage_s, ">= 0", "use 3600")

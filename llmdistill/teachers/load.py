@@ -71,9 +71,12 @@ class _Loading:
         if not config.stored:
             assert live is not None
             return live
+        from llmdistill.teachers.openai import tokenizer_named
         from llmdistill.teachers.stored import StoredTeacher
 
-        self.opened.append(StoredTeacher(config.stored, live, dtype="float32" if config.lossless else "float16"))
+        tokenizer = tokenizer_named(config.tokenizer) if config.tokenizer and live is None else None
+        dtype = "float32" if config.lossless else "float16"
+        self.opened.append(StoredTeacher(config.stored, live, dtype, tokenizer))
         return self.opened[-1]
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.teachers.base import Teacher, TeacherInfo, max_top_k
@@ -32,16 +33,23 @@ class StoredTeacher:
         teacher: scores what is not stored, and generates; closed with this one. None: what is not there is an error.
         dtype: of the log-probs that are appended, as in :func:`~llmdistill.wire.blocks.encode`. "float32" does not
             make do with blocks stored as "float16".
+        tokenizer: the teacher's, for a student of another one where there is no ``teacher``, which has its own.
 
     Raises:
         UserError: no store in ``folder`` and no teacher, the store is another teacher's, or it is damaged.
     """
 
-    def __init__(self, folder: str | Path, teacher: Teacher | None = None, dtype: str = "float16") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        teacher: Teacher | None = None,
+        dtype: str = "float16",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         if dtype not in ("float16", "float32"):
             raise UserError(f"dtype of the stored log-probs is {dtype!r}. Fix: 'float16' or 'float32'.")
         self.store = BlockStore(folder, skip_damaged=teacher is not None)
-        self.teacher = teacher
+        self.teacher, self.tokenizer = teacher, tokenizer
         self.dtype = dtype
         self.hits = self.misses = 0  # sequences read from the store, and not found there
         info = self.store.info() if teacher is None else self.store.claim(teacher.info())

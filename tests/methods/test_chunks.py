@@ -49,7 +49,7 @@ def other_teacher(seed: int = 2) -> LocalTeacher:
 def make(
     folder: Path, method: str, *, student: Any = None, teacher: Any = None, rows: Any = None, **settings: Any
 ) -> Any:
-    more = {k: settings.pop(k) for k in ("data", "min_aligned", "processing_class") if k in settings}
+    more = {k: settings.pop(k) for k in ("data", "min_aligned", "processing_class", "preflight") if k in settings}
     shared = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,

@@ -1,0 +1,40 @@
+"""A student of bytes and a teacher of another tokenizer: two steps, the same whatever road the teacher is asked by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.teachers.base import Teacher
+from tests import tiny
+from tests.methods.test_chunks import make
+
+Trained = dict[str, tuple[list[float], torch.Tensor]]  # method -> the losses, and all weights after the steps
+
+
+def trained(teacher: Teacher, folder: Path, *methods: str) -> Trained:
+    """Two steps by each method: ``alm`` on given text, ``chunk_opd`` on the student's own."""
+    found = {}
+    for method in methods:
+        student = tiny.llama(1)
+        settings: dict[str, Any] = {"debias": False} if method == "alm" else {}
+        t = make(folder / method, method, student=student, teacher=teacher, optim="sgd", learning_rate=0.05,
+                 rollouts=RolloutConfig(max_new_tokens=12), **settings)  # fmt: skip
+        before = torch.cat([p.detach().flatten() for p in student.parameters()])
+        t.train()
+        lines = [line for line in t.state.log_history if "loss" in line]
+        assert len(lines) == 2 and all(line["teacher/aligned_bytes"] == 1.0 for line in lines)
+        weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+        assert float((weights - before).abs().max()) > 1e-4
+        found[method] = [line["loss"] for line in lines], weights
+    return found
+
+
+def assert_same(found: Trained, expected: Trained, tolerance: float = 1e-4) -> None:
+    for method, (losses, weights) in found.items():
+        assert losses == pytest.approx(expected[method][0], rel=tolerance, abs=1e-6), method
+        torch.testing.assert_close(weights, expected[method][1], atol=tolerance, rtol=0)
