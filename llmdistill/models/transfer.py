@@ -1,10 +1,11 @@
-"""A model with another tokenizer: every new token starts as the mean of the old ones that spell the same bytes.
+"""A model with another tokenizer: every new token starts as the mean of the old ones that spell it, by their bytes.
 
     llmdistill transfer --model M --tokenizer T --out DIR
 
 The result is a plain checkpoint that has lost a good part of what it could do; distilling its former self into it
 (``llmdistill.cross_tokenizer`` with ``teacher.model M``) brings that back: tokenizer transfer as self-distillation
-(arXiv 2503.20083, section 4). A token that both vocabularies have keeps its embedding. The chat template stays the
+(arXiv 2503.20083, section 4). A token that both vocabularies have keeps its embedding; in the mean of several a piece
+counts by the bytes it spells (eval/proof/transfer.md has what other means come to). The chat template stays the
 model's, with the special tokens it writes, which join the new vocabulary with their old embeddings.
 
 Simplified away: initialisations that are trained or solved for (FOCUS, ZeTT).
@@ -52,11 +53,11 @@ def transfer(
     keep_template(tokenizer, new_tokenizer)
     old, new = table_of(tokenizer), table_of(new_tokenizer)
     pieces = pieces_of(new, tokenizer, old)
-    width = len(new.units)
+    width, sizes_V = len(new.units), torch.tensor([len(units) for units in old.units])
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = [mean_rows(end.weight, pieces) for end in ends]
+    weights = [mean_rows(end.weight, pieces, sizes_V) for end in ends]
     bias = getattr(ends[1], "bias", None)
-    bias_V = None if bias is None else mean_rows(bias[:, None], pieces)[:, 0]
+    bias_V = None if bias is None else mean_rows(bias[:, None], pieces, sizes_V)[:, 0]
     model.resize_token_embeddings(width, mean_resizing=False)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     for end, weight_VH in zip(ends, weights, strict=True):  # tied, they are one and the same
@@ -111,13 +112,18 @@ def _bytes_of(units: Sequence[int], old: TokenTable) -> list[int]:
     return [] if None in ids else [i for i in ids if i is not None]
 
 
-def mean_rows(table_VH: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
-    """The mean of the rows that ``pieces`` names for each new id -> [V', H]; of all rows where it names none."""
+def mean_rows(table_VH: Tensor, pieces: Sequence[Sequence[int]], sizes_V: Tensor) -> Tensor:
+    """The mean of the rows that ``pieces`` names for each new id -> [V', H]; of all rows where it names none.
+
+    A row counts by its size [V], the bytes its token spells: the longer piece says more of what the token means.
+    """
     counts = torch.tensor([len(ids) for ids in pieces])
     rows = torch.tensor([i for ids in pieces for i in ids], dtype=torch.int64)
     into = torch.arange(len(pieces)).repeat_interleave(counts)
-    sums = torch.zeros(len(pieces), table_VH.shape[1]).index_add(0, into, table_VH[rows].float().cpu())
-    means = sums / counts.clamp(min=1)[:, None]
+    sizes = sizes_V[rows].float().clamp(min=1.0)
+    shares = sizes / torch.zeros(len(pieces)).index_add(0, into, sizes)[into]  # of one piece exactly 1
+    weighted = table_VH[rows].float().cpu() * shares[:, None]
+    means = torch.zeros(len(pieces), table_VH.shape[1]).index_add(0, into, weighted)
     means[counts == 0] = table_VH.float().mean(0).cpu()
     return means.to(table_VH)
 
