@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,19 @@ from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Engine
 from llmdistill.evals.engines.local import HFEngine, VLLMSampler
 from llmdistill.evals.engines.make import Source
+from llmdistill.evals.following import followed
 from llmdistill.evals.jobs import Job, begin, prepare
 from llmdistill.evals.records import EvalFolder
 from llmdistill.evals.runner import draw, finish
 from llmdistill.evals.suite import load_suite
-from llmdistill.ranks import from_first_rank, on_every_rank
+from llmdistill.ranks import from_first_rank, is_first, on_every_rank
 from llmdistill.rollouts.vllm import VLLMRollouts
 from llmdistill.tokenization.special import context_length
 
 
 class EvalCallback(TrainerCallback):
-    """Works with any ``transformers.Trainer``. Every process draws its share; the first one grades and logs.
+    """Works with any ``transformers.Trainer``. Every process draws its share; the first one grades, as soon as a
+    problem's last sample is there, and logs.
 
     Args:
         trainer: whose model is evaluated.
@@ -122,7 +124,8 @@ class EvalCallback(TrainerCallback):
         console = Console(stderr=True, markup=False)
         jobs = [self._at(job, step) for job in self.jobs]
         from_first_rank(lambda: self._begin(jobs, console))
-        with self._engine(jobs) as engine:
+        grading = followed(jobs, self.config) if is_first() else nullcontext()
+        with self._engine(jobs) as engine, grading:  # what is drawn is judged meanwhile
             on_every_rank(lambda: self._draw(jobs, engine, console))
         # grading may take longer than a collective waits, and an error of one rank is everybody's
         for numbers in from_first_rank(

@@ -328,6 +328,8 @@ def _script_verdict(outcome: Outcome, expected: str, limits: Limits) -> tuple[Ki
             return "syntax_error", last
         refused = "Operation not permitted" in last or "Permission denied" in last or "File too large" in last
         return ("violation" if refused else "runtime_error"), last[:1000]
+    if problem := printed.too_long(expected, outcome.output):
+        return "wrong", problem
     got = outcome.output.decode("utf-8", "replace")
     if difference := printed.differs(expected, got):
         return "wrong", difference

@@ -2,7 +2,8 @@
 
     differs("2.0 0.3\\n", "2 0.30000000000000004")   # None
 
-The program's output may be megabytes of anything: it is looked at once, line by line, only as far as it agrees.
+The program's output may be megabytes of anything, and it is compared by who asked for the verdict. What is far longer
+than what was expected is wrong unread (`too_long`); the rest is looked at once, line by line, as far as it agrees.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ _WORD = re.compile(r"[^ \t\r\f\v]+")
 _LONGEST_NUMBER = 400  # characters; a longer one is compared as text
 _BLANK = " \t\r\n\f\v"
 TOLERANCE = 1e-6
+_ALWAYS_READ = 1 << 20  # bytes
+_TIMES_AS_LONG = 8  # digits that were not asked for, and white space
+
+
+def too_long(expected: str, got: bytes) -> str | None:
+    """Why an output is not even looked at, in words; None for what may be the expected one, written in another way."""
+    most = max(_ALWAYS_READ, _TIMES_AS_LONG * len(expected.encode("utf-8", "surrogatepass")))
+    return f"{len(got)} bytes; what was expected has {len(expected)} characters" if len(got) > most else None
 
 
 def differs(expected: str, got: str) -> str | None:

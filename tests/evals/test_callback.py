@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmdistill.evals.records import EvalFolder
 from llmdistill.opd import main
 from tests import tiny
 from tests.evals import made
+from tests.evals.test_at_size import Waiting
 
 
 def numbers(run: Path) -> list[tuple[int, float]]:
@@ -60,6 +62,20 @@ def test_training_is_what_it_was(make_trainer, tmp_path: Path) -> None:
         assert trainer.model.training
         ends.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_a_problem_is_graded_while_others_are_drawn(
+    make_trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine does not go on to the second problem before the first one has its grades."""
+    trainer = make_trainer(save_strategy="no")
+    suite = made.suite(tmp_path, sampling={"n": 2, "temperature": 1.0, "max_new_tokens": 4})
+    callback = EvalCallback(trainer, [str(suite)], problems=3)
+    steps = Path(trainer.args.output_dir) / "evals" / "step-000000"
+    monkeypatch.setattr(callback, "_engine", lambda jobs: nullcontext(Waiting(steps)))
+    callback.evaluate(trainer.state)
+    results = json.loads((steps / "sums" / "results.json").read_text())
+    assert results["problems"] == 3 and not (steps / "sums" / "grading.jsonl").exists()
 
 
 @pytest.mark.slow

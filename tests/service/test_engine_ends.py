@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 
+from llmdistill.compat import vllm_weights
 from llmdistill.errors import UserError
+from llmdistill.service import vllm_engine
 from llmdistill.service.app import Service
 from llmdistill.service.engine import EngineDead
 from llmdistill.service.problems import Problem
 from llmdistill.service.serve import ServeConfig, check, watch
 from llmdistill.service.uploads import Uploads
 from llmdistill.wire import protocol
-from tests.service.inprocess import (
-    Client,
-    score_body,
-    with_service,
-)
+from tests import tiny
+from tests.service.inprocess import Client, score_body, teacher, with_service
 
 
 def until_dead(break_it: Callable[[Any], None]) -> None:
@@ -88,3 +87,56 @@ def test_what_cannot_be_served(settings: dict[str, Any], words: str) -> None:
 def test_a_problem_without_room_names_the_setting(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="--upload-folder"):
         Uploads(tmp_path / "gone").held_folder()
+
+
+class Clinging:
+    """What vLLM's engines do while a block of their prefix cache is in use: they say no, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.asked, self.loaded = times, 0, 0
+
+    def reset_prefix_cache(self) -> bool:
+        self.asked += 1
+        return self.asked > self.times
+
+    def collective_rpc(self, *call: Any, **arguments: Any) -> list[None]:
+        self.loaded += 1
+        return [None]
+
+
+class ClingingAsync(Clinging):
+    async def reset_prefix_cache(self) -> bool:  # type: ignore[override]
+        return super().reset_prefix_cache()
+
+    async def collective_rpc(self, *call: Any, **arguments: Any) -> list[None]:  # type: ignore[override]
+        return super().collective_rpc(*call, **arguments)
+
+
+def test_new_weights_never_meet_old_prefixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both wrappers ask vLLM again while it says no, and stop where it keeps saying so."""
+    monkeypatch.setattr(vllm_weights, "RESET_S", 0.0)
+    monkeypatch.setattr(vllm_engine, "RESET_S", 0.0)
+    llm = Clinging(2)
+    vllm_weights.push_weights(llm, [])
+    assert (llm.loaded, llm.asked) == (1, 3)
+    with pytest.raises(RuntimeError, match="does not let go of its prefix cache"):
+        vllm_weights.push_weights(Clinging(10**9), [])
+
+    tiny.llama(5).save_pretrained(tmp_path)
+
+    def engine(times: int) -> Any:
+        made = object.__new__(vllm_engine.AsyncVLLMEngine)  # without a vLLM to load
+        made._info, made._shapes, made._tied, made.partial_weights = teacher().info(), {}, True, False
+        made.engine = ClingingAsync(times)
+        return made
+
+    async def run() -> None:
+        kind, sticks = engine(2), engine(10**9)
+        before = kind.info.fingerprint
+        await kind.load_weights(tmp_path, False)
+        assert (kind.engine.loaded, kind.engine.asked) == (1, 3) and kind.info.fingerprint != before
+        with pytest.raises(EngineDead, match="does not let go of the prefix cache"):
+            await sticks.load_weights(tmp_path, False)
+        assert sticks.info.fingerprint == before
+
+    asyncio.run(run())

@@ -459,3 +459,13 @@ def test_bad_input_is_named():
     with pytest.raises(UserError, match="time_limit_s"):
         run_tests("def f(): pass", "f()", time_limit_s=0)
     assert judge_program(None, {"style": "stdin", "cases": [["", ""]]}).kind == "no_program"
+
+
+def test_output_that_is_far_too_long_is_wrong_unread():
+    """Megabytes are no answer to a question of one line, and are not gone through by who asks; to one of megabytes
+    they are."""
+    million = "print('6' + ' ' * (2 << 20))"  # the right word, and two megabytes of nothing
+    verdict = run_stdin(million, [("", "6\n")])
+    assert verdict.kind == "wrong" and "2097154 bytes; what was expected has 2 characters" in verdict.detail
+    lines = "for i in range(300_000): print(i, end='  \\n')"
+    assert run_stdin(lines, [("", "".join(f"{i}\n" for i in range(300_000)))], time_limit_s=60).passed
