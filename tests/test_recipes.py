@@ -29,9 +29,16 @@ RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
 
 
 def door(recipe: str) -> tuple[Any, Any]:
+    if recipe.startswith("diffusion-"):
+        found = import_module("llmdistill.diffusion.__main__")
+        return found, found.of_stage(read(recipe)["objective"]["stage"])[0]
     module, config = DOORS.get(recipe, ("opd", "OPDConfig"))
     found = import_module(f"llmdistill.{module}")
     return found, methods.config_class(recipe) if recipe in methods.names() else getattr(found, config)
+
+
+def read(recipe: str) -> Any:
+    return yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
 
 
 def test_every_method_has_a_recipe_that_names_it() -> None:
@@ -46,7 +53,8 @@ def test_it_parses_and_says_how_it_is_launched(recipe: str) -> None:
     module, config = door(recipe)
     parse(config, ["--config", str(file)])
     head, _, foot = file.read_text().partition("\ntrain:")
-    assert f"accelerate launch -m {module.__name__} --config recipes/{recipe}.yaml" in head
+    name = module.__name__.removesuffix(".__main__")
+    assert f"accelerate launch -m {name} --config recipes/{recipe}.yaml" in head
     assert "# Measured" in foot or "# Not measured" in foot
 
 
@@ -65,8 +73,8 @@ def test_it_runs(recipe: str, tmp_path: Path) -> None:
     teachers = ["--teacher.model", models["teacher"]]
     if recipe == "experts":
         teachers = [w for t in ("everyday", "reasoning") for w in (f"--teachers.{t}.model", models["teacher"])]
-    if "student" in yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text()).get("teacher", {}):
-        teachers = []  # the student is its own
+    if "student" in read(recipe).get("teacher", {}) or not read(recipe).keys() & {"teacher", "teachers"}:
+        teachers = []  # the student is its own, or nobody is asked
     module, _ = door(recipe)
     small = ["--max_steps", "2", "--max_new_tokens", "6", "--logging_steps", "1", "--save_strategy", "no"]
     files = ["--data.train", str(tmp_path / "train.jsonl"), "--data.heldout", str(tmp_path / "heldout.jsonl")]
