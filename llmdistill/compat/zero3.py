@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(parameter: Any) -> bool:
@@ -36,6 +37,34 @@ def shard_like(whole: Tensor, parameter: Any) -> Tensor:
     size, flat = part.ds_numel, whole.flatten()
     own = flat[size * parameter.ds_zero_partition_rank :][:size]
     return torch.cat([own, own.new_zeros(size - len(own))])
+
+
+@contextmanager
+def gathered_as_run(model: nn.Module) -> Iterator[None]:
+    """Runs inside may be of a model that no engine of DeepSpeed has yet: each module's own weights are put together
+    while it runs. All processes run the same."""
+    held: dict[nn.Module, ExitStack] = {}
+
+    def gather(module: nn.Module, _: Any) -> None:
+        import deepspeed
+
+        held[module] = ExitStack()
+        own = [p for p in module.parameters(recurse=False) if is_sharded(p)]
+        held[module].enter_context(deepspeed.zero.GatheredParameters(own))
+
+    def release(module: nn.Module, *_: Any) -> None:
+        held.pop(module).close()
+
+    owners = [m for m in model.modules() if any(is_sharded(p) for p in m.parameters(recurse=False))]
+    handles = [m.register_forward_pre_hook(gather) for m in owners]
+    handles += [m.register_forward_hook(release) for m in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stack in reversed(held.values()):  # of modules that failed
+            stack.close()
 
 
 def gather_again(parameters: Iterable[Any]) -> None:

@@ -1,8 +1,8 @@
 """Weights that text never reaches: towers for images and sound, layers whose weights are read and never run.
 
-They get no gradient. DistributedDataParallel waits for the gradient of every parameter that wants one, and under
-gradient checkpointing transformers does not have it look for those that are not used. So they are frozen, which changes
-nothing that is trained.
+They get no gradient, and DeepSpeed would decay them all the same. DistributedDataParallel waits for the gradient of
+every parameter that wants one, and under gradient checkpointing transformers does not have it look for those that are
+not used. So they are frozen, which changes nothing that is trained.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def freeze_unused(student: Any) -> list[str]:
     model = base_model(student)
     several = model.config.get_text_config() is not model.config
     adapters = hasattr(student, "peft_config")
-    if not (several or adapters) or any(zero3.is_sharded(p) for p in student.parameters()):
+    if not (several or adapters):
         return []
     ran = _modules_that_run(model)
     kinds = {type(module) for module in ran} | {nn.ModuleList, nn.ModuleDict}
@@ -59,7 +59,7 @@ def _modules_that_run(model: nn.Module) -> set[nn.Module]:
     ran: set[nn.Module] = set()
     handles = [m.register_forward_pre_hook(lambda module, _: ran.add(module)) for m in model.modules()]
     try:
-        with evaluating(model), random_state_kept(), not_checkpointing(model):
+        with evaluating(model), random_state_kept(), not_checkpointing(model), zero3.gathered_as_run(model):
             model(**plain(few_tokens(model, 16)).inputs(), use_cache=False)
     finally:
         for handle in handles:

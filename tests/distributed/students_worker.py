@@ -17,6 +17,7 @@ from peft import LoraConfig
 
 from llmdistill import OPDConfig, OPDTrainer, UserError
 from llmdistill.models.heads import head_of
+from llmdistill.models.loading import load_model
 from llmdistill.models.weights import named_weights
 from llmdistill.pipeline.run import check_saved, save_student
 from llmdistill.recipe.config import StudentConfig
@@ -27,11 +28,14 @@ from tests.students.architectures import small
 from tests.students.multimodal import wrapped
 
 LORA = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-# name -> (student, settings); all train two steps, the second of which counts nothing.
+# name -> (student, settings); all train two steps, the second of which counts nothing. From disk: as a recipe loads it,
+# in shards from the start under ZeRO-3. Alone: only the adapter is saved.
 STUDENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "image-text": (lambda seed: wrapped("gemma3", seed), {"gradient_checkpointing": True}),
     "image-text lora": (lambda seed: wrapped("gemma3", seed), {"gradient_checkpointing": True, "lora": True}),
     "mixture lora": (lambda seed: small("qwen3_moe", seed), {"lora": True}),
+    "image-text from disk": (lambda seed: wrapped("gemma3", seed), {"from_disk": True}),
+    "adapter alone": (lambda seed: tiny.llama(seed), {"from_disk": True, "lora": True, "saved_as": "adapter"}),
     "scaled head": (lambda seed: small("hyperclovax", seed, logits_scaling=3.0), {}),
 }
 
@@ -49,6 +53,7 @@ def main(out: Path, folder: Path) -> None:
 def one_run(folder: Path, make: Any, settings: dict[str, Any]) -> dict[str, Any]:
     settings = dict(settings)
     peft_config = LoraConfig(**LORA) if settings.pop("lora", False) else None
+    from_disk, saved_as = settings.pop("from_disk", False), settings.pop("saved_as", "merged")
     args = OPDConfig(
         output_dir=str(folder),
         sequences="dataset",
@@ -64,6 +69,13 @@ def one_run(folder: Path, make: Any, settings: dict[str, Any]) -> dict[str, Any]
     with whole_models():
         student, teacher = make(0), make(1)
     tokenizer = tiny.tokenizer()
+    if from_disk:
+        stored = str(folder) + "-stored"
+        with args.main_process_first():
+            if args.process_index == 0:
+                student.save_pretrained(stored)
+                tokenizer.save_pretrained(stored)
+        student, _ = load_model(stored, "float32", "student")
     trainer = OPDTrainer(
         student, args, teacher, train_dataset=tiny.rows(8), processing_class=tokenizer, peft_config=peft_config
     )
@@ -80,10 +92,12 @@ def one_run(folder: Path, make: Any, settings: dict[str, Any]) -> dict[str, Any]
     trainer.draw = drawn  # type: ignore[method-assign]
     trainer.train()
     after = dict(named_weights(trainer.forward_model()))
-    save_student(trainer, RunFolder(folder), StudentConfig())
+    save_student(trainer, RunFolder(folder), StudentConfig(saved_as=saved_as, lora_r=2 if saved_as == "adapter" else 0))
+    towers = [name for name in after if "vision_tower" in name]
     return {
         "trained": any(not torch.equal(seen[0][name], seen[1][name]) for name in after),
         "still": all(torch.equal(seen[1][name], tensor) for name, tensor in after.items()),
+        "towers": all(torch.equal(seen[0][name], after[name]) for name in towers) and len(towers),
         "saved": check_saved(trainer, RunFolder(folder), []),
         "scale": head_of(trainer.model).logit_scale,
         "processes": trainer.accelerator.num_processes,

@@ -36,4 +36,5 @@ def test_it_is_trained_kept_still_and_saved_as_it_is(results: Any, config: str, 
     assert found["trained"]
     assert found["still"]  # in the step in which nothing counted
     assert found["saved"] is None
+    assert found["towers"] > 0 if "image" in name else found["towers"] == 0  # text never reaches them, nor decay
     assert found["scale"] == (3.0 if name == "scaled head" else 1.0)
