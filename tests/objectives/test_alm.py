@@ -200,3 +200,19 @@ def test_a_chunk_does_not_merge_into_another_sequence() -> None:
 def test_another_divergence_is_refused() -> None:
     with pytest.raises(ValueError, match="must be one of binary_kl"):
         binary_divergence(torch.zeros(1), torch.zeros(1), divergence="kl")  # type: ignore[arg-type]
+
+
+def test_at_a_high_temperature_it_is_fine_tuning_weighed_by_what_is_left_to_learn() -> None:
+    """tau D -> A log(A / B) - A + B for surprisals A of the teacher, B of the student, its gradient (1 - A / B) / tau.
+
+    So a chunk's weight is fine-tuning's where the student is far off, none where it is as sure as its teacher, and
+    pushes the chunk down where it is surer: what the text's author was sure of beyond the teacher is not learned.
+    """
+    teacher = torch.tensor([-0.5, -2.0, -3.0, -1.0], dtype=torch.float64)
+    student = torch.tensor([-5.0, -2.0, -1.5, -20.0], dtype=torch.float64, requires_grad=True)
+    tau = 1e3
+    binary_divergence(student, teacher, temperature=tau).sum().backward()
+    assert student.grad is not None
+    weight = -tau * student.grad  # of fine-tuning's -1
+    torch.testing.assert_close(weight, 1 - teacher / student.detach(), rtol=0.0, atol=1e-2)
+    assert weight[0] > 0.89 and abs(weight[1]) < 1e-6 and weight[2] < -0.99
