@@ -135,7 +135,7 @@ class Prompts:
             "answer": answer,
             "tests": tests if tests is None or isinstance(tests, str) else json.dumps(tests, sort_keys=True),
             "domain": None if row.get("domain") is None else str(row["domain"]),
-            "solution": row.get("solution"),
+            "solution": row.get("solution") or self._worked(row),
             "more": more,
         }
 
@@ -147,6 +147,11 @@ class Prompts:
             return None
         found = str(row[name])
         return found.rpartition(GSM8K_MARK)[2].strip() if GSM8K_MARK in found else found
+
+    def _worked(self, row: Mapping[str, Any]) -> str | None:
+        """The solution before the answer, where one column holds both, as GSM8K's does."""
+        found = str(row.get(self.answer_column or "answer") or "")
+        return found.partition(GSM8K_MARK)[0].strip() if GSM8K_MARK in found else None
 
     def _raw(self, rejects: Rejects | None) -> Iterator[Mapping[str, Any]]:
         if self.source.startswith(GYM):

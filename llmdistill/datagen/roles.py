@@ -77,7 +77,8 @@ class Role:
         tokenizer: fingerprint of its vocabulary, None where its answers come without ids.
         about: what else decides what it says: dtype, settings of the template.
         price: of its tokens.
-        engine: loads it, or opens the connection; the model is not loaded before it is asked.
+        engine: loads it, or gives the open connection; a model is not loaded before it is asked.
+        close: the connection, where one is open whether it was asked or not.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Role:
     about: Mapping[str, Any]
     price: Price
     engine: Callable[[], Engine]
+    close: Callable[[], None] = lambda: None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def open_role(config: RoleConfig | Mapping[str, Any] | str, name: str = "teacher
         from llmdistill.datagen.engines.endpoint import EndpointEngine
 
         endpoint = EndpointEngine(config.url, config.model, logprobs=config.logprobs, **_connection(config, name))
-        return Role(endpoint.model, endpoint.identity, None, None, told, price, lambda: endpoint)
+        return Role(endpoint.model, endpoint.identity, None, None, told, price, lambda: endpoint, endpoint.close)
     tokenizer = _tokenizer(config, name)
     names = template_hash(tokenizer), tokenizer_fingerprint(tokenizer)
     if kind == "remote":
@@ -122,7 +124,7 @@ def open_role(config: RoleConfig | Mapping[str, Any] | str, name: str = "teacher
                 f"{name}.tokenizer {config.tokenizer or config.model!r} is not the tokenizer of the service's model "
                 f"{info.name!r}. Fix: --{name}.tokenizer with that model's."
             )
-        return Role(info.name, info.fingerprint, *names, told, price, lambda: service)
+        return Role(info.name, info.fingerprint, *names, told, price, lambda: service, service.close)
     try:
         settings = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

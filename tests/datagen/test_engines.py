@@ -134,3 +134,25 @@ def test_other_weights_under_one_output_are_refused(tiny_run: Path, tmp_path: Pa
 def test_what_names_no_model_is_said_at_once(tmp_path: Path, role: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         generate(ROWS, "plain", {"teacher": role}, tmp_path / "t.jsonl")
+
+
+def test_a_template_that_opens_the_thoughts_has_its_tag_once(tiny_run: Path, tmp_path: Path) -> None:
+    """In front of the completion where the template wrote it, and not twice where a prefix begins with it."""
+    opening = tiny.TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>\n{% endif %}")
+    tiny.llama(2).save_pretrained(tmp_path / "thinker")
+    tiny.tokenizer(opening).save_pretrained(tmp_path / "thinker")
+    role = {**hf(tiny_run), "model": str(tmp_path / "thinker")}
+    plain = write(tmp_path / "plain.jsonl", role, n=1)[0]
+    assert plain.completion.startswith("<think>\n") and plain.parts[0].role == "given"
+    prefixed = write(tmp_path / "prefixed.jsonl", role, "first_thought", options={"prefix": "<think>\nSo"}, n=1)[0]
+    for one, end in ((plain, "<assistant><think>\n"), (prefixed, "<assistant><think>\nSo")):
+        assert one.completion.count("<think>") == 1
+        assert tiny.tokenizer().decode(one.prompt_ids).endswith(end)
+
+
+def test_the_solution_is_shown_to_the_teacher_and_not_to_the_student(tiny_run: Path, tmp_path: Path) -> None:
+    rows = [{"question": "How many?", "answer": "Two and two are four.\n#### 4"}]
+    generate(rows, "privileged", {"teacher": hf(tiny_run)}, tmp_path / "t.jsonl", sampling=SAMPLING)
+    found = Trace.of(next(read_rows(tmp_path / "t.jsonl")))
+    assert found.prompt == [{"role": "user", "content": "How many?"}] and found.answer == "4"
+    assert "Two and two are four." in tiny.tokenizer().decode(found.prompt_ids)

@@ -14,6 +14,8 @@ from llmdistill.datagen.calls import Call, Drawn, Unanswerable
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.texts.seam import text_ids
 
+THINK = "<think>"
+
 
 class Engine(Protocol):
     """Answers calls, some at a time.
@@ -82,8 +84,12 @@ class Reader:
             UserError: no template, or one that refuses the messages.
             Unanswerable: the context leaves no room for ``max_new_tokens``.
         """
-        text = self.template.prompt(list(call.messages))
-        opened = "<think>\n" if text.rstrip().endswith("<think>") and not call.prefix else ""
+        text, opened = self.template.prompt(list(call.messages)), ""
+        if text.rstrip().endswith(THINK):
+            if call.prefix.startswith(THINK):
+                text = text.rstrip().removesuffix(THINK)  # the prefix has it already
+            elif not call.prefix:
+                opened = f"{THINK}\n"
         text += call.prefix
         ids = text_ids(self.tokenizer, text, special=False)
         if len(ids) + call.sampling.max_new_tokens > self.context:

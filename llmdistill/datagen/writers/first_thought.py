@@ -1,7 +1,7 @@
 """The teacher goes on behind a first thought: the row's ``first_thought``, or ``--prefix`` for all.
 
-Changes the course of thoughts ("<think>\\nLet me check small cases first."), and is part of the completion: the student
-learns to begin so by itself.
+Changes the course of thoughts ("<think>\\nLet me check small cases first."; with the tag where the model's own thoughts
+have one), and is part of the completion: the student learns to begin so by itself.
 """
 
 from llmdistill.datagen.asking import Ask
