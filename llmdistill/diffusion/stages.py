@@ -19,6 +19,7 @@ from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.texts.sources import Only
 
+STAGE_HELP = "from_ar, sft, distill_ar, opd, rl or distill_steps: which settings these are"
 ScheduleName = Literal["linear", "log_linear", "cosine", "cosine_mdlm", "cosine_squared", "square", "sqrt", "log"]
 
 
@@ -26,7 +27,7 @@ ScheduleName = Literal["linear", "log_linear", "cosine", "cosine_mdlm", "cosine_
 class DiffusionConfig(DistillationConfig):
     """Settings that all stages have: what the student is as a denoiser, and how it is sampled and measured."""
 
-    stage: str = setting("sft", "from_ar, sft, distill_ar or opd: which settings these are")
+    stage: str = setting("sft", STAGE_HELP)
     mask_token: str = setting("", "the mask token; empty: the checkpoint's own, or a new <|mask|>")
     shift: bool | None = setting(
         None, "logits at t - 1 are the token's at t; unset: as the checkpoint was saved, or true of a causal one"
@@ -123,7 +124,7 @@ class SFTConfig(NoiseConfig):
 class FromARConfig(SFTConfig):
     """Settings of ``stage: from_ar``: a causal model becomes a denoiser on text; its head stays shifted."""
 
-    stage: str = setting("from_ar", "from_ar, sft, distill_ar or opd: which settings these are")
+    stage: str = setting("from_ar", STAGE_HELP)
     norm: Norm = setting("token", "token (MDLM's), sequence, batch, or masked: what the weighted sum is divided by")
 
 
@@ -131,7 +132,7 @@ class FromARConfig(SFTConfig):
 class ARDistillationConfig(NoiseConfig):
     """Settings of ``stage: distill_ar``: what an autoregressive teacher says of given text, in a form without bias."""
 
-    stage: str = setting("distill_ar", "from_ar, sft, distill_ar or opd: which settings these are")
+    stage: str = setting("distill_ar", STAGE_HELP)
     targets: Literal["no_suffix", "suffix_corrected", "sequence"] = setting(
         "no_suffix",
         "no_suffix: its distribution where nothing to the right is read, else the text; suffix_corrected: by Bayes, "
@@ -173,7 +174,7 @@ class DiffusionOPDConfig(DiffusionConfig):
     variation away and .47 nats a block over the bound.
     """
 
-    stage: str = setting("opd", "from_ar, sft, distill_ar or opd: which settings these are")
+    stage: str = setting("opd", STAGE_HELP)
     block_size: int | None = setting(4, "attend in blocks of so many tokens", at_least=1)
     writing: dict[str, Any] = setting(
         {"order": "sequential"}, "of the student's own writing: keys of DiffusionGenerationConfig"

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmdistill import UserError
+from llmdistill import RolloutConfig, UserError
 from llmdistill.diffusion import MaskedDiffusionLM, elbo
 from llmdistill.diffusion.stages import ARDistillationConfig, DiffusionOPDConfig, FromARConfig, SFTConfig
 from llmdistill.diffusion.trainers import ARDistillationTrainer, MaskedDiffusionTrainer
@@ -161,8 +161,6 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="learns from a teacher"):
         trainer(tmp_path, DiffusionOPDConfig, ARDistillationTrainer)
     with pytest.raises(UserError, match="rollouts.engine is vllm"):
-        from llmdistill import RolloutConfig
-
         SFTConfig(output_dir=str(tmp_path), rollouts=RolloutConfig(engine="vllm"))
     with pytest.raises(UserError, match="no completion"):
         t = trainer(tmp_path, eval_dataset=[{"prompt": "a"}])
@@ -195,9 +193,13 @@ def test_the_door_trains_from_a_recipe_and_resumes_it(tmp_path: Path) -> None:
 
 
 def test_stages_have_settings_and_trainers() -> None:
+    import llmdistill.diffusion
     from llmdistill.diffusion.__main__ import STAGES, of_stage
 
+    for name in llmdistill.diffusion.__all__:
+        assert getattr(llmdistill.diffusion, name) is not None
     for name in STAGES:
         config, trainer_class = of_stage(name)
-        assert config(output_dir="x").stage == name and issubclass(trainer_class, MaskedDiffusionTrainer)
+        several = {"rollouts": RolloutConfig(samples_per_prompt=2), "reward": "math"} if name == "rl" else {}
+        assert config(output_dir="x", **several).stage == name and issubclass(trainer_class, MaskedDiffusionTrainer)
     assert FromARConfig(output_dir="x").norm == "token" and SFTConfig(output_dir="x").norm == "sequence"
