@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llmdistill.cli import main
 from llmdistill.datagen.generation import generate
 from llmdistill.datagen.prompts import Prompts
 from llmdistill.datagen.tables import write_rows
@@ -24,20 +25,36 @@ CALLS = 5 * 2 * len(PROMPTS)  # of debate: two answers, two revisions, the judge
 PATIENCE_S = 120.0
 
 
-def started(prompts: Path, out: Path, *role: str, writer: str) -> subprocess.Popen[bytes]:
+PROCESSES = multiprocessing.get_context("forkserver")  # a process of its own each time, that need not import torch anew
+PROCESSES.set_forkserver_preload(["llmdistill.datagen.generate_command", "llmdistill.datagen.engines.endpoint"])
+
+
+def started(prompts: Path, out: Path, *role: str, writer: str) -> Any:
     words = ["generate", "--prompts", str(prompts), "--writer", writer, "--out", str(out), "--n", "2", *role]
-    words += ["--max_new_tokens", "64", "--temperature", "0.8", "--judge", "math"]
-    return subprocess.Popen([sys.executable, "-m", "llmdistill.cli", *words], stdout=subprocess.DEVNULL)
+    process = PROCESSES.Process(
+        target=command, args=([*words, "--max_new_tokens", "64", "--temperature", "0.8", "--judge", "math"],)
+    )
+    process.start()
+    return process
 
 
-def killed_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+def command(words: list[str]) -> None:
+    sys.exit(main(words))
+
+
+def killed_when(process: Any, reached: Callable[[], bool]) -> None:
     """kill -9 as soon as that is so, or not at all where it ends before."""
     end = time.monotonic() + PATIENCE_S
-    while not reached() and process.poll() is None:
+    while not reached() and process.is_alive():
         assert time.monotonic() < end, "the process came to nothing"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+
+
+def ended_well(process: Any) -> bool:
+    process.join(PATIENCE_S)
+    return process.exitcode == 0
 
 
 def kept(out: Path) -> set[int]:
@@ -47,7 +64,7 @@ def kept(out: Path) -> set[int]:
     return {int(json.loads(line)["name"][:16], 16) >> 1 for line in lines}
 
 
-def kill_and_go_on(tmp_path: Path, writer: str, points: list[int]) -> None:
+def kill_and_go_on(tmp_path: Path, writer: str, points: list[int], concurrency: int) -> None:
     """Kills the command when so many more calls were answered, again and again, then lets it end."""
     write_rows(tmp_path / "p.jsonl", PROMPTS)
     endpoint, out = ChatEndpoint(), tmp_path / "killed.jsonl"
@@ -56,16 +73,16 @@ def kill_and_go_on(tmp_path: Path, writer: str, points: list[int]) -> None:
         generate(Prompts(str(tmp_path / "p.jsonl")), writer, calm, tmp_path / "calm.jsonl", **SETTINGS)
         asked = set(endpoint.seeds)
         endpoint.delay_s = 0.01
-        role = ["--teacher", server.url, "--teacher.concurrency", "4"]
+        role = ["--teacher", server.url, "--teacher.concurrency", str(concurrency)]
         kills = 0
         for more in [*points, None]:
             before, endpoint.bodies = kept(out), []
             process = started(tmp_path / "p.jsonl", out, *role, writer=writer)
             if more is None:
-                assert process.wait(PATIENCE_S) == 0
+                assert ended_well(process)
             else:
                 killed_when(process, lambda more=more: len(endpoint.bodies) >= more)
-                kills += process.returncode == -signal.SIGKILL
+                kills += process.exitcode == -signal.SIGKILL
             again = {body["seed"] for body in endpoint.bodies}
             assert not again & before, "an answer that was on disk was asked for again"
             assert again <= asked
@@ -75,15 +92,15 @@ def kill_and_go_on(tmp_path: Path, writer: str, points: list[int]) -> None:
 
 @pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_debate(tmp_path: Path) -> None:
-    kill_and_go_on(tmp_path, "debate", [CALLS // 2])
+    kill_and_go_on(tmp_path, "debate", [CALLS // 2], concurrency=4)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("writer", ["plain", "debate"])
 def test_twenty_kills_at_random_points(tmp_path: Path, writer: str) -> None:
-    calls = CALLS if writer == "debate" else 2 * len(PROMPTS)
-    drawn = random.Random(writer)
-    kill_and_go_on(tmp_path, writer, [drawn.randint(1, max(calls // 25, 2)) for _ in range(20)])
+    """Of 240 calls, four at a time; and of 48, one by one, so that there are some left for every kill."""
+    drawn, most, concurrency = random.Random(writer), *((8, 4) if writer == "debate" else (1, 1))
+    kill_and_go_on(tmp_path, writer, [drawn.randint(1, most) for _ in range(20)], concurrency)
 
 
 @pytest.mark.proof
@@ -97,6 +114,6 @@ def test_a_kill_while_transformers_writes_in_float32(tmp_path: Path, tiny_run: P
     for more in (5, 12):
         process = started(tmp_path / "p.jsonl", out, *words, writer="plain")
         killed_when(process, lambda more=more: len(kept(out)) >= more)
-        assert process.returncode == -signal.SIGKILL and not out.exists()
-    assert started(tmp_path / "p.jsonl", out, *words, writer="plain").wait(PATIENCE_S) == 0
+        assert process.exitcode == -signal.SIGKILL and not out.exists()
+    assert ended_well(started(tmp_path / "p.jsonl", out, *words, writer="plain"))
     assert out.read_bytes() == (tmp_path / "calm.jsonl").read_bytes()
