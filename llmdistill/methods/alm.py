@@ -2,8 +2,13 @@
 
     accelerate launch -m llmdistill.cross_tokenizer --config recipes/alm.yaml
 
-Mean over chunks of D(T(c)^(1/tau), S(c)^(1/tau)), D a divergence of the probabilities of "this chunk or not". Chunks
-are the smallest stretches of text that end at a token of both tokenizers; S(c), T(c) are the products of their tokens'.
+Mean over chunks of tau D(T(c)^(1/tau), S(c)^(1/tau)), D a divergence of the probabilities of "this chunk or not".
+Chunks are the smallest stretches of text that end at a token of both tokenizers; S(c), T(c) are the products of their
+tokens'.
+
+tau D is in nats whatever tau is: at the default a chunk of surprisal B that the teacher finds A has a gradient of
+(1 - A/B), of fine-tuning's 1. The authors leave the factor out. Gradients of a hundredth then come near Adam's epsilon
+where there are many weights, and next to them a ``ce_weight`` of .1 is ten times the loss (eval/proof/transfer.md).
 
 ``debias`` counts in the chunk that a word ends at its end, on both sides: a longer token says something of what comes
 next, and a shorter one does not. A chunk whose end the teacher finds unlikely to be a word's (``merge_threshold``) goes
@@ -20,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmdistill.composition.balance import balanced
 from llmdistill.composition.beside import chunk_ends, shared_tokens, with_labels
@@ -78,9 +83,14 @@ class Settings:
     )
 
 
+def in_nats(student_C: Tensor, teacher_C: Tensor, *, temperature: float, divergence: BinaryDivergence) -> Tensor:
+    """tau D of every chunk -> [C]."""
+    return temperature * binary_divergence(student_C, teacher_C, temperature=temperature, divergence=divergence)
+
+
 def build(args: Any) -> Method:
     """A term on chunks, and those beside it that have weight."""
-    loss = partial(binary_divergence, temperature=args.chunk_temperature, divergence=args.divergence)
+    loss = partial(in_nats, temperature=args.chunk_temperature, divergence=args.divergence)
     question = Question(args.debias, args.merge_threshold if args.debias else 0.0)
     vanishes = args.divergence != "binary_ce"
     terms = [

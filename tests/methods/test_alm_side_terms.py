@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llmdistill.composition.method import Measured
 from llmdistill.errors import UserError
-from llmdistill.objectives.alm import binary_divergence, inverse_norm_weights
+from llmdistill.methods.alm import in_nats
+from llmdistill.objectives.alm import inverse_norm_weights
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.tokenization.align import align_chunks
 from llmdistill.tokenization.token_bytes import table_of
@@ -22,7 +23,7 @@ from tests.methods import rounds
 from tests.methods.test_chunks import by_hand, make, other_teacher, t_row, teacher_tokenizer, text
 from tests.tokenization import vocabularies
 
-ALM = partial(binary_divergence, temperature=100.0)
+ALM = partial(in_nats, temperature=100.0, divergence="binary_kl")
 PLAIN = {"debias": False}
 
 

@@ -122,10 +122,15 @@ def t_row(b: int) -> Any:
     return tiny.rows(b + 1, completion=False)[b]["prompt"]
 
 
+def nats(student_C: Tensor, teacher_C: Tensor) -> Tensor:
+    """The loss at the defaults: a hundred times the divergence at temperature 100."""
+    return 100.0 * binary_divergence(student_C, teacher_C, temperature=100.0)
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
-    "plain": ("alm", {"debias": False}, partial(binary_divergence, temperature=100.0)),
-    "debiased": ("alm", {"merge_threshold": 0.0}, partial(binary_divergence, temperature=100.0)),
-    "merged": ("alm", {"merge_threshold": 0.017}, partial(binary_divergence, temperature=100.0)),
+    "plain": ("alm", {"debias": False}, nats),
+    "debiased": ("alm", {"merge_threshold": 0.0}, nats),
+    "merged": ("alm", {"merge_threshold": 0.017}, nats),
     "tau 1, reverse": (
         "alm",
         {"debias": False, "chunk_temperature": 1.0, "divergence": "reverse_binary_kl"},
@@ -228,7 +233,7 @@ def test_a_teacher_of_the_students_own_weights_and_tokenizer_leaves_nothing(tmp_
     for k, settings in enumerate(({"debias": False}, {})):
         t = make(tmp_path / str(k), "alm", student=student, teacher=teacher, **settings)
         loss, found = rounds.gradients(t, text(t))
-        assert abs(loss) < 1e-7 and all(float(g.abs().max()) < 1e-6 for g in found.values())
+        assert abs(loss) < 1e-5 and all(float(g.abs().max()) < 1e-4 for g in found.values())  # nats, in float32
     assert "has the student's tokenizer: every token is a chunk" in caplog.text
 
 
