@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import io
 import shutil
 import tempfile
 import time
@@ -100,14 +101,6 @@ async def written(stream: AsyncIterator[bytes], file: Path, most: int, silence_s
     parts, held = list[bytes](), 0
     try:
         with file.open("wb", buffering=0) as target:
-
-            def flush(parts: list[bytes]) -> None:
-                data = b"".join(parts)
-                digest.update(data)
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[target.write(rest) :]
-
             async with _talking(stream, silence_s) as chunks:
                 async for chunk in chunks:
                     size, held = size + len(chunk), held + len(chunk)
@@ -115,12 +108,21 @@ async def written(stream: AsyncIterator[bytes], file: Path, most: int, silence_s
                         raise Problem(413, "limit", f"the body is larger than {most} bytes", field="body", limit=most)
                     parts.append(chunk)
                     if held >= PART_BYTES:
-                        await asyncio.to_thread(flush, parts)
+                        await asyncio.to_thread(_keep, parts, digest, target)
                         parts, held = [], 0
-            await asyncio.to_thread(flush, parts)
+            await asyncio.to_thread(_keep, parts, digest, target)
     except OSError as error:
         raise _no_room(first_line(error)) from None
     return digest.hexdigest()
+
+
+def _keep(parts: list[bytes], digest: hashlib.blake2b, target: io.FileIO) -> None:
+    """Joins, hashes and writes: for a thread."""
+    data = b"".join(parts)
+    digest.update(data)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[target.write(rest) :]
 
 
 @asynccontextmanager

@@ -9,9 +9,9 @@ raising what ends a loop, patching builtins or modules, providing names of the t
 everything, reading the stack, and writing to every open file get a program nowhere.
 
 What remains: a program decides what its functions answer, and that can be more than the author of a test thought of.
-If a test compares two objects of the program's own classes, or asks such an object for its truth or its length, or one
-of a class that the tests name whether something is in it, the program's own methods decide. Such an object equals no
-plain value, whatever its ``__eq__`` says. If a test calls a helper of the program's making, that helper is the
+If a test compares two objects of the program's own classes, or asks such an object for its truth, its length or its
+text, or one of a class that the tests name whether something is in it, or calls a method of it that plain data has not,
+the program's own methods decide. Such an object equals no plain value, whatever its ``__eq__`` says. If a test calls a helper of the program's making, that helper is the
 program's: give trusted helpers as ``setup``. And a test that a constant passes is passed by that constant.
 
 Time is wall time: on a machine whose cores are all busy, give more of it.

@@ -105,7 +105,7 @@ class Zygote:
             "switches_to_uid": self.outside,
             "keeps_capability": self.identity.capability is not None,
             "root": self.started_by_root and self.outside is None,
-            "rlimits": ["as", "cpu", "fsize", "nofile", "core", "stack"]
+            "rlimits": ["as", "cpu", "fsize", "nofile", "core", "stack", "memlock", "msgqueue"]
             + (["nproc"] if self.tasks is not None and self.tasks.enforced else []),
             "private_folder": bool(self.namespaces),
             "dies_first": self.dies_first,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmdistill.service import bodies, uploads
 from llmdistill.service.app import Service
 from llmdistill.service.limits import Limits
 from llmdistill.wire import protocol
@@ -50,6 +52,26 @@ def loop_thread_times() -> Iterator[list[tuple[float, str]]]:
         asyncio.Handle._run = run  # type: ignore[method-assign]
 
 
+@contextmanager
+def threads_at_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """The thread, and how many bytes it was given, each time a body or a part of an upload is joined, hashed and read.
+    A body of a megabyte costs the loop too little to be told by its time, and is one of many."""
+    seen = list[tuple[int, int]]()
+
+    def noted(module: Any, name: str) -> None:
+        work = getattr(module, name)
+
+        def noting(parts: list[bytes], *rest: Any) -> Any:
+            seen.append((threading.get_ident(), sum(map(len, parts))))
+            return work(parts, *rest)
+
+        monkeypatch.setattr(module, name, noting)
+
+    noted(bodies, "_joined")
+    noted(uploads, "_keep")
+    yield seen
+
+
 def in_parts(data: bytes) -> Any:
     """As a socket gives it: 64 KiB, and the loop has its turn. Cut beforehand, or the cutting would be measured too."""
     parts = [data[start : start + (1 << 16)] for start in range(0, len(data), 1 << 16)]
@@ -81,7 +103,9 @@ def as_json(**body: Any) -> bytes:
 
 
 @pytest.mark.parametrize("what", LARGE)
-def test_no_body_is_parsed_hashed_or_copied_on_the_loops_thread(what: str, tmp_path: Path) -> None:
+def test_no_body_is_parsed_hashed_or_copied_on_the_loops_thread(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bodies of 0.9 to 16 MiB, all of them refused in the end: no callback of the loop has much to do."""
     path, headers, made = LARGE[what]
     data = made()
@@ -91,10 +115,14 @@ def test_no_body_is_parsed_hashed_or_copied_on_the_loops_thread(what: str, tmp_p
         service.engine.weights_bytes = 64 << 20  # as if the model were large enough for such an upload
         await client.post(protocol.SCORE, json=score_body())  # what is imported and built once
         parts = in_parts(data)
-        with loop_thread_times() as seen:  # in a task of its own: a step that has begun is not measured
+        # in a task of its own: a step that has begun is not measured
+        with threads_at_work(monkeypatch) as threads, loop_thread_times() as seen:
             answer = await asyncio.create_task(client.post(path, content=parts, headers=headers))
         assert 400 <= answer.status_code < 500, answer.text
         assert len(seen) > 3 and max(seen)[0] < BUSY_S, max(seen)
+        large = [thread for thread, size in threads if size > 1 << 16]
+        assert large and threading.get_ident() not in large
+        assert sum(size for _, size in threads) >= len(data)  # all of it went that way
 
     with_service(test, Limits(sequence_tokens=128), accept_weights=True, upload_folder=tmp_path)
 
