@@ -136,11 +136,11 @@ class Reinforced:
             for b, row in enumerate(self.stepwise(whole, prompts)):
                 rewards[b, whole.completion_mask[b]] += torch.tensor(list(row))
         values = torch.zeros(shape)
-        if self.valued is not None and len(slices):
+        if self.valued is not None:  # on every rank, slices or not: it is a forward pass
             on_rows = torch.zeros(noised.input_ids.shape)
             on_rows[noised.completion_mask] = self.valued(noised).float().cpu()
-            width = on_rows.shape[1]
-            values[:, :width].index_add_(0, slices.row, on_rows)  # every token is a row of one slice
+            if len(slices):  # every token is a row of one slice
+                values[:, : on_rows.shape[1]].index_add_(0, slices.row, on_rows)
         returns, found = step_gae(steps, rewards, values, self.settings.gamma, self.settings.lam)
         return found, returns
 

@@ -1,6 +1,6 @@
 """Settings of ``stage: rl``, and the method they name: rewards of what the student wrote, on the states it wrote it in.
 
-A step is one update on fresh text, so the ratio of TraceRL's surrogate is 1 and its clip is never reached: what is left
+With one update a text, the default, the ratio of TraceRL's surrogate is 1 and its clip is never reached: what is left
 of it is minus the advantage times the log-prob, whose gradient this is.
 """
 
@@ -18,7 +18,9 @@ from llmdistill.composition.term import Hidden, Mean, Term
 from llmdistill.diffusion.losses import without_mask_token
 from llmdistill.diffusion.noised_view import Denoiser
 from llmdistill.diffusion.orders import entropies
+from llmdistill.diffusion.policy import clipped_surrogate, kl_estimate
 from llmdistill.diffusion.reinforced import Reinforced, ReturnsOf, RewardSettings
+from llmdistill.diffusion.repeated import Repeated
 from llmdistill.diffusion.slicers import SliceSettings
 from llmdistill.diffusion.stages import DiffusionConfig
 from llmdistill.diffusion.value import ValueHead
@@ -47,6 +49,9 @@ class DiffusionRLConfig(DiffusionConfig):
     keep_low: float = setting(0.2, "groups are left out whose mean reward is below", at_least=0)
     keep_high: float = setting(0.8, "or above")
     scale_rewards: bool = setting(True, "rewards of a group are divided by their deviation, not only centred")
+    updates: int = setting(1, "optimizer steps on one text; the prompts of those between are passed over", at_least=1)
+    clip: float = setting(0.2, "bound on the ratio's distance from 1, of several updates", above=0)
+    beta: float = setting(0.0, "weight of the KL to the policy that wrote the text, of several updates", at_least=0)
     mean: Mean = setting("token", "the loss is a mean over tokens, over slices of theirs (sequence), or their sums'")
     value: bool = setting(False, "a value head is trained, and its values are subtracted step by step")
     value_learning_rate: float = setting(1e-3, "of the value head", above=0, read_by={"value": (True,)})
@@ -68,6 +73,16 @@ class DiffusionRLConfig(DiffusionConfig):
             lambda s: (s.value or s.process_reward) and s.slicing != "trace",
             "objective.slicing is {slicing}; values and rewards of steps are of the steps that the sampler took",
             "--slicing trace",
+        ),
+        Conflict(
+            lambda s: s.value and s.updates > 1,
+            "objective.value is true and objective.updates {updates}: values are of fresh text",
+            "--updates 1",
+        ),
+        Conflict(
+            lambda s: s.beta and s.updates == 1,
+            "objective.beta is {beta}, and with one update a text the student is who wrote it: the KL is 0",
+            "--updates 4, or leave beta out",
         ),
         Conflict(
             lambda s: s.process_reward and not s.value,
@@ -95,6 +110,9 @@ class DiffusionRLConfig(DiffusionConfig):
             self.slicing, slices, self.keep_low, self.keep_high, self.scale_rewards, self.gamma, self.lam
         )
         source = Reinforced(Only("student"), denoiser, settings, self.rollouts.max_new_tokens)
+        if self.updates > 1:
+            term = surrogate(denoiser.mask_token_id, self.mean, self.clip, self.beta, recorded=True)
+            return Method((term,), {"main": Repeated(source, self.updates)})
         term = surrogate(denoiser.mask_token_id, self.mean)
         if not self.value:
             return Method((term,), {"main": source})
@@ -107,20 +125,26 @@ class DiffusionRLConfig(DiffusionConfig):
         )
 
 
-def surrogate(mask_id: int, mean: Mean = "token") -> Term:
-    """Minus the ratio times the advantage, at ratio 1, per row; the rows' weights are their advantages."""
+def surrogate(
+    mask_id: int, mean: Mean = "token", clip: float = 0.2, beta: float = 0.0, *, recorded: bool = False
+) -> Term:
+    """Minus the clipped ratio times the advantage, which is a row's weight, and the KL to who wrote the text, per row.
 
-    def loss(student_logits: Tensor, tokens: Tensor, advantages: Tensor) -> Tensor:
+    ``recorded``: log-probs of the text's first update are there; else this is that update.
+    """
+
+    def loss(student_logits: Tensor, tokens: Tensor, advantages: Tensor, *recorded_logps: Tensor) -> Tensor:
         log_probs = without_mask_token(student_logits, mask_id).float().log_softmax(-1)
         logps = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return -(logps - logps.detach()).exp() * advantages
+        before = recorded_logps[0] if recorded_logps else logps.detach()
+        gain = clipped_surrogate(logps, before, advantages, eps=clip)
+        return beta * kl_estimate(logps, before) - gain if beta else -gain
 
     def entropy(student_logits: Tensor, *_: Tensor) -> Tensor:
         return entropies(without_mask_token(student_logits, mask_id).float().log_softmax(-1))
 
-    return Term(
-        "policy", loss, (), ("tokens", "noise_weight"), mean=mean, measures={"entropy": entropy}, on_student=True
-    )
+    reads = ("tokens", "noise_weight", *(("behavior",) if recorded else ()))
+    return Term("policy", loss, (), reads, mean=mean, measures={"entropy": entropy}, on_student=True)
 
 
 def value_loss(states: Sequence[Tensor], returns: Tensor, *, helpers: Mapping[str, nn.Module]) -> Tensor:

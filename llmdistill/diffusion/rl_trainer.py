@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmdistill.composition.batch import Text
+from llmdistill.diffusion.losses import token_ce, without_mask_token
 from llmdistill.diffusion.reinforced import Reinforced
+from llmdistill.diffusion.repeated import Repeated
 from llmdistill.diffusion.rl_stage import LAST, DiffusionRLConfig
 from llmdistill.diffusion.trainers import MaskedDiffusionTrainer
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.models.layers import captured
-from llmdistill.models.passes import at_head, batches_of
+from llmdistill.models.passes import at_head, batches_of, metrics_at_head
+from llmdistill.objectives.rows import TokenRows
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.views import View
 from llmdistill.training.rewards import Reward, load_reward, task_rewards
@@ -59,6 +62,8 @@ class DiffusionRLTrainer(MaskedDiffusionTrainer):
             process_reward = load_reward(args.process_reward)  # type: ignore[assignment]
         self.process_reward = process_reward
         source = self.method.texts["main"]
+        if isinstance(source, Repeated):
+            source.scored, source = self._logps, source.source
         assert isinstance(source, Reinforced)
         source.rewarded = self._worth
         source.stepwise = self._worth_of_tokens if process_reward is not None else None
@@ -110,14 +115,39 @@ class DiffusionRLTrainer(MaskedDiffusionTrainer):
     @torch.no_grad()
     def _values(self, noised: Rollout) -> Tensor:
         """V of every row, [N], by the value head on the student of now."""
-        head, size = head_of(self.model), self.args.per_device_eval_batch_size
+        head = head_of(self.model)
         with self.accelerator.autocast(), captured(self.model, (LAST,)) as states:
 
-            def read(rows_NH: Tensor, view: View, _: None) -> Tensor:
+            def read(rows_NH: Tensor, view: View, _: Any) -> Tensor:
                 return self.helpers["value"](view.rows(states[LAST]))  # type: ignore[no-any-return]
 
-            batches = ((part, None) for part in batches_of(noised, size, self.args.device))
-            return torch.cat(at_head(self.forward_model(), head, batches, read))
+            return torch.cat(at_head(self.forward_model(), head, self._parts(noised), read))[: noised.num_rows]
+
+    @torch.no_grad()
+    def _logps(self, noised: Rollout) -> Tensor:
+        """Log-probs of the rows under the student of now, [N]."""
+
+        def of_rows(logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+            return {"logp": -token_ce(without_mask_token(logits, self.denoiser.mask_token_id), tokens)}
+
+        with self.accelerator.autocast():
+            found = metrics_at_head(
+                self.forward_model(),
+                head_of(self.model),
+                self._parts(noised),
+                of_rows,
+                chunk_tokens=self.args.chunk_tokens,
+                vocab_size=self.vocab_size,
+            )
+        return found["logp"][: noised.num_rows]
+
+    def _parts(self, noised: Rollout) -> Iterator[tuple[Rollout, TokenRows]]:
+        """The text in batches, equally many on every rank, for ZeRO-3 gathers parameters in each pass: the first comes
+        again, behind all others."""
+        parts = list(batches_of(noised, self.args.per_device_eval_batch_size, self.args.device))
+        counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
+        for part in [*parts, *[parts[0]] * (int(counts.max()) - len(parts))]:  # type: ignore[union-attr]
+            yield part, TokenRows(part.token_rows())
 
     def _written(self, rollout: Rollout) -> list[str]:
         counted = [ids[mask].tolist() for ids, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]

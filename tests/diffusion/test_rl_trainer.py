@@ -190,9 +190,53 @@ def test_values_and_rewards_of_steps_become_advantages_of_tokens(tmp_path: Path)
         t.draw(runs.examples(t, 2))
 
 
+def test_several_updates_are_on_one_text_with_a_clipped_ratio(tmp_path: Path) -> None:
+    """The first has ratio 1: its gradient is that of one update a text. The second is on the same slices; where the
+    student has moved, its loss is the clipped surrogate and the KL of :mod:`~llmdistill.diffusion.policy`."""
+    from llmdistill.diffusion import policy
+
+    settings: dict[str, Any] = {"keep_low": 0.0, "keep_high": 1.0}
+    once, several = (trainer(tmp_path / str(n), is_even, updates=n, **settings) for n in (1, 3))
+    texts = []
+    for t in (once, several):
+        t.sync_engine()
+        texts.append(t.draw(runs.examples(t, 4)))
+    runs.gradients(once, 1, texts[0])
+    runs.gradients(several, 1, texts[1])
+    for a, b in zip(once.model.parameters(), several.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    several.state.global_step = 1
+    again = several.draw(runs.examples(several, 4))["main"]
+    assert torch.equal(again.rollout.input_ids, texts[1]["main"].rollout.input_ids)
+    with torch.no_grad():
+        for parameter in several.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    rows = again.rollout.completion_mask
+    old, weight, now = again.rollout.behavior_logprobs[rows], again.rollout.noise.weight[rows], logps(several, again)
+    assert float((now - old).abs().max()) > 0.3, "some ratios are clipped"
+    expected = -policy.clipped_surrogate(now, old, weight).mean()
+    several.model.eval()
+    found = sum(several.compute_loss(several.model, {"micro_batch": b}) for b in several.batches({"main": again}, 2))
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_between_updates_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    """Step 3 of 4, with 3 updates a text: what is held is in the checkpoint."""
+    settings: dict[str, Any] = {"updates": 3, "max_steps": 4, "beta": 0.05, "reward": is_even}
+    whole = trainer(tmp_path / "a", save_strategy="steps", save_steps=2, **settings)
+    whole.train()
+    resumed = trainer(tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    pairs = zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"beta": 0.1}, "the KL is 0"),
+        ({"value": True, "updates": 2}, "values are of fresh text"),
         ({"samples": 1}, "samples_per_prompt is 1"),
         ({"keep_low": 0.9}, "no group is kept"),
         ({"slicing": "full", "value": True}, "values and rewards of steps"),
