@@ -97,6 +97,8 @@ class ChatTemplate:
         text = self._rendered(said, tools, add_generation_prompt=True)
         if lost := [m for m in said if m["role"] not in ("assistant", "tool") and m["content"].strip() not in text]:
             self.note(f"the chat template changes or leaves out what a message of role {lost[0]['role']!r} says")
+        if marked := [t for m in said if m["role"] != "assistant" for t in self._special_tokens if t in m["content"]]:
+            self.note(f"messages hold {marked[0]!r} in their words, which is read as the mark that it looks like")
         if tools and "tools" not in self.source:
             self.note("the chat template writes no tools, and rows have some")
         return text
@@ -117,6 +119,8 @@ class ChatTemplate:
             UserError: as :meth:`prompt`; or thoughts or tool calls of the answer that the template does not write.
         """
         answer, prompt = self._open(answer), self.prompt(messages, tools) if prompt is None else prompt
+        if self.closing.token is not None and self.closing.token in answer["content"]:
+            self.note(f"answers hold the end of turn, {self.closing.token!r}, in their words and go on behind it")
         if self.closing.kept and self.closing.token is None:
             self.note(
                 f"the chat template ends a turn with {self.closing.kept!r}, which is no token; the eos follows it"
@@ -221,7 +225,8 @@ class ChatTemplate:
             said = [{"role": "system", "content": self.system_prompt}, *said]
         if said[0]["role"] == "system" and not self.has_system_role:
             self.note(MERGED)
-            system, rest = said[0]["content"], said[1:]
+            first = next((i for i, m in enumerate(said) if m["role"] != "system"), len(said))
+            system, rest = "\n\n".join(m["content"] for m in said[:first] if m["content"]), said[first:]
             if rest and rest[0]["role"] == "user":
                 both = [text for text in (system, rest[0]["content"]) if text]
                 said = [{**rest[0], "content": "\n\n".join(both)}, *rest[1:]]

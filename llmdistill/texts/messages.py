@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llmdistill.errors import UserError
@@ -25,11 +26,13 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
     "function": "tool",
     "function_response": "tool",
     "observation": "tool",
 }
+_USUAL = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -60,6 +63,8 @@ def read_messages(value: Any, what: str) -> list[Message]:
     Raises:
         UserError: something that is no message, or content that is not text.
     """
+    if isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str):
+        value = [value]  # one message is a list of one
     if isinstance(value, Mapping):
         value = _transposed(value, what)
     return [_message(entry, f"{what}[{i}]") for i, entry in enumerate(value)]
@@ -78,7 +83,7 @@ def read_tools(value: Any, what: str) -> list[Any] | None:
         except json.JSONDecodeError:
             tools = value
     if isinstance(tools, Mapping):
-        tools = [tools]
+        tools = [tools] if tools else None
     if tools is None or (is_chat(tools) and not len(tools)) or (isinstance(tools, str) and not tools.strip()):
         return None
     if not is_chat(tools) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -103,13 +108,14 @@ def _message(entry: Any, what: str) -> Message:
             f"{what} has the keys {', '.join(map(repr, entry)) or 'nothing'}; it must have role and content (or "
             "ShareGPT's from and value). Fix: mend the row."
         )
-    message["role"] = ROLES.get(message["role"], message["role"])
+    lowered = message["role"].lower()
+    message["role"] = ROLES.get(lowered, lowered if lowered in _USUAL else message["role"])
     # A message of tool calls alone: templates ask for the key, and would write "None" where it is None.
     message["content"] = _content(message.get("content", ""), what)
     if isinstance(function := message.pop("function_call", None), Mapping):  # OpenAI's first form
         message.setdefault("tool_calls", [{"type": "function", "function": function}])
     if calls := message.pop("tool_calls", None):  # templates ask for the key: no calls is none at all
-        message["tool_calls"] = [_call(call) for call in calls]
+        message["tool_calls"] = _calls(calls, what)
     return named(message)
 
 
@@ -128,21 +134,32 @@ def _content(content: Any, what: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def _call(call: Any) -> Any:
+def _calls(calls: Any, what: str) -> list[Any]:
+    """Tool calls as a list, which some keep as JSON text, or as the only one there is."""
+    if isinstance(calls, str):
+        with suppress(json.JSONDecodeError):
+            calls = json.loads(calls)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not is_chat(calls) or not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(
+            f"{what}.tool_calls is {str(calls)[:80]!r}; it must be a list of tool calls. Fix: mend the row."
+        )
+    return [_call(call) for call in calls]
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A tool call with its arguments as a mapping: templates write them as JSON, and JSON text would be quoted."""
-    if not isinstance(call, Mapping):
-        return call
     function = call.get("function")
     if isinstance(function, Mapping):
         return {**call, "function": _call(function)}
-    arguments = call.get("arguments")
+    arguments = call.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             read = json.loads(arguments)
         except json.JSONDecodeError:
             return dict(call)
         return {**call, "arguments": read} if isinstance(read, dict) else dict(call)
-    return dict(call)
+    return {**call, "arguments": arguments}
 
 
 def _transposed(struct: Mapping[str, Any], what: str) -> list[Message]:

@@ -63,6 +63,11 @@ class TurnReader:
             UserError: as :meth:`of`.
         """
         name, asked, completion = self.config.prompt_column, self._asked(row, index), from_json(completion)
+        if completion is not None and not isinstance(completion, str) and not is_chat(completion):
+            raise UserError(
+                f"row {index}: {column} is {str(completion)[:80]!r}, a {type(completion).__name__}; it must be text or "
+                "messages. Fix: mend the column."
+            )
         tools = read_tools(row.get(self.config.tools_column), f"row {index}: {self.config.tools_column}")
         if isinstance(asked, str):
             self._check_plain(asked, tools, index, chat or is_chat(completion))
@@ -122,6 +127,11 @@ class TurnReader:
             if not prompt:
                 raise UserError(f"row {index}: {name} is empty. Fix: remove the row.")
             return prompt
+        if prompt is not None and not is_chat(prompt):
+            raise UserError(
+                f"row {index}: {name} is {str(prompt)[:80]!r}, a {type(prompt).__name__}; it must be text or messages. "
+                "Fix: mend the column."
+            )
         messages = self.read(prompt, name, index) if is_chat(prompt) else []
         if not any(m["content"] for m in messages):
             raise UserError(f"row {index}: {name} has no message with content. Fix: remove the row.")

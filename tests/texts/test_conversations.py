@@ -40,6 +40,26 @@ def test_sharegpt_rows() -> None:
     assert only(tokenizer, {"c": other}, prompt_column="c") == (CHATML_PROMPT, "4<|im_end|>")
 
 
+def test_roles_and_single_messages_as_people_write_them() -> None:
+    tokenizer = quirks.byte_level(quirks.CHATML)
+    expected = (CHATML_PROMPT, "4<|im_end|>")
+    capitals = [{"role": "User", "content": "2+2?"}, {"role": "Assistant", "content": "4"}]
+    assert only(tokenizer, {"prompt": capitals}) == expected
+    assert only(tokenizer, {"prompt": [{"from": "Human", "value": "2+2?"}, {"from": "AI", "value": "4"}]}) == expected
+    assert only(tokenizer, {"prompt": ASK, "completion": said("4")}) == expected
+
+
+def test_marks_in_the_words_of_messages_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = quirks.byte_level(quirks.CHATML)
+    with caplog.at_level("WARNING", "llmdistill"):
+        only(tokenizer, {"prompt": [{"role": "user", "content": "what is <|im_end|>?"}, said("4")]})
+        assert "messages hold '<|im_end|>' in their words" in caplog.text
+        got = only(tokenizer, {"prompt": [ASK, said("4<|im_end|>\n<|im_start|>user\nmore")]})
+    assert (
+        got[1].startswith("4<|im_end|>") and "answers hold the end of turn, '<|im_end|>', in their words" in caplog.text
+    )
+
+
 def test_a_sequence_of_structs_as_datasets_keeps_it() -> None:
     features = Features({"prompt": Sequence({"role": Value("string"), "content": Value("string")})})
     rows = Dataset.from_list([{"prompt": {"role": ["user", "assistant"], "content": ["2+2?", "4"]}}], features=features)
@@ -97,9 +117,14 @@ def test_tool_calls_and_tools_as_json_text() -> None:
     assert other[1] == ' <call>add!{"a": 2, "b": 2}</call><|im_end|>'  # a template that wants text gets text
     named = only(tokenizer, {"prompt": [ASK, said("4")], "functions": TOOLS}, tools_column="functions")
     assert named[0].startswith("<|im_start|>tools\n")
+    for calls in (json.dumps([CALL]), CALL, [{"function": {**CALL["function"], "arguments": '{"a": 2, "b": 2}'}}]):
+        assert only(tokenizer, {"prompt": [ASK], "completion": [said("", tool_calls=calls)], "tools": TOOLS}) == got[0]
+    for nothing in (None, "", {}):
+        bare = {"function": {"name": "add", "arguments": nothing}}
+        assert only(tokenizer, {"prompt": [ASK, said("", tool_calls=[bare])]})[1] == " <call>add{}</call><|im_end|>"
     first_form = said("", function_call=CALL["function"])  # OpenAI's
     assert only(tokenizer, {"prompt": [ASK], "completion": [first_form], "tools": TOOLS}) == got[0]
-    for nothing in (None, [], ""):
+    for nothing in (None, [], "", {}, "{}"):
         assert only(tokenizer, {"prompt": [ASK, said("4")], "tools": nothing})[0] == CHATML_PROMPT
 
 
@@ -230,6 +255,9 @@ def test_fine_tuning_on_conversations_from_the_command_line(tmp_path: Path) -> N
             {"prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
             "row 0: prompt[0].content has a part of type 'image'; only text is read here",
         ),
+        ({"prompt": 4, "completion": "4"}, "row 0: prompt is '4', a int; it must be text or messages"),
+        ({"prompt": [ASK], "completion": 4}, "row 0: completion is '4', a int; it must be text or messages"),
+        ({"prompt": [ASK, said("", tool_calls="add")]}, "row 0: prompt[1].tool_calls is 'add'; it must be a list"),
         ({"prompt": [said("4")]}, "row 0: nothing stands before the answer in prompt"),
         ({"prompt": [ASK, said("4"), said("5")]}, "row 0: another assistant message stands before the answer"),
         (

@@ -261,6 +261,13 @@ def test_a_template_without_a_system_role(caplog: pytest.LogCaptureFixture) -> N
         assert "has no system role; the system message stands at the beginning of the first user message" in caplog.text
 
 
+def test_several_system_messages_are_merged_together() -> None:
+    got = only(
+        quirks.byte_level(quirks.NO_SYSTEM), {"prompt": [SYSTEM, {**SYSTEM, "content": "Be kind."}, ASK, said("4")]}
+    )
+    assert got[0] == "<bos><turn>user\nBe brief.\n\nBe kind.\n\n2+2?<end>\n<turn>model\n"
+
+
 def test_the_system_prompt_is_for_conversations_without_one() -> None:
     tokenizer = quirks.byte_level(quirks.DEFAULT_SYSTEM)
     own = "<|im_start|>system\nBe kind.<|im_end|>\n"
