@@ -17,15 +17,20 @@ from llmdistill.recipe.settings import require
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.tokenization.special import context_length
 
+LOCAL = ("vllm", "hf", "diffusion")  # engines in this process
+
 
 @dataclass
 class RoleConfig:
     """A model that writes: loaded here (``model``) or asked over HTTP (``url``)."""
 
     model: str = option("", "folder or hub name; behind a url: the name the endpoint knows it by")
-    engine: Literal["auto", "vllm", "hf", "openai", "remote"] = option(
-        "auto", "vllm, hf: in this process; openai: an endpoint; remote: our service; auto: vllm where installed"
+    engine: Literal["auto", "vllm", "hf", "diffusion", "openai", "remote"] = option(
+        "auto",
+        "vllm, hf, diffusion (a denoiser): in this process; openai: an endpoint; remote: our service; auto: vllm where "
+        "installed",
     )
+    diffusion: dict[str, Any] = option({}, "engine diffusion: how it denoises, as JSON: select, threshold, order, ...")
     url: str = option("", "of an endpoint or service; replicas with commas")
     tokenizer: str = option("", "of the model behind our service, where it is not the model's own")
     dtype: DType = option("auto", "of the weights; auto: the checkpoint's")
@@ -45,7 +50,10 @@ class RoleConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.model or self.url), "model", self.model, "a folder or hub name, or a url", "name one")
-        local = self.engine in ("vllm", "hf")
+        local = self.engine in LOCAL
+        denoises = self.engine == "diffusion"
+        needed = "empty for other engines than diffusion"
+        require(denoises or not self.diffusion, "diffusion", self.diffusion, needed, "--engine diffusion")
         require(not (self.url and local), "url", self.url, f"empty for engine {self.engine}", "engine openai or remote")
         behind = self.engine in ("openai", "remote")
         require(bool(self.url) or not behind, "url", self.url, f"set for engine {self.engine}", "--url URL")
@@ -55,7 +63,7 @@ class RoleConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0", "use 0")
 
     @property
-    def resolved_engine(self) -> Literal["vllm", "hf", "openai", "remote"]:
+    def resolved_engine(self) -> Literal["vllm", "hf", "diffusion", "openai", "remote"]:
         """The engine, where it was left open."""
         if self.engine != "auto":
             return self.engine
@@ -105,7 +113,8 @@ def open_role(config: RoleConfig | Mapping[str, Any] | str, name: str = "teacher
     config = role_config(config, name)
     kind = config.resolved_engine
     price = Price(config.prompt_price, config.completion_price)
-    told: dict[str, Any] = {"chat_template_kwargs": config.chat_template_kwargs} if config.chat_template_kwargs else {}
+    settings_told = {"chat_template_kwargs": config.chat_template_kwargs, "diffusion": config.diffusion}
+    told: dict[str, Any] = {key: value for key, value in settings_told.items() if value}
     if kind == "openai":
         from llmdistill.datagen.engines.endpoint import EndpointEngine
 
@@ -132,7 +141,7 @@ def open_role(config: RoleConfig | Mapping[str, Any] | str, name: str = "teacher
     fingerprint = _fingerprint(config)
     about = {"engine": kind, "dtype": config.dtype, **told}
     context = context_length(settings)
-    load = _load_vllm if kind == "vllm" else _load_hf
+    load = {"vllm": _load_vllm, "hf": _load_hf, "diffusion": _load_diffusion}[kind]
     return Role(config.model, fingerprint, *names, about, price, lambda: load(config, tokenizer, context))
 
 
@@ -155,7 +164,7 @@ def described(config: RoleConfig) -> dict[str, Any]:
     ours = ("concurrency", "timeout_s", "max_outage_s", "token_env", "batch_size", "kv_cache_gib")
     passing = (*ours, "gpu_memory_utilization", "prompt_price", "completion_price", "url")
     said = {k: v for k, v in asdict(config).items() if v != plain[k] and k not in passing}
-    if config.resolved_engine in ("vllm", "hf"):
+    if config.resolved_engine in LOCAL:
         said["fingerprint"] = _fingerprint(config)
     return said
 
@@ -215,3 +224,18 @@ def _load_hf(config: RoleConfig, tokenizer: PreTrainedTokenizerBase, context: in
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reader = Reader(tokenizer, context, config.chat_template_kwargs)
     return HFEngine(model.to(device).eval(), reader, config.batch_size)  # type: ignore[arg-type]
+
+
+def _load_diffusion(config: RoleConfig, tokenizer: PreTrainedTokenizerBase, context: int) -> Engine:
+    import torch
+
+    from llmdistill.datagen.engines.diffusion import DiffusionEngine
+    from llmdistill.diffusion.backbone import MaskedDiffusionLM
+    from llmdistill.recipe.config import torch_dtype
+
+    model, own = MaskedDiffusionLM.from_pretrained(
+        config.model, trust_remote_code=config.trust_remote_code, dtype=torch_dtype(config.dtype)
+    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    reader = Reader(own, context, config.chat_template_kwargs)  # which has the mask token
+    return DiffusionEngine(model, config.diffusion, reader, config.batch_size)

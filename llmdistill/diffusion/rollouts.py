@@ -50,18 +50,20 @@ class DiffusionRollouts:
     def sync(self, model: nn.Module, policy_version: int) -> None:
         self.model, self.policy_version = model, policy_version
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """``samples_per_prompt`` completions of every prompt, each drawn with a generator of its own.
 
         ``behavior_logprobs`` are those of the distribution that a token was drawn from in the step that revealed it.
         """
+        every = [(i, j) for i in range(len(prompts)) for j in range(sampling.samples_per_prompt)]
+        seeds = [request_seed(sampling.seed, i, j) for i, j in every]
+        return self.write([prompts[i] for i, _ in every], sampling, seeds)
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Rollout:
+        """One completion of each prompt, drawn with its own seed, so that its company changes nothing but rounding."""
         assert self.model is not None, "sync() comes before generate()"
-        requests = [
-            (p, request_seed(sampling.seed, i, j))
-            for i, p in enumerate(prompts)
-            for j in range(sampling.samples_per_prompt)
-        ]
+        requests = list(zip(prompts, seeds, strict=True))
         self.forwards = [0, 0]
         parts = list[tuple[list[int], list[bool], list[float], list[int], str]]()
         with self.ready(self.model) as model, evaluating(model):

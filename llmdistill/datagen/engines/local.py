@@ -14,7 +14,7 @@ from llmdistill.datagen.engines.base import Reader, ended
 from llmdistill.models.generation import generate
 from llmdistill.models.vllm_engine import InProcessVLLM
 from llmdistill.models.vllm_requests import generation_params
-from llmdistill.texts.rollout import Prompt
+from llmdistill.texts.rollout import Prompt, Rollout, Sampling
 from llmdistill.tokenization.special import eos_ids, pad_id
 
 Item = tuple[Call, "Future[Drawn]"]
@@ -156,14 +156,11 @@ class HFEngine(_Fed):
 
     def _batch(self, batch: list[tuple[Item, str, list[int], str]]) -> None:
         try:
-            drawn = generate(
-                self.model,
+            prompts, seeds = (
                 [Prompt(ids, text) for _, text, ids, _ in batch],
-                replace(batch[0][0][0].sampling, seed=0),
-                eos_ids=self.eos,
-                pad_id=self.pad,
-                rows=[call.sampling.seed for (call, _), *_ in batch],
+                [item[0].sampling.seed for item, *_ in batch],
             )
+            drawn = self._generated(prompts, replace(batch[0][0][0].sampling, seed=0), seeds)
         except BaseException as error:
             for (_, future), *_ in batch:
                 future.set_exception(error)
@@ -173,3 +170,7 @@ class HFEngine(_Fed):
             mask = drawn.completion_mask[i]
             ids, logprobs = drawn.input_ids[i][mask].tolist(), drawn.behavior_logprobs[i][mask].tolist()
             future.set_result(self._drawn(call, prompt, opened, ids, logprobs, str(drawn.finish[i])))
+
+    def _generated(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> Rollout:
+        """One completion of each prompt, of which each has a seed of its own."""
+        return generate(self.model, prompts, sampling, eos_ids=self.eos, pad_id=self.pad, rows=seeds)
