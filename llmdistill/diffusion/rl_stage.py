@@ -147,7 +147,8 @@ def surrogate(
     return Term("policy", loss, (), reads, mean=mean, measures={"entropy": entropy}, on_student=True)
 
 
-def value_loss(states: Sequence[Tensor], returns: Tensor, *, helpers: Mapping[str, nn.Module]) -> Tensor:
+def value_loss(states: Sequence[Tensor], *evidence: Tensor, helpers: Mapping[str, nn.Module]) -> Tensor:
     """(V - R)^2 / 2 of every row, [n]; the student's states are read, not trained."""
+    (returns,) = evidence
     values: Any = helpers["value"](states[0].detach())
     return 0.5 * torch.square(values - returns)
