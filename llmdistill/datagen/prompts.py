@@ -110,7 +110,8 @@ class Prompts:
         column = self.column or next((name for name in PROMPTS if row.get(name) is not None), "")
         if column not in row:
             raise _NoColumn(
-                f"{self.source} has no column {self.column or 'with prompts'!r} (it has {', '.join(map(str, row))}). "
+                f"{self.source} has no column {repr(self.column) if self.column else 'of prompts'} "
+                f"(it has {', '.join(map(str, row))}). "
                 "Fix: --prompt_column NAME."
             )
         prompt = from_json(row[column])
