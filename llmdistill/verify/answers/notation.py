@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from llmdistill.verify.answers.vocabulary import words
 
@@ -86,6 +87,7 @@ def _as_counted(match: re.Match[str]) -> str:
     return f"{match['set'] or match['bare']}_{match['n']}^{match['k']}"
 
 
+@lru_cache(1024)
 def tidy(text: str) -> str:
     """One spelling of a text. Money's dollar signs are ``MONEY`` afterwards, and no other are left."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
@@ -228,6 +230,7 @@ def unwrap(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+@lru_cache(1024)
 def compact(text: str) -> str:
     r"""A tidy text for comparing as strings: \text and blanks do not count, the case of letters does."""
     text = unwrap(text).replace(r"\bullet", "").strip()

@@ -170,7 +170,8 @@ def _head_and_tail(head: str, tail: str) -> list[Quantity]:
     plain = re.sub(r"\s+", " ", unwrap(tail)).strip()
     if not plain or plain in ("{}", "()"):
         return [Quantity(tree) for tree in heads]
-    factor = scaled(plain.split()[0]) if closed else None
+    one = heads[-1].op != "sum"  # 7 - 2\pi is not 5\pi, nor are 3 + 2 million five
+    factor = scaled(plain.split()[0]) if closed and one else None
     if factor is not None:
         heads = [Node("product", (tree, number(factor))) for tree in heads]
         rest = plain.split(" ", 1)[1] if " " in plain else ""
@@ -178,13 +179,13 @@ def _head_and_tail(head: str, tail: str) -> list[Quantity]:
             return [Quantity(tree) for tree in heads]
         plain, wrapped = re.sub(r"^of (?:an?|the) ", "", rest), True
     plain = plain[1:-1].strip() if plain.startswith("(") and plain.endswith(")") and plain.count("(") == 1 else plain
-    if plain in ("pi", r"\pi"):
+    if plain in ("pi", r"\pi") and one:
         return [Quantity(Node("product", (tree, Node("pi")))) for tree in heads]
     again = words_number(plain)
     if again is not None and again == rational(heads[-1]):
         return [Quantity(tree) for tree in heads]  # 45 (forty-five)
     unit = parse_unit(plain, wrapped=wrapped, glued=not tail.startswith((" ", "\\", "^")), head_is_number=closed)
-    if unit is None or (not closed and unit.words and not wrapped):
+    if unit is None or (not closed and unit.words and not wrapped) or (unit.percent and not one and head[-1] != ")"):
         return []
     return [Quantity(tree, unit) for tree in heads]
 

@@ -64,6 +64,7 @@ _APPROXIMATE = re.compile(
 )
 
 
+@lru_cache(1024)
 def bare(text: str) -> str:
     """A tidy text without the words that announce an answer."""
     plain = re.sub(
