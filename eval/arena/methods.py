@@ -16,7 +16,14 @@ from clock import Curve
 from datasets import Dataset
 from models import TOKENIZER
 from task import longest
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
 from trl import DistillationConfig as TRLDistillationConfig
 from trl import DistillationTrainer as TRLDistillationTrainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -59,6 +66,8 @@ class Setting:
     lr: float
     batch: int
     steps: int  # about as many as the token budget takes: schedules over training end there
+    tokenizer: PreTrainedTokenizerBase = TOKENIZER  # the student's
+    same: Teacher | None = None  # across tokenizers: another teacher, of the student's
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """Settings of transformers that all trainers share. The curve ends the run, long before ``max_steps``."""
@@ -130,7 +139,7 @@ def counting(base: type[Trainer]) -> type[Trainer]:
 def built(base: type[Trainer], setting: Setting, *args: Any, **kwargs: Any) -> Trainer:
     """``base``, counting, with the curve and without bars of its own."""
     torch.manual_seed(setting.seed)
-    trainer = counting(base)(*args, processing_class=TOKENIZER, callbacks=[setting.curve], **kwargs)
+    trainer = counting(base)(*args, processing_class=setting.tokenizer, callbacks=[setting.curve], **kwargs)
     trainer.curve = setting.curve  # type: ignore[attr-defined]
     for callback in (RunFolderCallback, PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -228,6 +237,12 @@ def opd_of_one(s: Setting) -> Trainer:
     """OPD with the first of several experts as the teacher of all prompts: what merging them adds to."""
     first = next(iter(s.teacher.members.values()))  # type: ignore[attr-defined]
     return opd("fresh", "student")(replace(s, teacher=first))
+
+
+def same_tokenizer(s: Setting) -> Trainer:
+    """Forward KL from a teacher of the student's tokenizer, on the other's text: the ceiling across tokenizers."""
+    assert s.same is not None
+    return taid("fresh", divergence="forward_kl")(replace(s, teacher=s.same))
 
 
 def taid(source: str, **objective: Any) -> Callable[[Setting], Trainer]:

@@ -18,9 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from task import VOCABULARY, Problem, longest, tokenizer
+from task import GROUP, VOCABULARY, Problem, longest, tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmdistill.models.generation import generate
 from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
@@ -28,6 +34,7 @@ from llmdistill.texts.prompts import completed
 
 PAD_ID, EOS_ID = 0, 1
 TOKENIZER = tokenizer()
+GROUPED = tokenizer(GROUP)
 CACHE = Path(__file__).resolve().parents[2] / "runs" / "arena"
 
 
@@ -40,10 +47,10 @@ class Size:
     heads: int
     inner: int
 
-    def build(self, seed: int) -> PreTrainedModel:
+    def build(self, seed: int, vocabulary: int = VOCABULARY) -> PreTrainedModel:
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
             num_hidden_layers=self.layers,
@@ -61,30 +68,35 @@ def parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def ids(text: str) -> list[int]:
-    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """That of the arena's two which the model reads."""
+    return {len(t): t for t in (TOKENIZER, GROUPED)}[model.config.vocab_size]
 
 
-def as_prompt(problem: Problem, completion: str | None = None) -> Prompt:
+def ids(text: str, tok: PreTrainedTokenizerBase = TOKENIZER) -> list[int]:
+    return list(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def as_prompt(problem: Problem, completion: str | None = None, tok: PreTrainedTokenizerBase = TOKENIZER) -> Prompt:
     text = problem.completion if completion is None else completion
-    return Prompt(ids(problem.prompt), problem.prompt, problem.operation, completion=(*ids(text), EOS_ID))
+    return Prompt(ids(problem.prompt, tok), problem.prompt, problem.operation, completion=(*ids(text, tok), EOS_ID))
 
 
-def texts(rollout: Rollout) -> list[str]:
+def texts(rollout: Rollout, tok: PreTrainedTokenizerBase = TOKENIZER) -> list[str]:
     """The completions as text."""
     found = [row[mask].tolist() for row, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]
-    return TOKENIZER.batch_decode(found, skip_special_tokens=True)
+    return tok.batch_decode(found, skip_special_tokens=True)
 
 
 def answers(
     model: PreTrainedModel, problems: Sequence[Problem], *, temperature: float = 0.0, seed: int = 0, batch: int = 512
 ) -> list[str]:
     """A completion of every problem, sampled by llmdistill's own rollout code; greedy at temperature 0."""
-    found: list[str] = []
+    found, tok = list[str](), tokenizer_of(model)
     for start in range(0, len(problems), batch):
-        part = [as_prompt(p) for p in problems[start : start + batch]]
+        part = [as_prompt(p, tok=tok) for p in problems[start : start + batch]]
         sampling = Sampling(longest(), temperature=temperature, seed=seed + start)
-        found += texts(generate(model, part, sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID))
+        found += texts(generate(model, part, sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID), tok)
     return found
 
 

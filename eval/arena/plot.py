@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods import METHODS
+from entries import METHODS
 from tracks import TRACKS
 
 from llmdistill.record.page.svg import Axis, label_at, tick_label

@@ -100,7 +100,8 @@ def next_job(jobs: Any, parent: int) -> Any:
 
 def one(job: tuple[Any, ...], note: Any, out: Path, share: float) -> str:
     """Does one job; returns a line about it."""
-    from methods import METHODS
+    from across import aligned_share
+    from entries import METHODS
     from teachers import teacher
     from tracks import TRACKS, Cell, prepare
 
@@ -116,6 +117,8 @@ def one(job: tuple[Any, ...], note: Any, out: Path, share: float) -> str:
     trainer = METHODS[cell.method].build(prepared.setting)
     trainer.train()
     points = prepared.setting.curve.points
+    if track.group and (aligned := aligned_share(trainer)) is not None:
+        points = [{**point, "aligned": aligned} for point in points]
     result = {
         "track": cell.track,
         "method": cell.method,

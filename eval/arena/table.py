@@ -16,13 +16,17 @@ from typing import Any
 
 from claims import Claim, claims_table
 from clock import at
-from methods import METHODS, Method
+from entries import METHODS
+from methods import Method
 from plot import write_plot
 from tracks import TRACKS, Cell, Track
 
 # 97.5 % quantile of Student's t by degrees of freedom, 1 to 9.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-REFERENCE = {"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"}
+REFERENCE = {
+    **{"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"},
+    **{"digits": "sft_teacher", "groups": "sft_teacher"},
+}
 
 Point = dict[str, float]
 Curves = dict[str, dict[int, list[Point]]]  # method -> seed -> points
@@ -113,7 +117,7 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     header = ["method", "prompts", "text", "labels?", "on-policy?", f"at {tokens // 1000}k tokens, %"]
     header += [f"at {seconds:g} CPU-s, %", f"minus {METHODS[reference].title}, tokens", "tokens/CPU-s"]
     header += [f"{e.removeprefix('exact').replace('_t', 'sampled at ')} at tokens, %" for e in extra]
-    header += [f"{k.replace('_kl', ' KL')} at tokens" for k in kl]
+    header += [f"{k.replace('_kl', ' KL')} at tokens" for k in kl] + ["aligned, %"] * bool(track.group)
     rows, base = [], read(found, reference, "tokens", tokens, "exact")
     starts = {seed: points[0]["exact"] for by_seed in found.values() for seed, points in by_seed.items()}
     if starts:
@@ -131,6 +135,9 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
         row += [less.percent(sign=True) if less else "", f"{speed.value:,.0f}"]
         row += [mean(list(read(found, method, "tokens", tokens, e).values())).percent() for e in extra]
         row += [mean(list(read(found, method, "tokens", tokens, k).values())).plain() for k in kl]
+        if track.group:  # the share of the text that heard of the teacher; of some there is none
+            shares = [points[-1]["aligned"] for points in found[method].values() if "aligned" in points[-1]]
+            row.append(mean(shares).percent() if shares else "")
         rows.append(row)
     return markdown(header, rows)
 

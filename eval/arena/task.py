@@ -3,7 +3,8 @@
     417+385=   ->   7+5+0=12;1+8+1=10;4+3+1=08;802
 
 Column by column from the right: the two digits, the carry that came in, then the carry that goes out and the digit that
-stays; last the answer. In subtractions (the larger number first) the carry is a borrow. A character is a token, so a
+stays; last the answer. In subtractions (the larger number first) the carry is a borrow. A character is a token (across
+tokenizers: on one side), so a
 model of some ten thousand weights can learn it, and the exact answer is known: no verdict is ever in doubt.
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CHARACTERS = "0123456789+-=;"
@@ -105,12 +107,22 @@ def _distinct(
     return list(found)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One id per character after <pad> (0) and <eos> (1)."""
-    vocab = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tok.decoder = decoders.Fuse()
+def tokenizer(group: int = 1) -> PreTrainedTokenizerFast:
+    """One id per character after <pad> (0) and <eos> (1); then one for every numeral of 2 to ``group`` digits.
+
+    Longer numerals are taken apart from the left, as many vocabularies do: at 2, 417 is 41 and 7.
+    """
+    groups = ["".join(digits) for n in range(2, group + 1) for digits in product("0123456789", repeat=n)]
+    vocab = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS, *groups])}
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[(g[:-1], g[-1]) for g in groups]))
+    split = pre_tokenizers.Split(Regex(rf"\d{{1,{group}}}|\D"), "isolated")
+    # Every character is its own byte; the byte level says what tokens spell to whoever aligns two vocabularies.
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tok.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token=PAD, eos_token=EOS)
 
 
 VOCABULARY = 2 + len(CHARACTERS)
+GROUP = 2  # digits of the longest token where numerals are taken in groups

@@ -4,6 +4,7 @@ addition     the teacher of the arena, and the oracle of the teacher-hacking tra
 quick        the same after less than half of the training, for a first look
 subtraction  the second expert
 weak         addition broken off early: about 60 % of its samples are right
+grouped      ``addition`` with a vocabulary of numerals of two digits
 imitator     a smaller model trained on samples of ``addition``, which it does not quite reach
 """
 
@@ -19,9 +20,9 @@ from typing import Any
 
 import torch
 from clock import Charge
-from models import CACHE, Size, accuracy, answers, as_prompt, cached, shuffled, train
-from task import Problem, draw, heldout, problems
-from transformers import PreTrainedModel
+from models import CACHE, GROUPED, TOKENIZER, Size, accuracy, answers, as_prompt, cached, shuffled, train
+from task import VOCABULARY, Problem, draw, heldout, problems
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdistill.texts import Prompt
 
@@ -61,12 +62,14 @@ class Text:
         return made
 
 
-def fresh(operations: Sequence[str], batch: int, seed: int) -> Iterator[list[Prompt]]:
+def fresh(
+    operations: Sequence[str], batch: int, seed: int, tok: PreTrainedTokenizerBase = TOKENIZER
+) -> Iterator[list[Prompt]]:
     """True completions of problems that never come twice in a row: unlimited demonstrations, none of them held out."""
     rng, kept_apart = random.Random(seed), {p for op in ("+", "-") for p in heldout(2000, (op,))}
     while True:
         drawn = [draw(rng, operations) for _ in range(batch)]
-        yield [as_prompt(p) for p in drawn if p not in kept_apart]
+        yield [as_prompt(p, tok=tok) for p in drawn if p not in kept_apart]
 
 
 def teacher(name: str, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -74,12 +77,14 @@ def teacher(name: str, note: Callable[[str], None] = lambda text: None) -> tuple
     return cached(f"{name}-{RECIPE}", lambda: MAKERS[name](note))
 
 
-def expert(operation: str, seed: int, steps: int = 1000) -> Callable[[Callable[[str], None]], Any]:
+def expert(
+    operation: str, seed: int, steps: int = 1000, tok: PreTrainedTokenizerBase = TOKENIZER
+) -> Callable[[Callable[[str], None]], Any]:
     def make(note: Callable[[str], None]) -> tuple[PreTrainedModel, dict[str, Any]]:
-        model, test = TEACHER.build(seed), heldout(500, (operation,))
+        model, test = TEACHER.build(seed, len(tok)), heldout(500, (operation,))
         seconds = train(
             model,
-            fresh((operation,), 64, seed),
+            fresh((operation,), 64, seed, tok),
             steps,
             3e-3,
             after=lambda step: note(f"training the teacher for {operation}: step {step}/{steps}") is not None,
@@ -123,6 +128,7 @@ def imitator(note: Callable[[str], None]) -> tuple[PreTrainedModel, dict[str, An
 MAKERS: dict[str, Callable[[Callable[[str], None]], Any]] = {
     "addition": expert("+", 1),
     "subtraction": expert("-", 2),
+    "grouped": expert("+", 3, tok=GROUPED),
     "quick": expert("+", 1, steps=450),
     "weak": weak,
     "imitator": imitator,
@@ -158,6 +164,7 @@ def start(
     band: tuple[float, float] = (0.0, 1.0),
     operations: Sequence[str] = ("+",),
     batch: int = 64,
+    vocabulary: int = VOCABULARY,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A student trained on ``rows`` only: where all methods of a track start from, one for every seed.
@@ -174,7 +181,7 @@ def start(
         check, seconds = problems(500, 71, operations), 0.0
         for attempt in range(40):
             drawn = seed + 100 * attempt
-            model = size.build(1000 + drawn)
+            model = size.build(1000 + drawn, vocabulary)
             torch.manual_seed(drawn)
             note(f"start of seed {seed}, attempt {attempt + 1}")
             seconds += train(model, shuffled(rows, batch, drawn), steps, lr)

@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from clock import Budget, Charge, Curve, Score
-from methods import METHODS, Data, Setting
-from models import CACHE, TOKENIZER, Size, as_prompt
+from entries import METHODS
+from methods import Data, Setting
+from models import CACHE, GROUPED, TOKENIZER, Size, as_prompt, tokenizer_of
 from scores import Exact, Hacking, Sampled, ToTeacher
-from task import heldout, longest, problems
+from task import GROUP, heldout, longest, problems
 from teachers import RECIPE, sample, start, teacher
+from transformers import PreTrainedTokenizerBase
 
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import RoutedTeacher
@@ -49,17 +51,26 @@ class Track:
     fixed: int = 200  # prompts of the offline set
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = "exact"
+    group: int = 0  # across tokenizers: digits of the student's longest token, and the other for the teacher
 
     def key(self) -> str:
         """Changes with anything that a result depends on; a result of another key is measured again."""
         settings = {**asdict(self), "recipe": RECIPE, "methods": None, "seeds": None, "title": None}
+        if not self.group:  # results from before there were two tokenizers
+            del settings["group"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def start_key(self, seed: int) -> str:
         """The same for tracks with the same start."""
         parts = [asdict(self.student), self.labels, self.operations, self.start_steps, self.start_lr, self.start_band]
+        parts += [self.group] if self.group else []
         parts += [] if self.labels else [self.needs, self.fresh]  # trained on the teacher's right samples
         return f"start-{hashlib.sha256(json.dumps([*parts, RECIPE]).encode()).hexdigest()[:12]}-{seed}"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        return GROUPED if self.group > 1 else TOKENIZER
 
     def smaller(self, share: float) -> Track:
         """The main track at a share of its budget and with a teacher sooner trained, for a first look."""
@@ -68,6 +79,8 @@ class Track:
         )
         return replace(self, budget=budget, needs=("quick",), fresh=4000)
 
+
+ACROSS = ("sft_teacher", "same_kl", "alm", "p_kl", "h_kl", "simct", "chunk_opd", "uld", "gold", "dskd", "mined")
 
 TRACKS = {
     "main": Track(
@@ -143,6 +156,13 @@ TRACKS = {
         needs=("imitator", "addition"),
         metric="golden",
     ),
+    # Across tokenizers. The second teacher has the student's: what a KL between whole distributions comes to.
+    "digits": Track(
+        "Digits from groups of digits", ACROSS, Budget(200_000, 30.0), needs=("grouped", "addition"), group=1
+    ),
+    "groups": Track(
+        "Groups of digits from digits", ACROSS, Budget(150_000, 30.0), needs=("addition", "grouped"), group=GROUP
+    ),
 }
 
 
@@ -180,7 +200,7 @@ def prepare(
 ) -> Prepared:
     """Teachers, text, start and curve of a cell; what is not cached yet is made."""
     models = {name: teacher(name, note)[0] for name in track.needs}
-    locals_ = {name: LocalTeacher(model, TOKENIZER) for name, model in models.items()}
+    locals_ = {name: LocalTeacher(model, tokenizer_of(model)) for name, model in models.items()}
     first = locals_[track.needs[0]]
     test = heldout(SCORED, track.operations)
     data, charges = Data(), {}
@@ -210,7 +230,9 @@ def prepare(
         data.fresh, charges["fresh"] = text.rows(), text.charge()
         data.fixed = data.fresh[: track.fixed]
         charges["fixed"] = replace(charges["fresh"], sequences=track.fixed)
-        begin = [as_prompt(p) for p in problems(track.labels, 10_000 + cell.seed, track.operations)]
+        begin = [
+            as_prompt(p, tok=track.tokenizer) for p in problems(track.labels, 10_000 + cell.seed, track.operations)
+        ]
         trained_on = [as_prompt(p) for p in text.problems[: track.fixed]]
         if cell.track == "hacking":
             score = _together(score, Hacking(first, locals_["addition"], trained_on))
@@ -228,6 +250,7 @@ def prepare(
         cell.seed,
         band=track.start_band,
         operations=track.operations,
+        vocabulary=len(track.tokenizer),
         note=note,
     )
     setting = Setting(
@@ -240,6 +263,8 @@ def prepare(
         lr=track.lr,
         batch=track.batch,
         steps=track.budget.tokens // (track.batch * TOKENS_A_SEQUENCE),
+        tokenizer=track.tokenizer,
+        same=locals_[track.needs[1]] if track.group else None,
     )
     return Prepared(about, setting, charges)
 
