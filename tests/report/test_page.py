@@ -372,3 +372,15 @@ def test_pairs_without_a_wrong_side_are_shown_by_their_right_one(tmp_path: Path)
     page = Page(write_report(tmp_path).read_text())
     assert "Log-prob of the chosen side on held-out pairs" in page.text
     assert "More than sampling noise : the chosen side became likelier, by +0.800" in page.text
+
+
+def test_histograms_that_stand_beside_each_other_have_one_scale() -> None:
+    """The same value lies at the same place and one sequence is as high, whatever else a plot shows."""
+    few = [("before", "c4", [1.0, 2.0]), ("after", "c1", [1.0])]
+    many = [("before", "c4", [0.1] * 40), ("after", "c1", [30.0] * 3)]
+    first, second = (histogram("t", "nats", groups, beside=[*few, *many]) for groups in (few, many))
+    ticks = [re.findall(r'class="grid" d="M([0-9.]+)', plot) for plot in (first, second)]
+    assert ticks[0] == ticks[1] and "log scale" in first and "log scale" in second
+    assert ">40<" in first and ">40<" in second  # the height of the axis
+    alone = histogram("t", "nats", few)
+    assert "log scale" not in alone and ">40<" not in alone

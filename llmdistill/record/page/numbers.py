@@ -362,10 +362,10 @@ def _legend(series: list[Series]) -> str:
 
 
 def spread(data: RunData) -> str:
-    """Histograms of reverse KL per sequence, before and after."""
-    figures = []
+    """Histograms of reverse KL per sequence, before and after, on one scale whatever the text."""
+    figures, groups_of = [], {}
     for text, title in TEXTS:
-        groups = [
+        groups_of[title] = [
             (
                 when,
                 colour,
@@ -373,7 +373,9 @@ def spread(data: RunData) -> str:
             )
             for when, colour, side in (("before", "c4", data.before), ("after", "c1", data.after))
         ]
-        plot = histogram(f"Reverse KL per sequence, {title}", f"mean reverse KL of a sequence, {NATS}", groups)
+    unit, every = f"mean reverse KL of a sequence, {NATS}", [g for groups in groups_of.values() for g in groups]
+    for title, groups in groups_of.items():
+        plot = histogram(f"Reverse KL per sequence, {title}", unit, groups, beside=every)
         if plot:
             figures.append(_figure(f"On {title}", "sequences", plot))
     if bars := _intervals(data):

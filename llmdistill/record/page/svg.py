@@ -143,23 +143,28 @@ def interval_plot(title: str, unit: str, rows: Sequence[tuple[str, str, float, f
     return drawing(title, f"{title} in {unit}. {said}.", "".join(parts), height)
 
 
-def histogram(title: str, unit: str, groups: Sequence[tuple[str, str, Sequence[float]]], bins: int = 24) -> str:
-    """How values spread: one panel per group (label, CSS class, values) above a shared axis.
+Group = tuple[str, str, Sequence[float]]  # label, CSS class, values
 
-    The axis is logarithmic where all values are positive and the largest is over ten times the smallest.
+
+def histogram(title: str, unit: str, groups: Sequence[Group], bins: int = 24, beside: Sequence[Group] = ()) -> str:
+    """How values spread: one panel per group above a shared axis.
+
+    The axis is logarithmic where all values are positive and the largest is over ten times the smallest. ``beside`` are
+    groups of the plots that stand beside this one: all have one scale, or their bars could not be compared.
     """
     drawn = [g for g in groups if len(g[2])]
     if not drawn:
         return ""
-    values = [v for _, _, group in drawn for v in group]
+    scaled = [*(g[2] for g in drawn), *(g[2] for g in beside)]
+    values = [v for group in scaled for v in group]
     log = min(values) > 0 and max(values) > 10 * min(values)
     low, high = (min(values) / 1.1, max(values) * 1.1) if log else span(values)
     panel = 78
     height = panel * len(drawn) + BOTTOM + TOP
     x = Axis(low, high, LEFT, WIDTH - RIGHT, log)
     width = (x.end - x.start) / bins
-    counts = [[0] * bins for _ in drawn]
-    for row, (_, _, group) in zip(counts, drawn, strict=True):
+    counts = [[0] * bins for _ in scaled]
+    for row, group in zip(counts, scaled, strict=True):
         for v in group:
             row[min(bins - 1, max(0, int((x.at(v) - x.start) / width)))] += 1
     tallest = max(max(row) for row in counts)
@@ -169,7 +174,7 @@ def histogram(title: str, unit: str, groups: Sequence[tuple[str, str, Sequence[f
         parts.append(f'<path class="grid" d="M{x.at(tick):.1f} {TOP}V{bottom}"/>')
         parts.append(label_at(x.at(tick), bottom + 15, tick_label(tick), "middle"))
     parts.append(label_at((x.start + x.end) / 2, height - 4, f"{unit}{', log scale' if log else ''}", "middle"))
-    for k, (row, (label, colour, group)) in enumerate(zip(counts, drawn, strict=True)):
+    for k, (row, (label, colour, group)) in enumerate(zip(counts, drawn, strict=False)):
         base = TOP + panel * (k + 1)
         up = Axis(0, tallest, base, base - panel + 22)
         bars = [
