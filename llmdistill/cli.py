@@ -40,10 +40,15 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from llmdistill.pipeline.run import build
     from llmdistill.preflight import STYLE, examine
-    from llmdistill.recipe.command_line import parse
+    from llmdistill.recipe.command_line import named, parse
 
-    module = importlib.import_module(f"llmdistill.{words.method}")
-    config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
+    if words.method == "diffusion":
+        from llmdistill.diffusion.__main__ import of_stage
+
+        config_class, trainer_class = of_stage(named(rest, "objective", "stage") or "sft")
+    else:
+        module = importlib.import_module(f"llmdistill.{words.method}")
+        config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
     recipe = parse(config_class, rest)
     folder = Path(recipe.args.output_dir or "runs/default")
     was_there = folder.exists()
@@ -54,7 +59,8 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
         trainer.close()
         if not was_there and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()  # transformers makes it; a look leaves nothing behind
-    title = f"{words.method}: {' + '.join(t.label for t in recipe.teachers)} into {recipe.student.model}"
+    teachers = " + ".join(t.label for t in recipe.teachers if t.label)
+    title = f"{words.method}: {f'{teachers} into ' if teachers else ''}{recipe.student.model}"
     table = Table("", "check", "found", title=title)
     for f in findings:
         found = f.message + (f"\nFix: {f.fix}" if f.fix else "")
@@ -137,7 +143,9 @@ def parser() -> argparse.ArgumentParser:
         "Exit status 2 when a check fails.",
         allow_abbrev=False,
     )
-    look.add_argument("--method", choices=sorted(METHODS), default="opd", help="front door the recipe is for [opd]")
+    look.add_argument(
+        "--method", choices=sorted({*METHODS, "diffusion"}), default="opd", help="front door the recipe is for [opd]"
+    )
     look.set_defaults(run_command=doctor)
     service = commands.add_parser(
         "serve", help="serve a model to trainers: scores, samples, new weights", add_help=False, allow_abbrev=False

@@ -34,7 +34,7 @@ def written(out: Path, model: str, **more: Any) -> list[Trace]:
 
 
 def test_it_writes_and_company_changes_nothing(denoiser: str, tmp_path: Path) -> None:
-    """By a threshold, with the cache of blocks; log-probs are of what each token was drawn from, not of the mask token."""
+    """By a threshold, with the cache of blocks; log-probs are of what each token was drawn from."""
     settings = {"diffusion": {"select": "threshold", "threshold": 0.9, "cache": "block"}}
     found = written(tmp_path / "t.jsonl", denoiser, **settings)
     assert len(found) == 12 and len({trace.completion for trace in found}) > 6

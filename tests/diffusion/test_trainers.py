@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmdistill import RolloutConfig, UserError
+from llmdistill import RolloutConfig, UserError, cli
 from llmdistill.diffusion import MaskedDiffusionLM, elbo
 from llmdistill.diffusion.stages import ARDistillationConfig, DiffusionOPDConfig, FromARConfig, SFTConfig
 from llmdistill.diffusion.trainers import ARDistillationTrainer, MaskedDiffusionTrainer
@@ -167,8 +167,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         t.evaluate()
 
 
-def test_the_door_trains_from_a_recipe_and_resumes_it(tmp_path: Path) -> None:
-    """The command, with preflight, measurement before and after, and the saved student."""
+def test_the_door_trains_from_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command, with preflight, measurement before and after, and the saved student; and the checks alone."""
     from llmdistill.diffusion.__main__ import main
 
     tiny.llama(1).save_pretrained(tmp_path / "student")
@@ -180,6 +180,8 @@ def test_the_door_trains_from_a_recipe_and_resumes_it(tmp_path: Path) -> None:
     words += ["--data.heldout", str(tmp_path / "heldout.jsonl"), "--output_dir", str(tmp_path / "run")]
     words += ["--max_steps", "4", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--save_steps", "2"]
     words += ["--max_new_tokens", "8", "--learning_rate", "0.01", "--block_size", "4", "--save_total_limit", "3"]
+    assert cli.main(["doctor", "--method", "diffusion", *words]) == 0
+    assert "read both ways" in capsys.readouterr().out
     assert main(words) == 0
     before, after = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("before", "after"))
     assert after["bound"]["nats"] < before["bound"]["nats"] and len(after["student_answers"]) == 3
