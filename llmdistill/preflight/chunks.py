@@ -53,4 +53,12 @@ def _alone(check: Callable[[Subject], Iterator[Finding]]) -> Callable[[Subject],
     return of_the_student
 
 
-eos_pad, chat_template, head = map(_alone, (tokens.eos_pad, tokens.chat_template, models.head))
+eos_pad, head, _own_template = map(_alone, (tokens.eos_pad, models.head, tokens.chat_template))
+
+
+def chat_template(s: Subject) -> Iterator[Finding]:
+    """The student's own template; and what the judges' templates do to the rows."""
+    yield from _own_template(s)
+    for name, reader in s.trainer.encode.readers.items():
+        for message, rows in reader.notes.items():
+            yield notice(f"{name}: {message} ({len(rows)} rows; first: row {min(rows)})")

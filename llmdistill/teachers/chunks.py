@@ -248,7 +248,11 @@ class ChunkTeacher:
             "aligned_bytes": (s.aligned_bytes, s.bytes),
             "aligned_rows": (s.aligned_sequences, s.sequences),
             "inexact_rows": (s.inexact_sequences, s.sequences),
+            "aligned_digits": (s.aligned_digits, s.digits),
+            "aligned_ends": (s.aligned_ends, s.ends),
+            "tokens_in_chunks": (s.chunk_tokens, s.tokens),
             "single_chunks": (s.single, s.chunks),
+            "template_tokens": (s.template_tokens, s.sequences),
         }
 
 

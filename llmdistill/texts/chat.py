@@ -191,6 +191,13 @@ class ChatTemplate:
         return Closing(written, written[: run[0]], run[1])
 
     @cached_property
+    def has_content(self) -> bool:
+        """Whether anything of what a user says is written."""
+        message: Message = {"role": "user", "content": PROBE}
+        text = self._probed([self._in_form(message)], add_generation_prompt=True)
+        return text is None or PROBE in text
+
+    @cached_property
     def has_system_role(self) -> bool:
         """Whether a system message is written at all."""
         messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "?"}]

@@ -128,13 +128,19 @@ class PromptEncoder:
         """The prompt of a turn as the judge ``name``, whose encoder this is, reads it.
 
         Raises:
-            UserError: no template, or messages that it refuses.
+            UserError: no template, messages that it refuses, or a template that writes nothing of what they say.
         """
         try:
             text, ids = self._written(turn, index)
         except UserError as error:
             raise UserError(str(error).replace("the student's", f"{name}'s")) from None
-        return Reading(text, tuple(ids), not isinstance(turn.prompt, str))
+        is_chat = not isinstance(turn.prompt, str)
+        if is_chat and not self.template.has_content:
+            raise UserError(
+                f"row {index}: {name}'s chat template writes nothing of what the user says, so {name} would judge "
+                f"answers to no question. Fix: --{name}.tokenizer FOLDER, of one with a template that does."
+            )
+        return Reading(text, tuple(ids), is_chat)
 
     @property
     def built_later(self) -> dict[str, str]:

@@ -38,6 +38,12 @@ class Shares:
     inexact_sequences: int = 0  # of those: on a form without case, accents and spaces
     chunks: int = 0
     single: int = 0  # of those: one token on either side
+    digits: int = 0  # of the bytes
+    aligned_digits: int = 0
+    tokens: int = 0  # of the student, that the loss trains on
+    chunk_tokens: int = 0  # of those: in a chunk that counts
+    ends: int = 0  # sequences that end their turn
+    aligned_ends: int = 0  # of those: the end is in a chunk
     template_tokens: int = 0  # that the judge reads around the content
     reasons: Counter[str] = field(default_factory=Counter)  # why sequences are not aligned, or not exactly
 
@@ -170,7 +176,8 @@ class Retokenizer:
         content = spelled.units[: marks[0]] if len(marks) else spelled.units
         closed = bool(len(marks)) and spelled.units[marks[0]] == END and marks[0] == len(spelled.units) - 1
         raw = content.astype(np.uint8).tobytes()
-        shares = Shares(bytes=len(raw), sequences=1)
+        shares = Shares(bytes=len(raw), sequences=1, digits=_digits(content), tokens=int(counted.sum()))
+        shares.ends = int(closed)
         head, tail, front = self._tokens(self._in_judges_tags(raw), reading, thinking)
         if closed and self.end is not None:
             tail = [*tail, self.end]
@@ -202,7 +209,11 @@ class Retokenizer:
             own[rows], other[judged_rows] = len(level), len(level)
             shares.single += int(stops[0] - rows.start == 1 and stops[1] - judged_rows.start == 1)
             last, first = int(spelled.ends[stops[0] - 1]), int(spelled.ends[rows.start - 1]) if rows.start else 0
-            shares.aligned_bytes += int((spelled.units[first // 2 : last // 2] < MARK).sum())
+            units = spelled.units[first // 2 : last // 2]
+            shares.aligned_bytes += int((units < MARK).sum())
+            shares.aligned_digits += _digits(units)
+            shares.chunk_tokens += stops[0] - rows.start
+            shares.aligned_ends += int(END in units)
             shifted = rows.start == 0 and (put_before or astride)
             level.append(found.exact and not shifted and not self._is_tag(marked, rows))
         shares.chunks = len(level)
@@ -279,6 +290,10 @@ class Written:
     @property
     def count(self) -> int:
         return len(self.level)
+
+
+def _digits(units: np.ndarray) -> int:
+    return int(((units >= ord("0")) & (units <= ord("9"))).sum())
 
 
 def _known(spelling: Spelling) -> Spelling:
