@@ -137,6 +137,9 @@ ONE_WAY = {
     (r"12\times18\times11", "2376"),
     (r"2 \times 3 \times 4", "24"),
     (r"12\%", r"12\% \text{ decrease}"),
+    ("5", r"\text{loss of } 5"),
+    (r"10\%", r"\text{decrease of } 10\%"),
+    (r"\$20", r"\text{a loss of } \$20"),
     ("7pm", "7"),  # p, m; or picometres, where the gold has no unit
 }
 
@@ -210,6 +213,7 @@ def _plain(text: str) -> str:
     """A text without units, signs of money and percent, and the name of what it is the value of."""
     words = r"\\(?:text|mbox|mathrm|textnormal)\s*\{([^{}]*)\}(?:\^\{?\d\}?)?"
     text = re.sub(words, lambda m: m.group(1) if m.group() == text.strip() else "", text)
+    text = re.sub(r"^(\d\d?):00$", r"\1", text)  # 7:00 for seven o'clock
     text = re.sub(r"_\{?\d+\}?\.?$", "", text)  # the base of digits
     text = re.sub(r"\\left|\\right|\\!|\\,|\\\$|\$|\\%|%|\^\{?\\circ\}?|,(?=\d{3}(?!\d))|\s|cm$", "", text)
     text = re.sub(r"\\[dt]?frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", text).replace("four", "4")

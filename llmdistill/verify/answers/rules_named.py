@@ -15,6 +15,7 @@ from llmdistill.verify.answers.values import (
     Quantity,
     Readings,
     Sequence,
+    Time,
     Value,
     Words,
 )
@@ -73,6 +74,8 @@ def value_of_name_rule(gold: Value, answer: Value, terms: Terms) -> bool:
     """x = 5 is 5. What is no name, as x + y = 5, is only where the gold is a number."""
     assignment, other = (gold, answer) if isinstance(gold, Assignment) else (answer, gold)
     assert isinstance(assignment, Assignment)
+    if isinstance(other, Time) and not any(isinstance(value, Time) for value in assignment.value):
+        return False  # x = 4 is no time
     is_gold, assignment = assignment is gold, _in_order_of_axes(assignment)
     if not assignment.label and (is_gold or not isinstance(other, Quantity) or symbols(other.tree)):
         return False

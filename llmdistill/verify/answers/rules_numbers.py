@@ -140,10 +140,10 @@ def time_rule(gold: Time, answer: Time, terms: Terms) -> bool:
 
 
 def hour_rule(gold: Value, answer: Value, terms: Terms) -> bool:
-    """2:00 pm for 2, and 2 for 2:00; 7:00 is not said for a gold of 7, of which nobody knows that it is a time."""
+    """2:00 pm for 2."""
     time, quantity = (gold, answer) if isinstance(gold, Time) else (answer, gold)
     assert isinstance(time, Time) and isinstance(quantity, Quantity)
-    if quantity.unit is not None or time.minutes % 60 or (quantity is gold and not time.marked):
+    if quantity.unit is not None or time.minutes % 60:
         return False
     return algebra.rational(quantity.tree) == (time.minutes // 60 - 1) % 12 + 1
 
