@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from llmdistill import opd
+from llmdistill.datagen.chain import read_chain
 from llmdistill.datagen.scores import blocks_folder, score
 from llmdistill.datagen.tables import read_rows, write_rows
 from llmdistill.errors import UserError
+from llmdistill.recipe.command_line import parse
 from tests import tiny
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "data"
 
 
 @pytest.fixture
@@ -64,3 +68,10 @@ def test_a_store_of_another_teacher_is_refused(traces: Path, tiny_run: Path, tmp
     other = {**settings(tiny_run), "teacher": str(tiny_run / "student")}
     with pytest.raises(UserError, match="holds evidence of teacher"):
         score(traces, tmp_path / "s.jsonl", **other)
+
+
+def test_the_offline_recipe_reads_what_the_chain_of_sums_writes() -> None:
+    step = next(link for link in read_chain(RECIPES / "sums.yaml") if link.kind == "score")
+    recipe = parse(opd.OPDConfig, ["--config", str(RECIPES / "offline_opd.yaml")])
+    assert recipe.data.train == str(step.out) and recipe.teacher.stored == str(blocks_folder(step.out))
+    assert recipe.args.top_k == step.settings["top_k"] and recipe.student.model == step.settings["student"]
