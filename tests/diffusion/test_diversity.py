@@ -118,6 +118,7 @@ def test_repulsion_finds_more_modes_at_some_cost_of_valid_ones() -> None:
     assert pass_at_k(8, 2, 4) > pass_at_k(8, 1, 4), "pass@k is the evaluation's own"
 
 
+@pytest.mark.slow
 def test_where_repulsion_helps_and_where_it_does_not() -> None:
     """Row 18: the rest of it. Measured: random order 4.6, with ODD 5.0; greedy 1.0, with ODD 5.0 by its tie-break and
     1.0 without; in two steps 4.0, and 3.3 with ODD; DPP 2.4 here, where the derivation's world had it ahead of ODD."""
