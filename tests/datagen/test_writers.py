@@ -61,6 +61,12 @@ def test_a_first_thought_is_what_the_endpoint_goes_on_behind(asked: Any, tmp_pat
     assert row["completion"].startswith("Let me add.") and row["parts"][0]["role"] == "given"
 
 
+def test_examples_stand_before_the_question_and_not_in_the_trace(asked: Any, tmp_path: Path) -> None:
+    row, (body,) = asked("few_shot", tmp_path / "t.jsonl", options={"examples": [["1 + 1?", "2."], ["2 + 2?", "4."]]})
+    assert [m["content"] for m in body["messages"]] == ["1 + 1?", "2.", "2 + 2?", "4.", ASKED[0]["content"]]
+    assert row["prompt"] == ASKED and row["style"] == "few_shot"
+
+
 def test_a_missing_prefix_and_a_missing_role_are_said(asked: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="first_thought has no prefix"):
         asked("first_thought", tmp_path / "a.jsonl")
