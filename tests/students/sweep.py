@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmdistill import OPDConfig, OPDTrainer, UserError
-from llmdistill.models import saving
+from llmdistill.models import generation, saving
 from llmdistill.models.adapters import adapted
 from llmdistill.models.causality import check_causal
 from llmdistill.models.generation import generate
@@ -63,6 +63,7 @@ class Row:
     adapted: float | None = None  # the same with an adapter on all linear layers, merged
     sampled: float | None = None  # largest difference of what a batch drew with from a forward pass over each alone
     refused: str = ""  # what was said instead
+    remark: str = ""
 
     @property
     def right(self) -> bool:
@@ -110,7 +111,9 @@ def examine(name: str) -> Row:
                     if "lora_B" in key and parameter.requires_grad:
                         parameter.normal_(std=0.1)
             row.adapted = saved_and_loaded(student, Path(folder) / "adapted")
-            row.sampled = off_its_forward(make(0))
+            student = make(0)
+            row.sampled = off_its_forward(student)
+            row.remark = "" if generation._batched.get(student, True) else "one sequence at a time"
         except UserError as error:
             row.refused = str(error).splitlines()[0]
     return row
@@ -205,7 +208,8 @@ def table(rows: list[Row]) -> str:
     ]
     for row in rows:
         numbers = " | ".join(cell(v) for v in (row.loss, row.gradient, row.saved, row.adapted, row.sampled))
-        lines.append(f"| {row.name} | {row.made} | {numbers} | {row.refused} |")
+        remark = f"refused: {row.refused.partition(':')[0]}" if row.refused else row.remark
+        lines.append(f"| {row.name} | {row.made} | {numbers} | {remark} |")
     return "\n".join(lines)
 
 

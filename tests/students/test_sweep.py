@@ -55,4 +55,4 @@ def test_the_table_takes_new_rows_in_the_places_of_the_old(tmp_path: Path) -> No
     assert lines[0] == "Words." and lines[-1] == "More words."
     rows = [line for line in lines if line.startswith("| ") and "---" not in line]
     assert [row.split(" | ")[0] for row in rows] == ["| architecture", "| gpt2", "| llama", "| rwkv"]
-    assert "| gpt2 | D | 2e-07 |" in rows[1] and rows[3].endswith("| no |")
+    assert "| gpt2 | D | 2e-07 |" in rows[1] and rows[3].endswith("| refused: no |")
