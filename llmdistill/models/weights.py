@@ -50,6 +50,11 @@ def base_model(model: Any) -> Any:
 
 def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
     """Own parameters and persistent buffers of ``module``, then those of its children, adapters merged."""
+    if hasattr(module, "token_adapter"):  # peft: an embedding of which some rows are trained
+        rows = module.token_adapter
+        with torch.no_grad(), gathered(list(module.parameters())):
+            yield f"{prefix}weight", _whole(rows.get_merged_weights([] if rows.merged else rows.active_adapters))
+        return
     if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # peft: a copy that is trained
         copies = module.modules_to_save
         active = module.original_module if module.disable_adapters else copies[module.active_adapters[0]]

@@ -57,6 +57,21 @@ def test_a_lora_student_of_all_linear_layers_comes_back_as_it_was(architecture: 
     assert saving.differs_from(trained, tmp_path, student) is None
 
 
+def test_single_tokens_that_are_trained_come_back(tmp_path: Path) -> None:
+    """peft's trainable_token_indices: rows of the embedding, kept apart from it."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[9, 16], task_type="CAUSAL_LM")
+    student: Any = adapted(tiny.llama(1, tied=False), config)
+    before = logits(student)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(1.0)
+    saving.check_savable(student, tiny.tokenizer())
+    saving.save_student(student, tmp_path, tiny.tokenizer())
+    assert saving.relative_distance(logits(student), before) > 0.1
+    torch.testing.assert_close(reloaded(tmp_path), logits(student))
+
+
 @pytest.mark.parametrize("damage", ["another", "lost", "broken"])
 def test_a_student_that_comes_back_otherwise_is_noticed(damage: str, tmp_path: Path) -> None:
     student = tiny.llama(0, tied=False)
