@@ -11,8 +11,9 @@ everything, reading the stack, and writing to every open file get a program nowh
 What remains: a program decides what its functions answer, and that can be more than the author of a test thought of.
 If a test compares two objects of the program's own classes, or asks such an object for its truth, its length or its
 text, or one of a class that the tests name whether something is in it, or calls a method of it that plain data has not,
-the program's own methods decide. Such an object equals no plain value, whatever its ``__eq__`` says. If a test calls a helper of the program's making, that helper is the
-program's: give trusted helpers as ``setup``. And a test that a constant passes is passed by that constant.
+the program's own methods decide. Such an object equals no plain value, whatever its ``__eq__`` says. If a test calls a
+helper of the program's making, that helper is the program's: give trusted helpers as ``setup``. And a test that a
+constant passes is passed by that constant.
 
 Time is wall time: on a machine whose cores are all busy, give more of it.
 """

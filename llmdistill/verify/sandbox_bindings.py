@@ -60,13 +60,11 @@ class Bindings:
         elif kind == "from" and name != self.root and payload in _HOMES and self._own_function(name, payload):
             return
         else:
-            if kind == "class":
+            if kind == "class" and _is_name_of_a_class(name):
                 self.link.classes.add(str(payload))
             self._take(name, self.link.value(description[-1]))
 
     def _take(self, name: str, value: Any) -> None:
-        if isinstance(value, Remote):
-            self.link.name(value)
         self.names[name] = self.found[name] = value
 
     def _module(self, name: str, path: str) -> None:
@@ -85,6 +83,12 @@ class Bindings:
     def constants(self) -> set[str]:
         """Names that the program provided as plain values, or types: ``to_text = str``."""
         return {name for name, value in self.found.items() if not isinstance(value, Remote)}
+
+
+def _is_name_of_a_class(name: str) -> bool:
+    """Whether tests that use it mean a class, whose objects they then ask what these hold. ``f`` is a function's name,
+    whatever the program makes of it, and Solution holds nothing."""
+    return name.lstrip("_")[:1].isupper() and name != "Solution"
 
 
 def askable(used: set[str], root: str) -> set[str]:

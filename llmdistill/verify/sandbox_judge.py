@@ -26,6 +26,7 @@ from llmdistill.verify.sandbox_tests import (
     STATEMENT,
     UnitTests,
     compiled,
+    names_loaded,
     names_read,
     names_stored,
     names_used,
@@ -127,7 +128,7 @@ def _asserts(task: dict[str, Any], parts: list[Any], link: Link) -> Result:
         units.watch(lambda value: isinstance(value, Remote))
     own = set().union(*(defined for _, defined in parts))
     bindings = Bindings(link, names, root, names_stored(code for code, _ in parts))
-    bindings.bind(askable(used - own | {root} - {""}, root))
+    bindings.bind(askable(names_loaded(code for code, _ in parts) - own | {root} - {""}, root))
     if root and root not in bindings.found:
         return "runtime_error", f"the program defines no {root!r}"
     for code, _ in parts[:2]:

@@ -48,7 +48,6 @@ class Link:
         self.callbacks: list[Any] = []
         self.exceptions: dict[str, type[Exception]] = {}
         self.classes: set[str] = set()  # of the program, that the tests use by name
-        self._named: set[int] = set()  # other objects of the program that they do
         self.rebind: Callable[[list[Any]], None] = lambda changed: None
         self.asked = 0  # calls and operations; names are asked for before the tests run
         self.broken: str | None = None
@@ -85,14 +84,6 @@ class Link:
     def knows_class(self, value: Remote) -> bool:
         """Whether the tests use a class of the program's by the name that this object's class has."""
         return object.__getattribute__(value, "_type_name") in self.classes
-
-    def name(self, value: Remote) -> None:
-        """The tests know this object by a name of its own."""
-        self._named.add(object.__getattribute__(value, "_number"))
-
-    def knows(self, value: Remote) -> bool:
-        """Whether the tests use this object, or its class, by name; not one that was returned for plain data."""
-        return object.__getattribute__(value, "_number") in self._named or self.knows_class(value)
 
     def exception(self, name: str, classes: list[str]) -> type[Exception]:
         """A class for the tests to catch the program's own exception of this name by."""
@@ -211,7 +202,7 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__name__", "__doc__", "__dict__", "__annotations__"):
             raise AttributeError(name)
-        if name in SEARCHES and not object.__getattribute__(self, "_link").knows(self):
+        if name in SEARCHES and not object.__getattribute__(self, "_link").knows_class(self):
             kind = object.__getattribute__(self, "_type_name")
             raise AttributeError(f"{name}() of a {kind}, which the tests do not know by name, decides nothing")
         return self._do("getattr", name)

@@ -15,6 +15,7 @@ import unittest
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+_LOADS = {"LOAD_NAME", "LOAD_GLOBAL", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS"}
 STATEMENT = "a statement of the tests"
 """The global of the judge's that marked calls go through. It is no identifier: no source can spell it, so the tests
 cannot hide it, and the program, which is asked for identifiers only, cannot provide it."""
@@ -71,8 +72,8 @@ def _mark_statements(tree: ast.Module) -> ast.Module:
 
 
 def names_used(codes: Iterable[types.CodeType]) -> set[str]:
-    """Every identifier that code objects load, in nested functions too (and attributes: a few too many does no harm),
-    without those between two underscores: they are the interpreter's."""
+    """Every identifier in code objects, attributes and imports included, in nested functions too, without those between
+    two underscores: they are the interpreter's."""
     found: set[str] = set()
     pending = list(codes)
     while pending:
@@ -82,16 +83,29 @@ def names_used(codes: Iterable[types.CodeType]) -> set[str]:
     return {name for name in found if name.isidentifier() and not (name.startswith("__") and name.endswith("__"))}
 
 
+def names_loaded(codes: Iterable[types.CodeType]) -> set[str]:
+    """The globals that code looks up, in nested functions and classes too, without those between two underscores. What
+    is only an attribute in the tests is nothing that a program may provide."""
+    found = {step.argval for code, _ in _nested(codes) for step in dis.get_instructions(code) if step.opname in _LOADS}
+    return {name for name in found if name.isidentifier() and not (name.startswith("__") and name.endswith("__"))}
+
+
 def names_stored(codes: Iterable[types.CodeType]) -> set[str]:
     """Every global that code assigns or deletes, in whatever way: from then on it is not the program's."""
     found: set[str] = set()
-    pending = [(code, {"STORE_NAME", "DELETE_NAME"}) for code in codes]
-    while pending:
-        code, local = pending.pop()
-        stores = local | {"STORE_GLOBAL", "DELETE_GLOBAL"}
+    for code, outermost in _nested(codes):
+        stores = {"STORE_GLOBAL", "DELETE_GLOBAL"} | ({"STORE_NAME", "DELETE_NAME"} if outermost else set())
         found.update(step.argval for step in dis.get_instructions(code) if step.opname in stores)
-        pending += [(constant, set()) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return found
+
+
+def _nested(codes: Iterable[types.CodeType]) -> Iterator[tuple[types.CodeType, bool]]:
+    """Code objects with those within them, and whether each is one of the outermost."""
+    pending = [(code, True) for code in codes]
+    while pending:
+        code, outermost = pending.pop()
+        yield code, outermost
+        pending += [(constant, False) for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 def names_read(source: str, *, in_functions: bool = True) -> set[str]:

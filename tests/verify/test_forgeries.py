@@ -125,12 +125,33 @@ SEARCHING = [
 TEXTS = ["assert f(3).startswith('si') and f(3).endswith('x')", "assert f(3).count('i') == 1 and f(3).index('s') == 0"]
 
 
+LIARS = {
+    "an object": SAYS_YES,
+    "a class of the function's name": SAYS_YES.replace(
+        "def f(x): return Yes()", "class f(Yes):\n    def __init__(s, x): 0"
+    ),
+    "itself": SAYS_YES.replace("def f(x): return Yes()", "class It(Yes):\n    def __call__(s, x): return s\nf = It()"),
+    "a class of a method's name": SAYS_YES
+    + "class issubset(Yes): pass\nstartswith = count = difference = symmetric_difference = issubset\n"
+    "def f(x): return count()",
+}
+
+
+@pytest.mark.parametrize("liar", LIARS)
 @pytest.mark.parametrize("tests", SEARCHING + TEXTS)
-def test_methods_that_hear_what_is_expected_are_not_asked_of_objects_that_the_tests_do_not_know(tests, pool):
+def test_methods_that_hear_what_is_expected_are_not_asked_of_objects_that_the_tests_do_not_know(tests, liar, pool):
     right = "def f(x): return {6, 7}" if tests in SEARCHING else "def f(x): return 'six'"
     assert run_tests(right, tests, sandbox=pool).passed
-    verdict = run_tests(SAYS_YES, tests, sandbox=pool)
+    verdict = run_tests(LIARS[liar], tests, sandbox=pool)
     assert verdict.kind == "wrong", verdict
+
+
+def test_a_class_of_the_function_s_name_does_not_say_what_is_in_it(pool):
+    """Nor Solution, where a method returns its own object."""
+    liar = "class f:\n    def __init__(self, x): pass\n    def __contains__(self, x): return True\n"
+    assert not run_tests(f"{liar}    def __iter__(self): return iter([])\n", "assert 6 in f(3)", sandbox=pool).passed
+    own = "class Solution:\n    def g(self, x): return self\n    def __contains__(self, x): return True\n"
+    assert not run_tests(own, "assert 6 in Solution().g(3)", sandbox=pool).passed
 
 
 def test_methods_of_classes_and_objects_that_the_tests_name_are_asked(pool):
