@@ -28,6 +28,12 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if config.is_encoder_decoder or made in causal else AutoModelForMultimodalLM
 
 
+def generation_settings_in(config: Any) -> dict[str, Any]:
+    """What a model's config has of generation settings, as old checkpoints do; with any it is not saved."""
+    found = getattr(config, "_get_generation_parameters", None)
+    return dict(found()) if found is not None else {}
+
+
 @contextmanager
 def not_checkpointing(model: nn.Module) -> Iterator[None]:
     """Without gradient checkpointing inside; afterwards with what it was, function and arguments included."""

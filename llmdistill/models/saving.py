@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from llmdistill.compat import zero3
-from llmdistill.compat.models import without_writing_weights
+from llmdistill.compat.models import generation_settings_in, without_writing_weights
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.adapters import refuse_unmergeable
@@ -69,12 +69,19 @@ def check_savable(student: Any, tokenizer: Any, *, writes: bool = True) -> None:
 
 def mend_generation_config(model: Any) -> None:
     """Makes a model's generation settings such that they can be saved: where they sample and say that they do not (as
-    Llama-2 and much that came of it), they sample; what contradicts the rest beyond that is left out.
+    Llama-2 and much that came of it), they sample; what contradicts the rest beyond that is left out. Those that old
+    checkpoints keep in the model's config are moved to where they belong.
 
     Raises:
         UserError: they can still not be saved.
     """
     config = getattr(model, "generation_config", None)
+    for name, value in generation_settings_in(model.config).items():
+        vars(model.config).pop(name, None)
+        if config is not None and getattr(config, name, None) is None:
+            setattr(config, name, value)
+    if config is not None and (config.pad_token_id or 0) < 0:  # Llama-1's -1: none
+        config.pad_token_id = None
     if config is None or (problem := _invalid(config)) is None:
         return
     config.do_sample = True

@@ -337,6 +337,19 @@ def test_generation_settings_are_mended(settings: dict[str, Any], sampled: bool,
         assert all(getattr(student.generation_config, name) == value for name, value in settings.items())
 
 
+def test_generation_settings_in_old_places_are_moved(tmp_path: Path) -> None:
+    """In the model's config, and a pad id that means none."""
+    student = tiny.llama(1)
+    student.config.temperature, student.config.top_p = 0.7, 0.5
+    student.generation_config.pad_token_id = -1
+    saving.check_savable(student, tiny.tokenizer())
+    student.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (saved.generation_config.temperature, saved.generation_config.top_p) == (0.7, 0.5)
+    assert saved.generation_config.do_sample and saved.generation_config.pad_token_id is None
+    assert not hasattr(saved.config, "temperature") and torch.equal(logits(saved.eval()), logits(student))
+
+
 def test_a_run_with_generation_settings_of_the_llama_2_era(command: list[str], tiny_run: Path, tmp_path: Path) -> None:
     student = AutoModelForCausalLM.from_pretrained(tiny_run / "student")
     student.save_pretrained(tmp_path / "old")
