@@ -50,7 +50,7 @@ from llmdistill import datagen
 from llmdistill.datagen.prompts import Prompts
 from llmdistill.datagen.training import student_of
 from llmdistill.errors import UserError
-from llmdistill.record.manifest import Manifest, read_manifest
+from llmdistill.record.manifest import Manifest, manifest_file
 
 StepFunction = Callable[..., Manifest]
 OURS = ("from", "out", "name")  # settings of the chain, not of the step
@@ -175,11 +175,16 @@ def run_chain(recipe: str | Path, told: Callable[[Link, Manifest, bool], None] =
     made = []
     for link in read_chain(recipe):
         link.out.parent.mkdir(parents=True, exist_ok=True)
-        before = read_manifest(link.out)
+        before = _written(manifest_file(link.out))
         manifest = link.do()
-        told(link, manifest, manifest == before)
+        told(link, manifest, _written(manifest_file(link.out)) == before)
         made.append(manifest)
     return made
+
+
+def _written(file: Path) -> tuple[int, int] | None:
+    """Which file it is: another one once it was replaced, whatever it says."""
+    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.is_file() else None
 
 
 def find_step(kind: str, where: str = "step") -> StepFunction:

@@ -104,9 +104,10 @@ def generate(
 
     def work(step: Step) -> None:
         with ExitStack() as stack:
-            opened = {r: m if isinstance(m, Role) else open_role(m, r) for r, m in job.roles.items()}
-            for role in opened.values():
-                stack.callback(role.close)
+            opened = dict[str, Role]()
+            for name, given in job.roles.items():
+                opened[name] = given if isinstance(given, Role) else open_role(given, name)
+                stack.callback(opened[name].close)
             whose = {**identity, "roles": {r: role.identity for r, role in opened.items()}}
             store = CallStore(f"{out}.calls", plain(whose))
             stack.callback(store.close)

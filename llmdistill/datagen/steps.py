@@ -118,6 +118,7 @@ def run_step(
         return before
     manifest_file(target).unlink(missing_ok=True)  # what is being replaced is no longer what it says
     step, began = Step(inputs, target, max_rejected), time.perf_counter()
+    step.rejects.forget()
     try:
         work(step)
     finally:

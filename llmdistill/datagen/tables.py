@@ -64,6 +64,11 @@ class Rejects:
         if self.read >= JUDGED_AFTER:
             self.check()
 
+    def forget(self) -> None:
+        """Removes what an earlier run has left: its rejects are not this one's."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
     def check(self) -> None:
         """Raises UserError where too many rows were rejected, with the commonest reason."""
         if self.count > self.most * max(self.read, 1):

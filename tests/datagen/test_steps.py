@@ -124,6 +124,9 @@ def test_rows_that_are_none_go_to_the_rejects_with_the_reason(source: Path, tmp_
         (8, "no completion"),
     ]
     assert rejects[0]["content"] == '{"prompt": "no end'
+    write_rows(source, ROWS)  # mended
+    assert shorter(source, tmp_path / "o.jsonl").counts["rejected"] == 0
+    assert not (tmp_path / "o.jsonl.rejects.jsonl").exists()
 
 
 def test_above_a_share_of_rejects_the_step_stops_and_leaves_no_output(source: Path, tmp_path: Path) -> None:
