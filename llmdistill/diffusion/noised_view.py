@@ -6,11 +6,13 @@ Where the row of a token stands is said here: at the token itself, or before it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmdistill.diffusion import attention
+from llmdistill.diffusion.backbone import MaskedDiffusionLM
 from llmdistill.texts.rollout import Rollout, position_ids
 from llmdistill.texts.views import View
 
@@ -26,6 +28,11 @@ class Denoiser:
     mask_token_id: int
     shift: bool = False
     block_size: int | None = None
+
+    def around(self, model: Any) -> MaskedDiffusionLM:
+        """The model with logits as this reads it: to write with, or to measure."""
+        shape: dict[str, Any] = {"shift": self.shift, "block_size": self.block_size}
+        return MaskedDiffusionLM(model, self.mask_token_id, **shape, probe=False)
 
     def __call__(self, rollout: Rollout) -> View:
         return self._full(rollout) if self.block_size is None else self._in_blocks(rollout)

@@ -67,14 +67,7 @@ class DiffusionRollouts:
         self.forwards = [0, 0]
         parts = list[tuple[list[int], list[bool], list[float], list[int], str]]()
         with self.ready(self.model) as model, evaluating(model):
-            d = self.denoiser
-            student = MaskedDiffusionLM(
-                model,  # type: ignore[arg-type]
-                d.mask_token_id,
-                shift=d.shift,
-                block_size=d.block_size,
-                probe=False,
-            )
+            student = self.denoiser.around(model)
             for start in range(0, len(requests), BATCH):
                 parts += self._batch(student, requests[start : start + BATCH], sampling)
         made = collate(

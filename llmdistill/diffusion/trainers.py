@@ -79,8 +79,9 @@ class MaskedDiffusionTrainer(DistillationTrainer):
         kwargs.setdefault("rollout_engine", engine)
         super().__init__(model, args, teacher, method=method, processing_class=processing_class, data=data, **kwargs)
         engine.eos_ids = tuple(self.eos_ids)
-        for prompts in (self.train_dataset, self.eval_dataset):
-            check_no_mask_token(list(prompts or []), self.denoiser.mask_token_id)
+        datasets: list[Any] = [self.train_dataset, self.eval_dataset]
+        for prompts in datasets:
+            check_no_mask_token(prompts or [], self.denoiser.mask_token_id)
 
     def measure_heldout(self, prompts: Sequence[Any]) -> dict[str, Measurement]:
         """See :func:`~llmdistill.diffusion.heldout.measure`."""

@@ -26,6 +26,7 @@ from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.engines.base import Engine
+from llmdistill.evals.engines.diffusion import DiffusionEngine
 from llmdistill.evals.engines.local import HFEngine, VLLMSampler
 from llmdistill.evals.engines.make import Source
 from llmdistill.evals.following import followed
@@ -33,6 +34,7 @@ from llmdistill.evals.jobs import Job, begin, prepare
 from llmdistill.evals.records import EvalFolder
 from llmdistill.evals.runner import draw, finish
 from llmdistill.evals.suite import load_suite
+from llmdistill.models.modes import evaluating
 from llmdistill.ranks import from_first_rank, is_first, on_every_rank
 from llmdistill.rollouts.vllm import VLLMRollouts
 from llmdistill.tokenization.special import context_length
@@ -72,9 +74,11 @@ class EvalCallback(TrainerCallback):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.trainer, self.every_steps, self.batch = trainer, every_steps, batch
+        denoiser = getattr(trainer, "denoiser", None)  # of a student that writes by denoising
         self.config = EvalConfig(
             model="student",
-            engine="hf",
+            engine="hf" if denoiser is None else "diffusion",
+            diffusion={} if denoiser is None else dict(trainer.args.writing),
             n=samples,
             temperature=0.0 if samples == 1 else None,
             max_new_tokens=longest,
@@ -150,8 +154,14 @@ class EvalCallback(TrainerCallback):
                 yield VLLMSampler(rollouts.engine, tokenizer, rollouts.eos_ids)
             return
         wrapped = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
+        denoiser = getattr(trainer, "denoiser", None)
         with generation_ready(wrapped, trainer.accelerator) as model:
-            yield HFEngine(model, tokenizer, batch_size=self.batch)
+            if denoiser is None:
+                yield HFEngine(model, tokenizer, batch_size=self.batch)
+                return
+            with evaluating(model):  # which generate of transformers sees to by itself
+                student = denoiser.around(model)
+                yield DiffusionEngine(student, tokenizer, trainer.args.writing, batch_size=self.batch)
 
     def _begin(self, jobs: Sequence[Job], console: Console) -> None:
         for job in jobs:  # of a run that was killed behind its last checkpoint: those weights are gone

@@ -15,10 +15,12 @@ from llmdistill import RolloutConfig, UserError, cli
 from llmdistill.diffusion import MaskedDiffusionLM, elbo
 from llmdistill.diffusion.stages import ARDistillationConfig, DiffusionOPDConfig, FromARConfig, SFTConfig
 from llmdistill.diffusion.trainers import ARDistillationTrainer, MaskedDiffusionTrainer
+from llmdistill.evals.callback import EvalCallback
 from llmdistill.evals.engines.base import Asked
 from llmdistill.evals.engines.diffusion import DiffusionEngine
 from llmdistill.texts import Prompt, Sampling
 from tests import tiny
+from tests.evals import made
 
 from .runs import examples, trainer
 
@@ -72,6 +74,17 @@ def test_a_checkpoint_is_an_engine_of_eval(tmp_path: Path) -> None:
     asked = [Asked("p", i, 7 + i, [], ids=prompt, text="", room=8) for i in range(2)]
     samples = list(engine.draw(asked, Sampling(8), ()))
     assert len(samples) == 2 and all(0 < s.tokens <= 8 for s in samples)
+
+
+def test_suites_during_training_are_written_by_denoising(tmp_path: Path) -> None:
+    """And not by generate of transformers, from left to right, which a student that reads both ways cannot."""
+    t = trainer(tmp_path, max_steps=2, block_size=4, writing={"order": "margin"})
+    t.add_callback(EvalCallback(t, [str(made.suite(tmp_path))], problems=3, samples=1, longest=6))
+    t.train()
+    found = json.loads((tmp_path / "evals" / "step-000002" / "sums" / "results.json").read_text())
+    assert found["problems"] == 3
+    told = (tmp_path / "evals" / "step-000002" / "sums" / "config.json").read_text()
+    assert "diffusion" in told and "margin" in told
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token"])
