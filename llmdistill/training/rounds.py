@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from llmdistill.composition.batch import Text
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
 from llmdistill.models.generation import HFRollouts
+from llmdistill.ranks import on_every_rank
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
@@ -83,7 +85,8 @@ class RoundTexts(StudentTrainer):
             places=[(i // size * world + rank) * size + i % size for i in range(len(examples))],
             prompts_everywhere=batches * world * size,
         )
-        return {name: self._text(round_, source) for name, source in self.method.texts.items()}
+        # one by one: a service may be down to one rank while the others' next text is made by all together
+        return {name: on_every_rank(partial(self._text, round_, source)) for name, source in self.method.texts.items()}
 
     def _text(self, round_: Round, source: Any) -> Text:
         rollout, prompts = source.draw(round_)

@@ -39,7 +39,6 @@ from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import attach
 from llmdistill.models.weights import gathered
 from llmdistill.preflight import preflight
-from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import DataConfig, DistillationConfig, TeacherConfig
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.rollouts.engine import RolloutEngine
@@ -186,7 +185,7 @@ class DistillationTrainer(RoundLog):
             return [], None
         examples = [example for group in groups for example in group]
         with self.meters.timed("time/rollout"):
-            texts = on_every_rank(lambda: self.draw(examples))  # a service may be down, to one rank or to all
+            texts = self.draw(examples)
         name = next(iter(texts))
         texts[name] = self._rewards(texts[name])  # of what was written, whatever the loss then leaves out
         texts[name] = self._in_new_contexts(texts[name])
