@@ -69,7 +69,10 @@ def identical(gold: str, changed: str) -> bool:
     trees = [_sympy(text) for text in (gold, changed)]
     if all(tree is not None for tree in trees):
         return bool(sympy.simplify(trees[0] - trees[1]) == 0)
-    spelt = [re.sub(r"\s|\\left|\\right|-(?=0(?![.\d]))", "", text) for text in (gold, changed)]
+    spelt = [
+        re.sub(r"\s|\\left|\\right|-(?=0(?![.\d])|\\begin\{pmatrix\}[0\\\s]*\\end)", "", text)
+        for text in (gold, changed)
+    ]
     return spelt[0] == spelt[1] or spelt[0].lower() == spelt[1].lower() and bool(re.search(r"\d[eE]-?\d|[ap]\.m", gold))
 
 
