@@ -107,7 +107,7 @@ class BegunProgram:
 def _body(lines: list[str]) -> list[str]:
     """The indented lines at the beginning, with those at the margin that belong to a string, a bracket or a comment."""
     state = Lines()
-    kept = []
+    kept: list[str] = []
     for line in lines:
         goes_on = state.inside or (kept and kept[-1].endswith("\\"))
         if line.strip() and not line[0].isspace() and not goes_on and not line.startswith("#"):
