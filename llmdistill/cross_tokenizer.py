@@ -11,8 +11,9 @@ The same methods run behind ``llmdistill.opd``.
 Logged: ``teacher/aligned_bytes`` and ``teacher/aligned_rows``, the shares that were aligned, and of digits and ends of
 turns (``aligned_digits``, ``aligned_ends``) alone; ``inexact_rows``, those aligned only when case, accents and spaces
 are ignored; ``tokens_in_chunks``, the share of the student's tokens that learn; ``single_chunks``, of one token on
-either side; ``template_tokens``, which the teacher reads around a text and nobody learns from. A run in which less than
-``teacher.min_aligned`` of the bytes can be aligned is refused, with the characters that part the two.
+either side; ``template_tokens``, which the teacher reads around a text and nobody learns from; ``align_seconds``, which
+all this took in a step. A run in which less than ``teacher.min_aligned`` of the bytes can be aligned is refused, with
+the characters that part the two.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class GroupLoss(Protocol):
         """The sum of the loss over the groups of a micro-batch, a scalar; differentiable."""
         ...
 
-    def count(self, groups: Groups) -> int:
-        """By how many the sum is divided in the end."""
+    def count(self, groups: Groups) -> float:
+        """By how much the sum is divided in the end."""
         ...
 
     def observe(self, values_N: Tensor, groups: Groups) -> Mapping[str, tuple[float, float]]:

@@ -253,6 +253,7 @@ class ChunkTeacher:
             "tokens_in_chunks": (s.chunk_tokens, s.tokens),
             "single_chunks": (s.single, s.chunks),
             "template_tokens": (s.template_tokens, s.sequences),
+            "align_seconds": (s.seconds, 1.0),
         }
 
 

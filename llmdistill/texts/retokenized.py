@@ -7,6 +7,7 @@ from the bytes that they spell. All else that the judge's template writes is rea
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Shares:
     ends: int = 0  # sequences that end their turn
     aligned_ends: int = 0  # of those: the end is in a chunk
     template_tokens: int = 0  # that the judge reads around the content
+    seconds: float = 0.0  # that it took
     reasons: Counter[str] = field(default_factory=Counter)  # why sequences are not aligned, or not exactly
 
     def add(self, other: Shares) -> None:
@@ -132,6 +134,7 @@ class Retokenizer:
 
     def __call__(self, rollout: Rollout, prompts: Sequence[Prompt], name: str) -> Retokenized:
         """The sequences of a rollout as the judge ``name`` reads them."""
+        started = time.perf_counter()
         heads, tails, lasts, level = [], [], list[bool](), list[bool]()
         own, other = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
         shares, chunks = Shares(), 0
@@ -158,8 +161,9 @@ class Retokenizer:
             shares.add(written.shares)
         read = collate(heads, tails, pad_id=self.pad_id, domain=rollout.domain, policy_version=rollout.policy_version)
         (student, student_before), (judge, judge_before) = (map(torch.cat, zip(*x, strict=True)) for x in (own, other))
-        marks = (torch.tensor(flags, dtype=torch.bool) for flags in (lasts, level))
-        return Retokenized(read, student, judge, student_before, judge_before, *marks, shares)
+        lasts_C, level_C = (torch.tensor(flags, dtype=torch.bool) for flags in (lasts, level))
+        shares.seconds = time.perf_counter() - started
+        return Retokenized(read, student, judge, student_before, judge_before, lasts_C, level_C, shares)
 
     def sequence(
         self, ids: np.ndarray, counted: np.ndarray, reading: Reading | None, *, predicted: bool, thinking: bool = False
@@ -176,8 +180,7 @@ class Retokenizer:
         content = spelled.units[: marks[0]] if len(marks) else spelled.units
         closed = bool(len(marks)) and spelled.units[marks[0]] == END and marks[0] == len(spelled.units) - 1
         raw = content.astype(np.uint8).tobytes()
-        shares = Shares(bytes=len(raw), sequences=1, digits=_digits(content), tokens=int(counted.sum()))
-        shares.ends = int(closed)
+        shares = _trained_on(spelled, counted)
         head, tail, front = self._tokens(self._in_judges_tags(raw), reading, thinking)
         if closed and self.end is not None:
             tail = [*tail, self.end]
@@ -197,7 +200,8 @@ class Retokenizer:
             shares.reasons[found.reason] += 1
         if not found.aligned and len(ids):
             return Written(head, tail, own, other, [], shares)
-        shares.aligned_sequences, shares.inexact_sequences = 1, int(not found.exact)
+        shares.aligned_sequences = shares.sequences
+        shares.inexact_sequences = shares.sequences * int(not found.exact)
         level, starts = list[bool](), (0, 0)
         put_before = len(spell(ids, self.student_table, whole=True).units) > len(spell(ids, self.student_table).units)
         for stops in zip(found.student_ends.tolist(), found.teacher_ends.tolist(), strict=True):
@@ -290,6 +294,21 @@ class Written:
     @property
     def count(self) -> int:
         return len(self.level)
+
+
+def _trained_on(spelled: Spelling, counted: np.ndarray) -> Shares:
+    """What there is to align of a sequence: of the tokens that the loss trains on. Others are no loss to anybody."""
+    stops = spelled.ends // 2
+    lengths = np.diff(np.concatenate([[0], stops]))
+    units = spelled.units[np.repeat(counted[: len(stops)], lengths)]
+    trained = int(counted.sum())
+    return Shares(
+        bytes=int((units < MARK).sum()),
+        sequences=int(trained > 0),
+        digits=_digits(units),
+        tokens=trained,
+        ends=int(END in units),
+    )
 
 
 def _digits(units: np.ndarray) -> int:

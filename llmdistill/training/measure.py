@@ -85,7 +85,7 @@ def _answer(
 ) -> Evidence:
     if isinstance(teacher, ChunkTeacher):
         return teacher.chunks(rollout, prompts[: len(rollout)], Question(), device)
-    assert kind != "chunks"  # with_chunks sees to it
+    assert kind != "chunks" and kind != "classes"  # with_chunks sees to it
     return gather(teacher, rollout, kind, top_k, device)
 
 

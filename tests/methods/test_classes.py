@@ -28,6 +28,7 @@ from llmdistill.tokenization.token_bytes import table_of
 from tests import tiny
 from tests.methods import byte_model, rounds
 from tests.methods.test_chunks import make, other_teacher, t_row, text
+from tests.methods.test_invariances import masked
 from tests.tokenization import vocabularies
 
 # Without chunks beside: those are ALM's, and proved there.
@@ -304,3 +305,15 @@ def test_a_front_door_names_another_or_the_view(tmp_path: Path) -> None:
         behind("opd", tmp_path / "b", estimator="sampled")
     with pytest.raises(UserError, match="teacher.view is classes, and term 'mixed_target' takes more"):
         behind("taid", tmp_path / "c", divergence="forward_kl", xi=0.5)
+
+
+@pytest.mark.parametrize("case", ["p_kl", "h_kl", "simct"])
+def test_a_round_without_a_counted_token_has_no_loss(tmp_path: Path, case: str) -> None:
+    """As after rollouts.mask_truncated: 0, and no NaN; and one sequence without any is as none."""
+    t = make(tmp_path, case)
+    loss, found = rounds.gradients(t, masked(text(t), slice(None)), 4)
+    assert loss == 0.0 and all(not g.any() for g in found.values())
+    loss, found = rounds.gradients(t, masked(text(t), 1), 2)
+    expected, by_hand = rounds.gradients(t, text(t).reorder([0, 2, 3]))
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    rounds.assert_same(found, by_hand, 5e-5)
