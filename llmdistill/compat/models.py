@@ -24,7 +24,7 @@ def auto_class(config: Any) -> Any:
     causal, several = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or type(config) not in several:
         return AutoModelForCausalLM
-    made = getattr(causal[type(config)], "config_class", None) if type(config) in causal else None
+    made: Any = getattr(causal[type(config)], "config_class", None) if type(config) in causal else None
     return AutoModelForCausalLM if config.is_encoder_decoder or made in causal else AutoModelForMultimodalLM
 
 

@@ -75,19 +75,28 @@ def load_model(
             f"{section}.adapter is continue, and {section}.model {path!r} is no adapter. "
             f"Fix: --{section}.adapter merge, or --{section}.lora_r for a new one."
         )
+    of = f", an adapter of {base!r}," if base else ""
+    source = tokenizer or tokenizer_source(path, base)
     try:
-        found = AutoTokenizer.from_pretrained(tokenizer or tokenizer_source(path, base), **({} if tokenizer else hub))
+        found = AutoTokenizer.from_pretrained(source, **({} if tokenizer else hub))
     except (OSError, ValueError) as error:
-        setting = f"{section}.tokenizer {tokenizer!r}" if tokenizer else f"{section}.model {path!r}"
-        raise UserError(f"{setting} cannot be loaded: {why_not_loaded(tokenizer or path, error)}") from error
+        setting = f"{section}.tokenizer {tokenizer!r}" if tokenizer else f"{section}.model {path!r}{of}"
+        raise UserError(f"{setting} cannot be loaded: {why_not_loaded(source, error)}") from error
     try:
         with _one_load_at_a_time, whole_models() if base else nullcontext():
             hub = {**hub, **({"revision": None} if base else {})}
             cls = auto_class(AutoConfig.from_pretrained(base or path, **hub))
-            model = cls.from_pretrained(base or path, **{**options, **hub})
+            loaded: Any = cls.from_pretrained(base or path, **{**options, **hub}, output_loading_info=True)
+            model, lost = loaded[0], sorted(loaded[1]["missing_keys"])
+            if lost:  # transformers fills them with random numbers
+                raise UserError(
+                    f"{section}.model {base or path!r} lacks {len(lost)} weights of {type(model).__name__}, such as "
+                    f"{lost[0]}: they would be random. Fix: a whole checkpoint of that class."
+                )
             return (_adapted(model, path, base, revision, section, trained_on) if base else model), found
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        of = f", an adapter of {base!r}," if base else ""
         raise UserError(
             f"{section}.model {path!r}{of} cannot be loaded: {why_not_loaded(base or path, error)}"
         ) from error

@@ -166,6 +166,9 @@ class _AroundSteps(TrainerCallback):
         check_head(self.trainer.model, self.trainer.forward_model())
         if getattr(self.trainer, "denoiser", None) is None:  # which reads both ways
             check_causal(self.trainer.model, self.trainer.forward_model())
+            for judge in getattr(self.trainer, "judges", {}).values():
+                if isinstance(judged := getattr(judge, "model", None), PreTrainedModel):
+                    check_causal(judged, judged)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.step_counts and not self.trainer.is_deepspeed_enabled:

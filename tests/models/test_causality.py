@@ -36,6 +36,14 @@ def test_an_encoder_is_refused_before_the_first_step(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
 
+def test_a_teacher_that_has_seen_what_it_scores_is_refused(tmp_path: Path) -> None:
+    args = OPDConfig(output_dir=str(tmp_path), sequences="dataset", max_steps=1)
+    rows, tokenizer = tiny.rows(4), tiny.tokenizer()
+    trainer = OPDTrainer(tiny.llama(1), args, wrapped("paligemma"), train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(UserError, match="PaliGemmaForConditionalGeneration looks ahead"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_readers_from_left_to_right_pass(dtype: torch.dtype) -> None:
     for name in ("llama", "qwen3_moe", "mamba2", "gemma3_text"):

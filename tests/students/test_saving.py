@@ -217,10 +217,24 @@ def test_a_model_from_an_adapter_is_wholly_trained(adapter_folder: Path) -> None
     assert not hasattr(model, "peft_config")
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    """transformers would make them up, and say so in a log."""
+    tiny.llama(1).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 weights of LlamaForCausalLM, such as model.layers.1.mlp.down_proj"):
+        load_model(str(tmp_path), "float32", "student")
+
+
 def test_an_adapter_without_its_base_is_refused(adapter_folder: Path) -> None:
     file = adapter_folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(UserError, match="names no model as its base_model_name_or_path"):
+        load_model(str(adapter_folder), "float32", "student")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/no/such/folder"}))
+    with pytest.raises(UserError, match="an adapter of '/no/such/folder', cannot be loaded: there is no such folder"):
         load_model(str(adapter_folder), "float32", "student")
 
 
