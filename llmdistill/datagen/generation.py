@@ -204,7 +204,9 @@ class _Drawing:
             for task in tasks:
                 self.tasks += 1
                 pending.add(asyncio.create_task(self._one(task)))
-                while len(pending) >= 2 * self.desk.in_flight():
+                if self._full(pending):
+                    await asyncio.sleep(0)  # calls begin, and may open an engine, which says how many it likes
+                while self._full(pending):
                     pending = await self._some(pending)
             while pending:
                 pending = await self._some(pending)
@@ -213,6 +215,9 @@ class _Drawing:
                 unfinished.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
             self._keep(wait=True)
+
+    def _full(self, pending: set[asyncio.Task[None]]) -> bool:
+        return len(pending) >= 2 * self.desk.in_flight()
 
     async def _some(self, pending: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
         """Waits until some are finished."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmdistill.datagen.engines.endpoint import CHAT
 from llmdistill.datagen.generation import generate
 from llmdistill.datagen.prompts import Prompts
 from llmdistill.datagen.schema import Trace
@@ -45,6 +47,26 @@ def test_rows_are_read_as_the_model_keeps_up(tmp_path: Path, monkeypatch: pytest
         generate(Prompts(str(tmp_path / "p.jsonl")), write, {"teacher": role}, tmp_path / "t.jsonl", sampling=SAMPLING)
         assert server.most_at_once <= 4
     assert 4 <= most <= 8 and read == 2 * len(ROWS)
+
+
+def test_an_engine_has_its_fill_before_its_first_answer(tmp_path: Path) -> None:
+    """How many calls it likes is known once it is open: it must not wait with a few until one of them is answered."""
+
+    class Waiting(ChatEndpoint):
+        asked_before_the_first = 0
+
+        def answer(self, seen: Any) -> Any:
+            end = time.monotonic() + 20
+            while seen.method == "POST" and not self.bodies and len(server.posts(CHAT)) < 32 and time.monotonic() < end:
+                time.sleep(0.002)
+            if seen.method == "POST" and not self.bodies:
+                self.asked_before_the_first = len(server.posts(CHAT))
+            return super().answer(seen)
+
+    endpoint = Waiting()
+    with served(endpoint) as server:
+        generate(ROWS, "plain", {"teacher": {"url": server.url, "concurrency": 32}}, tmp_path / "t.jsonl")
+    assert endpoint.asked_before_the_first == 32
 
 
 @pytest.mark.parametrize("limit", [3000, 20_000])
