@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, Term
 from llmdistill.composition.batch import Text
+from llmdistill.composition.method import Schedule
 from llmdistill.composition.term import Groups, Rows
 from llmdistill.objectives import divergences, sparse
 from llmdistill.objectives.labels import cross_entropy
@@ -304,25 +305,16 @@ def test_a_group_loss_beside_another_term_divides_by_its_groups(tmp_path: Path, 
 def test_a_schedule_hears_means_that_are_weighted_as_the_loss_is(tmp_path: Path) -> None:
     heard = []
 
-    class Listens:
-        def start(self, total_steps: int) -> None: ...
-
+    class Listens(Schedule):
         def update(self, measured: Any) -> None:
             heard.append(measured)
-
-        def numbers(self) -> dict[str, float]:
-            return {}
-
-        state_dict = numbers
-
-        def load_state_dict(self, state: Any) -> None: ...
 
     watch: dict[str, Callable[..., Tensor]] = {"entropy": lambda s, *_: entropy(s)}
     terms = (
         Term("kl", divergences.reverse_kl, TEACHER, text="a", watch=watch, mean="sequence", weight=0.7),
         Term("labels", cross_entropy, (), ("tokens",), text="b", watch=watch),
     )
-    method = Method(terms, {"a": Only("dataset"), "b": Only("dataset")}, {"x": Listens()})  # type: ignore[dict-item]
+    method = Method(terms, {"a": Only("dataset"), "b": Only("dataset")}, {"x": Listens()})
     args = DistillationConfig(output_dir=str(tmp_path), report_to="none", domain_weights=DOMAINS)
     t = DistillationTrainer(tiny.llama(1), args, tiny.llama(2), method=method, processing_class=tiny.tokenizer())
     for parts in (1, 2, 5):
