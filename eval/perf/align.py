@@ -1,12 +1,16 @@
 """Alignment of two tokenizations: tokens in a second by pair and length, and what a longer text costs in memory.
 
     OMP_NUM_THREADS=1 python eval/perf/align.py [--student-tokens-per-second N]
+    OMP_NUM_THREADS=1 python eval/perf/align.py --steps 4
 
 Prints JSON. ``align``: spelling both sides out and cutting chunks, of ids that are there; ``retokenize``: the text from
 the student's ids, and the teacher's ids from it. Both in student tokens a second on one core, the median of ``--runs``.
 ``share``: their share of a step in which the student passes so many tokens a second (forward, backward, head), by
 default 2,000: SmolLM2-135M on two CPU cores; a GPU passes more, and its teacher too, while the batch is aligned.
 ``bytes_per_token``: the most that NumPy and Python hold at a time, over the tokens of the text.
+
+``--steps`` trains instead: ALM from SmolLM2-135M-Instruct into a model of its size with Mistral's tokenizer, the quick
+start's pairs in batches of 8, and the share of alignment in a step as the run logs it.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -77,13 +84,54 @@ def row(pair: tuple[str, str], tokens: int, runs: int, step: float) -> dict[str,
     }
 
 
+def trained(steps: int) -> dict[str, Any]:
+    """Seconds of alignment and of all else in every step of a run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llmdistill.cross_tokenizer import CrossTokenizerConfig, CrossTokenizerTrainer
+    from llmdistill.teachers.local import LocalTeacher
+
+    quickstart = Path(__file__).resolve().parents[2] / "data" / "quickstart"
+    tok = tokenizer("mistral-fast")
+    tok.chat_template = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + eos_token }}{% endfor %}"
+    config = AutoConfig.from_pretrained(quickstart / "teacher")
+    config.vocab_size, config.eos_token_id, config.bos_token_id = len(tok), tok.eos_token_id, tok.bos_token_id
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(quickstart / "teacher", dtype=torch.float32)
+    lines = (quickstart / "pairs.jsonl").read_text().splitlines()[: 8 * steps]
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in map(json.loads, lines)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = CrossTokenizerConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            logging_steps=1,
+            save_strategy="no",
+            optim="sgd",
+        )
+        read = LocalTeacher(teacher, tokenizer("smollm2"))
+        trainer = CrossTokenizerTrainer(student, args, read, train_dataset=rows, processing_class=tok, preflight=False)
+        trainer.train()
+        logged = [line for line in trainer.state.log_history if "loss" in line]
+    parts = ("time/teacher", "time/student", "time/optimizer")
+    shares = [line["teacher/align_seconds"] / sum(line[part] for part in parts) for line in logged]
+    told = (*parts, "teacher/align_seconds", "rollout/mean_length")
+    measured = [{name: round(line[name], 4) for name in told} for line in logged]
+    return {"rows": len(rows), "steps": measured, "share": round(statistics.median(shares), 5)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--student-tokens-per-second", type=float, default=2000.0)
+    parser.add_argument("--steps", type=int, default=0)
     args = parser.parse_args()
+    machine = platform.processor() or platform.machine()
+    if args.steps:
+        print(json.dumps({"machine": machine, **trained(args.steps)}, indent=1))
+        return
     rows = [row(pair, n, args.runs, args.student_tokens_per_second) for pair in PAIRS for n in LENGTHS]
-    print(json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}, indent=1))
+    print(json.dumps({"machine": machine, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
