@@ -26,7 +26,8 @@ LARGEST_MESSAGE = 1 << 29  # bytes
 _SMALL_INT = 1 << 62
 _AS_THEY_ARE = {type(None), bool, str, float}
 _DECODED = _AS_THEY_ARE | {int}
-_DATES = {kind.__name__: kind for kind in (datetime.date, datetime.time, datetime.datetime, datetime.timedelta)}
+_KINDS: tuple[type[Any], ...] = (datetime.date, datetime.time, datetime.datetime, datetime.timedelta)
+_DATES = {kind.__name__: kind for kind in _KINDS}
 # Types that may travel as themselves (`candidate(int)`, a function that returns a type), by name.
 _TYPES = {
     name: kind
