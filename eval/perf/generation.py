@@ -6,6 +6,9 @@
 Rounds alternate, so that what else the machine does meets both. Bare: every call is handed to vLLM's engine with the
 parameters that generation uses, and what it draws is thrown away. Generation: plain writer, a file of its own each
 round, answers on disk as they come, then the file of traces. Both draw with the same engine, which is loaded once.
+
+Measured at a8a4eb1 on two AMD EPYC cores with other work on them (SmolLM2-135M-Instruct, float32, 48 prompts of 64 new
+tokens, two rounds): 1.01 and 1.07 of the bare engine's tokens a second, 1.01 and 1.01 of its tokens a CPU second.
 """
 
 from __future__ import annotations
