@@ -123,7 +123,11 @@ def test_domains_that_yaml_reads_as_numbers_are_names(tmp_path: Path) -> None:
         (None, ["--teacher.weight", "1"], "teacher.weight is 1, and no other teacher has no domains"),
         (None, ["--teacher.in_flight", "0"], "teacher.in_flight is 0; it must be >= 1"),
         (None, ["--teacher.timeout_s", "0"], "teacher.timeout_s is 0.0; it must be > 0"),
-        (None, ["--teacher.tokenizer", "x"], "teacher.tokenizer is 'x'; it must be empty without a model, a url or a store"),
+        (
+            None,
+            ["--teacher.tokenizer", "x"],
+            "teacher.tokenizer is 'x'; it must be empty without a model, a url or a store",
+        ),
         (None, ["--rollouts.engine", "remote"], "rollouts.url is ''; it must be set for engine remote"),
         (None, ["--rollouts.url", "http://x"], "rollouts.url is 'http://x'; it must be empty for engine hf"),
         (None, ["--push_folder", "x"], "rollouts.push_folder is 'x'; it must be empty for engine hf"),
