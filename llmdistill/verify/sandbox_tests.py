@@ -13,6 +13,7 @@ import io
 import types
 import unittest
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 _LOADS = {"LOAD_NAME", "LOAD_GLOBAL", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_GLOBALS"}
@@ -178,19 +179,18 @@ def _noting(method: Any, failures: list[tuple[str, Any]]) -> Any:
 
 
 def uncalled(defined: dict[str, Any], source: str) -> Iterator[Any]:
-    """Functions that pytest would collect and that the tests themselves do not use: ``test*`` without arguments, and
-    methods of that name of classes ``Test*`` that are no unittest.TestCase."""
+    """Functions that pytest would collect and that the tests themselves do not use: ``test*`` without arguments, or
+    with those of ``pytest.mark.parametrize``, and such methods of classes ``Test*`` that are no unittest.TestCase."""
     collected = {name: value for name, value in sorted(defined.items()) if name.lower().startswith("test")}
     used = names_read(source) if collected else set()
     for name, value in collected.items():
         if isinstance(value, types.FunctionType) and name.startswith("test") and name not in used:
-            if not _needs_arguments(value):
-                yield value
+            yield from _calls(value, value)
         elif isinstance(value, type) and name.startswith("Test") and not issubclass(value, unittest.TestCase):
             if name in used or "__init__" in vars(value):
                 continue
             for method in sorted(name for name in dir(value) if name.startswith("test")):
-                yield _Method(value, method)
+                yield from _calls(_Method(value, method), inspect.getattr_static(value, method))
 
 
 class _Method:
@@ -199,15 +199,42 @@ class _Method:
     def __init__(self, owner: type, name: str) -> None:
         self.owner, self.name = owner, name
 
-    def __call__(self) -> Any:
+    def __call__(self, **values: Any) -> Any:
         instance = self.owner()
         for name in ("setup_method", "setUp"):
             if set_up := getattr(instance, name, None):
-                set_up(*([None] if _needs_arguments(set_up) else []))
+                set_up(*([None] if _asked(set_up) else []))
                 break
-        return getattr(instance, self.name)()
+        return getattr(instance, self.name)(**values)
 
 
-def _needs_arguments(function: Any) -> bool:
+def _calls(call: Callable[..., Any], function: Any) -> Iterator[Callable[[], Any]]:
+    """``call`` with every choice of the values that ``function`` is marked with; none for one that asks for more."""
+    chosen: list[dict[str, Any]] = [{}]
+    for mark in getattr(function, "pytestmark", []):
+        if mark.name == "parametrize":
+            given = {**dict(zip(("argnames", "argvalues"), mark.args, strict=False)), **mark.kwargs}
+            in_words = isinstance(given["argnames"], str)
+            names = given["argnames"].split(",") if in_words else given["argnames"]
+            rows = [_values(row, alone=in_words and len(names) == 1) for row in given["argvalues"]]
+            chosen = [
+                {**before, **{name.strip(): value for name, value in zip(names, row, strict=True)}}
+                for before in chosen
+                for row in rows
+            ]
+    asked = _asked(function)[1 if isinstance(call, _Method) and isinstance(function, types.FunctionType) else 0 :]
+    yield from (partial(call, **values) for values in chosen if set(asked) <= values.keys())
+
+
+def _values(row: Any, *, alone: bool) -> tuple[Any, ...]:
+    """One row of marked values: ``pytest.param`` has them, of a single name they may stand alone."""
+    if type(row).__name__ == "ParameterSet":
+        return tuple(row.values)
+    return (row,) if alone else tuple(row)
+
+
+def _asked(function: Any) -> list[str]:
+    """The arguments that a call must give."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
-    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in kinds]

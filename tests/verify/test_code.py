@@ -296,6 +296,12 @@ UNCALLED = [
     "unittest.main(exit=False)\n",
     "async def test_a():\n    assert f(1) == 2\n",
     "assert f(1) > 1\ndef test_a():\n    assert f(1) == 2\n",
+    "import pytest\n@pytest.mark.parametrize('x, y', [(2, 4), pytest.param(1, 2)])\n"
+    "def test_a(x, y):\n    assert f(x) == y\n",
+    "import pytest\n@pytest.mark.parametrize('x', [2, 1])\n@pytest.mark.parametrize(('k',), [[1], [2]])\n"
+    "def test_a(x, k, more=0):\n    assert f(x * k) == 2 * x * k\n",
+    "import pytest\nclass TestF:\n    @pytest.mark.parametrize(argnames='x', argvalues=[2, 1])\n"
+    "    def test_a(this, x):\n        assert f(x) == 2 * x\n",
 ]
 
 
