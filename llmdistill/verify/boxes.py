@@ -34,15 +34,23 @@ _PLACEHOLDER = re.compile(
     r"|[.…?_\s]{1,9}|\\[lc]?dots",
     re.I,
 )
-_DENIED_BOX = re.compile(
+_DENIAL = re.compile(
     r"(?:\bnot|n['’]t(?:\sbe)?|\bcannot\sbe|\brather\sthan|\binstead\sof|\bother\sthan)\s{1,3}"
-    r"(?:equal\s(?:to\s)?|simply\s|just\s)?[$\\(\[]{0,3}\s?\\boxed\{[^{}]{0,200}\}"
+    r"(?:equal\s(?:to\s)?|simply\s|just\s)?[$\\(\[]{0,3}\s?\Z"
 )
+_LONGEST_DENIAL = 48  # characters before a box
+_SIMPLE_BOX = re.compile(r"\\boxed\{[^{}]{0,200}\}")
 
 
 def without_denied(text: str) -> str:
     """A text without the boxes that it says are not the answer: "45, not \\boxed{44}"."""
-    return _DENIED_BOX.sub("not", text) if "\\boxed" in text else text
+    kept, done = list[str](), 0
+    for box in _SIMPLE_BOX.finditer(text):  # few: what stands before each is looked at, and not every place of the text
+        before = text[max(done, box.start() - _LONGEST_DENIAL) : box.start()]
+        if denial := _DENIAL.search(before):
+            kept += [text[done : box.start() - len(before) + denial.start()], "not"]
+            done = box.end()
+    return "".join([*kept, text[done:]])
 
 
 _JOINER = re.compile(r"[,;]|\b(?:and|or)\b")
