@@ -96,17 +96,15 @@ def _read(step: Step, teachers: Mapping[str, Tally], student: str, dtype: DType,
     from llmdistill.datagen.student import Student
 
     waiting = deque[tuple[str, str, int]]()  # traces that a batch of the student's holds
-    before = step.counts["read"]
 
     def rows() -> Iterator[Row]:
-        for row in step.rows(("prompt", "completion")):
+        for row in step.again(("prompt", "completion")):
             waiting.append((str(row.get(column) or "unnamed"), _prompt(row), len(str(row["completion"]).encode())))
             yield row
 
     for read in Student(student, dtype).read(rows()):
         name, prompt, size = waiting.popleft()
         teachers[name].nats[prompt].append((-math.fsum(read.logprobs), size))
-    step.counts["read"] = before  # the same rows again
 
 
 def _numbers(tally: Tally, common: list[str]) -> dict[str, Any]:

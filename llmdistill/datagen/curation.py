@@ -22,9 +22,8 @@ from typing import Any, cast
 import numpy as np
 
 from llmdistill.datagen import rules, rules_over_rows
-from llmdistill.datagen.schema import check_row
 from llmdistill.datagen.steps import Paths, Step, run_step
-from llmdistill.datagen.tables import MOST_REJECTED, Rejects, Row, read_rows
+from llmdistill.datagen.tables import MOST_REJECTED, Row
 from llmdistill.errors import UserError
 from llmdistill.record.manifest import Manifest
 
@@ -78,7 +77,7 @@ class _Curation:
     def run(self, asked: Sequence[Asked]) -> None:
         rest = list(asked)
         while rest:
-            alone = [rule for rule in takewhile(lambda rule: not _over_rows(rule), rest)]
+            alone = list(takewhile(lambda rule: not _over_rows(rule), rest))
             if alone:
                 self._look(alone)
             else:
@@ -90,17 +89,12 @@ class _Curation:
     def rows(self) -> Iterator[tuple[int, Row]]:
         """(number, row) of those that are left. The first time rows are counted, and rejects written."""
         if self.read:
-            yield from ((number, row) for number, row in enumerate(self._again()) if not self.gone[number])
+            yield from ((number, row) for number, row in enumerate(self.step.again(COLUMNS)) if not self.gone[number])
             return
         number = -1
         for number, row in enumerate(self.step.rows(COLUMNS)):
             yield number, row
         self.read, self.gone = True, np.zeros(number + 1, bool)
-
-    def _again(self) -> Iterator[Row]:
-        unheard = _Unheard("")
-        for source in self.step.inputs:
-            yield from read_rows(source, unheard, lambda row: check_row(row, COLUMNS))
 
     def _look(self, asked: Sequence[Asked]) -> None:
         """Rules that look at one row each, in one pass."""
@@ -138,13 +132,6 @@ class _Curation:
             self.took.append({"rule": name, "lost": dict(mine), "left": left})
             for reason, count in mine.items():
                 self.step.lose(reason, count)
-
-
-class _Unheard(Rejects):
-    """For passes after the first: what was rejected then is passed over."""
-
-    def add(self, source: str, number: int, reason: str, content: Any) -> None:
-        pass
 
 
 def _rule(step: str | Mapping[str, Any]) -> Asked:

@@ -45,9 +45,11 @@ def test_a_student_s_nats_per_byte(tmp_path):
     tiny.llama(1).save_pretrained(tmp_path / "student")
     tiny.tokenizer().save_pretrained(tmp_path / "student")
     rows = [row(t, p, completion=f"{t} says {p}") for t in ("one", "two") for p in ("a", "b", "c")]
-    manifest = compare_teachers(
-        traces(tmp_path, rows), tmp_path / "t.md", student=str(tmp_path / "student"), dtype="float32"
-    )
+    source = traces(tmp_path, rows)
+    source.write_text("{broken\n" + source.read_text())
+    settings = dict(student=str(tmp_path / "student"), dtype="float32", max_rejected=0.5)
+    manifest = compare_teachers(source, tmp_path / "t.md", **settings)
+    assert manifest.counts["rejected"] == 1  # though the rows are read twice
     from llmdistill.datagen.student import Student
 
     student = Student(str(tmp_path / "student"), "float32")
