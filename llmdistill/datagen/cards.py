@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from llmdistill.datagen.schema import prompt_id
+from llmdistill.datagen.schema import prompt_of
 from llmdistill.datagen.steps import Paths, Step, lineage, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row
 from llmdistill.errors import UserError
@@ -49,7 +49,7 @@ class Facts:
 
     def add(self, row: Row) -> None:
         self.rows += 1
-        self.prompts.add(str(row.get("prompt_id") or prompt_id(row["prompt"])))
+        self.prompts.add(prompt_of(row))
         text = row.get("completion") or row.get("chosen") or ""
         if not row.get("tokens"):
             self.unit = "characters"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.datagen.schema import prompt_id
+from llmdistill.datagen.schema import prompt_of
 from llmdistill.datagen.steps import Paths, Step, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row
 from llmdistill.errors import UserError
@@ -70,7 +70,7 @@ def compare_teachers(
     def work(step: Step) -> None:
         teachers = defaultdict[str, Tally](Tally)
         for row in step.rows(("prompt", "completion")):
-            teachers[str(row.get(column) or "unnamed")].add(row, _prompt(row))
+            teachers[str(row.get(column) or "unnamed")].add(row, prompt_of(row))
         if len(teachers) < 2:
             raise UserError(
                 f"the traces are of {', '.join(teachers) or 'nobody'}; at least two teachers are compared. "
@@ -99,7 +99,7 @@ def _read(step: Step, teachers: Mapping[str, Tally], student: str, dtype: DType,
 
     def rows() -> Iterator[Row]:
         for row in step.again(("prompt", "completion")):
-            waiting.append((str(row.get(column) or "unnamed"), _prompt(row), len(str(row["completion"]).encode())))
+            waiting.append((str(row.get(column) or "unnamed"), prompt_of(row), len(str(row["completion"]).encode())))
             yield row
 
     for read in Student(student, dtype).read(rows()):
@@ -179,7 +179,3 @@ def _with_interval(value: Mapping[str, Any] | None, form: str) -> str:
         return "not measured"
     low, high = value["interval"]
     return f"{form.format(value['mean'])} [{form.format(low)}, {form.format(high)}]"
-
-
-def _prompt(row: Row) -> str:
-    return str(row.get("prompt_id") or prompt_id(row["prompt"]))

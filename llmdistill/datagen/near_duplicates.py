@@ -25,11 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llmdistill.evals.ngrams import Words, normalise
+from llmdistill.evals.ngrams import Words, batches, normalise
 
 BANDS, ROWS = 14, 8
 _HASHES = BANDS * ROWS
-_BATCH = 400_000  # characters hashed together: arrays that fit into a core's cache
 _MOST = 32  # rows of a bucket that the others are compared with
 _FACTORS = np.random.default_rng(20261129).integers(1, 2**63, _HASHES, np.uint64) * np.uint64(2) + np.uint64(1)
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -75,7 +74,7 @@ def near_duplicates(
         raise ValueError(f"threshold is {threshold} and n {n}; threshold must be in (0, 1] and n at least 1")
     with tempfile.TemporaryFile(dir=folder) as file:
         rows = 0
-        for batch in _batches(texts):
+        for batch in batches(texts, str):
             file.write(signatures(batch, n).tobytes())
             rows += len(batch)
             if progress:
@@ -109,19 +108,6 @@ def signatures(texts: list[str], n: int) -> np.ndarray:
         seed = int.from_bytes(blake2b(whole, digest_size=8).digest(), "big")
         found[i] = np.random.default_rng(seed).integers(0, 2**16, _HASHES, np.uint16)
     return found
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text) + 16
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _dropped(signature: np.ndarray, threshold: float) -> Iterator[Duplicate]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from llmdistill.datagen.schema import as_messages, prompt_id
+from llmdistill.datagen.schema import as_messages, prompt_of
 from llmdistill.datagen.steps import Paths, Step, beside, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row
 from llmdistill.errors import UserError
@@ -149,7 +149,7 @@ class _Traces:
             return None, "prompt too long"
         if tokens > max_tokens:
             return None, "completion too long"
-        key = str(row.get("prompt_id") or prompt_id(messages))
+        key = prompt_of(row)
         kept = {name: row.get(name) for name in COLUMNS} | {"prompt": messages, "prompt_id": key, "tokens": tokens}
         line = as_line({**kept, "completion": row["completion"], "verdict": row["verdict"]}).encode()
         self.spool.seek(self._end)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from llmdistill.datagen import mixture as mixtures
 from llmdistill.datagen import selection
 from llmdistill.datagen.near_duplicates import near_duplicates as near
-from llmdistill.datagen.schema import as_messages, prompt_id
+from llmdistill.datagen.schema import as_messages, prompt_of
 from llmdistill.datagen.sentences import Scale, select
 from llmdistill.recipe.config import DType
 
@@ -29,10 +29,10 @@ def pass_rate(rows: Numbered, *, least: float = 0.0, most: float = 1.0) -> Dropp
     graded, passed = Counter[str](), Counter[str]()
     for _, row in rows():
         if row.get("passed") is not None:
-            graded[_prompt(row)] += 1
-            passed[_prompt(row)] += bool(row["passed"])
+            graded[prompt_of(row)] += 1
+            passed[prompt_of(row)] += bool(row["passed"])
     for number, row in rows():
-        name = _prompt(row)
+        name = prompt_of(row)
         if not graded[name]:
             yield number, "prompt without verdicts"
         elif not selection.in_band(passed[name], graded[name], least=least, most=most):
@@ -43,7 +43,7 @@ def exact_duplicates(rows: Numbered, *, of: Of = "completion") -> Dropped:
     """Rows whose text stood before, spaces aside; of completions: before, for the same prompt."""
     seen = set[bytes]()
     for number, row in rows():
-        key = (_prompt(row) + "\0" if of == "completion" else "") + " ".join(_text(row, of).split())
+        key = (prompt_of(row) + "\0" if of == "completion" else "") + " ".join(_text(row, of).split())
         mark = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=12).digest()
         if mark in seen:
             yield number, f"{of} stood before"
@@ -70,13 +70,13 @@ def near_duplicates(rows: Numbered, *, of: Of = "completion", threshold: float =
 
     def distinct() -> Iterator[str]:
         for _, row in rows():
-            if (name := _prompt(row)) not in prompts:
+            if (name := prompt_of(row)) not in prompts:
                 prompts[name] = None
                 yield _text(row, of)
 
     gone = {duplicate.row for duplicate in near(distinct(), threshold=threshold)}
     names = {name for i, name in enumerate(prompts) if i in gone}
-    yield from ((number, "prompt nearly stood before") for number, row in rows() if _prompt(row) in names)
+    yield from ((number, "prompt nearly stood before") for number, row in rows() if prompt_of(row) in names)
 
 
 def diverse(rows: Numbered, *, k: int, by: selection.Distance = "edit", least: float = 0.0) -> Dropped:
@@ -92,7 +92,7 @@ def shortest(rows: Numbered, *, k: int) -> Dropped:
     """Of each prompt's traces the k with the fewest tokens; of those who do not say, characters."""
     found = defaultdict[str, list[tuple[int, int]]](list)
     for number, row in rows():
-        found[_prompt(row)].append((int(row.get("tokens") or len(_text(row, "completion"))), number))
+        found[prompt_of(row)].append((int(row.get("tokens") or len(_text(row, "completion"))), number))
     for traces in found.values():
         kept = set(selection.shortest([size for size, _ in traces], k))
         yield from (
@@ -104,8 +104,8 @@ def first(rows: Numbered, *, k: int) -> Dropped:
     """Of each prompt's traces the first k."""
     seen = Counter[str]()
     for number, row in rows():
-        seen[_prompt(row)] += 1
-        if seen[_prompt(row)] > k:
+        seen[prompt_of(row)] += 1
+        if seen[prompt_of(row)] > k:
             yield number, f"beyond the prompt's first {k}"
 
 
@@ -142,7 +142,7 @@ def sentences(
     if (each is None) == (total is None):
         raise ValueError("sentences takes one of each and total")
     scores = defaultdict[str, list[tuple[int, float]]](list)
-    prompts = {number: _prompt(row) for number, row in rows()}
+    prompts = {number: prompt_of(row) for number, row in rows()}
     reader = Student(student, dtype)
     teacher = load_tokenizer(tokenizer, setting="tokenizer")
     for number, found in trace_statistics(rows(), reader, teacher, margin=margin, scale=scale):
@@ -195,20 +195,16 @@ def mixture(
 def _left_out(rows: Numbered, choose: Callable[[list[str]], list[int]]) -> Iterator[int]:
     """Rows that ``choose`` does not pick among the completions of their prompt. The texts of a prompt are in memory
     together, and those of all prompts that are not complete: a file sorted by prompt needs one prompt's."""
-    left = Counter(_prompt(row) for _, row in rows())
+    left = Counter(prompt_of(row) for _, row in rows())
     waiting = defaultdict[str, list[tuple[int, str]]](list)
     for number, row in rows():
-        name = _prompt(row)
+        name = prompt_of(row)
         waiting[name].append((number, _text(row, "completion")))
         left[name] -= 1
         if not left[name]:
             traces = waiting.pop(name)
             kept = set(choose([text for _, text in traces])) if len(traces) > 1 else {0}
             yield from (trace for i, (trace, _) in enumerate(traces) if i not in kept)
-
-
-def _prompt(row: Row) -> str:
-    return str(row.get("prompt_id") or prompt_id(row["prompt"]))
 
 
 def _text(row: Row, of: Of) -> str:

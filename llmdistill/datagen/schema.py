@@ -99,7 +99,7 @@ class Trace:
         check_row(row)
         known = {f.name: row[f.name] for f in fields(cls) if row.get(f.name) is not None}
         prompt = as_messages(row["prompt"])
-        known |= {"prompt": prompt, "prompt_id": row.get("prompt_id") or prompt_id(prompt)}
+        known |= {"prompt": prompt, "prompt_id": prompt_of(row)}
         known.setdefault("id", f"{known['prompt_id']}/{known.get('style', 'plain')}/{known.get('index', 0)}")
         return cls(**{**known, "parts": [Part(**part) for part in known.get("parts", [])]})
 
@@ -115,6 +115,11 @@ def prompt_id(prompt: Any) -> str:
     """16 hex digits over what a prompt says: a text and the one message with it share theirs."""
     said = [[m["role"], m["content"]] for m in as_messages(prompt)]
     return digest(said)
+
+
+def prompt_of(row: Mapping[str, Any]) -> str:
+    """The id of a row's prompt: its own, or made of what the prompt says."""
+    return str(row.get("prompt_id") or prompt_id(row["prompt"]))
 
 
 def digest(value: Any) -> str:

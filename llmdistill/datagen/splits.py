@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmdistill.datagen.schema import prompt_id
+from llmdistill.datagen.schema import prompt_of
 from llmdistill.datagen.steps import Paths, Step, beside, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row, read_rows
 from llmdistill.datagen.writing import chance
@@ -36,7 +36,7 @@ def split(
 
                 def kept() -> Iterator[Row]:
                     for row in step.rows(("prompt",)):
-                        key = str(row.get("prompt_id") or prompt_id(row["prompt"]))
+                        key = prompt_of(row)
                         if chance("heldout", seed, key) >= heldout:
                             yield row
                         else:

@@ -72,9 +72,9 @@ class Step:
     def again(self, columns: Sequence[str] = ()) -> Iterator[Row]:
         """The rows of :meth:`rows` once more, for a step that goes through them several times: nothing is counted, and
         what was rejected the first time is passed over."""
-        unheard = _Unheard("")
+        unheeded = Rejects.unheeded()
         for source in self.inputs:
-            yield from read_rows(source, unheard, lambda row: check_row(row, columns))
+            yield from read_rows(source, unheeded, lambda row: check_row(row, columns))
 
     def lose(self, reason: str, rows: int = 1) -> None:
         """Counts rows that are left out."""
@@ -91,13 +91,6 @@ class Step:
     def wrote(self, file: str | Path, rows: int | None = None) -> None:
         """Notes a file that was written otherwise (a page, a plot)."""
         self.outputs[Path(file)] = -1 if rows is None else rows
-
-
-class _Unheard(Rejects):
-    """Takes what was rejected before."""
-
-    def add(self, source: str, number: int, reason: str, content: Any) -> None:
-        pass
 
 
 def run_step(

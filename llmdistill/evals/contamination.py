@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmdistill.errors import UserError
-from llmdistill.evals.ngrams import Index, Match
+from llmdistill.evals.ngrams import Index, Match, batches
 from llmdistill.evals.records import Problem
 from llmdistill.evals.training_rows import TrainingFiles, row_text
 from llmdistill.files import atomic_write
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 Problems = Iterable[Problem] | Mapping[str, Iterable[Problem]]
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
-_BATCH = 400_000  # characters looked at together: arrays that fit into a core's cache
 _EXAMPLES = 5
 
 
@@ -167,7 +166,7 @@ def check(
         raise ValueError("no problems to look for")
     index = Index([p.question for _, p in known], n)
     tally = _Tally(index)
-    for ids, matches in _searched(_batches(train, lambda d: d[1]), index, workers):
+    for ids, matches in _searched(batches(train, lambda d: d[1]), index, workers):
         tally.add(ids, matches)
         if progress:
             progress(tally.documents)
@@ -208,7 +207,7 @@ def filter_contaminated(
         raise ValueError(f"least is {least}; it must be in [0, 1]")
     known = [p for ps in _by_suite(problems).values() for p in ps]
     index = Index([p.question for p in known], n)
-    for batch in _batches(((row, row_text(row, columns)) for row in rows), lambda pair: pair[1]):
+    for batch in batches(((row, row_text(row, columns)) for row in rows), lambda pair: pair[1]):
         found: dict[int, list[str]] = defaultdict(list)
         for (document, text), grams in _grams(index, index.search([text for _, text in batch])).items():
             if len(grams) >= least * _count(index, text):
@@ -283,22 +282,6 @@ def _by_suite(problems: Problems) -> dict[str, list[Problem]]:
     if isinstance(problems, Mapping):
         return {suite: list(ps) for suite, ps in problems.items()}
     return {"": list(problems)}
-
-
-Item = TypeVar("Item")
-
-
-def _batches(items: Iterable[Item], text: Callable[[Item], str]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += len(text(item)) + 16  # empty ones must fill a batch, too
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _searched(

@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ _CLASS = bytes(
     _MARK if c == 0 else _DIGIT if 48 <= c <= 57 else _LETTER if 97 <= c <= 122 or c >= 128 else 0 for c in range(256)
 )
 _SYMBOLS = re.compile(rb"[-+/=<>^]")
+_BATCH = 400_000  # characters
+Item = TypeVar("Item")
 _BASE = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2**64
 _STEP = np.uint64(0xD6E8FEB86659FD93)
 _SPREAD = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -67,6 +70,20 @@ def normalise(text: str) -> bytes:
     if b"\\" in raw:
         raw = _FRACTION.sub(rb"\\frac", _LATEX.sub(b" ", raw))
     return raw.replace(b"\x00", b" ") if b"\x00" in raw else raw
+
+
+def batches(items: Iterable[Item], text: Callable[[Item], str]) -> Iterator[list[Item]]:
+    """Items in order, as many together as have some 400,000 characters: arrays that fit into a core's cache."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(text(item)) + 16  # empty ones must fill a batch, too
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def words(text: str) -> list[bytes]:
