@@ -6,9 +6,9 @@ micro-batches, on processes, or on what was drawn before a run was resumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from llmdistill.diffusion.noised_view import Denoiser
 from llmdistill.diffusion.schedules import EPS, Schedule, schedule
 from llmdistill.texts.noise import Noise
 from llmdistill.texts.rollout import Prompt, Rollout, collate, request_seed
-from llmdistill.texts.sources import Drawn, Round, Source
+from llmdistill.texts.sources import Around, Drawn, Round, Source
 
 Norm = Literal["token", "sequence", "batch", "masked"]
 Weighting = Literal["elbo", "uniform", "cart"]
@@ -49,7 +49,7 @@ class Draw:
     weight: Tensor
 
 
-class Noised:
+class Noised(Around):
     """The text of ``source`` with masks in it, each sequence ``copies`` times.
 
     Args:
@@ -58,10 +58,9 @@ class Noised:
     """
 
     def __init__(self, source: Source, denoiser: Denoiser, settings: NoiseSettings, eos_id: int) -> None:
-        self.source, self.denoiser, self.settings, self.eos_id = source, denoiser, settings, eos_id
-        self.uses: frozenset[str] = source.uses
+        super().__init__(source)
+        self.denoiser, self.settings, self.eos_id = denoiser, settings, eos_id
         self.optional: bool = getattr(source, "optional", False)
-        self._numbers: dict[str, float] = {}
 
     def draw(self, round_: Round) -> Drawn:
         rollout, prompts = self.source.draw(round_)
@@ -123,18 +122,6 @@ class Noised:
             ahead=ahead,
             seeds=seeds,
         )
-
-    def evaluated(self, loss: float) -> None:
-        self.source.evaluated(loss)
-
-    def numbers(self) -> Mapping[str, float]:
-        return {**self.source.numbers(), **self._numbers}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.source.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.source.load_state_dict(state)
 
 
 def with_noise(

@@ -7,9 +7,8 @@ weight in the loss. What is not of this step's own draw is nowhere read, so a re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from llmdistill.diffusion.policy import group_advantages, last_step_rewards, ste
 from llmdistill.diffusion.slicers import SliceSettings, Written
 from llmdistill.diffusion.slicing import NEVER, Slices
 from llmdistill.texts.rollout import Prompt, Rollout, collate, request_seed
-from llmdistill.texts.sources import Drawn, Round, Source
+from llmdistill.texts.sources import Around, Drawn, Round, Source, Stateless
 
 Rewarded = Callable[[Rollout, Sequence[Prompt]], Sequence[float]]
 Stepwise = Callable[[Rollout, Sequence[Prompt]], Sequence[Sequence[float]]]  # a number for each counted token
@@ -42,7 +41,7 @@ class RewardSettings:
     lam: float = 1.0
 
 
-class Reinforced:
+class Reinforced(Around):
     """The text of ``source``, the student's, in slices.
 
     The trainer puts in who rewards (``rewarded``), and where there is one, who rewards steps and who values states.
@@ -51,14 +50,13 @@ class Reinforced:
     optional = False
 
     def __init__(self, source: Source, denoiser: Denoiser, settings: RewardSettings, max_new_tokens: int) -> None:
-        self.source, self.denoiser, self.settings, self.length = source, denoiser, settings, max_new_tokens
-        self.uses: frozenset[str] = source.uses
+        super().__init__(source)
+        self.denoiser, self.settings, self.length = denoiser, settings, max_new_tokens
         self.slicer: slicers.Slicer = named(slicers, settings.slicing, "objective.slicing")
         self.rewarded: Rewarded | None = None
         self.stepwise: Stepwise | None = None
         self.valued: Valued | None = None
         self.returns: Drawn | None = None  # the same slices, with returns for weights: what a value is to learn
-        self._numbers: dict[str, float] = {}
 
     def draw(self, round_: Round) -> Drawn:
         rollout, prompts = self.source.draw(round_)
@@ -144,20 +142,8 @@ class Reinforced:
         returns, found = step_gae(steps, rewards, values, self.settings.gamma, self.settings.lam)
         return found, returns
 
-    def evaluated(self, loss: float) -> None:
-        self.source.evaluated(loss)
 
-    def numbers(self) -> Mapping[str, float]:
-        return {**self.source.numbers(), **self._numbers}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.source.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.source.load_state_dict(state)
-
-
-class ReturnsOf:
+class ReturnsOf(Stateless):
     """The slices that ``reinforced`` has just made, with what their tokens returned for weights."""
 
     optional = False
@@ -170,18 +156,6 @@ class ReturnsOf:
         assert drawn is not None  # it comes after that in the method
         round_.drawn.append("student")
         return drawn
-
-    def evaluated(self, loss: float) -> None:
-        """Nothing depends on it."""
-
-    def numbers(self) -> Mapping[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is no state."""
 
 
 def on_canvas(rollout: Rollout, prompts: Sequence[Prompt], length: int, pad_id: int) -> Rollout:

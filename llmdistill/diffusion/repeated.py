@@ -7,7 +7,7 @@ log-probs before and after are of the same states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,19 +17,20 @@ from torch import Tensor
 from llmdistill.diffusion.reinforced import Reinforced
 from llmdistill.texts.noise import Noise
 from llmdistill.texts.rollout import Prompt, Rollout
-from llmdistill.texts.sources import Drawn, Round
+from llmdistill.texts.sources import Around, Drawn, Round
 
 _ROLLOUT = ("input_ids", "attention_mask", "completion_mask", "behavior_logprobs")
 _NOISE = tuple(f.name for f in fields(Noise) if f.name != "view")
 
 
-class Repeated:
+class Repeated(Around):
     """What ``source`` draws, for ``updates`` optimizer steps. The prompts of the steps between are passed over."""
 
     optional = False
 
     def __init__(self, source: Reinforced, updates: int) -> None:
-        self.source, self.updates, self.uses = source, updates, source.uses
+        super().__init__(source)
+        self.updates, self.denoiser = updates, source.denoiser
         self.scored: Callable[[Rollout], Tensor] | None = None  # the trainer: log-probs of a noised text's rows, [N]
         self.held: Drawn | None = None
 
@@ -43,12 +44,6 @@ class Repeated:
         logps[rollout.completion_mask] = self.scored(rollout).float().cpu()
         self.held = replace(rollout, behavior_logprobs=logps), prompts
         return self.held
-
-    def evaluated(self, loss: float) -> None:
-        self.source.evaluated(loss)
-
-    def numbers(self) -> Mapping[str, float]:
-        return self.source.numbers()
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, as tensors and plain data."""
@@ -74,6 +69,6 @@ class Repeated:
             policy_version=state["policy_version"],
             finish=tuple(state["finish"]),
             domain=tuple(p.domain for p in prompts),
-            noise=Noise(**state["noise"], view=self.source.denoiser),
+            noise=Noise(**state["noise"], view=self.denoiser),
         )
         self.held = rollout, prompts

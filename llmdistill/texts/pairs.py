@@ -17,7 +17,7 @@ from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from llmdistill.texts.messages import from_json, is_chat
 from llmdistill.texts.prompts import Completion, PromptEncoder
-from llmdistill.texts.sources import Drawn, Round
+from llmdistill.texts.sources import Drawn, Round, Stateless
 from llmdistill.texts.turns import Turn, is_empty
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:
     return collate([p.prompt.ids for p, _ in sides], [ids for _, ids in sides], pad_id=pad_id, counts=counts)
 
 
-class Side:
+class Side(Stateless):
     """One side of the round's pairs, as a source of text."""
 
     uses = frozenset({"dataset"})
@@ -238,15 +238,3 @@ class Side:
         prompts = [p.prompt.ids for p in pairs]
         rollout = collate(prompts, sides, pad_id=self.pad_id, counts=counts, policy_version=round_.step)
         return rollout, [p.prompt for p in pairs]
-
-    def evaluated(self, loss: float) -> None:
-        """Nothing depends on it."""
-
-    def numbers(self) -> Mapping[str, float]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is no state."""

@@ -79,7 +79,7 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class _Stateless:
+class Stateless:
     """A source that nothing moves."""
 
     def evaluated(self, loss: float) -> None:
@@ -95,7 +95,28 @@ class _Stateless:
         """There is no state."""
 
 
-class Only(_Stateless):
+class Around:
+    """A source that makes something of what another one draws: its authors, and its state, are that one's."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.uses: frozenset[str] = source.uses
+        self._numbers: dict[str, float] = {}  # logged beside the other's
+
+    def evaluated(self, loss: float) -> None:
+        self.source.evaluated(loss)
+
+    def numbers(self) -> Mapping[str, float]:
+        return {**self.source.numbers(), **self._numbers}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.source.load_state_dict(state)
+
+
+class Only(Stateless):
     """Always the same author.
 
     Args:
@@ -109,7 +130,7 @@ class Only(_Stateless):
         return round_.draw(self.author)
 
 
-class Mixed(_Stateless):
+class Mixed(Stateless):
     """The student's text in a share of the rounds."""
 
     def __init__(self, student_fraction: float, off_policy: str = "dataset") -> None:
