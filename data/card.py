@@ -9,10 +9,10 @@ manifests behind it. Titles, licences and sources are yours to say.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
-from llmdistill.datagen.cards import card
-from llmdistill.datagen.tell import told
+from llmdistill.cli import main as llmdistill
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = dict(source.rsplit("=", 1) for source in words.source if "=" in source)
     if len(sources) != len(words.source):
         parser.error("--source takes NAME=LICENCE")
-    settings = dict(title=words.title, licence=words.licence, language=words.language, about=words.about)
-    return told(lambda: card(words.src, words.out, **settings, sources=sources))
+    told = ["--title", words.title, "--licence", words.licence, "--about", words.about]
+    told += ["--language", json.dumps(words.language), "--sources", json.dumps(sources)]
+    return llmdistill(["data", "card", *words.src, words.out, *told])
 
 
 if __name__ == "__main__":

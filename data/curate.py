@@ -10,12 +10,12 @@ in curated.jsonl.manifest.json and is printed.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
 import yaml
 
-from llmdistill.datagen.curation import curate
-from llmdistill.datagen.tell import told
+from llmdistill.cli import main as llmdistill
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rule", action="append", required=True, metavar="RULE", help="name, or 'name: {setting: value}'"
     )
     words = parser.parse_args(argv)
-    return told(lambda: curate(words.src, words.out, steps=[yaml.safe_load(rule) for rule in words.rule]))
+    rules = json.dumps([yaml.safe_load(rule) for rule in words.rule])
+    return llmdistill(["data", "curate", *words.src, words.out, "--steps", rules])
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ clean.jsonl.contaminated.jsonl lists the rows that went and their problems. ``ll
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
-from llmdistill.datagen.decontamination import ALL, decontaminate
-from llmdistill.datagen.tell import told
+from llmdistill.cli import main as llmdistill
+from llmdistill.datagen.decontamination import ALL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--n", type=int, default=13, help="words in a row that count as a match [13]")
     add("--least", type=float, default=0.0, help="share of a problem that a row must hold to go [any n words]")
     words = parser.parse_args(argv)
-    return told(
-        lambda: decontaminate(
-            words.src, words.out, suites=words.suite, columns=words.column, n=words.n, least=words.least
-        )
-    )
+    settings = {"--suites": words.suite, "--columns": words.column, "--n": words.n, "--least": words.least}
+    told = [part for key, value in settings.items() for part in (key, json.dumps(value))]
+    return llmdistill(["data", "decontaminate", words.src, words.out, *told])
 
 
 if __name__ == "__main__":

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from llmdistill.errors import UserError
 from llmdistill.record.manifest import Manifest
-
-
-def told(work: Callable[[], Manifest]) -> int:
-    """Does a step, prints what it read, lost and wrote, and returns the exit status: 2 with one line for an error."""
-    try:
-        manifest = work()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for line in summary(manifest):
-        print(line)
-    return 0
 
 
 def summary(manifest: Manifest) -> list[str]:

@@ -17,7 +17,7 @@ from llmdistill.diffusion.rollouts import DiffusionRollouts
 from llmdistill.diffusion.stages import DiffusionConfig
 from llmdistill.diffusion.suffix_judge import SuffixCorrected
 from llmdistill.errors import UserError
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
@@ -57,11 +57,7 @@ class MaskedDiffusionTrainer(DistillationTrainer):
         data: DataConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(model, str):
-            model, tokenizer = load_model(model, "float32", "student")
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise UserError("processing_class is None; with a model object give its tokenizer too")
+        model, processing_class = named_student(model, processing_class)
         self.denoiser = as_denoiser(model, processing_class, args)
         self.written_for_heldout: tuple[list[list[int]], Rollout] | None = None  # prompts, and what the teacher wrote
         ends = eos_ids(model, processing_class)

@@ -102,6 +102,22 @@ def load_model(
         ) from error
 
 
+def named_student(
+    model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a trainer is given: a model, or a folder or hub name to load in float32 with its tokenizer.
+
+    Raises:
+        UserError: a model without a tokenizer; and as :func:`load_model`.
+    """
+    if isinstance(model, str):
+        model, tokenizer = load_model(model, "float32", "student")
+        processing_class = processing_class or tokenizer
+    if processing_class is None:
+        raise UserError("processing_class is None; with a model object give its tokenizer too")
+    return model, processing_class
+
+
 def load_saved(folder: Path, like: Any) -> tuple[PreTrainedModel, list[str]]:
     """A student from the folder it was saved to, on the CPU, in the dtype and with the attention of the model it was
     saved from; and the weights of its that were not found there or did not fit. A folder may hold an adapter."""

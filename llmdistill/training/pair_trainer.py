@@ -14,7 +14,7 @@ from llmdistill.composition.loss import Result
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Term
 from llmdistill.errors import UserError
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.recipe.settings import require, setting
 from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
@@ -84,11 +84,7 @@ class PairTrainer(DistillationTrainer):
         data: DataConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(model, str):
-            model, tokenizer = load_model(model, "float32", "student")
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise UserError("processing_class is None; with a model object give its tokenizer too")
+        model, processing_class = named_student(model, processing_class)
         self.encoder = pair_encoder(
             processing_class,
             data or DataConfig(),

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
-from llmdistill.errors import UserError
 from llmdistill.models.adapters import adapted
 from llmdistill.models.causality import check_causal
 from llmdistill.models.heads import check_head
-from llmdistill.models.loading import load_model
+from llmdistill.models.loading import named_student
 from llmdistill.models.saving import check_savable
 from llmdistill.models.unused import freeze_unused
 from llmdistill.recipe.config import DistillationConfig
@@ -42,13 +41,7 @@ def ready_student(
     Raises:
         UserError: for a model object without a tokenizer, and for a student that cannot be saved.
     """
-    if isinstance(model, str):
-        student, tokenizer = load_model(model, "float32", "student")
-        processing_class = processing_class or tokenizer
-    else:
-        student = model
-    if processing_class is None:
-        raise UserError("processing_class is None; with a model object give its tokenizer too")
+    student, processing_class = named_student(model, processing_class)
     if args.freeze_embeddings:
         freeze_embeddings(student)
     if peft_config is not None:
