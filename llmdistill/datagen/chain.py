@@ -121,28 +121,17 @@ def _add_rounds(recipe: str, rounds: Any, folder: Path, links: list[Link]) -> No
     for number in range(1, times + 1):
         mine: list[Link] = []
         for i, entry in enumerate(steps, 1):
-            hidden = {link.name for link in mine} | {_name_of(entry)}  # a round's step hides one before the rounds
+            where = f"{recipe}, round {number}, step {i}"
+            _, name, _ = _parsed(where, entry)
+            hidden = {link.name for link in mine} | {name}  # a round's step hides one before the rounds
             before = [*(link for link in once if link.name not in hidden), *mine]
             known = {**_made(before), "start": start, "student": student, "round": number}
-            where = f"{recipe}, round {number}, step {i}"
             mine.append(_link(where, _with(known, entry), folder / f"round-{number}", before))
         trained = [link for link in mine if link.kind == TRAIN]
         if not trained:
             raise UserError(f"{recipe}: the rounds train no student. Fix: a step train among their steps.")
         student = str(student_of(trained[-1].out))
         links.extend(replace(link, name=f"round-{number}/{link.name}") for link in mine)
-
-
-def _name_of(entry: Any) -> str:
-    """Of a step as a recipe has it; empty for what is none."""
-    if isinstance(entry, Mapping) and len(entry) == 1:
-        ((kind, given),) = entry.items()
-        return str((given or {}).get("name", _kind_name(kind)) if isinstance(given or {}, Mapping) else kind)
-    return _kind_name(entry) if isinstance(entry, str) else ""
-
-
-def _kind_name(kind: Any) -> str:
-    return str(kind).rpartition(":")[2]
 
 
 def _made(links: Sequence[Link]) -> dict[str, Any]:
@@ -200,16 +189,21 @@ def find_step(kind: str, where: str = "step") -> StepFunction:
     return found  # type: ignore[no-any-return]
 
 
-def _link(where: str, entry: Any, folder: Path, before: Sequence[Link]) -> Link:
+def _parsed(where: str, entry: Any) -> tuple[str, str, dict[str, Any]]:
+    """Kind, name and settings of a step as a recipe has it."""
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise UserError(f"{where} is {entry!r}; it must be NAME: {{settings}}. Fix: one step an entry.")
     ((kind, given),) = entry.items()
     settings = dict(given or {})
-    step = find_step(str(kind), where)
-    name = str(settings.pop("name", _kind_name(kind)))
-    out = Path(settings.pop("out", folder / f"{name}{OTHER_SUFFIXES.get(str(kind), SUFFIX)}"))
+    return str(kind), str(settings.pop("name", str(kind).rpartition(":")[2])), settings
+
+
+def _link(where: str, entry: Any, folder: Path, before: Sequence[Link]) -> Link:
+    kind, name, settings = _parsed(where, entry)
+    step = find_step(kind, where)
+    out = Path(settings.pop("out", folder / f"{name}{OTHER_SUFFIXES.get(kind, SUFFIX)}"))
     for link in before:
         if name == link.name or out == link.out:
             what = f"named {name!r}" if name == link.name else f"written to {out}"
@@ -219,7 +213,7 @@ def _link(where: str, entry: Any, folder: Path, before: Sequence[Link]) -> Link:
     if unknown := [key for key in settings if key not in takes]:
         settable = [p for p in takes if p not in ("src", "out", "rows", "progress")]
         raise UserError(f"{where}: {kind} takes no {unknown[0]!r}. Fix: one of {', '.join(settable)}.")
-    return Link(name, str(kind), step, source, out, settings)
+    return Link(name, kind, step, source, out, settings)
 
 
 def _source(where: str, given: Any, before: Sequence[Link]) -> Any:
