@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from llmdistill.errors import UserError
 from llmdistill.models import saving
 from llmdistill.models.loading import adapter_base, load_configured
+from llmdistill.pipeline.answers import compare_answers
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
@@ -39,6 +40,29 @@ from llmdistill.training.measure import Measurement
 from llmdistill.training.trainer import DistillationTrainer
 
 SHOWN_PROMPTS = 3
+COMPARED_ANSWERS = 64  # greedy ones, of the held-out prompts
+
+# What is measured on held-out prompts: the text, and what its table is called.
+TEXTS = {
+    "student": "the student's own samples",
+    "teacher": "the teacher's text",
+    "dataset": "the dataset's text",
+    "bound": "the dataset's text, by masks of every size",
+    "answers": "the greedy answers",
+    "t15": "15 % masked tokens of the dataset's text",
+    "t50": "50 % masked tokens of the dataset's text",
+    "t90": "90 % masked tokens of the dataset's text",
+}
+METRICS = (
+    "reverse_kl",
+    "forward_kl",
+    "top1_agreement",
+    "acceptance",
+    "nats",
+    "masked_ce",
+    "same_answer",
+    "near_answer",
+)
 
 
 def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> int:
@@ -73,7 +97,9 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         before = _Before(trainer, folder)
         trainer.callback_handler.callbacks.insert(0, before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        after = _snapshot(trainer)
+        # The main process alone may have the run folder, and all ask the teacher or none.
+        told = [(folder.read_json("before.json") or {}).get("teacher_answers") if main_process else None]
+        after = _snapshot(trainer, broadcast_object_list(told)[0])
         save_student(trainer, folder, recipe.student)
         problem = check_saved(trainer, folder, recipe.flags.skip_checks)
     finally:
@@ -231,28 +257,34 @@ class _Before(TrainerCallback):
                 self.folder.write_json("before.json", snapshot)
 
 
-def _snapshot(trainer: DistillationTrainer) -> dict[str, Any]:
-    """Held-out metrics and the answers to a few held-out prompts, as they are now."""
+def _snapshot(trainer: DistillationTrainer, told: Sequence[str] | None = None) -> dict[str, Any]:
+    """Held-out metrics, the share of prompts that are answered as the teacher does, and a few of the answers.
+
+    Args:
+        told: what the teacher answered before, which is not asked again.
+    """
     if not trainer.eval_dataset:
         return {}
     heldout: list[Prompt] = trainer.eval_dataset
     chosen = heldout[: trainer.args.heldout_sequences]
     measured = trainer.measure_heldout(chosen)
-    shown = heldout[:SHOWN_PROMPTS]
+    asked = heldout[: max(SHOWN_PROMPTS, min(len(chosen), COMPARED_ANSWERS))]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
     trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
-    live = bool(trainer.judges) and writes(trainer.teacher)  # one that is only stored has nothing new to say
+    answers = _texts(trainer, on_every_rank(lambda: trainer.rollout_engine.generate(asked, greedy)))
+    given: dict[str, Any] = {}
+    if trainer.judges and writes(trainer.teacher):  # one that is only stored has nothing new to say
+        known = told is not None and len(told) == len(asked)
+        others = told if known else _texts(trainer, on_every_rank(lambda: trainer.teacher.generate(asked, greedy)))
+        given["teacher_answers"] = others
+        measured = {**measured, "answers": compare_answers([p.text for p in asked], answers, others)}
     return {
         "step": trainer.state.global_step,
         **({name: m.flat() for name, m in measured.items()} or {"not_measured": trainer.heldout.lacking(chosen)}),
         "sequences": {name: _per_sequence(m) for name, m in measured.items()},
-        "prompts": [p.text for p in shown],
-        "student_answers": _texts(trainer, on_every_rank(lambda: trainer.rollout_engine.generate(shown, greedy))),
-        **(
-            {"teacher_answers": _texts(trainer, on_every_rank(lambda: trainer.teacher.generate(shown, greedy)))}
-            if live
-            else {}
-        ),
+        "prompts": [p.text for p in asked[:SHOWN_PROMPTS]],
+        "student_answers": answers[:SHOWN_PROMPTS],
+        **given,
     }
 
 
@@ -315,22 +347,13 @@ def check_saved(trainer: Any, folder: RunFolder, skipped: Sequence[str]) -> str 
 
 def _print(folder: RunFolder, console: Console, page: Path) -> None:
     before, after = folder.read_json("before.json") or {}, folder.read_json("after.json") or {}
-    texts = {
-        "student": "the student's own samples",
-        "teacher": "the teacher's text",
-        "dataset": "the dataset's text",
-        "bound": "the dataset's text, by masks of every size",
-        "t15": "15 % masked tokens of the dataset's text",
-        "t50": "50 % masked tokens of the dataset's text",
-        "t90": "90 % masked tokens of the dataset's text",
-    }
-    for text, title in texts.items():
+    for text, title in TEXTS.items():
         if text not in before or text not in after:
             continue
-        table = Table(title=f"held-out, on {title} (95 % intervals over sequences; of the change, prompt by prompt)")
+        table = Table(title=f"held-out: {title} (95 % intervals over sequences; of the change, prompt by prompt)")
         for column in ("per token", "before", "after", "change"):
             table.add_column(column, justify="left" if column == "per token" else "right")
-        for metric in ("reverse_kl", "forward_kl", "top1_agreement", "acceptance", "nats", "masked_ce"):
+        for metric in METRICS:
             if any(metric not in side[text] for side in (before, after)):  # of a teacher that tells no distributions
                 continue
             cells = [interval(side[text], metric) for side in (before, after)]

@@ -16,6 +16,7 @@ TEXTS = (
     ("student", "the student’s own samples"),
     ("teacher", "the teacher’s text"),
     ("dataset", "the dataset’s text"),  # of a run whose teacher was only stored, in place of the two above
+    ("answers", "greedy answers, beside the teacher’s"),
     ("pairs", "held-out pairs"),  # of a run on pairs, which has no teacher
 )
 OF_PAIRS = ("margin", "accuracy", "chosen_logp", "rejected_logp")
@@ -42,6 +43,10 @@ METRICS = (
     Metric("forward_kl", "Forward KL", NATS, -1, "KL(teacher, student): punishes what the student leaves out"),
     Metric("top1_agreement", "Top-1 agreement", SHARE, 1, "student and teacher have the same likeliest token"),
     Metric("acceptance", "Acceptance", SHARE, 1, "1 − total variation: drafts a speculative decoder would keep"),
+    Metric("same_answer", "Same answer", "share of prompts", 1, "the first sentence has the teacher’s very words"),
+    Metric(
+        "near_answer", "Near answer", "share of prompts", 1, "it adds to the question nearly what the teacher’s adds"
+    ),
     Metric("entropy", "Student entropy", NATS, 0, "how spread the student's distribution is"),
     Metric("margin", "Margin", "nats/token", 1, "chosen minus rejected, each the mean log-prob of its tokens"),
     Metric("accuracy", "Ranked right", "share of pairs", 1, "the chosen side is the likelier one per token"),
@@ -152,7 +157,7 @@ def headline(data: RunData) -> str:
 def _headline_text(data: RunData) -> tuple[str, str]:
     """The student's own samples, where they were measured."""
     if any(as_dict(s.get("pairs")) for s in (data.before, data.after)):
-        return TEXTS[3]
+        return TEXTS[4]
     only_dataset = not any(as_dict(s.get("student")) for s in (data.before, data.after))
     return TEXTS[2] if only_dataset and any(as_dict(s.get("dataset")) for s in (data.before, data.after)) else TEXTS[0]
 
