@@ -113,5 +113,4 @@ class Unanswerable(ValueError):
 
 def sampled_from(sampling: Sampling) -> LogprobsOf:
     """What processed log-probs are of: those of the model where nothing was processed."""
-    plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and not sampling.top_k
-    return "model" if plain else "sampling"
+    return "model" if sampling.plain else "sampling"

@@ -23,6 +23,7 @@ class DiffusionGenerationConfig:
     temperature: float = setting(1.0, "divides logits; 0 is greedy", at_least=0)
     top_k: int = setting(0, "only the k likeliest tokens; 0: all", at_least=0)
     top_p: float = setting(1.0, "only the likeliest tokens that have this mass", above=0, at_most=1)
+    min_p: float = setting(0.0, "only tokens with this share of the likeliest one's probability", at_least=0, at_most=1)
     cfg_scale: float = setting(0.0, "classifier-free guidance: l_u + (s + 1)(l_c - l_u)", at_least=0)
     order: str = setting("entropy", "which masked token is next: a function of diffusion.orders")
     select: str = setting("quota", "how many a step reveals: a function of diffusion.selections")
@@ -65,7 +66,7 @@ class DiffusionGenerationConfig:
             )
 
 
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k")  # what a Sampling says
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")  # what a Sampling says
 
 
 def generation_config(settings: Mapping[str, Any], sampling: Sampling, room: int) -> DiffusionGenerationConfig:
@@ -75,11 +76,19 @@ def generation_config(settings: Mapping[str, Any], sampling: Sampling, room: int
         room: new tokens.
 
     Raises:
-        UserError: a setting that there is not, or one that ``sampling`` has.
+        UserError: a setting that there is not, one that ``sampling`` has, or one of ``sampling`` that means something
+            only where tokens are written from left to right.
     """
+    for name, value in (("repetition_penalty", sampling.repetition_penalty), ("stop", sampling.stop)):
+        if value not in (1, ()):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(
+                f"rollouts.{name} is {shown}, and a masked diffusion model writes in any order: there is no text "
+                "before a token. Fix: leave it out."
+            )
     known = [name for name in DiffusionGenerationConfig.__dataclass_fields__ if name not in SAMPLING]
     wrong = sorted(set(settings) - set(known))
     if wrong:
         raise UserError(f"diffusion has {wrong[0]!r}; there are {', '.join(known)}. Fix: leave it out.")
     said: dict[str, Any] = {"max_new_tokens": room, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    return DiffusionGenerationConfig(**said, top_k=sampling.top_k, **settings)
+    return DiffusionGenerationConfig(**said, top_k=sampling.top_k, min_p=sampling.min_p, **settings)

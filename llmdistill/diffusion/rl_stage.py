@@ -24,7 +24,7 @@ from llmdistill.diffusion.repeated import Repeated
 from llmdistill.diffusion.slicers import SliceSettings
 from llmdistill.diffusion.stages import DiffusionConfig
 from llmdistill.diffusion.value import ValueHead
-from llmdistill.recipe.settings import Conflict, setting
+from llmdistill.recipe.settings import PENALISED, Conflict, setting
 from llmdistill.texts.sources import Only
 
 LAST = -1  # the student's layer that values are read off
@@ -94,6 +94,7 @@ class DiffusionRLConfig(DiffusionConfig):
             "rollouts.temperature is 0; the samples of a prompt would all be the same",
             "--rollouts.temperature 1",
         ),
+        PENALISED,
     )
 
     @property

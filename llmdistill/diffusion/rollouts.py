@@ -15,6 +15,7 @@ from llmdistill.diffusion.generation_config import generation_config
 from llmdistill.diffusion.noised_view import Denoiser
 from llmdistill.diffusion.sampling import DiffusionOutput, generate
 from llmdistill.models.modes import evaluating
+from llmdistill.texts.batches import groups
 from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate, request_seed
 
 BATCH = 16  # sequences that are written together
@@ -29,6 +30,8 @@ class DiffusionRollouts:
         ready: context manager around generation that yields the model to generate with.
         whole_blocks: what stands behind an end in its block stays in the text, uncounted: the states that the block was
             written in can then be made again.
+        batch_tokens: tokens, padding and room for completions included, that are written at one time; 0: no bound but
+            the number of sequences.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class DiffusionRollouts:
         pad_id: int,
         ready: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
         whole_blocks: bool = False,
+        batch_tokens: int = 0,
     ) -> None:
+        self.batch_tokens = batch_tokens
         self.denoiser, self.settings, self.ready = denoiser, dict(settings), ready
         self.eos_ids, self.pad_id, self.whole_blocks = tuple(eos_ids), pad_id, whole_blocks
         self.model: nn.Module | None = None
@@ -55,7 +60,7 @@ class DiffusionRollouts:
 
         ``behavior_logprobs`` are those of the distribution that a token was drawn from in the step that revealed it.
         """
-        every = [(i, j) for i in range(len(prompts)) for j in range(sampling.samples_per_prompt)]
+        every = [(i, j) for i in range(len(prompts)) for j in sampling.numbers]
         seeds = [request_seed(sampling.seed, i, j) for i, j in every]
         return self.write([prompts[i] for i, _ in every], sampling, seeds)
 
@@ -68,8 +73,9 @@ class DiffusionRollouts:
         parts = list[tuple[list[int], list[bool], list[float], list[int], str]]()
         with self.ready(self.model) as model, evaluating(model):
             student = self.denoiser.around(model)
-            for start in range(0, len(requests), BATCH):
-                parts += self._batch(student, requests[start : start + BATCH], sampling)
+            limit = self.batch_tokens
+            for batch in groups([len(p.ids) + sampling.max_new_tokens for p in prompts], limit, at_most=BATCH):
+                parts += self._batch(student, [requests[i] for i in batch], sampling)
         made = collate(
             [p.ids for p, _ in requests],
             [ids for ids, *_ in parts],
@@ -100,7 +106,7 @@ class DiffusionRollouts:
             ids,
             mask,
             generation_config(self.settings, sampling, sampling.max_new_tokens),
-            eos_ids=self.eos_ids,
+            eos_ids=() if sampling.ignore_eos else self.eos_ids,
             generator=[torch.Generator().manual_seed(seed) for _, seed in requests],
         )
         self.forwards[0] += int((out.step_map[:, width:] >= 0).sum())

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llmdistill.diffusion import orders, selections
 from llmdistill.diffusion.caches import CACHES, Canvas
@@ -228,11 +228,13 @@ class _Sampling:
         return revealed  # type: ignore[no-any-return]
 
     def _tempered(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from: divided by the temperature, cut by top_k and top_p."""
+        """What tokens are drawn from: divided by the temperature, cut by min_p, top_k and top_p."""
         c, width = self.config, logits.shape[-1]
         if c.temperature > 0:
             logits = logits / c.temperature
         flat = logits.reshape(-1, width)
+        if c.min_p:
+            flat = MinPLogitsWarper(c.min_p)(None, flat)  # type: ignore[arg-type]
         if c.top_k:
             flat = TopKLogitsWarper(min(c.top_k, width))(None, flat)  # type: ignore[arg-type]
         if c.top_p < 1:

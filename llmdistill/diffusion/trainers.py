@@ -71,6 +71,7 @@ class MaskedDiffusionTrainer(DistillationTrainer):
             pad_id=pad_id(processing_class),
             ready=lambda student: generation_ready(student, self.accelerator),
             whole_blocks=args.whole_blocks,
+            batch_tokens=args.rollouts.batch_tokens,
         )
         kwargs.setdefault("rollout_engine", engine)
         super().__init__(model, args, teacher, method=method, processing_class=processing_class, data=data, **kwargs)

@@ -18,7 +18,7 @@ from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.alm import chunk_credit
-from llmdistill.recipe.settings import GREEDY, Conflict, setting
+from llmdistill.recipe.settings import GREEDY, PENALISED, Conflict, setting
 from llmdistill.teachers.chunks import Question
 
 
@@ -33,11 +33,12 @@ class Settings:
 
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         GREEDY,
+        PENALISED,
         Conflict(
-            lambda s: s.rollouts.temperature != 1 or s.rollouts.top_p != 1 or s.rollouts.top_k,
-            "rollouts.temperature is {rollouts.temperature:g}, top_p {rollouts.top_p:g}, top_k {rollouts.top_k}; the "
-            "gradient is that of tokens drawn from the student's own distribution",
-            "--rollouts.temperature 1 --rollouts.top_p 1 --rollouts.top_k 0",
+            lambda s: s.rollouts.temperature != 1 or s.rollouts.top_p != 1 or s.rollouts.top_k or s.rollouts.min_p,
+            "rollouts.temperature is {rollouts.temperature:g}, top_p {rollouts.top_p:g}, top_k {rollouts.top_k}, min_p "
+            "{rollouts.min_p:g}; the gradient is that of tokens drawn from the student's own distribution",
+            "--rollouts.temperature 1 --rollouts.top_p 1 --rollouts.top_k 0 --rollouts.min_p 0",
         ),
     )
 

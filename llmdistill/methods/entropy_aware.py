@@ -19,7 +19,7 @@ from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.entropy_aware import entropy_aware
 from llmdistill.objectives.selection import entropy
-from llmdistill.recipe.settings import GREEDY, setting
+from llmdistill.recipe.settings import GREEDY, PENALISED, setting
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Settings:
     top_k: int = setting(16, "the teacher's likeliest tokens that it is over", at_least=1)
     importance_cap: float = setting(5.0, "weigh tokens by min(student/sampler, cap); 0: no", at_least=0)
 
-    conflicts = (GREEDY,)
+    conflicts = (GREEDY, PENALISED)
 
 
 def build(args: Any) -> Method:

@@ -19,7 +19,7 @@ import torch
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.f_policy import f_advantage, sampled_f
-from llmdistill.recipe.settings import GREEDY, Conflict, setting
+from llmdistill.recipe.settings import GREEDY, PENALISED, Conflict, setting
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Settings:
     conflicts = (
         Conflict(lambda s: not known(s.f), "objective.f is {f!r}, which is no f-divergence", "jensen_shannon"),
         GREEDY,
+        PENALISED,
     )
 
 

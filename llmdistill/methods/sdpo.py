@@ -17,7 +17,7 @@ from typing import Any
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives import sparse
-from llmdistill.recipe.settings import GREEDY, Conflict, setting
+from llmdistill.recipe.settings import GREEDY, PENALISED, Conflict, setting
 
 SUCCESS = 0.5  # a reward from here on is one
 
@@ -40,7 +40,10 @@ class Settings:
             "{rollouts.samples_per_prompt}",
             "--samples_per_prompt 8",
         ),
-        Conflict(lambda s: s.importance_cap and GREEDY.when(s), GREEDY.message, GREEDY.fix),
+        *(
+            Conflict(lambda s, rule=rule: s.importance_cap and rule.when(s), rule.message, rule.fix)
+            for rule in (GREEDY, PENALISED)
+        ),
     )
 
 
@@ -48,7 +51,8 @@ def build(args: Any) -> Method:
     """One term. Judge and context are the recipe's."""
     loss = partial(sparse.jsd, beta=args.beta)
     term = Term("divergence", loss, (Ask("teacher", "top_k"),), top_k=args.top_k, support="student", on_student=True)
-    return Method((term.importance_weighted(args.importance_cap, **args.sampler),))
+    cap = args.importance_cap
+    return Method((term.importance_weighted(cap, **args.sampler) if cap else term,))
 
 
 def sibling(row: dict[str, Any], completions: list[str], rewards: list[float] | None) -> list[str | None]:

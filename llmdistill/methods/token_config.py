@@ -15,7 +15,7 @@ from llmdistill.errors import UserError
 from llmdistill.objectives import divergences, policy, sparse
 from llmdistill.objectives.labels import cross_entropy, mixed_target
 from llmdistill.recipe.config import DistillationConfig
-from llmdistill.recipe.settings import Conflict, setting
+from llmdistill.recipe.settings import PENALISED, Conflict, setting
 from llmdistill.teachers.evidence import Kind
 from llmdistill.texts import sources
 from llmdistill.texts.sources import Only, Source
@@ -163,6 +163,11 @@ class TokenConfig(DistillationConfig):
             lambda s: s.rollouts.temperature == 0 and (s.estimator == "sampled" or s.cap),
             "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with",
             "--rollouts.temperature 1, or estimator full without importance_cap",
+        ),
+        Conflict(
+            lambda s: PENALISED.when(s) and (s.estimator == "sampled" or s.cap or getattr(s, "reward_weight", 0.0)),
+            PENALISED.message,
+            f"{PENALISED.fix}, or estimator full or top_k without reward_weight and importance_cap",
         ),
         Conflict(
             lambda s: s.estimator == "top_k" and s.loss_temperature != 1,

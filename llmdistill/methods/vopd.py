@@ -16,7 +16,7 @@ from typing import Any, Literal
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term
 from llmdistill.objectives.baseline import optimal_baseline, topk_kl_baseline, with_baseline
-from llmdistill.recipe.settings import GREEDY, setting
+from llmdistill.recipe.settings import GREEDY, PENALISED, setting
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Settings:
     top_k: int = setting(100, "kl: tokens of the student's list", at_least=1, read_by={"baseline": ("kl",)})
     importance_cap: float = setting(5.0, "weigh tokens by min(student/sampler, cap); 0: no", at_least=0)
 
-    conflicts = (GREEDY,)
+    conflicts = (GREEDY, PENALISED)
 
 
 def build(args: Any) -> Method:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,11 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,9 +29,12 @@ from transformers import (
 from llmdistill.errors import UserError
 from llmdistill.models.weights import base_model
 from llmdistill.texts import request_seed
+from llmdistill.texts.batches import groups
 from llmdistill.texts.rollout import Finish, Prompt, Rollout, Sampling, collate
+from llmdistill.texts.stops import StopStrings, stop_strings
 
 logger = logging.getLogger(__name__)
+BATCH_TOKENS = 32768  # generated at one time where nobody says: 0.7 GiB of keys and values of a 0.1B student, 4 of a 7B
 
 
 class HFRollouts:
@@ -36,6 +44,8 @@ class HFRollouts:
         eos_ids, pad_id: of the student's tokenizer.
         ready: context manager around generation that yields the model to generate with; it gathers parameters that
             are sharded (ZeRO-3).
+        tokenizer: of the student, for stop strings.
+        batch_tokens: of :func:`generate`; 0: no bound.
     """
 
     def __init__(
@@ -44,7 +54,10 @@ class HFRollouts:
         eos_ids: Sequence[int],
         pad_id: int,
         ready: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
+        self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
         self.eos_ids, self.pad_id, self.ready = tuple(eos_ids), pad_id, ready
         self.model: nn.Module | None = None
         self.policy_version = 0
@@ -62,6 +75,8 @@ class HFRollouts:
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
                 policy_version=self.policy_version,
+                tokenizer=self.tokenizer,
+                batch_tokens=self.batch_tokens,
             )
 
     def close(self) -> None:
@@ -78,20 +93,28 @@ def generate(
     pad_id: int,
     policy_version: int = 0,
     rows: Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_tokens: int = 0,
 ) -> Rollout:
     """Completions of every prompt (samples of one prompt adjacent), the ending eos included and counted.
 
-    ``behavior_logprobs`` are those of the distribution drawn from: softmax(logits / temperature) after top-k and
-    top-p; of softmax(logits) when greedy. The global random state is left as it was found: a run draws the same
-    samples whatever else uses it.
+    ``behavior_logprobs`` are those of the distribution drawn from: softmax(logits / temperature) after everything
+    that :class:`~llmdistill.texts.rollout.Sampling` says; at temperature 1 and uncut when greedy. The global
+    random state is left as it was found: a run draws the same samples whatever else uses it.
 
     Args:
         rows: number of each prompt in the call its seed speaks of, where this call is only a part of that.
+        tokenizer: of the model, for stop strings.
+        batch_tokens: sequences are generated in batches of so many tokens, prompts, padding and the room for
+            completions included; a longer one is alone. What is drawn does not depend on it. 0: all in one batch.
+
+    Raises:
+        UserError: stop strings without a tokenizer, or a model that cannot be sampled from.
     """
-    n = sampling.samples_per_prompt
+    n, stops = sampling.samples_per_prompt, stop_strings(tokenizer, sampling.stop)
     numbers = list(range(len(prompts))) if rows is None else list(rows)
-    requests = [(p.ids, (i, j)) for p, i in zip(prompts, numbers, strict=True) for j in range(n)]
-    ends = _Ends(tuple(eos_ids), pad_id)
+    requests = [(p.ids, (i, j)) for p, i in zip(prompts, numbers, strict=True) for j in sampling.numbers]
+    ends = _Ends(() if sampling.ignore_eos else tuple(eos_ids), pad_id, stops)
     was_training = model.training
     model.eval()
     holders = [model, base_model(model)]  # adapters hand their wrapper's settings down to the model below
@@ -100,8 +123,9 @@ def generate(
         for holder in holders:
             holder.generation_config = GenerationConfig()
         together = len(requests) == 1 or _may_be_batched(model, ends)
-        groups = [requests] if together else [[request] for request in requests]
-        drawn = [sequence for group in groups for sequence in _drawn(model, group, sampling, ends)]
+        lengths = [len(ids) + sampling.max_new_tokens for ids, _ in requests]
+        batches = groups(lengths, batch_tokens, at_most=0 if together else 1)
+        drawn = [s for batch in batches for s in _drawn(model, [requests[i] for i in batch], sampling, ends)]
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
@@ -134,6 +158,13 @@ class _Ends:
 
     eos_ids: tuple[int, ...]
     pad_id: int
+    stops: StopStrings | None = None
+
+    def of(self, ids: Sequence[int]) -> int | None:
+        """The number of tokens of a completion up to its end; None: it has none."""
+        eos = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), None)
+        stop = None if self.stops is None else self.stops.end(ids[:eos])
+        return eos if stop is None else stop
 
 
 @dataclass(frozen=True)
@@ -204,11 +235,11 @@ def _drawn(
     ids_BT, mask_BT = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
     # Drawing is ours (one uniform number per request and token), so transformers only has to take the best score.
     draw = _Draw(sampling, [request for _, request in requests]).to(model.device)
-    out = _generated(model, ids_BT, mask_BT, sampling, draw, ends.eos_ids, ends.pad_id)
+    out = _generated(model, ids_BT, mask_BT, sampling, draw, ends)
     found = []
     for row, row_logprobs in zip(out[:, width:].tolist(), draw.logprobs(), strict=True):
-        end = next((i for i, token in enumerate(row) if token in ends.eos_ids), None)
-        ids = row if end is None else row[: end + 1]
+        end = ends.of(row)
+        ids = row[:end]
         found.append(_Sequence(ids, row_logprobs[: len(ids)], "length" if end is None else "stop"))
     return found
 
@@ -219,34 +250,70 @@ def _generated(
     mask_BT: Tensor,
     sampling: Sampling,
     draw: _Draw,
-    eos_ids: Sequence[int],
-    pad_id: int,
+    ends: _Ends,
 ) -> Tensor:
     """Prompts and completions, [B, T + new]. Nothing of the checkpoint's own generation settings is in force: vLLM does
     not apply them either, and a repetition penalty would make what is drawn another distribution than the policy's."""
+    stopping = [] if ends.stops is None else [_Stopped(ends.stops, ids_BT.shape[1])]
     return model.generate(  # type: ignore[operator,no-any-return]
         input_ids=ids_BT,
         attention_mask=mask_BT,
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
-        eos_token_id=list(eos_ids),
-        pad_token_id=pad_id,
+        eos_token_id=list(ends.eos_ids) or None,
+        pad_token_id=ends.pad_id,
         use_cache=True,
-        logits_processor=LogitsProcessorList([_finite, *_warpers(sampling), draw]),
+        logits_processor=LogitsProcessorList([_finite, *_warpers(sampling, mask_BT), draw]),
+        stopping_criteria=StoppingCriteriaList(stopping),
         synced_gpus=False,  # parameters are gathered: ranks need not take equally many steps
     )
 
 
-def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
-    """Temperature, then top-k, then top-p, as transformers and vLLM order them."""
+def _warpers(sampling: Sampling, mask_BT: Tensor) -> list[LogitsProcessor]:
+    """Repetition penalty, temperature, min-p, top-k, top-p, in vLLM's order."""
     found: list[LogitsProcessor] = []
+    if sampling.repetition_penalty != 1:
+        found.append(_RepetitionPenalty(sampling.repetition_penalty, mask_BT))
     if sampling.temperature not in (0, 1):
         found.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.temperature and sampling.min_p:
+        found.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k:
         found.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         found.append(TopPLogitsWarper(sampling.top_p))
     return found
+
+
+class _RepetitionPenalty(LogitsProcessor):
+    """Logits of tokens that stand in prompt or completion, divided by the penalty above 0 and multiplied below
+    (CTRL, arXiv 1909.05858). transformers' own takes padding for a part of the prompt."""
+
+    def __init__(self, penalty: float, mask_BT: Tensor) -> None:
+        self.penalty, self.mask_BT = penalty, mask_BT.bool()
+        self.seen_BV: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if self.seen_BV is None:
+            counts_BV = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+            counts_BV.scatter_add_(1, input_ids, self.mask_BT.to(torch.int32))
+            self.seen_BV = counts_BV > 0
+        else:
+            self.seen_BV.scatter_(1, input_ids[:, -1:], True)
+        scaled_BV = torch.where(scores > 0, scores / self.penalty, scores * self.penalty)
+        return torch.where(self.seen_BV, scaled_BV, scores)
+
+
+class _Stopped(StoppingCriteria):
+    """Rows whose completion has a stop string."""
+
+    def __init__(self, stops: StopStrings, start: int) -> None:
+        self.stops, self.start = stops, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        rows = input_ids[:, max(self.start, input_ids.shape[1] - self.stops.window) :].tolist()
+        ended = [self.stops.ends(row) for row in rows]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
 class _Draw(LogitsProcessor):

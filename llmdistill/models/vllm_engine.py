@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.compat.vllm import close_vllm, completions, load_vllm
 from llmdistill.compat.vllm_weights import forget_prefixes, push_weights, takes_partial_push
 from llmdistill.errors import UserError
-from llmdistill.models.vllm_requests import generation_params
+from llmdistill.models.vllm_requests import Drawn, drawn, generation_params
 from llmdistill.models.weights import named_weights
 from llmdistill.texts import request_seed
-from llmdistill.texts.rollout import Finish, Prompt, Rollout, Sampling, collate
+from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate
+from llmdistill.texts.stops import stop_strings
 
 Role = Literal["teacher", "rollouts", "evaluation"]
 
@@ -87,14 +89,26 @@ class InProcessVLLM:
                 [{"prompt_token_ids": ids} for ids in sequences], list(params), use_tqdm=False
             )
 
-    def complete(self, prompts: Sequence[Prompt], sampling: Sampling, eos_ids: Sequence[int]) -> list[Any]:
-        """vLLM's ``CompletionOutput`` of every prompt and sample, samples of one prompt adjacent.
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_tokens: int = 0,
+    ) -> list[Drawn]:
+        """A completion of every prompt and sample, samples of one prompt adjacent.
 
         Every sample is a request with a seed of its own, so what it draws does not depend on its company, up to
         rounding (a batch of another size adds in another order).
 
+        Args:
+            tokenizer: of the model, for stop strings.
+            batch_tokens: only so many requests are in the engine at one time that each could be as long as the longest
+                may become; 0: the engine takes all, and runs as many as its cache of keys and values holds.
+
         Raises:
-            UserError: a prompt leaves no room for ``max_new_tokens``.
+            UserError: a prompt leaves no room for ``max_new_tokens``, or stop strings without a tokenizer.
         """
         longest = max((len(p.ids) for p in prompts), default=0) + sampling.max_new_tokens
         if longest > self.longest:
@@ -104,17 +118,22 @@ class InProcessVLLM:
                 "max_model_len."
             )
         forget_prefixes(self.llm)  # they would change the rounding, and a resumed run has not got them
+        stops = stop_strings(tokenizer, sampling.stop)
         requests = [
-            (
-                {"prompt_token_ids": list(prompt.ids)},
-                generation_params(sampling, request_seed(sampling.seed, i, j), eos_ids),
-            )
+            (list(prompt.ids), generation_params(sampling, request_seed(sampling.seed, i, j), eos_ids))
             for i, prompt in enumerate(prompts)
-            for j in range(sampling.samples_per_prompt)
+            for j in sampling.numbers
         ]
-        with random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
-            outputs = self.llm.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
-        return [o.outputs[0] for o in outputs]
+        if stops is None and not batch_tokens:
+            with random_state_kept():  # the CPU sampler draws from the global state even for requests with a seed
+                outputs = self.llm.generate(
+                    [{"prompt_token_ids": ids} for ids, _ in requests], [s for _, s in requests], use_tqdm=False
+                )
+            return [drawn(o.outputs[0]) for o in outputs]
+        at_once = max(batch_tokens // longest, 1) if batch_tokens else len(requests)
+        named = ((str(i), *request) for i, request in enumerate(requests))
+        found = {name: drawn(o, stops) for name, o in self.stream(named, at_once, stops and stops.ends)}
+        return [found[str(i)] for i in range(len(requests))]
 
     def rollout(
         self,
@@ -123,20 +142,22 @@ class InProcessVLLM:
         eos_ids: Sequence[int],
         pad_id: int,
         policy_version: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_tokens: int = 0,
     ) -> Rollout:
         """What :meth:`complete` draws, with the log-probs of the sampled tokens.
 
         Raises:
             UserError: as :meth:`complete`.
         """
-        outputs, n = self.complete(prompts, sampling, eos_ids), sampling.samples_per_prompt
-        finish: list[Finish] = ["stop" if o.finish_reason == "stop" else "length" for o in outputs]
+        outputs = self.complete(prompts, sampling, eos_ids, tokenizer, batch_tokens)
+        n = sampling.samples_per_prompt
         return collate(
             [p.ids for p in prompts for _ in range(n)],
-            [o.token_ids for o in outputs],
+            [o.ids for o in outputs],
             pad_id=pad_id,
-            behavior_logprobs=[o.logprobs.logprobs for o in outputs],
-            finish=finish,
+            behavior_logprobs=[o.logprobs for o in outputs],
+            finish=[o.finish for o in outputs],
             domain=[p.domain for p in prompts for _ in range(n)],
             policy_version=policy_version,
         )

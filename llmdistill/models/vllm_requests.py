@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmdistill.texts.rollout import Sampling
+from llmdistill.texts.rollout import Finish, Sampling
+from llmdistill.texts.stops import StopStrings
 from llmdistill.wire.listing import merged
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A completion: its ids with what ended it, the log-prob of each, and how it ended."""
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Finish
+
+
+def drawn(output: Any, stops: StopStrings | None = None) -> Drawn:
+    """What vLLM's ``CompletionOutput`` says, ended at the first stop string: the engine may be some tokens past it."""
+    ids, logprobs = list(output.token_ids), list(output.logprobs.logprobs)
+    end = None if stops is None else stops.end(ids)
+    by_itself = end is not None or output.finish_reason == "stop"
+    return Drawn(ids[:end], logprobs[:end], "stop" if by_itself else "length")
+
+
 def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> Any:
-    """``SamplingParams`` of one sample: its own seed, the sampled tokens' log-probs, no text."""
+    """``SamplingParams`` of one sample: its own seed, the sampled tokens' log-probs, no text.
+
+    Stop strings are looked for by us (:mod:`llmdistill.texts.stops`), in what the engine has written so far: it has no
+    tokenizer.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -22,14 +45,16 @@ def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> 
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
         max_tokens=sampling.max_new_tokens,
         seed=seed,
-        stop_token_ids=list(eos_ids),
+        stop_token_ids=[] if sampling.ignore_eos else list(eos_ids),
         ignore_eos=True,  # of the model's configuration: the ids above are all that end a completion
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
     )
 
 

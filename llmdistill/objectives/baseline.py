@@ -22,7 +22,7 @@ Baseline = Callable[..., Tensor]
 
 
 def with_baseline(
-    baseline: Baseline, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    baseline: Baseline, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Callable[..., Tensor]:
     """`policy.sampled_token` with advantage A - b; reads (student_logits, token_ids, teacher_lp, *evidence).
 
@@ -34,7 +34,13 @@ def with_baseline(
         student_lp = token_logprobs(student_logits.detach(), token_ids)
         advantage = gopd_advantage(student_lp, teacher_lp) - baseline(student_logits, *evidence)
         return policy_gradient(
-            student_logits, token_ids, advantage / temperature, temperature=temperature, top_k=top_k, top_p=top_p
+            student_logits,
+            token_ids,
+            advantage / temperature,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
         )
 
     return sampled

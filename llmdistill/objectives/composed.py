@@ -64,9 +64,11 @@ def extrapolated(loss: Loss, scale: float, *, plausibility: float = 0.0) -> Loss
     return towards
 
 
-def extrapolated_sampled(scale: float, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0) -> Loss:
+def extrapolated_sampled(
+    scale: float, temperature: float = 1.0, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Loss:
     """`sampled_token` for evidence that names the tokens twice, once with the teacher's and once with R's log-probs."""
-    policy = partial(sampled_token, scale=scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    policy = partial(sampled_token, scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
     def towards(
         student_logits: Tensor, token_ids: Tensor, teacher_lp: Tensor, _ids: Tensor, reference_lp: Tensor
@@ -76,7 +78,9 @@ def extrapolated_sampled(scale: float, temperature: float = 1.0, *, top_k: int =
     return towards
 
 
-def on_samples(loss: Loss, *, cap: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Loss:
+def on_samples(
+    loss: Loss, *, cap: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Loss:
     """``loss`` with truncated importance weights; two more arguments follow its evidence.
 
     token_ids [n]; behavior_lp [n], log-probs under the policy that drew them. The loss becomes w loss with
@@ -84,8 +88,8 @@ def on_samples(loss: Loss, *, cap: float, temperature: float = 1.0, top_k: int =
     top_k and top_p. It corrects what the engine computed differently; engines report the log-probs of what they drew
     from, after temperature, top_k and top_p. NaN in behavior_lp marks tokens nobody drew: their weight is 1.
     """
-    check_truncation(top_k, top_p)
-    sampler = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_truncation(top_k, top_p, min_p)
+    sampler = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
     def weighted(student_logits: Tensor, *evidence: Tensor) -> Tensor:
         *judged, token_ids, behavior_lp = evidence

@@ -20,6 +20,7 @@ def entropy_aware(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """`policy.sampled_token` + [H(T) > threshold] sum_listed T (log T - log S) -> [n] (METHODS-2026 9.1.5).
 
@@ -28,7 +29,9 @@ def entropy_aware(
     whole vocabulary, in nats; the threshold is absolute, so another vocabulary selects another share. temperature,
     top_k and top_p are the sampler's and concern the first term alone. Both terms are divided by all counted tokens.
     """
-    sampled = sampled_token(student_logits, token_ids, teacher_lp, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampled = sampled_token(
+        student_logits, token_ids, teacher_lp, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     dtype, listed = compute_dtype(student_logits), topk_ids >= 0
     logits = student_logits.to(dtype)
     log_s = logits.gather(-1, topk_ids.long().clamp_min(0)) - logits.logsumexp(-1, keepdim=True)

@@ -39,6 +39,7 @@ def sampled_f(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """-sg[`f_advantage`] log S(y) -> [n]: an unbiased gradient of D_f(T || S) from y = token_ids [n] drawn from S.
 
@@ -59,4 +60,6 @@ def sampled_f(
     if log_ratio_clip is not None:
         log_ratio = log_ratio.clamp(-log_ratio_clip, log_ratio_clip)
     advantage = f_advantage(log_ratio, name)
-    return policy_gradient(student_logits, token_ids, advantage, temperature=temperature, top_k=top_k, top_p=top_p)
+    return policy_gradient(
+        student_logits, token_ids, advantage, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )

@@ -40,9 +40,12 @@ def policy_gradient(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """-sg[A] log S_{tau,K}(y) -> [n], for tokens y = token_ids [n] that a sampler with these settings drew."""
-    drawn_lp = sampler_logprobs(student_logits, token_ids, temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn_lp = sampler_logprobs(
+        student_logits, token_ids, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     return -advantage.detach() * drawn_lp
 
 
@@ -56,6 +59,7 @@ def sampled_token(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """-sg[A / tau] log S_{tau,K}(y) -> [...], A = `gopd_advantage`: policy gradient on the sampled tokens y =
     token_ids [...].
@@ -65,10 +69,12 @@ def sampled_token(
     by tau: A / tau differs from log T_tau(y) - log S_{tau,K}(y) by a constant of the position, which has no expected
     gradient. The optimum is the target on the nucleus; logits outside it get no gradient. That A / tau and no other
     of these is taken because it vanishes for a student that equals its teacher. The value is no KL (monitor
-    `metrics.kl_k1` or `kl_k3`). Raises ValueError for temperature <= 0, top_k < 0, top_p outside (0, 1], or
-    scale != 1 without reference_lp.
+    `metrics.kl_k1` or `kl_k3`). Raises ValueError for temperature <= 0, top_k < 0, top_p outside (0, 1],
+    min_p outside [0, 1], or scale != 1 without reference_lp.
     """
-    drawn_lp = sampler_logprobs(student_logits, token_ids, temperature=temperature, top_k=top_k, top_p=top_p)
-    plain = temperature == 1.0 and not top_k and top_p == 1.0  # then the two log-probs are one
+    drawn_lp = sampler_logprobs(
+        student_logits, token_ids, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    plain = temperature == 1.0 and not top_k and top_p == 1.0 and not min_p  # then the two log-probs are one
     student_lp = drawn_lp if plain else token_logprobs(student_logits.detach(), token_ids)
     return -gopd_advantage(student_lp, teacher_lp, reference_lp, scale) / temperature * drawn_lp

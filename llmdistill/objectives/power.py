@@ -21,6 +21,7 @@ def power_sampled(
     alpha: float,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """-sg[T(y)^a - S(y)^a] log S(y) -> [n], for tokens y = token_ids [n] drawn from S at temperature 1.
 
@@ -31,4 +32,4 @@ def power_sampled(
     """
     student_lp = token_logprobs(student_logits.detach(), token_ids)
     reward = power_reward(student_lp, teacher_lp, alpha)
-    return policy_gradient(student_logits, token_ids, reward, top_k=top_k, top_p=top_p)
+    return policy_gradient(student_logits, token_ids, reward, top_k=top_k, top_p=top_p, min_p=min_p)

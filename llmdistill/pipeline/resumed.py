@@ -31,7 +31,12 @@ MAY_CHANGE = frozenset(
         # memory and speed
         *("student.attn_implementation", "teacher.attn_implementation", "teacher.batch_tokens"),
         *("student.trust_remote_code", "teacher.trust_remote_code"),
-        *("rollouts.kv_cache_gib", "rollouts.gpu_memory_utilization", "objective.chunk_tokens"),
+        *(
+            "rollouts.kv_cache_gib",
+            "rollouts.gpu_memory_utilization",
+            "rollouts.batch_tokens",
+            "objective.chunk_tokens",
+        ),
         *("train.bf16", "train.fp16", "train.tf32", "train.bf16_full_eval", "train.fp16_full_eval", "train.use_cpu"),
         *("train.gradient_checkpointing", "train.gradient_checkpointing_kwargs", "train.torch_empty_cache_steps"),
         *("train.torch_compile", "train.torch_compile_backend", "train.torch_compile_mode"),

@@ -24,7 +24,7 @@ from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.command_line import Recipe
-from llmdistill.recipe.config import DataConfig, EvalsConfig, StudentConfig
+from llmdistill.recipe.config import DataConfig, DistillationConfig, EvalsConfig, StudentConfig
 from llmdistill.recipe.launches import check_outages, leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
@@ -97,6 +97,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         before = _Before(trainer, folder)
         trainer.callback_handler.callbacks.insert(0, before)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        say(recipe.args, "measuring the student again")
         # The main process alone may have the run folder, and all ask the teacher or none.
         told = [(folder.read_json("before.json") or {}).get("teacher_answers") if main_process else None]
         after = _snapshot(trainer, broadcast_object_list(told)[0])
@@ -113,6 +114,12 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
     if problem:  # not before: all that was measured is kept
         raise UserError(problem)
     return 0
+
+
+def say(args: DistillationConfig, doing: str) -> None:
+    """A line, once a run, on what takes a while and shows no progress of its own."""
+    if args.process_index == 0:
+        Console(stderr=True, markup=False, highlight=False).print(f"…      {doing}")
 
 
 def quiet() -> None:
@@ -140,12 +147,17 @@ def build(
 ) -> DistillationTrainer:
     """Models, data and trainer of a recipe; ``data`` as :func:`load_data` has it."""
     args, rows = recipe.args, data or load_data(recipe)
+    say(args, f"loading the student {recipe.student.model}")
     named = zip(recipe.teacher_sections, recipe.teachers, strict=True)
     outages = {f"{section}.max_outage_s": teacher.max_outage_s for section, teacher in named if teacher.url}
     check_outages(outages, args.ddp_timeout, args.world_size)
     student, tokenizer = load_student(recipe.student)
+    if recipe.teachers and "teacher" not in getattr(args, "unread", ()):
+        say(args, f"loading the teacher {', '.join(config.label or config.student for config in recipe.teachers)}")
     # on all ranks or on none: a service may not be there yet
     teacher = on_every_rank(lambda: load_teacher(recipe))
+    if args.rollouts.engine == "vllm":
+        say(args, "vllm starts with a copy of the student")
     try:
         trainer = trainer_class(
             student,
@@ -252,6 +264,7 @@ class _Before(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
+            say(args, "measuring the student as it is, on held-out prompts")
             snapshot = _snapshot(self.trainer)
             if state.is_world_process_zero:
                 self.folder.write_json("before.json", snapshot)
@@ -370,7 +383,8 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
     console.rule()
     console.print(f"student: {folder.path / 'student'}   page: {page}", markup=False)
     console.print(
-        "next: open the page; then your own models, with --student.model, --teacher.model, --data.train and "
-        "--max_new_tokens (README, 'Your models')",
+        "next: open the page; then your own models on a GPU, with your prompts in train.jsonl and heldout.jsonl:\n"
+        "  accelerate launch -m llmdistill.opd --config recipes/gpu/one_gpu.yaml \\\n"
+        "    --student.model Qwen/Qwen3-1.7B --teacher.model Qwen/Qwen3-8B",
         markup=False,
     )

@@ -32,8 +32,9 @@ from llmdistill.objectives.projection import Projection
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.preflight.finding import Run, Subject
 from llmdistill.ranks import on_every_rank
+from llmdistill.rollouts.choose import sampling_of
 from llmdistill.teachers.base import Teacher
-from llmdistill.texts import Prompt, Rollout, Sampling, collate, position_ids, predicting_rows
+from llmdistill.texts import Prompt, Rollout, collate, position_ids, predicting_rows
 from llmdistill.texts.prompts import completed
 
 PROMPTS = 2
@@ -68,7 +69,8 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> tuple[Rollout, lis
             chosen = [replace(p, completion=p.completion[:NEW_TOKENS]) for p in chosen]
         return completed(chosen, trainer.pad_id), chosen
     r = trainer.args.rollouts  # type: ignore[attr-defined]
-    sampling = Sampling(min(NEW_TOKENS, r.max_new_tokens), r.temperature, r.top_p, r.top_k, seed=trainer.args.seed)
+    few = {"max_new_tokens": min(NEW_TOKENS, r.max_new_tokens), "samples_per_prompt": 1}
+    sampling = replace(sampling_of(r, trainer.args.seed), **few)
     trainer.sync_engine()
     return on_every_rank(lambda: trainer.rollout_engine.generate(chosen, sampling)), chosen
 
@@ -121,10 +123,10 @@ def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teache
 def engine_gap(trainer: Run, student: nn.Module, rollout: Rollout) -> float | None:
     """Mean difference, in nats, between the log-probs an engine drew with and those of the student itself.
 
-    None where the engine reports none, or where the sampling (greedy, top-p, top-k) reshapes them.
+    None where the engine reports none, or where the sampling (greedy, cut, penalised) reshapes them.
     """
     r = trainer.args.rollouts  # type: ignore[attr-defined]
-    if rollout.behavior_logprobs is None or r.temperature == 0 or r.top_p < 1 or r.top_k > 0:
+    if rollout.behavior_logprobs is None or r.temperature == 0 or not replace(sampling_of(r), temperature=1.0).plain:
         return None
     rollout = rollout.to(next(student.parameters()).device)
     with evaluating(student):

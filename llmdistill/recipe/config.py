@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.launches import check_cpu_launch, launched_processes
-from llmdistill.recipe.settings import check_settings, require
+from llmdistill.recipe.settings import PENALISED, check_settings, require
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 TEMPLATE_ARGUMENTS = (  # of apply_chat_template: what is said with them is set elsewhere
@@ -206,6 +206,16 @@ class RolloutConfig:
     temperature: float = option(1.0, "sampling temperature (0: greedy); apart from objective.loss_temperature")
     top_p: float = option(1.0, "nucleus sampling")
     top_k: int = option(0, "sample among so many tokens; 0: all")
+    min_p: float = option(0.0, "only tokens with this share of the likeliest one's probability")
+    repetition_penalty: float = option(
+        1.0, "divides positive logits of tokens that prompt or completion have, multiplies negative ones"
+    )
+    stop: list[str] = option([], "strings that end a completion; their tokens stay in it")
+    ignore_eos: bool = option(False, "go on past every end of text to max_new_tokens or a stop string")
+    batch_tokens: int = option(
+        0,
+        "tokens (prompts, padding, room for completions) generated at one time; 0: 32768 of hf, else the engine's own",
+    )
     samples_per_prompt: int = option(1, "completions of every prompt")
     mask_truncated: bool = option(False, "keep completions cut off by max_new_tokens out of the loss")
     dtype: DType = option("bfloat16", "dtype of the vllm engine's copy of the student")
@@ -228,6 +238,15 @@ class RolloutConfig:
         require(self.temperature >= 0, "rollouts.temperature", self.temperature, ">= 0", "use 0 for greedy")
         require(0 < self.top_p <= 1, "rollouts.top_p", self.top_p, "in (0, 1]", "use 1 for no nucleus")
         require(self.top_k >= 0, "rollouts.top_k", self.top_k, ">= 0", "use 0 for the whole vocabulary")
+        require(0 <= self.min_p <= 1, "rollouts.min_p", self.min_p, "in [0, 1]", "use 0 for all tokens")
+        penalty = self.repetition_penalty
+        require(0 < penalty < math.inf, "rollouts.repetition_penalty", penalty, "> 0", "use 1 for none")
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        require(all(isinstance(s, str) and s for s in self.stop), "rollouts.stop", self.stop, "strings", "leave it out")
+        endless = self.ignore_eos and self.mask_truncated and not self.stop
+        needed = "false beside rollouts.ignore_eos: every completion is cut off"
+        require(not endless, "rollouts.mask_truncated", True, needed, "leave one out")
+        require(self.batch_tokens >= 0, "rollouts.batch_tokens", self.batch_tokens, ">= 0", "use 0")
         require(self.max_new_tokens >= 1, "rollouts.max_new_tokens", self.max_new_tokens, ">= 1", "raise it")
         require(self.samples_per_prompt >= 1, "rollouts.samples_per_prompt", self.samples_per_prompt, ">= 1", "use 1")
 
@@ -307,9 +326,15 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """How tokens are drawn: what an estimator on them must know of the policy they came from."""
+        """How tokens are drawn: what an estimator on them must know of the policy they came from.
+
+        Raises:
+            UserError: it is a policy that a position alone does not say.
+        """
         r = self.rollouts
-        return {"temperature": r.temperature or 1.0, "top_k": r.top_k, "top_p": r.top_p}
+        if PENALISED.when(self):
+            raise UserError(f"{PENALISED.message.format(rollouts=r)}. Fix: {PENALISED.fix}.")
+        return {"temperature": r.temperature or 1.0, "top_k": r.top_k, "top_p": r.top_p, "min_p": r.min_p}
 
     def _prepare_cpu(self) -> None:
         check_cpu_launch()

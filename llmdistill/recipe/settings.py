@@ -26,6 +26,14 @@ GREEDY = Conflict(
     "--rollouts.temperature 1",
 )
 
+# Their losses look at a position alone, and do not know which tokens the text had by then.
+PENALISED = Conflict(
+    lambda s: s.rollouts.repetition_penalty != 1,
+    "rollouts.repetition_penalty is {rollouts.repetition_penalty:g}, and sampled tokens are weighed by the probability "
+    "they were drawn with, which then depends on all that stands before them: the gradient would be biased",
+    "--rollouts.repetition_penalty 1",
+)
+
 
 def setting(
     default: Any,

@@ -8,6 +8,7 @@ one pushes while the others wait there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -61,6 +63,7 @@ class RemoteRollouts:
         eos_ids, pad_id: every id that ends a completion, and the padding id.
         push_every: optimizer steps between two pushes; what is sampled meanwhile says how old it is.
         folder: on a disk that the service can read: weights are written there, and only the path is sent.
+        batch_tokens: of :func:`sample`.
         options: of :class:`~llmdistill.wire.transport.Transport`.
 
     Raises:
@@ -77,8 +80,10 @@ class RemoteRollouts:
         push_every: int = 1,
         folder: str | Path | None = None,
         timeout_s: float = 600.0,
+        batch_tokens: int = 0,
         **options: Any,
     ) -> None:
+        self.batch_tokens = batch_tokens
         self.eos_ids, self.pad_id, self.push_every = tuple(eos_ids), pad_id, push_every
         self.folder = Path(folder).resolve() if folder is not None else None
         self.policy_version: int | None = None  # of the weights in the service
@@ -144,6 +149,7 @@ class RemoteRollouts:
                     pad_id=self.pad_id,
                     eos_ids=self.eos_ids,
                     teacher=self._fingerprint,
+                    batch_tokens=self.batch_tokens,
                 )
             except Refused as refusal:
                 if refusal.status != 409:
@@ -288,8 +294,13 @@ def sample(
     pad_id: int,
     eos_ids: Sequence[int] | None = None,
     teacher: str | None = None,
+    batch_tokens: int = 0,
 ) -> Rollout:
     """Completions of every prompt from a service, split into requests that stay within its limits.
+
+    Args:
+        batch_tokens: of this caller, prompts and room for completions that are generated at one time by each replica;
+            0: as the service likes. Samples of a prompt that are more go in parts.
 
     Raises:
         UserError: ``max_new_tokens``, or a prompt with it, is above the service's limits.
@@ -305,35 +316,53 @@ def sample(
                 f"rollouts.max_new_tokens is {sampling.max_new_tokens}; {where} {what.format(limit)}. "
                 f"Fix: lower it or data.max_prompt_tokens, or raise the service's limit."
             )
-    drawn = {name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     settings: dict[str, Any] = {
-        "sampling": drawn | {"samples_per_prompt": n},
+        "sampling": dataclasses.asdict(sampling),
         "eos_ids": None if eos_ids is None else list(eos_ids),
         "adapter": None,
         "teacher": teacher,
     }
     share = -(-len(prompts) * n // len(transport.urls))  # every replica gets some; one engine likes one large batch
-    costs = [(n, 4 * len(p.ids) + PROMPT_BYTES, n) for p in prompts]
     room = (limits["sequences"], limits["body_bytes"] - len(json.dumps(settings)) - FRAME_BYTES, share)
-    requests = []
-    for rows in pack(costs, room):
-        ids = [np.asarray(prompts[i].ids, np.int32) for i in rows]
-        parse = _completions_of(len(rows), sampling, vocab_size)
-        most = ANSWER_BYTES + len(rows) * n * (SAMPLE_BYTES + TOKEN_BYTES * sampling.max_new_tokens)
-        body = pack_prompts(settings, ids, rows)
-        requests.append(
-            Request(GENERATE, parse, body=body, body_type=IDS_TYPE, answer_type=COMPLETIONS_TYPE, max_bytes=most)
-        )
-    answers = transport.send_all(requests)  # pack() keeps the order
+    requests, asked = [], list[tuple[int, int]]()  # and the prompt and number of every sample in the answers
+    for part in _parts(sampling, batch_tokens // longest if batch_tokens else n):
+        k = part.samples_per_prompt
+        costs = [(k, 4 * len(p.ids) + PROMPT_BYTES, k, k * longest) for p in prompts]
+        for rows in pack(costs, (*room, batch_tokens or sum(cost[-1] for cost in costs))):
+            ids = [np.asarray(prompts[i].ids, np.int32) for i in rows]
+            parse = _completions_of(len(rows), part, vocab_size)
+            most = ANSWER_BYTES + len(rows) * k * (SAMPLE_BYTES + TOKEN_BYTES * sampling.max_new_tokens)
+            body = pack_prompts({**settings, "sampling": dataclasses.asdict(part)}, ids, rows)
+            requests.append(
+                Request(GENERATE, parse, body=body, body_type=IDS_TYPE, answer_type=COMPLETIONS_TYPE, max_bytes=most)
+            )
+            asked += [(i, j) for i in rows for j in part.numbers]
+    # with a bound every replica works at one request
+    answers = transport.send_all(requests, len(transport.urls) if batch_tokens else None)
+    drawn = [
+        (ids.tolist(), logprobs.tolist(), finish)
+        for given in answers
+        for ids, logprobs, finish in zip(given.ids, given.logprobs, given.finish, strict=True)
+    ]
+    order = sorted(range(len(asked)), key=asked.__getitem__)
     return collate(
         [p.ids for p in prompts for _ in range(n)],
-        [ids.tolist() for given in answers for ids in given.ids],
+        [drawn[i][0] for i in order],
         pad_id=pad_id,
-        behavior_logprobs=[logprobs.tolist() for given in answers for logprobs in given.logprobs],
-        finish=[finish for given in answers for finish in given.finish],
+        behavior_logprobs=[drawn[i][1] for i in order],
+        finish=[drawn[i][2] for i in order],
         domain=[p.domain for p in prompts for _ in range(n)],
         policy_version=min((given.settings["policy_version"] for given in answers), default=0),
     )
+
+
+def _parts(sampling: Sampling, most: int) -> list[Sampling]:
+    """The samples of every prompt, at most so many of each in one call."""
+    n, each = sampling.samples_per_prompt, max(most, 1)
+    return [
+        replace(sampling, first_sample=sampling.first_sample + start, samples_per_prompt=min(each, n - start))
+        for start in range(0, n, each)
+    ]
 
 
 def service_info(get: Get, section: str) -> dict[str, Any]:

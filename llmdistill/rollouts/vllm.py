@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from llmdistill.models.vllm_engine import InProcessVLLM
 from llmdistill.models.weights import base_model
@@ -28,6 +29,8 @@ class VLLMRollouts:
         max_model_len: longest prompt and completion together.
         kv_cache_gib: key-value cache on CPU; on a GPU ``gpu_memory_utilization`` is the share of memory for everything.
         seed: of the engine itself; requests carry their own seeds.
+        tokenizer: of the student, for stop strings.
+        batch_tokens: tokens that may be in the engine at one time; 0: as many as its cache holds.
 
     Raises:
         UserError: vLLM is missing or refuses the model.
@@ -44,8 +47,11 @@ class VLLMRollouts:
         kv_cache_gib: float = 0.5,
         gpu_memory_utilization: float = 0.3,
         seed: int = 0,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_tokens: int = 0,
         **options: Any,
     ) -> None:
+        self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.policy_version = 0
         self._has_weights = isinstance(student, str)
@@ -82,7 +88,7 @@ class VLLMRollouts:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """Completions with the eos that ended them. ``behavior_logprobs`` are those of the distribution sampled from:
-        softmax(logits / temperature) after top-p and top-k filtering; of softmax(logits) when greedy.
+        softmax(logits / temperature) after everything that :class:`~llmdistill.texts.rollout.Sampling` says.
 
         Every sample is a request with a seed of its own, so what it draws does not depend on its company, up to
         rounding (a batch of another size adds in another order).
@@ -91,7 +97,8 @@ class VLLMRollouts:
             UserError: a prompt leaves no room for ``max_new_tokens``.
         """
         assert self._has_weights, "sync() comes before generate()"
-        return self.engine.rollout(prompts, sampling, self.eos_ids, self.pad_id, self.policy_version)
+        parts = (self.eos_ids, self.pad_id, self.policy_version, self.tokenizer, self.batch_tokens)
+        return self.engine.rollout(prompts, sampling, *parts)
 
     def close(self) -> None:
         self.engine.close()

@@ -196,7 +196,7 @@ class HFEngine:
     def _generate(self, job: GenerateJob, given_up: threading.Event) -> list[list[Sample]]:
         n, samples = job.sampling.samples_per_prompt, list[Sample]()
         longest = max(map(len, job.prompts)) + job.sampling.max_new_tokens
-        share = max(1, self.batch_tokens // (longest * n))
+        share = max(1, self.batch_tokens // (longest * n))  # between two of them a caller may be gone
         with self._as(job.adapter) as model:
             for a in range(0, len(job.prompts), share):
                 if given_up.is_set():
@@ -210,7 +210,8 @@ class HFEngine:
     ) -> list[Sample]:
         pad = pad_id(self.teacher.tokenizer)
         asked = [Prompt(ids, "") for ids in prompts]
-        drawn = generate(model, asked, sampling, eos_ids=eos_ids, pad_id=pad, rows=rows)
+        more: dict[str, Any] = {"tokenizer": self.tokenizer, "batch_tokens": self.batch_tokens}
+        drawn = generate(model, asked, sampling, eos_ids=eos_ids, pad_id=pad, rows=rows, **more)
         assert drawn.behavior_logprobs is not None
         columns = zip(drawn.input_ids, drawn.behavior_logprobs, drawn.completion_mask, drawn.finish, strict=True)
         return [Sample(ids[mask].tolist(), lps[mask].tolist(), finish) for ids, lps, mask, finish in columns]

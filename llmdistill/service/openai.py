@@ -35,6 +35,9 @@ class CompletionBody(BaseModel):
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: int = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    ignore_eos: bool = False
     n: Annotated[int, Field(ge=1)] = 1
     seed: int | None = None
     stop: str | list[str] | None = None
@@ -119,6 +122,9 @@ def _job(data: bytes, service: Service) -> tuple[CompletionBody, GenerateJob]:
             temperature=body.temperature,
             top_p=body.top_p,
             top_k=max(body.top_k, 0),
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            ignore_eos=body.ignore_eos,
             samples_per_prompt=body.n,
             seed=body.seed if body.seed is not None else uuid.uuid4().int & (2**62 - 1),
         ),

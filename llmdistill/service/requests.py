@@ -34,9 +34,13 @@ Ids = Annotated[list[Id], ONE_MISTAKE]
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures that every engine samples at as they are
 LARGEST = 2**53  # whole numbers that survive as floats
 DIGEST = r"^[A-Za-z0-9_.-]{1,128}$"
+MOST_STOPS, LONGEST_STOP = 16, 256  # strings, and characters of one: they are looked for after every token
 MOST_JSON_CELLS = 1 << 20  # of a table of chosen ids
 CHARACTERS_A_TOKEN = 64  # more than any tokenizer makes of text on average
 Body = TypeVar("Body", bound=BaseModel)
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class _Body(BaseModel):
@@ -63,6 +67,11 @@ class SamplingBody(_Body):
     top_k: Annotated[int, Field(strict=True, ge=0)] = 0
     samples_per_prompt: Annotated[int, Field(strict=True, ge=1)] = 1
     seed: Annotated[int, Field(strict=True)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    stop: Annotated[list[Stop], ONE_MISTAKE, Field(max_length=MOST_STOPS)] = []
+    ignore_eos: Annotated[bool, Field(strict=True)] = False
+    first_sample: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] = 0
 
 
 class GenerateSettings(_Body):

@@ -17,7 +17,7 @@ import numpy as np
 from llmdistill.compat.vllm import load_async_vllm
 from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.errors import UserError
-from llmdistill.models.vllm_requests import generation_params, scored_rows, scoring_params
+from llmdistill.models.vllm_requests import drawn, generation_params, scored_rows, scoring_params
 from llmdistill.service.adapters import check_adapter
 from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import Problem, first_line
@@ -25,6 +25,7 @@ from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import is_tied, stored_shapes, weights_fingerprint
 from llmdistill.teachers.vllm import describe
 from llmdistill.texts import request_seed
+from llmdistill.texts.stops import StopStrings, stop_strings
 from llmdistill.wire.blocks import ScoreBlock
 
 FEW_CELLS = 1 << 14  # of evidence, that cost less than handing them to a thread
@@ -134,6 +135,7 @@ class AsyncVLLMEngine:
         return job.block(self._info, rows)
 
     async def generate(self, job: GenerateJob) -> list[list[Sample]]:
+        stops = stop_strings(self.tokenizer, job.sampling.stop)
         n, lora = job.sampling.samples_per_prompt, self._lora[job.adapter] if job.adapter else None
         async with _cancelling() as group:
             tasks = [
@@ -142,27 +144,29 @@ class AsyncVLLMEngine:
                         ids,
                         generation_params(job.sampling, request_seed(job.sampling.seed, row, j), job.eos_ids),
                         lora,
+                        stops,
                     )
                 )
                 for ids, row in zip(job.prompts, job.rows, strict=True)
-                for j in range(n)
+                for j in job.sampling.numbers
             ]
-        drawn = [task.result().outputs[0] for task in tasks]
-        samples = [
-            Sample(list(o.token_ids), list(o.logprobs.logprobs), "stop" if o.finish_reason == "stop" else "length")
-            for o in drawn
-        ]
+        found = [drawn(task.result().outputs[0], stops) for task in tasks]
+        samples = [Sample(one.ids, one.logprobs, one.finish) for one in found]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
-    async def _ask(self, ids: list[int], params: Any, lora: Any = None) -> Any:
+    async def _ask(self, ids: list[int], params: Any, lora: Any = None, stops: StopStrings | None = None) -> Any:
         name = f"r{next(self._numbers)}"
         with _death_is_named():
             try:
                 asked = self.engine.generate({"prompt_token_ids": ids}, params, name, lora_request=lora)
-                outputs = [output async for output in asked]
+                last = None
+                async for last in asked:
+                    if stops is not None and stops.ends(last.outputs[0].token_ids):
+                        await self.engine.abort(name)
+                        break
             except ValueError as error:  # what vLLM checks and we do not
                 raise Problem(400, "invalid", f"the engine refuses the request: {first_line(error)}") from None
-        return outputs[-1]
+        return last
 
     async def load_weights(self, folder: Path, partial: bool) -> None:
         if partial and not self.partial_weights:

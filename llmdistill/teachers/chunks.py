@@ -1,8 +1,9 @@
 """A teacher of another tokenizer: asked how likely chunks of the text are, which both tokenizers have.
 
-It may be any teacher whose tokenizer is at hand: in this process, vLLM, a service, or stored. It is sent ids of its own
-(:mod:`llmdistill.texts.retokenized`) and its log-probabilities are summed by chunk. What is asked of whole
-distributions (how likely a word is to end there, what else may come next) only one in this process can say.
+It may be any teacher whose tokenizer is at hand: in this process, vLLM, a service, stored, or several of one tokenizer.
+It is sent ids of its own (:mod:`llmdistill.texts.retokenized`) and its log-probabilities are summed by chunk. What is
+asked of whole distributions (how likely a word is to end there, what else may come next) only models in this process
+can say, and hidden states only one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from llmdistill.objectives.placed_rows import ClassedRows, PlacedRows
 from llmdistill.objectives.rows import PairedRows, TeacherRows, TensorRows
 from llmdistill.teachers.base import DenseTeacher, HiddenTeacher, Teacher, TeacherInfo, is_live
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
+from llmdistill.teachers.mixture import leaves
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.retokenized import Retokenized, Retokenizer, Shares
 from llmdistill.tokenization.special import pad_id
@@ -86,6 +88,21 @@ class ChunkTeacher:
     def _refuse(self, what: str, fix: str) -> NoReturn:
         raise UserError(f"{self.name} {self.info().name!r} {what}. Fix: {fix}.")
 
+    def check(self, question: Question | ClassQuestion | EndQuestion) -> None:
+        """Whether it can answer, before a run begins.
+
+        Raises:
+            UserError: it is elsewhere, and whole distributions or hidden states are asked for.
+        """
+        if isinstance(question, EndQuestion):
+            if not isinstance(self.teacher, HiddenTeacher):
+                raise self._elsewhere("reads hidden states", "one model", "--hidden_weight 0")
+        elif not isinstance(self.teacher, DenseTeacher):
+            if isinstance(question, ClassQuestion):
+                raise self._elsewhere("compares what comes next", "models", "--method chunk_opd")
+            if question.word_ends:
+                raise self._elsewhere("asks how likely words end", "models", "--debias false")
+
     def answer(
         self,
         rollout: Rollout,
@@ -114,6 +131,7 @@ class ChunkTeacher:
             UserError: word ends of a teacher elsewhere. How little was aligned is for ``refuse_unaligned``, which all
                 processes call with what they have aligned together.
         """
+        self.check(question)
         read = self._read(rollout, prompts)
         logps_M, ends_M = self._asked(read, question)
         count, own_N, judged_M, before_N = len(read.lasts), read.student_chunks, read.judge_chunks, read.student_before
@@ -147,11 +165,12 @@ class ChunkTeacher:
         Raises:
             UserError: a teacher elsewhere.
         """
+        self.check(ClassQuestion())
         read, (_, classes_V, same) = self._read(rollout, prompts), self.retokenizer.classes
         classes = Classes(classes_V, len(same))
         own_C, judged_C = (first_rows(x, len(read.level)) for x in (read.student_chunks, read.judge_chunks))
         level = read.level & (own_C >= 0) & (judged_C >= 0)
-        dense = self._dense(read, "compares what comes next")
+        dense = self._dense(read)
         token_classes_M = classes.of(read.rollout.token_rows()).to(device)
         said = PairedRows((ClassedRows(dense, classes), TensorRows((token_classes_M,), len(token_classes_M))))
         return PlacedRows(said, _placed(len(read.student_chunks), own_C[level], judged_C[level]))
@@ -167,9 +186,9 @@ class ChunkTeacher:
         Raises:
             UserError: a teacher elsewhere.
         """
+        self.check(EndQuestion(tuple(layers)))
+        assert isinstance(self.teacher, HiddenTeacher)
         read = self._read(rollout, prompts)
-        if not isinstance(self.teacher, HiddenTeacher):
-            raise self._elsewhere("a term reads its hidden states")
         states = tuple(x.to(device) for x in self.teacher.hidden_layers(read.rollout, layers))
         own_C, judged_C = (first_rows(x, len(read.lasts)) for x in (read.student_before, read.judge_before))
         known = (own_C >= 0) & (judged_C >= 0)
@@ -185,18 +204,17 @@ class ChunkTeacher:
             self._last, self._rows = (rollout, read), None
         return self._last[1]
 
-    def _dense(self, read: Retokenized, why: str) -> TeacherRows:
+    def _dense(self, read: Retokenized) -> TeacherRows:
         """Its whole distributions, for all that is asked of one text."""
-        if not isinstance(self.teacher, DenseTeacher):
-            raise self._elsewhere(why)
+        assert isinstance(self.teacher, DenseTeacher)
         if self._rows is None or self._rows[0] is not read:
             self._rows = read, self.teacher.dense(read.rollout)
         return self._rows[1]
 
-    def _elsewhere(self, why: str) -> UserError:
+    def _elsewhere(self, why: str, what: str, instead: str) -> UserError:
         return UserError(
-            f"the method {why} of {self.name} {self.info().name!r}, which takes a model in this process. "
-            "Fix: teacher.model with engine hf, or --method chunk_opd."
+            f"the method {why} of {self.name} {self.info().name!r}, which takes {what} in this process. "
+            f"Fix: {instead}, or {self.name}.model with engine hf."
         )
 
     def _asked(self, read: Retokenized, question: Question) -> tuple[Tensor, Tensor]:
@@ -205,12 +223,7 @@ class ChunkTeacher:
             logps = [block.token_logprobs for block in self.teacher.score(read.rollout, 0)]
             logps_M = torch.cat(logps).float().cpu() if logps else torch.zeros(0)
             return logps_M, torch.zeros_like(logps_M)
-        if not isinstance(self.teacher, DenseTeacher):
-            raise UserError(
-                f"objective.debias asks {self.name} {self.info().name!r} how likely words end, which takes whole "
-                "distributions, and it is not a model in this process. Fix: --debias false, or teacher.model."
-            )
-        rows, tokens_M = self._dense(read, "asks how likely words end"), read.rollout.token_rows()
+        rows, tokens_M = self._dense(read), read.rollout.token_rows()
         logps, ends = [torch.zeros(0)], [torch.zeros(0)]
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, len(rows)))
@@ -275,14 +288,16 @@ def _renumbered(chunks_N: Tensor, into_C: Tensor) -> Tensor:
 
 
 def tokenizer_of(teacher: Teacher, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a teacher, whose ids it is sent.
+    """The tokenizer of a teacher, or of several, whose ids it is sent.
 
     Raises:
         UserError: it is not here, or another one.
     """
-    behind = getattr(teacher, "teacher", None) or teacher  # what a cache keeps the answers of
-    tokenizer, info = getattr(behind, "tokenizer", None), teacher.info()
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    info = teacher.info()
+    behind = [getattr(leaf, "teacher", None) or leaf for _, leaf in leaves(teacher)]  # what a cache keeps answers of
+    known = (getattr(leaf, "tokenizer", None) for leaf in behind)  # of several, which have one and the same
+    tokenizer = next((t for t in known if isinstance(t, PreTrainedTokenizerBase)), None)
+    if tokenizer is None:
         raise UserError(
             f"{name} {info.name!r} is a {type(teacher).__name__} without its tokenizer, in whose ids it is asked. "
             f"Fix: --{name}.tokenizer FOLDER_OR_HUB_NAME."

@@ -96,7 +96,15 @@ class LocalTeacher:
         return blocks_of(self.dense(rollout), rollout, top_k, chosen, self.info(), self.chunk_tokens)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        return generate(self.model, prompts, sampling, eos_ids=self.info().eos_ids, pad_id=pad_id(self.tokenizer))
+        return generate(
+            self.model,
+            prompts,
+            sampling,
+            eos_ids=self.info().eos_ids,
+            pad_id=pad_id(self.tokenizer),
+            tokenizer=self.tokenizer,
+            batch_tokens=self.batch_tokens,
+        )
 
     def info(self) -> TeacherInfo:
         if self._info is None:

@@ -171,15 +171,13 @@ class PlainVLLMTeacher:
                 f"tokens, the server at {self.transport.urls[0]} holds {self._info.context_length + 1}. "
                 f"Fix: lower it or data.max_prompt_tokens, or raise the server's --max-model-len."
             )
-        n = sampling.samples_per_prompt
-        asked = [(i, j) for i in range(len(prompts)) for j in range(n)]
+        asked = [(i, j) for i in range(len(prompts)) for j in sampling.numbers]
         drawn = self._send([self._sampling(prompts[i], sampling, i, j) for i, j in asked], 0)
-        plain = sampling.temperature in (0, 1) and sampling.top_p == 1 and not sampling.top_k
         return collate(
             [prompts[i].ids for i, _ in asked],
             [d["token_ids"] for d in drawn],
             pad_id=special.pad_id(self.tokenizer),
-            behavior_logprobs=[d["logprobs"]["token_logprobs"] for d in drawn] if plain else None,
+            behavior_logprobs=[d["logprobs"]["token_logprobs"] for d in drawn] if sampling.plain else None,
             finish=["stop" if d["finish_reason"] == "stop" else "length" for d in drawn],
             domain=[prompts[i].domain for i, _ in asked],
         )
@@ -236,12 +234,14 @@ class PlainVLLMTeacher:
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "seed": request_seed(sampling.seed, row, sample),
-            "stop_token_ids": list(self._info.eos_ids),
+            "stop_token_ids": [] if sampling.ignore_eos else list(self._info.eos_ids),
+            "ignore_eos": sampling.ignore_eos,
             # a checkpoint's generation config would else decide
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
+            **({"stop": list(sampling.stop), "skip_special_tokens": False} if sampling.stop else {}),
             "logprobs": 0,  # the sampled token's only
             "return_token_ids": True,
         }

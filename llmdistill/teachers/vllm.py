@@ -130,7 +130,9 @@ class VLLMTeacher:
         ]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        return self.engine.rollout(prompts, sampling, self._info.eos_ids, pad_id(self.tokenizer))
+        return self.engine.rollout(
+            prompts, sampling, self._info.eos_ids, pad_id(self.tokenizer), tokenizer=self.tokenizer
+        )
 
     def info(self) -> TeacherInfo:
         return self._info

@@ -52,6 +52,9 @@ class Sampling:
 
     ``seed`` makes every request reproducible on its own: row i, sample j of a call uses a seed derived from
     (seed, i, j), so a resumed run draws what the undisturbed run would have drawn.
+
+    The order is vLLM's in every engine: ``repetition_penalty`` on the logits of what stands in prompt or completion
+    (above 0 divided by it, below 0 multiplied), then temperature, ``min_p``, ``top_k``, ``top_p``.
     """
 
     max_new_tokens: int
@@ -60,6 +63,25 @@ class Sampling:
     top_k: int = 0  # 0: the whole vocabulary
     samples_per_prompt: int = 1
     seed: int = 0
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()  # strings that end it: llmdistill.texts.stops
+    ignore_eos: bool = False  # no token ends it: it goes on to max_new_tokens, or to a stop string
+    first_sample: int = 0  # number of the first sample of each prompt: a call may be a part of another one
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    @property
+    def plain(self) -> bool:
+        """Tokens are drawn from softmax(logits) itself, or the likeliest is taken."""
+        cut = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.repetition_penalty == 1 and (self.temperature == 0 or (self.temperature == 1 and not cut))
+
+    @property
+    def numbers(self) -> range:
+        """Of the samples of each prompt."""
+        return range(self.first_sample, self.first_sample + self.samples_per_prompt)
 
 
 @dataclass(frozen=True)

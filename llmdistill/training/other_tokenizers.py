@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from llmdistill.composition.chunks import ChunkLoss
+from llmdistill.composition.chunks import ChunkLoss, asked_of_chunks
 from llmdistill.composition.classes import InClasses
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import OTHER_TOKENIZER
@@ -19,7 +19,6 @@ from llmdistill.recipe.config import DataConfig
 from llmdistill.record.meters import Meters
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.chunks import ChunkTeacher, in_chunks, tokenizer_of
-from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.texts.retokenized import Shares
 from llmdistill.tokenization.compare import compare_tokenizers
@@ -39,8 +38,8 @@ def with_chunks(
     """The judges, with those that a term asks about chunks as a :class:`~llmdistill.teachers.chunks.ChunkTeacher`.
 
     Raises:
-        UserError: one is asked about chunks and tokens alike, in another context, or is several teachers; its tokenizer
-            is not here.
+        UserError: one is asked about chunks and tokens alike, in another context, or what only a model in this process
+            can say; its tokenizer is not here.
     """
     found = dict(judges)
     for name, judge in judges.items():
@@ -57,8 +56,6 @@ def with_chunks(
                 f"{name}.context is {context!r}, and a judge in chunks reads the prompt by its own template. "
                 "Fix: leave it out."
             )
-        if isinstance(judge, RoutedTeacher | EnsembleTeacher):
-            raise UserError(f"{name} is several teachers, and chunks are asked of one. Fix: one teacher.")
         other = tokenizer_of(judge, name)
         if compare_tokenizers(tokenizer, other).alike:
             logger.warning(
@@ -68,7 +65,9 @@ def with_chunks(
                 judge.info().name,
             )
         template = ChatTemplate(other, system_prompt=data.system_prompt, kwargs=_read(other, data))
-        found[name] = in_chunks(judge, name, tokenizer, ends, template, min_aligned=min_aligned)
+        found[name] = asked = in_chunks(judge, name, tokenizer, ends, template, min_aligned=min_aligned)
+        for term, ask in method.asks_of(name):
+            asked.check(asked_of_chunks(term, ask))
     return found
 
 

@@ -15,8 +15,9 @@ from llmdistill.compat.models import generation_ready
 from llmdistill.composition.batch import Text
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
-from llmdistill.models.generation import HFRollouts
+from llmdistill.models.generation import BATCH_TOKENS, HFRollouts
 from llmdistill.ranks import on_every_rank
+from llmdistill.rollouts.choose import sampling_of
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
@@ -131,7 +132,9 @@ class RoundTexts(StudentTrainer):
         if self.is_in_train and self._pushed[0] == step // every and self._pushed[1] != step:
             # The engine writes the rest of its interval with the weights it has: looking does not change what is
             # trained on.
-            beside_engine = HFRollouts(eos_ids=self.eos_ids, pad_id=self.pad_id, ready=self._generating)
+            limit = self.args.rollouts.batch_tokens or BATCH_TOKENS
+            parts = {"eos_ids": self.eos_ids, "pad_id": self.pad_id, "tokenizer": self.encode.tokenizer}
+            beside_engine = HFRollouts(ready=self._generating, batch_tokens=limit, **parts)
             beside_engine.sync(self.forward_model(), step)
             return beside_engine.generate(prompts, sampling)
         self.sync_engine()
@@ -145,9 +148,7 @@ class RoundTexts(StudentTrainer):
         self._pushed = (interval, self.state.global_step)
 
     def _sampling(self, step: int) -> Sampling:
-        r = self.args.rollouts
-        seed = request_seed(self.args.seed, step, self.accelerator.process_index)
-        return Sampling(r.max_new_tokens, r.temperature, r.top_p, r.top_k, r.samples_per_prompt, seed)
+        return sampling_of(self.args.rollouts, request_seed(self.args.seed, step, self.accelerator.process_index))
 
     def _rewards(self, text: Text) -> Text:
         """The text with the task reward of every sequence, and its advantage over the samples of a prompt."""

@@ -155,6 +155,7 @@ class DistillationTrainer(RoundLog):
             longest=self.data_config.max_prompt_tokens + args.rollouts.max_new_tokens,
             seed=args.seed,
             lazy=not self.on_policy,
+            tokenizer=tokenizer,
         )
         self._pushed: tuple[int, int] = (-1, -1)  # the interval of push_every steps, and the step, last pushed
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))

@@ -16,13 +16,14 @@ one it expects. Below are the JSON forms; as bytes the same fields that are no i
 ``POST /v1/generate``::
 
     {"prompts": [[id, ...], ...], "rows": [i, ...] | null, "eos_ids": [id, ...] | null, "adapter": name | null,
-     "sampling": {"max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "seed"},
+     "sampling": {"max_new_tokens", "temperature", "top_p", "top_k", "samples_per_prompt", "seed",
+                  "min_p", "repetition_penalty", "stop": [text, ...], "ignore_eos", "first_sample"},
      "teacher": fp | null}
     -> {"teacher", "policy_version", "completions": [[{"ids", "logprobs", "finish"} per sample] per prompt]}, or, asked
     in bytes, :data:`COMPLETIONS_TYPE` with the settings {"teacher", "policy_version"}
 
-Sample j of prompt i is drawn with ``request_seed(seed, rows[i], j)`` (rows: 0, 1, ... when null), so a call that is
-split over requests or replicas draws what the whole call would have drawn.
+Sample j of prompt i is drawn with ``request_seed(seed, rows[i], first_sample + j)`` (rows: 0, 1, ... when null), so a
+call that is split over requests or replicas draws what the whole call would have drawn.
 
 ``POST /v1/score_text``::
 
@@ -76,7 +77,7 @@ COMPLETIONS_TYPE = "application/x-llmdistill-completions"
 JSON_TYPE = "application/json"
 TENSORS_TYPE = "application/x-safetensors"
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _LENGTH = struct.Struct("<I")
 
 

@@ -157,8 +157,11 @@ class Transport:
         with self._slots:
             return _Sending(self, request, cancelled).answer()
 
-    def send_all(self, requests: Sequence[Request[T]]) -> list[T]:
+    def send_all(self, requests: Sequence[Request[T]], at_once: int | None = None) -> list[T]:
         """The answers in the order of the requests; up to ``in_flight`` are under way, the first ones first.
+
+        Args:
+            at_once: fewer of them.
 
         Raises:
             UserError: of the first request that cannot be answered; the others are given up.
@@ -167,7 +170,7 @@ class Transport:
             return [self.send(r) for r in requests]
         batch = _Batch(requests)
         # Daemons, not a pool: Ctrl-C has to end the process without waiting for answers that are on their way.
-        for _ in range(min(self.in_flight, len(requests))):
+        for _ in range(min(self.in_flight, at_once or self.in_flight, len(requests))):
             threading.Thread(target=self._work, args=(batch,), daemon=True).start()
         changed = self._replicas.changed
         try:

@@ -14,8 +14,11 @@ from llmdistill.objectives.composed import extrapolated_sampled, on_samples
 from llmdistill.objectives.sampler import nucleus, sampler_logprobs, token_logprobs
 
 V = 7
-# (temperature, top_k, top_p)
-SETTINGS = [(1.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.8), (0.6, 0, 1.0), (0.6, 3, 0.9), (1.5, 0, 1.0), (1.5, 5, 0.7)]
+# (temperature, top_k, top_p, min_p)
+SETTINGS = [
+    *((1.0, 0, 1.0, 0.0), (1.0, 3, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.6, 0, 1.0, 0.0), (0.6, 3, 0.9, 0.0)),
+    *((1.5, 0, 1.0, 0.0), (1.5, 5, 0.7, 0.0), (1.0, 0, 1.0, 0.2), (1.5, 5, 0.8, 0.1)),
+]
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
 
@@ -23,10 +26,11 @@ def models(n: int = 4) -> tuple[Tensor, ...]:
     return tuple(logits(seed, n, V, scale=1.5, dtype=torch.float64) for seed in (0, 1, 2))
 
 
-def drawable(z: list[float], temperature: float, top_k: int, top_p: float) -> list[bool]:
+def drawable(z: list[float], temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> list[bool]:
     """K of one row by a loop over its tokens, likeliest first."""
     weight = [math.exp(x / temperature) for x in z]
-    order = sorted(range(len(z)), key=lambda v: -weight[v])[: top_k or len(z)]
+    order = sorted(range(len(z)), key=lambda v: -weight[v])
+    order = [v for v in order if weight[v] >= min_p * weight[order[0]]][: top_k or len(z)]
     total, mass, kept = sum(weight[v] for v in order), 0.0, [False] * len(z)
     for v in order:
         if mass < top_p * (1 - 1e-12):
@@ -60,7 +64,7 @@ def expected_gradient(student: Tensor, setting: tuple, gradient_of) -> Tensor:
 
 
 def named(setting: tuple) -> dict:
-    return dict(zip(("temperature", "top_k", "top_p"), setting, strict=True))
+    return dict(zip(("temperature", "top_k", "top_p", "min_p"), setting, strict=True))
 
 
 class TestLogprobs:
@@ -69,7 +73,7 @@ class TestLogprobs:
         student, *_ = models(50)
         expected = sampler(student, setting)
         kept = kept_tokens(student, setting)
-        assert torch.equal(nucleus(student / setting[0], top_k=setting[1], top_p=setting[2]), kept)
+        assert torch.equal(nucleus(student / setting[0], top_k=setting[1], top_p=setting[2], min_p=setting[3]), kept)
         for y in range(V):
             found = sampler_logprobs(student, torch.full((50,), y), **named(setting))
             torch.testing.assert_close(found[kept[:, y]], expected[kept[:, y], y].log())
@@ -140,9 +144,7 @@ class TestEstimators:
         student, teacher, reference = models()
         target = scale * teacher.log_softmax(-1) + (1 - scale) * reference.log_softmax(-1)
         _, exact = value_and_grad(lambda z: sampler_kl(z, target, setting), student)
-        loss = on_samples(
-            extrapolated_sampled(scale, setting[0], top_k=setting[1], top_p=setting[2]), cap=5.0, **named(setting)
-        )
+        loss = on_samples(extrapolated_sampled(scale, **named(setting)), cap=5.0, **named(setting))
 
         def gradient(y):
             lp = [token_logprobs(z, y) for z in (teacher, reference)]
@@ -191,7 +193,7 @@ class TestEstimators:
         found = value_and_grad(lambda z: policy.sampled_token(z, ids, lp), student)
         assert all(map(torch.equal, found, value_and_grad(before, student)))
 
-    @pytest.mark.parametrize("setting", [s for s in SETTINGS if s[1] or s[2] < 1], ids=str)
+    @pytest.mark.parametrize("setting", [s for s in SETTINGS if s[1] or s[2] < 1 or s[3]], ids=str)
     def test_no_mass_drifts_to_tokens_that_cannot_be_drawn(self, setting):
         """Descent along the expected gradient, the nucleus moving with the student, which cannot match its teacher.
 

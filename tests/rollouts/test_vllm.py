@@ -7,8 +7,9 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.texts import Prompt, Sampling
+from tests.rollouts import meanings
 from tests.test_weights import lora
-from tests.tiny import llama
+from tests.tiny import llama, tokenizer
 
 pytest.importorskip("vllm", reason="the vllm extra is not installed")
 
@@ -201,3 +202,18 @@ def test_the_longest_sequence_fits_and_one_more_is_refused(untied):
     assert rollout.num_rows == 28 or rollout.finish == ("stop",)
     with pytest.raises(UserError, match="rollouts.max_new_tokens is 29"):
         untied.generate([Prompt(list(range(5, 105)), "")], Sampling(29))
+
+
+def test_settings_of_sampling_mean_what_they_mean_everywhere(tied):
+    """And a bound on the tokens splits what is in the engine, not what is drawn."""
+    model = meanings.stopping_model(5, hidden=64)
+    tied.engine.pushed = False
+    tied.sync(model, 1)
+    tied.tokenizer = tokenizer()
+    bounded = copy.copy(tied)
+    bounded.batch_tokens = 3 * (9 + 12)
+    meanings.assert_min_p(tied, model)
+    meanings.assert_repetition_penalty(tied, model)
+    meanings.assert_stops(bounded)
+    meanings.assert_ignore_eos(tied)
+    meanings.assert_parts(tied, bounded)

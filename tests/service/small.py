@@ -179,6 +179,7 @@ class Small:
             eos_ids=body["eos_ids"] if body["eos_ids"] is not None else self.teacher.info().eos_ids,
             pad_id=0,
             rows=body["rows"],
+            tokenizer=self.teacher.tokenizer,
         )
         assert drawn.behavior_logprobs is not None
         columns = zip(drawn.input_ids, drawn.behavior_logprobs, drawn.completion_mask, drawn.finish, strict=True)
