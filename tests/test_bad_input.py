@@ -61,15 +61,15 @@ def test_missing_model(refused: Any, tmp_path: Path) -> None:
 def test_data(refused: Any, tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere.jsonl")
     assert f"data.train {nowhere!r} cannot be read" in refused("--data.train", nowhere)
-    other = write_rows(tmp_path, "1+1=", column="question")
+    other = write_rows(tmp_path, "1+1=", column="words")
     line = refused("--data.train", other)
-    assert "has no column 'prompt' (it has question). Fix: --data.prompt_column question" in line
-    assert "row 1: prompt is empty" in refused("--data.train", write_rows(tmp_path, "1+1=", ""))
+    assert "has no column 'prompt' (it has words). Fix: --data.prompt_column NAME" in line
+    assert "rows.jsonl, line 2): prompt is empty" in refused("--data.train", write_rows(tmp_path, "1+1=", ""))
     empty_chat = [{"role": "user", "content": ""}]
     assert "no message with content" in refused("--data.train", write_rows(tmp_path, empty_chat))
     long = write_rows(tmp_path, "1+1=", "x" * 300)
     line = refused("--data.train", long, "--data.max_prompt_tokens", "99")
-    assert "row 1: the prompt has 300 tokens, data.max_prompt_tokens is 99" in line
+    assert ", line 2): the prompt has 300 tokens, data.max_prompt_tokens is 99" in line
     assert "need 306 positions, the student has 256" in refused("--data.train", long)
 
 

@@ -21,6 +21,7 @@ from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.special import eos_ids, pad_id
 from llmdistill.training.measure import Measurement
 from llmdistill.training.trainer import DistillationTrainer
@@ -78,11 +79,15 @@ class MaskedDiffusionTrainer(DistillationTrainer):
         engine.eos_ids = tuple(self.eos_ids)
         datasets: list[Any] = [self.train_dataset, self.eval_dataset]
         for prompts in datasets:
-            check_no_mask_token(prompts or [], self.denoiser.mask_token_id)
+            check_no_mask_token(at_hand(prompts), self.denoiser.mask_token_id)
 
     def measure_heldout(self, prompts: Sequence[Any]) -> dict[str, Measurement]:
         """See :func:`~llmdistill.diffusion.heldout.measure`."""
         return measure(self, prompts)
+
+    def _sound(self, examples: list[Any]) -> list[Any]:
+        check_no_mask_token(examples, self.denoiser.mask_token_id)
+        return examples
 
     def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
         """Held-out rows are measured on their own completions wherever they have some, whatever is trained on."""

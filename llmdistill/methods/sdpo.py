@@ -40,10 +40,8 @@ class Settings:
             "{rollouts.samples_per_prompt}",
             "--samples_per_prompt 8",
         ),
-        *(
-            Conflict(lambda s, rule=rule: s.importance_cap and rule.when(s), rule.message, rule.fix)
-            for rule in (GREEDY, PENALISED)
-        ),
+        Conflict(lambda s: s.importance_cap and GREEDY.when(s), GREEDY.message, GREEDY.fix),
+        Conflict(lambda s: s.importance_cap and PENALISED.when(s), PENALISED.message, PENALISED.fix),
     )
 
 

@@ -130,9 +130,10 @@ class InProcessVLLM:
                     [{"prompt_token_ids": ids} for ids, _ in requests], [s for _, s in requests], use_tqdm=False
                 )
             return [drawn(o.outputs[0]) for o in outputs]
+        ends = None if stops is None else stops.ends
         at_once = max(batch_tokens // longest, 1) if batch_tokens else len(requests)
         named = ((str(i), *request) for i, request in enumerate(requests))
-        found = {name: drawn(o, stops) for name, o in self.stream(named, at_once, stops and stops.ends)}
+        found = {name: drawn(o, stops) for name, o in self.stream(named, at_once, ends)}
         return [found[str(i)] for i in range(len(requests))]
 
     def rollout(

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -41,16 +43,19 @@ from llmdistill.pipeline.tables import stages_table
 from llmdistill.preflight import preflight
 from llmdistill.preflight.pairs import PairRun
 from llmdistill.recipe.command_line import Recipe
+from llmdistill.recipe.config import DataConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.fingerprint import weights_fingerprint
+from llmdistill.texts.loading import Rows, load_rows
 from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
-from llmdistill.texts.prompts import load_rows
+from llmdistill.texts.streams import HeldOutSets
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.pair_losses import measure_pairs
 from llmdistill.training.pair_trainer import PairTrainer
+from llmdistill.training.streamed_rows import check_streaming
 
 SHOWN = ("chosen_logp", "rejected_logp", "margin", "accuracy")
 
@@ -163,23 +168,57 @@ def _finished(folder: RunFolder) -> bool:
 def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair], list[Pair], dict[str, str]]:
     """(pairs of stage 2, positives of stage 1, held-out pairs, what all of them say: setting -> hash)."""
     args, data = cast(REDIConfig, recipe.args), recipe.data
-    rows = load_rows(data.train, data, "data.train")
+    load = partial(_rows, data=data, most=_pairs_read(args) if data.streaming else 0)
+    rows = load(data.train, setting="data.train")
     read = {"data.train": rows_hash(rows)}
     pairs: list[Pair] = [] if args.method == "sft" else encoder.encode_all(rows, "data.train")
     positives = pairs
     if args.has_stage1 and args.positives:
-        source = load_rows(args.positives, data, "objective.positives")
+        source = load(args.positives, setting="objective.positives")
         read["objective.positives"] = rows_hash(source)
         positives = encoder.encode_all(source, "objective.positives", positive=True)
     elif args.method == "sft":
         positives = encoder.encode_all(rows, "data.train", positive=True)
     heldout: list[Pair] = []
     if data.heldout:
-        rows = load_rows(data.heldout, data, "data.heldout")
-        read["data.heldout"] = rows_hash(rows)
-        alone = args.method == "sft" and args.rejected_column not in rows.column_names  # measured where there is one
-        heldout = encoder.encode_all(rows, "data.heldout", positive=alone)
-    return pairs, positives, heldout[: args.heldout_sequences], read
+        named = data.heldout if isinstance(data.heldout, dict) else {"": data.heldout}
+        sets, most = dict[str, list[Pair]](), args.heldout_sequences
+        loaded = {k: load(v, setting=f"data.heldout{k and '.'}{k}", split=data.heldout_split) for k, v in named.items()}
+        read["data.heldout"] = rows_hash(loaded if isinstance(data.heldout, dict) else loaded[""])
+        for name, rows in loaded.items():
+            # a rejected side is measured where there is one
+            alone = args.method == "sft" and args.rejected_column not in rows.column_names
+            sets[name] = encoder.encode_all(rows, f"data.heldout{name and '.'}{name}", positive=alone)[:most]
+        heldout = HeldOutSets(sets) if isinstance(data.heldout, dict) else sets[""]
+    return pairs, positives, heldout, read
+
+
+def _rows(source: Any, *, data: DataConfig, most: int, setting: str, split: str = "") -> Rows:
+    """Rows of pairs, all of them, or of a stream the first that the stages take."""
+    rows = load_rows(source, data, setting, split=split)
+    return rows if isinstance(rows, Rows) else Rows(list(islice(iter(rows), most)), rows.source, rows.files)
+
+
+def _pairs_read(args: REDIConfig) -> int:
+    """Rows of a stream that the stages take: those of so many steps.
+
+    Raises:
+        UserError: one of them is as long as its data, which a stream does not say.
+    """
+    if args.method != "sft":
+        check_streaming(args)
+    if args.has_stage1 and not args.stage1_steps:
+        raise UserError(
+            "data.streaming is true, and objective.stage1_steps 0: stage 1 would be as long as its data. Fix: "
+            "--stage1_steps N."
+        )
+    second = (
+        0
+        if args.method == "sft"
+        else args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    )
+    first = args.stage1_steps * args.stage1_batch_size * args.stage1_accumulation
+    return max(first, second) * args.world_size
 
 
 # ---------------------------------------------------------------- the trainers

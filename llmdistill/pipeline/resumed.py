@@ -9,6 +9,7 @@ service may have moved, and one that has changed in its place is noticed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -189,14 +190,17 @@ def record_start(
 
 
 def rows_hash(rows: Iterable[Any]) -> str:
-    """16 hex digits over the content of rows, in their order."""
+    """16 hex digits over the content of rows, in their order; of a stream over its first ones, of sets over all."""
     digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
+    if isinstance(rows, Mapping):
+        rows = [row for name, each in sorted(rows.items()) for row in ({"set": name}, *each)]
+    for row in rows if hasattr(rows, "__len__") else itertools.islice(rows, STREAMED):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         digest.update(b"\n")
     return digest.hexdigest()
 
 
+STREAMED = 256  # rows of a stream that are compared
 _UNKNOWN = object()  # a setting that there was or is not
 
 

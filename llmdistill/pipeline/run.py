@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from llmdistill.teachers.base import Teacher, writes
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
 from llmdistill.texts import Prompt, Rollout, Sampling
-from llmdistill.texts.prompts import load_rows
+from llmdistill.texts.loading import load_rows
+from llmdistill.texts.streams import to_measure
 from llmdistill.training.layout import check_layout
 from llmdistill.training.measure import Measurement
+from llmdistill.training.streamed_rows import check_streaming
 from llmdistill.training.trainer import DistillationTrainer
 
 SHOWN_PROMPTS = 3
@@ -131,19 +134,29 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
 
 
-def load_data(recipe: Recipe) -> dict[str, datasets.Dataset]:
-    """The rows of a recipe: ``train``, and ``heldout`` where it names some."""
+def load_data(recipe: Recipe) -> dict[str, Any]:
+    """The rows of a recipe: ``train``, and ``heldout`` where it names some; of several held-out sets a mapping."""
     data = recipe.data
     if not data.train:
         raise UserError("data.train is empty; it must name a file or hub dataset of prompts. Fix: --data.train FILE.")
     named = {"train": data.train, "heldout": data.heldout}
-    return {name: load_rows(source, data, f"data.{name}") for name, source in named.items() if source}
+    if data.streaming:
+        check_streaming(recipe.args)
+    splits = {"train": data.split, "heldout": data.heldout_split}
+    read = partial(load_rows, config=data, seed=recipe.args.seed)
+    rows: dict[str, Any] = {}
+    for name, source in named.items():
+        if isinstance(source, dict):
+            rows[name] = {k: read(v, setting=f"data.{name}.{k}", split=splits[name]) for k, v in source.items()}
+        elif source:
+            rows[name] = read(source, setting=f"data.{name}", split=splits[name])
+    return rows
 
 
 def build(
     recipe: Recipe,
     trainer_class: Callable[..., DistillationTrainer],
-    data: Mapping[str, datasets.Dataset] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> DistillationTrainer:
     """Models, data and trainer of a recipe; ``data`` as :func:`load_data` has it."""
     args, rows = recipe.args, data or load_data(recipe)
@@ -279,7 +292,7 @@ def _snapshot(trainer: DistillationTrainer, told: Sequence[str] | None = None) -
     if not trainer.eval_dataset:
         return {}
     heldout: list[Prompt] = trainer.eval_dataset
-    chosen = heldout[: trainer.args.heldout_sequences]
+    chosen = to_measure(heldout, trainer.args.heldout_sequences)
     measured = trainer.measure_heldout(chosen)
     asked = heldout[: max(SHOWN_PROMPTS, min(len(chosen), COMPARED_ANSWERS))]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)

@@ -19,6 +19,7 @@ from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, not
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.texts.pairs import Pair
+from llmdistill.texts.streams import at_hand
 
 __all__ = ["CHECKS", "CHUNK_CHECKS", "DENOISING_CHECKS", "PAIR_CHECKS", "STYLE", "Finding", "examine", "preflight"]
 
@@ -107,7 +108,7 @@ def preflight(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: 
 
 def examine(trainer: Run | pairs.PairRun, recipe: Recipe | None = None, skip: Sequence[str] = ()) -> list[Finding]:
     """As :func:`preflight`, with failures among what is returned."""
-    on_pairs = isinstance((list(trainer.train_dataset or []) or [None])[0], Pair)
+    on_pairs = isinstance((at_hand(trainer.train_dataset) or [None])[0], Pair)
     denoises = getattr(trainer, "denoiser", None) is not None
     in_chunks = not (on_pairs or denoises) and isinstance(trainer.teacher, ChunkTeacher)  # type: ignore[union-attr]
     checks = PAIR_CHECKS if on_pairs else DENOISING_CHECKS if denoises else CHUNK_CHECKS if in_chunks else CHECKS

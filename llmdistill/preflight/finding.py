@@ -21,6 +21,7 @@ from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.compare import tokens_by_id
 
 Level = Literal["ok", "notice", "fail"]
@@ -139,7 +140,7 @@ class Subject:
                 for route, member in routes
                 for name, teacher in leaves(member, route or "")
             ]
-        self.prompts: list[Prompt] = list(trainer.train_dataset or [])  # type: ignore[arg-type]
+        self.prompts: list[Prompt] = at_hand(trainer.train_dataset)  # type: ignore[arg-type]
         self.heldout: list[Prompt] = list(trainer.eval_dataset or [])  # type: ignore[arg-type]
 
     def prompts_of(self, side: Side, prompts: list[Prompt]) -> list[Prompt]:

@@ -15,6 +15,7 @@ from llmdistill.ranks import on_every_rank
 from llmdistill.teachers.base import is_live
 from llmdistill.texts import Rollout
 from llmdistill.texts.prompts import completed
+from llmdistill.texts.streams import to_measure
 from llmdistill.tokenization.compare import encode
 from llmdistill.wire.blocks import ScoreBlock
 
@@ -73,7 +74,9 @@ def stored(s: Subject) -> Iterator[Finding]:
             f"(first: row {row}): {reason}",
             "have them scored first, with teacher.model or teacher.url beside teacher.stored",
         )
-    if s.heldout and (lacking := s.trainer.heldout.lacking(s.heldout[: s.args.heldout_sequences])):
+    if s.heldout and (
+        lacking := s.trainer.heldout.lacking(to_measure(s.trainer.eval_dataset, s.args.heldout_sequences))
+    ):
         yield notice(f"nothing will be measured on held-out rows: {lacking}")
     yield ok(f"the first {len(first)} training sequences are stored")
 

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.models.heads import head_of
 from llmdistill.models.modes import evaluating
 from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
-from llmdistill.preflight.tokens import leaks, too_narrow
+from llmdistill.preflight.tokens import columns, leaks, too_narrow
 from llmdistill.texts import position_ids, predicting_rows
 from llmdistill.texts.pairs import Pair, collate_pairs
 from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.special import eos_ids, pad_id
 
 PROBED, TOKENS = 2, 32  # pairs that are looked at, and how much of each
@@ -68,7 +69,7 @@ class PairSubject(Subject):
         self.tokenizer: PreTrainedTokenizerBase = run.encode.tokenizer
         self.sides, self.router, self.live = [], None, False
         self.stages = getattr(run, "stages", 1)
-        self.pairs: list[Pair] = list(run.train_dataset or [])
+        self.pairs: list[Pair] = at_hand(run.train_dataset)
         self.heldout_pairs: list[Pair] = list(run.eval_dataset or [])
         self.prompts = [replace(p.prompt, completion=p.chosen) for p in self.pairs]
         self.heldout = [replace(p.prompt, completion=p.chosen) for p in self.heldout_pairs]
@@ -99,6 +100,7 @@ def pairs(s: Subject) -> Iterator[Finding]:
             f"{cut} completions of {len(s.pairs)} pairs are cut by objective.max_completion_tokens, and have no end",
             "raise it",
         )
+    yield from columns(s)
     if not s.heldout:
         yield notice("no held-out pairs: nothing is measured before and after", "--data.heldout FILE")
     yield ok(f"{len(s.pairs)} pairs to train on, {len(s.heldout)} held out")

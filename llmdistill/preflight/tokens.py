@@ -13,6 +13,7 @@ from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.mixture import UNKNOWN_FIX
 from llmdistill.texts import Prompt
 from llmdistill.texts.chat import ChatTemplate
+from llmdistill.texts.streams import ExampleStream
 from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.special import context_length
 
@@ -262,8 +263,22 @@ def prompts(s: Subject) -> Iterator[Finding]:
     yield from leaks(s.prompts, s.heldout)
     if (distinct := len({tuple(p.ids) for p in s.prompts})) < len(s.prompts):
         yield notice(f"{len(s.prompts) - distinct} training prompts are repetitions of others")
+    yield from columns(s)
     if dropped := s.trainer.encode.dropped:
-        yield notice(f"{dropped} rows left out: their prompts are longer than data.max_prompt_tokens {limit}")
+        longest = f"data.max_prompt_tokens {limit}" + (
+            f" or data.max_answer_tokens {most}" if (most := s.trainer.data_config.max_answer_tokens) else ""
+        )
+        yield notice(f"{dropped} rows left out: they are longer than {longest}")
     if not s.heldout:
         yield notice("no held-out prompts: nothing is measured before and after", "--data.heldout FILE")
-    yield ok(f"{len(s.prompts)} to train on, {len(s.heldout)} held out")
+    first = "the first " if isinstance(s.trainer.train_dataset, ExampleStream) else ""
+    yield ok(f"{first}{len(s.prompts)} to train on, {len(s.heldout)} held out")
+
+
+def columns(s: Subject) -> Iterator[Finding]:
+    """Columns that are read under other names, and rows that are not read as they stand."""
+    for setting, column in s.trainer.encode.columns.read_as.items():
+        if column != getattr(s.trainer.encode.config, setting):
+            yield notice(f"column {column!r} is read as the {setting.removesuffix('_column')} (data.{setting})")
+    for line in s.trainer.encode.left_out():
+        yield notice(line)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import yaml
 from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
@@ -143,15 +144,26 @@ class TeacherConfig:
 class DataConfig:
     """Where prompts come from."""
 
-    train: str = option("", "JSONL/Parquet/Arrow file or hub dataset of training prompts")
-    heldout: str = option("", "the same for held-out prompts; empty: no held-out measurement")
-    split: str = option("train", "split to read of a hub dataset")
+    train: str = option("", "JSONL/Parquet/Arrow/CSV files (list, glob), folder or hub dataset of training prompts")
+    heldout: str = option("", "the same for held-out prompts, or NAME: files of several sets; empty: not measured")
+    subset: str = option("", "configuration of a dataset that has several (gsm8k: main)")
+    split: str = option("train", "split to read of a dataset")
+    heldout_split: str = option("", "split of data.heldout; empty: as data.split")
+    streaming: bool = option(False, "read rows as they are needed (needs train.max_steps)")
+    shuffle_buffer: int = option(1000, "streaming: rows among which the next one is drawn; 0: as they stand")
     prompt_column: str = option("prompt", "column with the prompt: a string or a list of chat messages")
     completion_column: str = option("completion", "column with the completion, for methods that train on a dataset")
     domain_column: str = option("domain", "column that names a row's domain, if there is one")
     answer_column: str = option("answer", "column with the right answer, for a task reward")
     max_prompt_tokens: int = option(1024, "longest prompt allowed, chat template included")
-    overlong: Literal["error", "drop"] = option("error", "what to do with longer prompts")
+    overlong: Literal["error", "drop", "truncate_prompt"] = option(
+        "error", "what to do with longer prompts; truncate_prompt: oldest turns, then the question's beginning, go"
+    )
+    max_answer_tokens: int = option(0, "longest completion of the dataset's own; 0: any")
+    completion_overlong: Literal["truncate", "drop", "error"] = option(
+        "truncate", "what to do with longer completions of the dataset; cut ones are not closed"
+    )
+    bad_rows: Literal["error", "skip"] = option("error", "skip leaves out rows that cannot be read, and counts them")
     limit: int = option(0, "use only the first so many rows; 0: all")
     text_column: str = option(
         "", "column with a document instead of prompts: its first token conditions, the rest counts"
@@ -173,6 +185,10 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        self.train, self.heldout = _sources(self.train, "data.train"), _sources(self.heldout, "data.heldout")
+        require(not isinstance(self.train, dict), "data.train", self.train, "files or a dataset", "a list of them")
+        for name in ("shuffle_buffer", "max_answer_tokens"):
+            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), ">= 0", "use 0")
         require(self.max_text_tokens >= 2, "data.max_text_tokens", self.max_text_tokens, ">= 2", "use 2048")
         for name in self.chat_template_kwargs:
             ours = name in TEMPLATE_ARGUMENTS
@@ -348,6 +364,23 @@ class DistillationConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         return {**values, "rollouts": dataclasses.asdict(self.rollouts)}
+
+
+def _sources(given: Any, setting: str) -> Any:
+    """Files of a recipe: a name, a list of names, or of held-out sets a mapping; on the command line as YAML."""
+    if isinstance(given, str) and given.startswith(("[", "{")):
+        try:
+            given = yaml.safe_load(given)
+        except yaml.YAMLError:
+            raise UserError(f"{setting} is {given!r}, which is no list. Fix: --{setting} '[A, B]'.") from None
+    entries = given.values() if isinstance(given, dict) else [given]
+    for entry in entries:
+        names = entry if isinstance(entry, list | tuple) else [entry]
+        good = bool(names) and all(isinstance(name, str | os.PathLike) for name in names)
+        require(good, setting, given, "a file or dataset, or a list of files", f"--{setting} FILE")
+    if isinstance(given, dict):
+        return {str(name): _sources(entry, setting) for name, entry in given.items()}
+    return [os.fspath(name) for name in given] if isinstance(given, list | tuple) else os.fspath(given)
 
 
 def in_section(error: UserError, section: str) -> UserError:

@@ -8,7 +8,7 @@ completion tokens that are left.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,13 +16,12 @@ from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from llmdistill.texts.messages import from_json, is_chat
-from llmdistill.texts.prompts import Completion, PromptEncoder
+from llmdistill.texts.prompts import Completion, Overlong, PromptEncoder, located
 from llmdistill.texts.sources import Drawn, Round, Stateless
 from llmdistill.texts.turns import Turn, is_empty
 
 logger = logging.getLogger(__name__)
 
-Overlong = Literal["error", "drop"]
 BadPairs = Literal["error", "skip"]
 
 
@@ -56,6 +55,17 @@ class _Unfit(UserError):
         self.kind = kind
 
 
+class _Apart(Exception):
+    """Takes an :class:`_Unfit` past what is done with rows that cannot be read."""
+
+    def __init__(self, error: _Unfit) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+OVER = "longer than max_completion_tokens"
+
+
 @dataclass
 class PairEncoder:
     """Rows to :class:`Pair`, with the student's chat template.
@@ -84,8 +94,9 @@ class PairEncoder:
         Raises:
             UserError: an empty side, two sides alike, or more tokens than the limits allow.
         """
+        row = self.prompts.columns.row(row)
         sides = [self._turn(row, c, index) for c in (self.chosen_column, self.rejected_column)[: 2 - positive]]
-        return self._pair(sides, row, index)
+        return self._pair([self.prompts.fitted(turn, index) for turn in sides], row, index)
 
     def _pair(self, sides: Sequence[Turn], row: Mapping[str, Any], index: int) -> Pair:
         """The pair of two turns with one prompt, or the positive of one."""
@@ -134,21 +145,20 @@ class PairEncoder:
         Raises:
             UserError: a column is missing, a row cannot be trained on (and is not to be skipped), or none is left.
         """
-        pairs, skipped = [], dict[str, list[int]]()
+        pairs, skipped, index, checked = [], dict[str, list[int]](), -1, False
+        bad, where = len(self.prompts.bad), getattr(rows, "where", None)
         for index, row in enumerate(rows):
-            if index == 0:
-                self._check_columns(row, source, positive)
-            try:
-                pairs += self._positives(row, index) if positive else [self(row, index)]
-            except _Unfit as error:
-                of_length = error.kind.startswith("longer")
-                if (self.prompts.config.overlong != "drop") if of_length else (self.bad_pairs != "skip"):
-                    raise UserError(f"{source}, {error}") from None
-                skipped.setdefault(error.kind, []).append(index)
+            if not checked and isinstance(row, Mapping):
+                self._check_columns(self.prompts.columns.row(row), source, positive)
+                checked = True
+            pairs += self.of_row(row, index, source, skipped, positive=positive, where=where)
         for kind, found in skipped.items():
             self.skipped[kind] = self.skipped.get(kind, 0) + len(found)
             few = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
             logger.warning("%s: %d of %d rows skipped, %s: rows %s", source, len(found), index + 1, kind, few)
+        if bad := len(self.prompts.bad) - bad:
+            self.skipped["unreadable"] = self.skipped.get("unreadable", 0) + bad
+            skipped["unreadable"] = list(self.prompts.bad)[-bad:]
         self.prompts.warn(source)
         if cut := sum(pair.cut for pair in pairs):
             logger.warning(
@@ -159,6 +169,48 @@ class PairEncoder:
             why = ", ".join(f"{len(found)} {kind}" for kind, found in skipped.items()) or "it has no rows"
             raise UserError(f"{source}: no pair is left to train on ({why}). Fix: raise the limits, or mend the data.")
         return pairs
+
+    def of_row(
+        self,
+        row: Any,
+        index: int,
+        source: str,
+        skipped: dict[str, list[int]],
+        *,
+        positive: bool = False,
+        where: Callable[[int], str] | None = None,
+    ) -> list[Pair]:
+        """The pairs of a row; none of one that the settings leave out, which ``skipped`` then holds.
+
+        Raises:
+            UserError: the row cannot be trained on.
+        """
+        encode = self._positives if positive else lambda row, index: [self(row, index)]
+        try:
+            return self.prompts.kept(row, index, self._unfit_apart(encode), where)
+        except _Apart as apart:
+            error = apart.error
+        if error.kind == OVER:
+            leave = self.prompts.config.completion_overlong == "drop"
+        elif error.kind.startswith("longer"):
+            leave = self.prompts.config.overlong == "drop"
+        else:
+            leave = self.bad_pairs == "skip"
+        if not leave:
+            raise UserError(f"{source}, {located(error, index, where)}") from None
+        skipped.setdefault(error.kind, []).append(index)
+        return []
+
+    def _unfit_apart(self, encode: Callable[[Any, int], list[Pair]]) -> Callable[[Any, int], list[Pair]]:
+        """``encode`` with what settings of their own decide about as another kind of error."""
+
+        def encoded(row: Any, index: int) -> list[Pair]:
+            try:
+                return encode(row, index)
+            except _Unfit as error:
+                raise _Apart(error) from None
+
+        return encoded
 
     def _check_columns(self, row: Mapping[str, Any], source: str, positive: bool) -> None:
         answered = positive and self.chosen_column not in row and self.prompts.turns.has_answer(row)
@@ -175,7 +227,7 @@ class PairEncoder:
         answered = self.chosen_column not in row  # a prompt with its completion, or a conversation that ends in one
         turn = self.prompts.turns.of(row, index) if answered else self._turn(row, self.chosen_column, index)
         turns = self.prompts.turns.counted(turn)
-        return [self._pair([turn], row, index) for turn in turns]
+        return [self._pair([self.prompts.fitted(turn, index)], row, index) for turn in turns]
 
     def _turn(self, row: Mapping[str, Any], column: str, index: int) -> Turn:
         chat = any(is_chat(from_json(row.get(c))) for c in (self.chosen_column, self.rejected_column))
@@ -184,17 +236,22 @@ class PairEncoder:
     def _prompt(self, turn: Turn, row: Mapping[str, Any], index: int) -> Prompt:
         try:
             return self.prompts.prompt(turn, row, index)
-        except UserError as error:
-            if "max_prompt_tokens" in str(error):
-                raise _Unfit("longer than max_prompt_tokens", str(error)) from None
-            raise
+        except Overlong as error:
+            raise _Unfit("longer than max_prompt_tokens", str(error)) from None
 
     def _side(self, turn: Turn, column: str, index: int) -> tuple[Completion, bool]:
         """One side, and whether it was cut."""
         if is_empty(turn.answer):
             raise _Unfit("empty", f"row {index}: {column} is empty. Fix: remove the row, or --bad_pairs skip.")
         made = self.prompts.completion(turn, column, index)
-        limit = self.max_completion_tokens or len(made.ids)
+        limit = self.max_completion_tokens or self.prompts.config.max_answer_tokens or len(made.ids)
+        if len(made.ids) > limit and self.prompts.config.completion_overlong != "truncate":
+            raise _Unfit(
+                OVER,
+                f"row {index}: {column} has {len(made.ids)} tokens, {limit} are allowed "
+                "(objective.max_completion_tokens, or data.max_answer_tokens). Fix: raise it, or "
+                "--data.completion_overlong truncate or drop.",
+            )
         return Completion(made.ids[:limit], made.counts[:limit]), len(made.ids) > limit
 
 

@@ -8,53 +8,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Reading, Rollout, collate
 from llmdistill.texts.chat import ChatTemplate, reads
+from llmdistill.texts.columns import Columns
+from llmdistill.texts.lines import Unreadable
 from llmdistill.texts.messages import Message
 from llmdistill.texts.seam import behind, text_ids
+from llmdistill.texts.shortened import shortened
 from llmdistill.texts.turns import Turn, TurnReader, is_empty, with_hint
 
 logger = logging.getLogger(__name__)
 
-CONVERSATIONS = ("messages", "conversations", "conversation", "question", "instruction", "problem")  # usual names
 
+class Overlong(UserError):
+    """A prompt or a completion over its limit. ``dropped``: the settings leave such rows out."""
 
-def load_rows(source: str, config: DataConfig, setting: str) -> Dataset:
-    """The rows of a file or hub dataset.
-
-    Raises:
-        UserError: nothing there, not parseable, no prompt column, or no rows.
-    """
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-    suffix = Path(source).suffix
-    try:
-        if suffix in kind:
-            rows = load_dataset(kind[suffix], data_files=source, split="train")
-        else:
-            rows = load_dataset(source, split=config.split)
-    except Exception as error:  # datasets raises whatever its readers raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{setting} {source!r} cannot be read: {reason}") from error
-    key = "text_column" if config.text_column else "prompt_column"
-    if (column := getattr(config, key)) not in rows.column_names:
-        usual = [name for name in CONVERSATIONS if name in rows.column_names and key == "prompt_column"]
-        raise UserError(
-            f"{setting} {source!r} has no column {column!r} (it has {', '.join(rows.column_names)}). "
-            f"Fix: --data.{key} {usual[0] if usual else 'NAME'}."
-        )
-    if len(rows) == 0:
-        raise UserError(f"{setting} {source!r} has no rows")
-    return rows.select(range(min(config.limit, len(rows)))) if config.limit else rows
+    def __init__(self, message: str, dropped: bool) -> None:
+        super().__init__(message)
+        self.dropped = dropped
 
 
 @dataclass(frozen=True)
@@ -83,13 +63,18 @@ class PromptEncoder:
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.readers = {name: PromptEncoder(judge, _read_by(judge, config)) for name, judge in (judges or {}).items()}
-        self.dropped = 0  # rows left out by data.overlong drop so far
+        self.columns = Columns(config)
+        self.dropped = 0  # rows left out so far for their length
+        self.truncated: set[int] = set()  # rows whose prompts were shortened
+        self.cut = 0  # completions that data.max_answer_tokens shortened
+        self.bad: dict[int, str] = {}  # rows left out by data.bad_rows, and why
         self.notes: dict[str, set[int]] = {}  # what was done around rows and template -> the rows
         self.ends: set[int] = set()  # ids with which the template closed a completion
         self.chats = 0  # prompts that the template has written so far
         self._row = 0
         self._last: tuple[int, Turn, str, list[int]] | None = None  # what was written last: a row asks twice
         self._told: dict[str, set[int]] = {}
+        self._left_out = (0, 0, 0)
         self.template = ChatTemplate(
             tokenizer, system_prompt=config.system_prompt, kwargs=config.chat_template_kwargs, note=self._note
         )
@@ -101,15 +86,17 @@ class PromptEncoder:
         Raises:
             UserError: an empty prompt, a missing template, messages that it refuses, or a prompt over the limit.
         """
-        return self.prompt(self.turns.of(row, index), row, index)
+        row = self.columns.row(row)
+        return self.prompt(self.fitted(self.turns.of(row, index), index), row, index)
 
     def prompt(self, turn: Turn, row: Mapping[str, Any], index: int = 0) -> Prompt:
         """The prompt of a turn of ``row``. Raises as calling does."""
         text, ids = self._written(turn, index)
         if len(ids) > self.config.max_prompt_tokens:
-            raise UserError(
+            raise Overlong(
                 f"row {index}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
-                f"{self.config.max_prompt_tokens}. Fix: raise it, or --data.overlong drop."
+                f"{self.config.max_prompt_tokens}. Fix: raise it, or --data.overlong drop or truncate_prompt.",
+                self.config.overlong == "drop",
             )
         domain, answer = row.get(self.config.domain_column), row.get(self.config.answer_column)
         return Prompt(
@@ -123,6 +110,20 @@ class PromptEncoder:
             record=dict(row) if self.built_later else None,
             readings={name: reader.reading(turn, name, index) for name, reader in self.readers.items()},
         )
+
+    def fitted(self, turn: Turn, index: int = 0) -> Turn:
+        """The turn with its prompt shortened, where it is over the limit and ``data.overlong`` says so."""
+        limit = self.config.max_prompt_tokens
+        if self.config.overlong != "truncate_prompt" or len(self._written(turn, index)[1]) <= limit:
+            return turn
+        shorter = shortened(turn, limit, lambda t: len(self._written(t, index)[1]), self.tokenizer)
+        if shorter is None:
+            raise UserError(
+                f"row {index}: without a word of the question the prompt has more than data.max_prompt_tokens {limit} "
+                "tokens: those of the template and of messages that are not shortened. Fix: raise it."
+            )
+        self.truncated.add(index)
+        return shorter
 
     def reading(self, turn: Turn, name: str, index: int = 0) -> Reading:
         """The prompt of a turn as the judge ``name``, whose encoder this is, reads it.
@@ -209,27 +210,27 @@ class PromptEncoder:
         The first token of a window conditions and the rest counts; a window begins with the last token of the one
         before, so that every token but the document's first is predicted once. The eos closes a document.
         """
-        column, size, eos = self.config.text_column, self.config.max_text_tokens, self.tokenizer.eos_token_id
-        windows = []
-        for index, row in enumerate(rows):
-            text = row.get(column)
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"row {index}: {column} is empty. Fix: --data.text_column NAME, or remove the row.")
-            ids = text_ids(self.tokenizer, text, special=True)
-            ids += [] if eos is None or ids[-1:] == [eos] else [eos]
-            domain, weight = row.get(self.config.domain_column), self.weight(row, index)
-            if isinstance(weight, tuple):
-                raise UserError(
-                    f"row {index}: {self.config.weight_column} is a list, and a document has one weight. Fix: a number."
-                )
-            for start in range(0, max(len(ids) - 1, 1), size - 1):
-                window = ids[start : start + size]
-                if len(window) > 1:
-                    name = None if domain is None else str(domain)
-                    windows.append(Prompt(window[:1], "", name, index, tuple(window[1:]), weight=weight))
+        windows = self._every(rows, self.document)
         if not windows:
             raise UserError("no document is left: none has two tokens. Fix: other data.")
         return windows
+
+    def document(self, row: Mapping[str, Any], index: int) -> list[Prompt]:
+        """The windows of one document."""
+        column, size, eos = self.config.text_column, self.config.max_text_tokens, self.tokenizer.eos_token_id
+        text = row.get(column)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"row {index}: {column} is empty. Fix: --data.text_column NAME, or remove the row.")
+        ids = text_ids(self.tokenizer, text, special=True)
+        ids += [] if eos is None or ids[-1:] == [eos] else [eos]
+        domain, weight = row.get(self.config.domain_column), self.weight(row, index)
+        if isinstance(weight, tuple):
+            raise UserError(
+                f"row {index}: {self.config.weight_column} is a list, and a document has one weight. Fix: a number."
+            )
+        name = None if domain is None else str(domain)
+        made = (ids[start : start + size] for start in range(0, max(len(ids) - 1, 1), size - 1))
+        return [Prompt(w[:1], "", name, index, tuple(w[1:]), weight=weight) for w in made if len(w) > 1]
 
     def _written(self, turn: Turn, index: int = 0) -> tuple[str, list[int]]:
         """The prompt as the model sees it, and its ids."""
@@ -312,42 +313,116 @@ class PromptEncoder:
                 few = ", ".join(map(str, fresh[:3])) + (", ..." if len(fresh) > 3 else "")
                 logger.warning("%s%s (%d rows: %s)", f"{source}: " if source else "", message, len(fresh), few)
                 self._told[message] = set(rows)
+        told = (len(self.bad), len(self.truncated), self.cut)
+        if told != self._left_out:
+            self._left_out = told
+            for line in self.left_out():
+                logger.warning("%s%s", f"{source}: " if source else "", line)
         for name, reader in self.readers.items():
             reader.warn(f"{source or 'prompts'} as {name} reads them")
+
+    def left_out(self) -> list[str]:
+        """What was not read as it stands, a line for each kind."""
+        lines = []
+        if self.bad:
+            rows, first = ", ".join(map(str, list(self.bad)[:5])), next(iter(self.bad.values()))
+            lines.append(f"{len(self.bad)} rows cannot be read and are left out: {rows}; the first: {first}")
+        if self.truncated:
+            limit = self.config.max_prompt_tokens
+            lines.append(f"{len(self.truncated)} prompts are shortened to data.max_prompt_tokens {limit}")
+        if self.cut:
+            limit = self.config.max_answer_tokens
+            lines.append(f"{self.cut} completions are cut after data.max_answer_tokens {limit}; they are not closed")
+        return lines
 
     # ---------------------------------------------------------------- all rows
 
     def encode_all(
-        self, rows: Dataset | Sequence[Mapping[str, Any]], *, completions: bool = False, optional: bool = False
+        self, rows: Iterable[Mapping[str, Any]], *, completions: bool = False, optional: bool = False
     ) -> list[Prompt]:
-        """Every row (with its completion when asked), or every row that fits when ``data.overlong`` is ``drop``.
+        """Every row (with its completion when asked), but those that ``data.overlong``, ``completion_overlong`` and
+        ``bad_rows`` leave out.
 
         ``optional``: a row may have no completion.
+
+        Raises:
+            UserError: a row cannot be read (its place in its file is named), or none is left.
         """
         if self.config.text_column:
             return self.documents(rows)
-        prompts = []
-        for index, row in enumerate(rows):
-            turns = self.turns.counted(self.turns.of(row, index))
-            if completions and len(turns) > 1 and turns[-1].answer is None:
-                turns = turns[:-1]  # nobody answered the last one
-            if not completions and turns[-1].answer is not None and not row.get(self.config.completion_column):
-                self._note("conversations end with an answer; the student is asked for its own in that place", index)
-            for turn in turns:
-                try:
-                    prompt = self.prompt(turn, row, index)
-                    if completions and not (optional and turn.answer is None):
-                        prompt = self._completed(prompt, turn, len(turns))
-                    prompts.append(prompt)
-                except UserError as error:
-                    if self.config.overlong != "drop" or "max_prompt_tokens" not in str(error):
-                        raise
-                    self.dropped += 1
-        self.warn()
-        if not len(rows):
-            raise UserError("there are no rows. Fix: give at least one.")
+        prompts = self._every(rows, partial(self.of_row, completions=completions, optional=optional))
         if not prompts:
-            raise UserError("no prompt is left: all are longer than data.max_prompt_tokens. Fix: raise it.")
+            first = f"; the first: {next(iter(self.bad.values()))}" if self.bad else ""
+            read = f", {len(self.bad)} cannot be read{first}" if self.bad else ""
+            long = f"{self.dropped} are longer than data.max_prompt_tokens or data.max_answer_tokens"
+            raise UserError(f"no prompt is left: {long}{read}. Fix: raise the limits, or other data.")
+        return prompts
+
+    def _every(
+        self, rows: Iterable[Mapping[str, Any]], encode: Callable[[Mapping[str, Any], int], list[Prompt]]
+    ) -> list[Prompt]:
+        count, found = 0, list[Prompt]()
+        where = getattr(rows, "where", None)
+        for index, row in enumerate(rows):
+            count += 1
+            found += self.kept(row, index, encode, where)
+        self.warn()
+        if not count:
+            raise UserError("there are no rows. Fix: give at least one.")
+        return found
+
+    def kept(
+        self,
+        row: Any,
+        index: int,
+        encode: Callable[[Mapping[str, Any], int], list[Any]],
+        where: Callable[[int], str] | None = None,
+    ) -> list[Any]:
+        """What ``encode`` makes of a row; nothing of one that the settings leave out, which is counted.
+
+        Args:
+            where: says the file and line of a row.
+
+        Raises:
+            UserError: the row cannot be read, or is too long.
+        """
+        try:
+            if isinstance(row, Unreadable):
+                raise UserError(f"row {index}: {row.reason}. Fix: mend it, or --data.bad_rows skip.")
+            if not isinstance(row, Mapping):
+                what = f"{str(row)[:40]!r}, a {type(row).__name__}"
+                raise UserError(f"row {index}: it is {what}; a row has columns. Fix: {{'prompt': ...}} for each.")
+            return encode(self.columns.row(row), index)
+        except Overlong as error:
+            if not error.dropped:
+                raise located(error, index, where) from None
+            self.dropped += 1
+        except UserError as error:
+            if self.config.bad_rows == "error":
+                raise located(error, index, where) from None
+            self.bad[index] = str(located(error, index, where))
+        return []
+
+    def of_row(
+        self, row: Mapping[str, Any], index: int, *, completions: bool = False, optional: bool = False
+    ) -> list[Prompt]:
+        """The prompts of one row, whose columns are called as usual: one, or with ``assistant_turns: all`` several."""
+        turns, prompts = self.turns.counted(self.turns.of(row, index)), list[Prompt]()
+        if completions and len(turns) > 1 and turns[-1].answer is None:
+            turns = turns[:-1]  # nobody answered the last one
+        if not completions and turns[-1].answer is not None and not row.get(self.config.completion_column):
+            self._note("conversations end with an answer; the student is asked for its own in that place", index)
+        for full in turns:
+            try:
+                turn = self.fitted(full, index)
+                prompt = self.prompt(turn, row, index)
+                if completions and not (optional and turn.answer is None):
+                    prompt = self._completed(prompt, turn, len(turns))
+                prompts.append(prompt)
+            except Overlong as error:
+                if not error.dropped:
+                    raise
+                self.dropped += 1
         return prompts
 
     def _completed(self, prompt: Prompt, turn: Turn, turns: int) -> Prompt:
@@ -361,7 +436,24 @@ class PromptEncoder:
                 f"row {prompt.row}: {self.config.weight_column} has {len(weight)} weights, and the completion {n - 1} "
                 f"tokens (with the eos {n}){several}. Fix: one weight for each of them."
             )
-        return replace(prompt, completion=made.ids, counts=made.counts, weight=_closed(weight, n))
+        weight, limit = _closed(weight, n), self.config.max_answer_tokens
+        if not limit or n <= limit:
+            return replace(prompt, completion=made.ids, counts=made.counts, weight=weight)
+        if self.config.completion_overlong != "truncate":
+            raise Overlong(
+                f"row {prompt.row}: {column} has {n} tokens, data.max_answer_tokens is {limit}. Fix: raise it, or "
+                "--data.completion_overlong truncate or drop.",
+                self.config.completion_overlong == "drop",
+            )
+        self.cut += 1
+        cut = weight[:limit] if isinstance(weight, tuple) else weight
+        return replace(prompt, completion=made.ids[:limit], counts=made.counts[:limit], weight=cut)
+
+
+def located(error: UserError, index: int, where: Callable[[int], str] | None) -> UserError:
+    """The error of a row with the file and line it stands in."""
+    place = where(index) if where is not None else ""
+    return UserError(str(error).replace(f"row {index}", f"row {index} ({place})", 1)) if place else error
 
 
 def _read_by(judge: PreTrainedTokenizerBase, config: DataConfig) -> DataConfig:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
+from llmdistill.texts.columns import Columns
 from llmdistill.texts.messages import Message, from_json, is_chat, read_messages, read_tools
 
 
@@ -37,6 +38,7 @@ class TurnReader:
 
     def has_answer(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has a completion: in its column, or as the last message of the prompt."""
+        row = Columns(self.config).row(row)
         completion, prompt = row.get(self.config.completion_column), from_json(row.get(self.config.prompt_column))
         if completion:
             return True

@@ -14,6 +14,7 @@ from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import UNKNOWN_FIX, RoutedTeacher
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt
+from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.special import context_length
 
 
@@ -179,7 +180,7 @@ def check_ready(trainer: Parts) -> None:
         term, _ = trainer.method.asks_of(name)[0]
         argument = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"
         raise UserError(f"the objective reads a {name} model (term {term.name!r}), and there is none. Fix: {argument}.")
-    prompts = [p for p in trainer.train_dataset or [] if isinstance(p, Prompt)]
+    prompts = [p for p in at_hand(trainer.train_dataset) if isinstance(p, Prompt)]
     for judge in trainer.judges.values():
         if isinstance(judge, RoutedTeacher):
             for p in prompts:

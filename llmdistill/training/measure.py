@@ -56,6 +56,10 @@ class Measurement:
             values.update({metric: self.mean(metric), f"{metric}_low": low, f"{metric}_high": high})
         return values
 
+    def part(self, span: slice) -> Measurement:
+        """Some of the sequences."""
+        return Measurement({name: values[span] for name, values in self.sums.items()}, self.tokens[span])
+
     def of_others(self) -> Measurement:
         """The estimate of the reverse KL as that of the forward KL, for text that is the teacher's or like it."""
         sums = {name: values for name, values in self.sums.items() if name != "reverse_kl"}

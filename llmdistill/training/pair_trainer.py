@@ -17,7 +17,8 @@ from llmdistill.errors import UserError
 from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.recipe.settings import require, setting
-from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
+from llmdistill.texts.pairs import BadPairs, Pair, PairEncoder, Side, pair_encoder
+from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard
 from llmdistill.training.pair_losses import PairLoss, PairMeans, PairMeasurement, measure_pairs
@@ -108,16 +109,25 @@ class PairTrainer(DistillationTrainer):
     ) -> dict[str, float]:
         """The metrics of training on held-out pairs, as ``{prefix}_redi/…`` with ``…_low`` and ``…_high``, the bounds
         of the 95 % interval over pairs; and ``{prefix}_loss``."""
-        pairs = self.eval_dataset if eval_dataset is None else self._pairs(eval_dataset, "eval_dataset")
+        pairs = (
+            self.eval_dataset
+            if eval_dataset is None
+            else self._encoded_sets(eval_dataset, self.encode, self.args.heldout_sequences)
+        )
         if not pairs:
             raise UserError("evaluate() needs held-out pairs. Fix: --data.heldout FILE, or pass eval_dataset.")
-        measured = self.measure_heldout_pairs(pairs[: self.args.heldout_sequences])
-        loss = self.pair_loss(torch.tensor(measured.chosen), torch.tensor(measured.rejected)).item()
-        results = {f"{metric_key_prefix}_redi/{k}": v for k, v in measured.flat().items()}
-        results[f"{metric_key_prefix}_loss"] = loss
+        results = self._measured(to_measure(pairs, self.args.heldout_sequences), metric_key_prefix)
+        spans = pairs.spans() if isinstance(pairs, HeldOutSets) else {}
+        for name, span in spans.items():  # beside what all of them come to
+            results.update(self._measured(pairs[span], f"{metric_key_prefix}_{name}"))
         self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
+
+    def _measured(self, pairs: Sequence[Pair], prefix: str) -> dict[str, float]:
+        found = self.measure_heldout_pairs(pairs)
+        loss = self.pair_loss(torch.tensor(found.chosen), torch.tensor(found.rejected)).item()
+        return {**{f"{prefix}_redi/{k}": v for k, v in found.flat().items()}, f"{prefix}_loss": loss}
 
     def measure_heldout_pairs(self, pairs: Sequence[Pair]) -> PairMeasurement:
         """See :func:`~llmdistill.training.pair_losses.measure_pairs`."""
@@ -132,17 +142,28 @@ class PairTrainer(DistillationTrainer):
             self.step_sums[i] += value
 
     def _encoded(self, rows: Any, encode: Any, heldout: bool = False) -> list[Any]:
-        return self._pairs(rows, "data.heldout" if heldout else "data.train")
+        if isinstance(rows, list) and rows and isinstance(rows[0], Pair):
+            return rows
+        if not has_length(rows) and not heldout:
+            return streamed_pairs(self.encoder, rows)  # type: ignore[return-value]
+        return self.encoder.encode_all(rows, "data.heldout" if heldout else "data.train")
 
     def _preflight(self) -> None:
-        pairs = self.train_dataset or []
+        pairs = at_hand(self.train_dataset)
         if pairs and isinstance(pairs[0], Pair):
             self._examine_once((type(self.model).__name__, "pairs"))
 
-    def _pairs(self, rows: Any, source: str) -> list[Pair]:
-        if isinstance(rows, list) and rows and isinstance(rows[0], Pair):
-            return rows
-        return self.encoder.encode_all(rows, source)
+
+def streamed_pairs(
+    encoder: PairEncoder, rows: Any, source: str = "data.train", positive: bool = False
+) -> ExampleStream:
+    """The pairs of rows without a length."""
+    skipped, where = dict[str, list[int]](), getattr(rows, "where", None)
+
+    def encode(row: Any, index: int) -> list[Pair]:
+        return encoder.of_row(row, index, source, skipped, where=where)
+
+    return ExampleStream(rows, encode)
 
 
 class _GuardCallback(TrainerCallback):

@@ -10,6 +10,8 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -47,6 +49,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
+from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, to_measure
 from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
 from llmdistill.training.consistency import check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
@@ -57,6 +60,7 @@ from llmdistill.training.other_tokenizers import bind, check_alignment, note_ali
 from llmdistill.training.progress import Progress, ProgressCallback
 from llmdistill.training.rewards import Reward
 from llmdistill.training.round_log import RoundLog
+from llmdistill.training.streamed_rows import checked_rows
 from llmdistill.training.student_trainer import gathered_sums, ready_student
 from llmdistill.training.surveys import survey
 
@@ -126,13 +130,16 @@ class DistillationTrainer(RoundLog):
         self.helpers = attach(model, method.helpers, check_hidden(self.method, model, self.judges), args.seed)
         self.judges = with_chunks(self.method, self.judges, tokenizer, self.eos_ids, self.data_config, min_aligned)
         encode = PromptEncoder(tokenizer, self.data_config, tokenizers(self.judges))
+        train_dataset = checked_rows(train_dataset, args, self.data_config.split)
         self.progress = Progress(self.method, self.judges)
         super().__init__(
             model,
             args,
             encode=encode,
             train_dataset=None if train_dataset is None else self._encoded(train_dataset, encode),
-            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset, encode, heldout=True),
+            eval_dataset=None
+            if eval_dataset is None
+            else self._encoded_sets(eval_dataset, encode, args.heldout_sequences),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -319,12 +326,20 @@ class DistillationTrainer(RoundLog):
         Keys: ``{prefix}_student/reverse_kl`` … and ``{prefix}_teacher/…``, with the bounds of the 95 % interval as
         ``…_low`` and ``…_high``. ``{prefix}_dataset/…`` instead, or nothing, where the teacher is only stored.
         """
-        prompts = self.eval_dataset if eval_dataset is None else self._encoded(eval_dataset, self.encode, heldout=True)
+        prompts = (
+            self.eval_dataset
+            if eval_dataset is None
+            else self._encoded_sets(eval_dataset, self.encode, self.args.heldout_sequences)
+        )
         if not prompts:
             raise UserError("evaluate() needs held-out prompts. Fix: --data.heldout FILE, or pass eval_dataset.")
         results: dict[str, float] = {}
-        for name, measured in self.measure_heldout(prompts[: self.args.heldout_sequences]).items():
-            results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in measured.flat().items()})
+        for name, found in self.measure_heldout(to_measure(prompts, self.args.heldout_sequences)).items():
+            results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in found.flat().items()})
+            spans = prompts.spans() if isinstance(prompts, HeldOutSets) else {}
+            for each, span in spans.items():  # beside what all of them come to
+                part = found.part(span).flat()
+                results.update({f"{metric_key_prefix}_{each}_{name}/{k}": v for k, v in part.items()})
         if results:
             keys = [f"{metric_key_prefix}_{name}" for name in self.heldout_losses]
             loss = next(results[key] for key in keys if key in results)
@@ -358,7 +373,7 @@ class DistillationTrainer(RoundLog):
 
     def _preflight(self) -> None:
         """The start-up checks, where they are due: what they find is logged, and a failed one stops the run."""
-        prompts = self.train_dataset or []
+        prompts = at_hand(self.train_dataset)
         if self.judges and prompts and isinstance(prompts[0], Prompt):
             names = (term.name for term in self.method.terms)
             self._examine_once((type(self.model).__name__, self.teacher.info().name, *names))
@@ -396,10 +411,35 @@ class DistillationTrainer(RoundLog):
     def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
             return rows
+        if not has_length(rows) and not heldout:
+            return self._streamed(rows, encode)  # type: ignore[return-value]
         needs_completions = "dataset" in self.method.uses
         lacks_completions = heldout and not all(encode.turns.has_answer(row) for row in rows)
-        optional = all(getattr(s, "optional", False) for s in self.method.texts.values() if "dataset" in s.uses)
+        optional = self._optional_completions
         return encode.encode_all(rows, completions=needs_completions and not lacks_completions, optional=optional)
+
+    @property
+    def _optional_completions(self) -> bool:
+        return all(getattr(s, "optional", False) for s in self.method.texts.values() if "dataset" in s.uses)
+
+    def _streamed(self, rows: Any, encode: PromptEncoder) -> ExampleStream:
+        """The examples of rows without a length."""
+        asked: dict[str, Any] = {"completions": "dataset" in self.method.uses, "optional": self._optional_completions}
+        of_row = encode.document if encode.config.text_column else partial(encode.of_row, **asked)
+        where = getattr(rows, "where", None)
+        return ExampleStream(rows, lambda row, index: self._sound(encode.kept(row, index, of_row, where)))
+
+    def _sound(self, examples: list[Any]) -> list[Any]:
+        """What is streamed, looked at as what is there from the start is."""
+        return examples
+
+    def _encoded_sets(self, rows: Any, encode: PromptEncoder, most: int) -> list[Any]:
+        """Held-out rows, or of several sets the first ``most`` of each."""
+        if isinstance(rows, Mapping):
+            return HeldOutSets(
+                {str(name): self._encoded_sets(each, encode, most)[:most] for name, each in rows.items()}
+            )
+        return self._encoded(rows if has_length(rows) else list(islice(iter(rows), most)), encode, heldout=True)
 
     @staticmethod
     def _as_teacher(teacher: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Teacher:

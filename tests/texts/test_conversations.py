@@ -13,8 +13,9 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, redi
 from llmdistill.errors import UserError
 from llmdistill.opd import main as opd
 from llmdistill.recipe.config import DataConfig
+from llmdistill.texts.loading import load_rows
 from llmdistill.texts.pairs import pair_encoder
-from llmdistill.texts.prompts import PromptEncoder, load_rows
+from llmdistill.texts.prompts import PromptEncoder
 from tests import tiny
 from tests.texts import quirks
 from tests.texts.test_templates import ASK, CHATML_PROMPT, encoded, only, said
@@ -217,9 +218,7 @@ def test_conversations_from_a_recipe(tmp_path: Path) -> None:
         **{"data.system_prompt": "Be kind.", "data.chat_template_kwargs": '{"enable_thinking": false}'},
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    with pytest.raises(UserError, match="no column 'prompt'.*Fix: --data.prompt_column conversations"):
-        opd(words)
-    opd([*words, "--data.prompt_column", "conversations"])
+    opd(words)
     assert (tmp_path / "run" / "student").is_dir()
 
 

@@ -112,7 +112,7 @@ def test_sequences_past_the_context_are_warned_of(tmp_path: Path) -> None:
     ("rows", "said"),
     [
         ([], "there are no rows"),
-        ([{"question": "x"}], "row 0 has no column 'prompt', it has 'question'. Fix: --data.prompt_column"),
+        ([{"words": "x"}], "row 0 has no column 'prompt', it has 'words'. Fix: --data.prompt_column"),
         ([{"prompt": "x", "completion": " \n"}], "row 0: completion is empty"),
         ([{"prompt": "x", "completion": [{"role": "assistant", "content": ""}]}], "row 0: completion is empty"),
     ],
