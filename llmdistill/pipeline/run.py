@@ -110,7 +110,13 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
         trainer.close()
     if main_process:
         folder.write_json("after.json", after)
-        folder.write_json("summary.json", {"steps": trainer.state.global_step, "peak_gib": peak_memory_gib()})
+        rows = trainer.encode.counts()
+        summary = {
+            "steps": trainer.state.global_step,
+            "peak_gib": peak_memory_gib(),
+            **({"rows": rows} if rows else {}),
+        }
+        folder.write_json("summary.json", summary)
         page = write_report(folder.path)
         _print(folder, Console(markup=False), page)
     leave_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ def authors(s: Subject) -> Iterator[Finding]:
 
 def _data_files(s: Subject) -> Iterator[tuple[Path, str]]:
     """Data files of this run, and of the one that made its student."""
-    if train := s.trainer.data_config.train:
-        yield Path(train), "of data.train"
+    for train in _files(s.trainer.data_config.train):
+        yield train, "of data.train"
     model = Path(s.recipe.student.model) if s.recipe is not None else Path("")
     record = model.parent / "config.yaml"  # RUN/student
     if model.name == "student" and record.is_file():
@@ -41,8 +42,14 @@ def _data_files(s: Subject) -> Iterator[tuple[Path, str]]:
             train = before["data"]["train"]
         except (yaml.YAMLError, TypeError, KeyError):
             return
-        if train and isinstance(train, str):
-            yield Path(train), "that the student was trained on"
+        for file in _files(train):
+            yield file, "that the student was trained on"
+
+
+def _files(train: Any) -> list[Path]:
+    """Those that a recipe names: one, a list of them, or a pattern."""
+    named = [train] if isinstance(train, str) else train if isinstance(train, list) else []
+    return [Path(file) for name in named if name for file in (sorted(glob.glob(str(name))) or [name])]
 
 
 def _teachers(file: Path) -> dict[str, dict[str, Any]]:

@@ -321,6 +321,11 @@ class PromptEncoder:
         for name, reader in self.readers.items():
             reader.warn(f"{source or 'prompts'} as {name} reads them")
 
+    def counts(self) -> dict[str, int]:
+        """How many rows were not read as they stand, by what was done with them."""
+        found = {"unreadable": len(self.bad), "too long": self.dropped, "shortened": len(self.truncated)}
+        return {name: n for name, n in {**found, "completions cut": self.cut}.items() if n}
+
     def left_out(self) -> list[str]:
         """What was not read as it stands, a line for each kind."""
         lines = []

@@ -369,7 +369,10 @@ class DistillationTrainer(RoundLog):
         self._preflight()
         self.progress.forget()  # nothing of a run that broke off
         self._pushed = (-1, -1)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.encode.warn("the rows trained on")  # of a stream, what was noted since its first rows
 
     def _preflight(self) -> None:
         """The start-up checks, where they are due: what they find is logged, and a failed one stops the run."""

@@ -115,7 +115,8 @@ def write_recipe(folder: Path) -> Path:
     recipe = {
         "student": {"model": str(folder / "student")},
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32"},
-        "data": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")},
+        # A stream: each process reads all of it and takes its share of every batch.
+        "data": {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl"), "streaming": True},
         "rollouts": {"max_new_tokens": 8},
         "train": {
             "output_dir": str(folder / "run"),

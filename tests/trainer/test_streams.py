@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, DatasetDict, IterableDataset
 from safetensors.torch import load_file
 
@@ -102,6 +104,20 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path: Path, config: Any) -> N
     bitwise(weights(whole.model), weights(torn.model))
 
 
+def test_processes_share_a_stream_out_as_they_share_a_list_out() -> None:
+    """Batches of two go to the two processes in turn, in both of which the stream is read whole."""
+    shares = [
+        IterableDatasetShard(ExampleStream(Endless(), one_example), batch_size=2, num_processes=2, process_index=rank)
+        for rank in (0, 1)
+    ]
+    first = [list(islice(iter(share), 4)) for share in shares]
+    assert first == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def one_example(row: Any, index: int) -> list[int]:
+    return [index]
+
+
 def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     rows = Endless()
     opd(tmp_path, rows).train()
@@ -177,7 +193,7 @@ def test_a_recipe_that_streams_with_two_held_out_sets(tmp_path: Path) -> None:
     for name, seed in (("student", 1), ("teacher", 2)):
         tiny.llama(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "{no row\n")
     for i, name in enumerate(("a", "b")):
         row = {"prompt": f"held out {i}"}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
@@ -187,7 +203,7 @@ def test_a_recipe_that_streams_with_two_held_out_sets(tmp_path: Path) -> None:
         *("--teacher.dtype", "float32", "--data.train", str(tmp_path / "train.jsonl"), "--data.heldout", sets),
         *("--data.streaming", "true", "--rollouts.max_new_tokens", "4", "--per_device_train_batch_size", "2"),
         *("--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--learning_rate", "1e-3"),
-        *("--lr_scheduler_type", "constant"),
+        *("--lr_scheduler_type", "constant", "--data.bad_rows", "skip"),
     ]
     with pytest.raises(UserError, match="max_steps"):
         main([*words, "--student.model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "none")])
@@ -196,6 +212,8 @@ def test_a_recipe_that_streams_with_two_held_out_sets(tmp_path: Path) -> None:
     assert main([*words, "--max_steps", "8", "--output_dir", str(tmp_path / "torn"), "--resume"]) == 0
     saved = [load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "torn")]
     bitwise(*saved)
+    assert json.loads((tmp_path / "whole" / "summary.json").read_text())["rows"] == {"unreadable": 1}
+    assert "1 unreadable" in (tmp_path / "whole" / "report.html").read_text()
     logged = [
         json.loads(line)
         for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()

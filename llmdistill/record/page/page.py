@@ -99,8 +99,11 @@ def _facts(data: RunData) -> str:
     peak = finite(data.summary.get("peak_gib")) or max(data.curve("memory/peak_gib")[1], default=None)
     objective = [data.option("objective", k) for k in ("method", "divergence", "estimator")]
     rollouts = [data.option("rollouts", k) for k in ("engine", "max_new_tokens", "samples_per_prompt")]
+    rows = {**as_dict(data.summary.get("rows")), **as_dict(data.summary.get("skipped"))}
+    told = [f"{int(n):,} {clipped(what, 60)}" for what, value in rows.items() if (n := finite(value))]
     facts = {
         "steps": f"{data.last_step:,}",
+        "rows not as they stood": ", ".join(told) or None,
         "training time": safe(duration(runtime)) if runtime else None,
         "peak memory": f"{exact(peak)} GiB" if peak else None,
         "objective": ", ".join(name(x) for x in objective if x) or None,
