@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -310,11 +310,13 @@ class _Assembling:
 
 def _sampling(given: Sampling | Mapping[str, Any] | None, seed: int) -> Sampling:
     if isinstance(given, Sampling):
+        _only_what_names_calls(given)
         return replace(given, seed=seed, samples_per_prompt=1)
     try:
         made = Sampling(**{"max_new_tokens": MAX_NEW_TOKENS, **(given or {}), "seed": seed})
     except TypeError as error:
         raise UserError(f"sampling is {dict(given or {})!r}: {error}. Fix: {', '.join(DRAWN_BY)}.") from None
+    _only_what_names_calls(made)
     for name, ok, needed in (
         ("temperature", made.temperature >= 0, ">= 0"),
         ("top_p", 0 < made.top_p <= 1, "in (0, 1]"),
@@ -324,6 +326,17 @@ def _sampling(given: Sampling | Mapping[str, Any] | None, seed: int) -> Sampling
         if not ok:
             raise UserError(f"sampling.{name} is {getattr(made, name)}; it must be {needed}. Fix: leave it out.")
     return made
+
+
+def _only_what_names_calls(sampling: Sampling) -> None:
+    """Refuses settings that are no part of a call's name, and that not every endpoint takes."""
+    for f in fields(Sampling):
+        value = getattr(sampling, f.name)
+        if f.name not in (*DRAWN_BY, "seed", "samples_per_prompt") and value != f.default:
+            raise UserError(
+                f"sampling.{f.name} is {value!r}; traces are drawn by {', '.join(DRAWN_BY)}, and end before the stop "
+                "strings of their writer. Fix: leave it out."
+            )
 
 
 def _schedule(sampling: Sampling, temperatures: Sequence[float], n: int) -> list[Sampling]:
