@@ -1,7 +1,7 @@
 """Where prompts come from: a file, a hub dataset, or procedural problems of reasoning-gym.
 
 prompts.jsonl                          JSONL, gzipped JSONL, JSON, Parquet, or a folder of datasets.save_to_disk
-openai/gsm8k:main                      a hub dataset and its configuration, read as a stream
+openai/gsm8k:main                      a hub dataset (or a copy's folder) and its configuration, read as a stream
 reasoning_gym:chain_sum,leg_counting   so many problems of each of these tasks, with their answers
 """
 
@@ -81,7 +81,7 @@ class Prompts:
         Raises:
             UserError: nothing there, no column with prompts, too many rejects.
         """
-        seen = set[str]()
+        seen, no_column = set[str](), None
         index, count = self.shard
         for number, row in enumerate(self._raw(rejects), 1):
             if (number - 1) % count != index:
@@ -89,8 +89,9 @@ class Prompts:
             try:
                 made = self.read(row)
             except ValueError as error:
-                if rejects is None or _of_all_rows(error):
+                if rejects is None:
                     raise
+                no_column = error if isinstance(error, _NoColumn) else no_column
                 rejects.add(self.source, number, str(error), row)
                 continue
             if made["prompt_id"] in seen:
@@ -99,6 +100,8 @@ class Prompts:
             yield made
             if self.limit and len(seen) == self.limit:
                 return
+        if no_column is not None and not seen:  # a fault of the settings, not of some rows
+            raise no_column
 
     def read(self, row: Mapping[str, Any]) -> Row:
         """A row as writers take it.
@@ -107,13 +110,15 @@ class Prompts:
             UserError: it has no such column.
             ValueError: its prompt says nothing.
         """
-        column = self.column or next((name for name in PROMPTS if row.get(name) is not None), "")
+        column = self.column or _first_column(PROMPTS, row)
         if column not in row:
             raise _NoColumn(
                 f"{self.source} has no column {repr(self.column) if self.column else 'of prompts'} "
                 f"(it has {', '.join(map(str, row))}). "
                 "Fix: --prompt_column NAME."
             )
+        if row[column] is None:
+            raise ValueError(f"{column} is empty")
         prompt = from_json(row[column])
         messages = read_messages(prompt, column) if is_chat(prompt) else None
         answer = self._answer(row)
@@ -141,10 +146,10 @@ class Prompts:
         }
 
     def _answer(self, row: Mapping[str, Any]) -> str | None:
-        name = self.answer_column or next((name for name in ANSWERS if row.get(name) is not None), "")
+        name = self.answer_column or _first_column(ANSWERS, row)
         if self.answer_column and name not in row:
             raise _NoColumn(f"{self.source} has no column {name!r}. Fix: --answer_column NAME.")
-        if row.get(name) is None:
+        if row.get(name) is None or row[name] != row[name]:  # what pandas writes where there is nothing: not a number
             return None
         found = str(row[name])
         return found.rpartition(GSM8K_MARK)[2].strip() if GSM8K_MARK in found else found
@@ -157,7 +162,7 @@ class Prompts:
     def _raw(self, rejects: Rejects | None) -> Iterator[Mapping[str, Any]]:
         if self.source.startswith(GYM):
             yield from self._problems(self.source.removeprefix(GYM).split(","), rejects)
-        elif Path(self.source).exists() or self.source.endswith((".jsonl", ".parquet", ".gz", ".json")):
+        elif _is_read_here(Path(self.source)) or self.source.endswith((".jsonl", ".parquet", ".gz", ".json")):
             yield from read_rows(self.source, rejects)
         else:
             for row in self._hub():
@@ -192,9 +197,9 @@ class Prompts:
         try:
             yield from load_dataset(name, configuration or None, split=self.split, streaming=True)
         except Exception as error:  # datasets raises whatever its readers raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = " ".join(str(error).split())[:400].rstrip(".") or type(error).__name__
             raise UserError(
-                f"prompts {self.source!r} cannot be read: {reason} Fix: a file or a hub dataset."
+                f"prompts {self.source!r} cannot be read: {reason}. Fix: a file or a hub dataset, NAME:CONFIGURATION."
             ) from error
 
 
@@ -214,11 +219,18 @@ def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class _NoColumn(UserError):
-    """Of all rows, not of one."""
+    """A row without the column; a fault of the settings where all are."""
 
 
-def _of_all_rows(error: ValueError) -> bool:
-    return isinstance(error, _NoColumn)
+def _first_column(names: Sequence[str], row: Mapping[str, Any]) -> str:
+    """The first that says something in this row, or else that it has."""
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else "")
+
+
+def _is_read_here(path: Path) -> bool:
+    """A file or a folder of save_to_disk. Other folders are hub datasets, of which datasets reads the card."""
+    return path.is_file() or any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _plain(value: Any) -> bool:

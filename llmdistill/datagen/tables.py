@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -96,10 +97,10 @@ def read_rows(
         check: raises ValueError, with the reason, for a row that cannot be used.
 
     Raises:
-        UserError: no such file, a file of another kind, or a row that cannot be used.
+        UserError: no such file, a file of another kind or a damaged one, or a row that cannot be used.
     """
     path = Path(source)
-    for number, row, raw in _raw_rows(path):
+    for number, row, raw in _whole_rows(path):
         if rejects is not None:
             rejects.read += 1
         try:
@@ -118,11 +119,12 @@ def read_rows(
 def count_rows(source: str | Path) -> int:
     """Rows of a file, without parsing them."""
     path = Path(source)
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet" and path.is_file():
         import pyarrow.parquet as parquet
 
-        return int(parquet.ParquetFile(path).metadata.num_rows)
-    return sum(1 for _ in _raw_rows(path))
+        with _damage_is_said(path):
+            return int(parquet.ParquetFile(path).metadata.num_rows)
+    return sum(1 for _ in _whole_rows(path))
 
 
 def write_rows(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -162,12 +164,44 @@ class _Counted:
             yield row
 
 
+def _whole_rows(path: Path) -> Iterator[tuple[int, Row | None, Any]]:
+    """As :func:`_raw_rows`. Raises UserError, with the last row that could be read, where the file ends in the middle
+    or is not of the kind that its name says."""
+    rows, number = _raw_rows(path), 0
+    while True:
+        with _damage_is_said(path, number):
+            if (found := next(rows, None)) is None:
+                return
+        number = found[0]
+        yield found
+
+
+@contextmanager
+def _damage_is_said(path: Path, rows: int = 0) -> Iterator[None]:
+    """Turns what readers raise about a damaged file into one line."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, ArrowException) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise UserError(
+            f"{path} cannot be read behind row {rows}: {reason}. Fix: a whole copy of it, or the name of its kind."
+        ) from error
+
+
 def _raw_rows(path: Path) -> Iterator[tuple[int, Row | None, Any]]:
     """Number from 1, row (None where it is no object) and what was read."""
     if path.is_dir():
-        from datasets import load_from_disk
+        from datasets import DatasetDict, load_from_disk
 
-        yield from ((number, dict(row), row) for number, row in enumerate(load_from_disk(str(path)), 1))
+        table = load_from_disk(str(path))
+        if isinstance(table, DatasetDict):
+            raise UserError(f"{path} holds the splits {', '.join(table)}. Fix: {path / next(iter(table))}.")
+        plain = _as_json(table.features.arrow_schema)
+        yield from ((number, plain(row), row) for number, row in enumerate(table, 1))
         return
     if not path.is_file():
         raise UserError(f"{path}: there is no such file. Fix: the path of a file that ends in {', '.join(SUFFIXES)}.")
@@ -175,9 +209,10 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Row | None, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(BATCH):
-            for row in batch.to_pylist():
+        number, file = 0, parquet.ParquetFile(path)
+        plain = _as_json(file.schema_arrow)
+        for batch in file.iter_batches(BATCH):
+            for row in map(plain, batch.to_pylist()):
                 number += 1
                 yield number, row, row
     elif path.suffix == ".json":
@@ -190,6 +225,19 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, Row | None, Any]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, *_parsed(line)
+
+
+def _as_json(schema: Any) -> Callable[[Mapping[str, Any]], Row]:
+    """How rows of an Arrow schema become what JSON has: dates, decimals and bytes as text."""
+    if any(kind in str(schema) for kind in ("timestamp", "date", "time", "duration", "decimal", "binary")):
+        return lambda row: json.loads(json.dumps(row, default=_as_text))  # type: ignore[no-any-return]
+    return dict
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
 
 
 def _parsed(line: bytes) -> tuple[Row | None, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from datasets import Dataset, DatasetDict
 
 from llmdistill.datagen.steps import Step, run_step
-from llmdistill.datagen.tables import Rejects, read_rows, write_rows
+from llmdistill.datagen.tables import Rejects, count_rows, read_rows, write_rows
 from llmdistill.errors import UserError
 from llmdistill.record.manifest import read_manifest
 
@@ -127,6 +130,37 @@ def test_rows_that_are_none_go_to_the_rejects_with_the_reason(source: Path, tmp_
     write_rows(source, ROWS)  # mended
     assert shorter(source, tmp_path / "o.jsonl").counts["rejected"] == 0
     assert not (tmp_path / "o.jsonl.rejects.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("bad.json", b'[{"prompt": ', "bad.json cannot be read behind row 0: Expecting value"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n' * 9)[:-9], "cut.jsonl.gz cannot be read behind row "),
+        ("no.jsonl.gz", b"text\n", "behind row 0: Not a gzipped file"),
+        ("bad.parquet", b"PAR1 nothing", "behind row 0: Parquet magic bytes not found"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    for read in (lambda file: list(read_rows(file, Rejects.unheeded())), count_rows):
+        with pytest.raises(UserError, match=said):
+            read(tmp_path / name)
+
+
+def test_dates_and_bytes_of_a_parquet_file_are_text(tmp_path: Path) -> None:
+    when = datetime(2026, 1, 2, 3, 4)
+    parquet.write_table(pa.Table.from_pylist([{"prompt": "p", "when": when, "raw": b"x"}]), tmp_path / "a.parquet")
+    assert write_rows(tmp_path / "b.jsonl", read_rows(tmp_path / "a.parquet")) == 1
+    assert list(read_rows(tmp_path / "b.jsonl")) == [{"prompt": "p", "when": "2026-01-02T03:04:00", "raw": "x"}]
+
+
+def test_a_folder_of_splits_names_them(tmp_path: Path) -> None:
+    table = Dataset.from_list([{"prompt": "p"}])
+    DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "d")
+    with pytest.raises(UserError, match=r"holds the splits train, test\. Fix: .*/d/train"):
+        list(read_rows(tmp_path / "d"))
+    assert list(read_rows(tmp_path / "d" / "train")) == [{"prompt": "p"}]
 
 
 def test_above_a_share_of_rejects_the_step_stops_and_leaves_no_output(source: Path, tmp_path: Path) -> None:

@@ -113,5 +113,21 @@ def test_a_file_without_prompts_is_an_error_and_a_bad_row_a_reject(tmp_path: Pat
     write_rows(tmp_path / "q.jsonl", [{"prompt": ["x"]}, {"prompt": "fine"}])
     rejects = Rejects(tmp_path / "r.jsonl", most=1.0)
     assert len(list(Prompts(str(tmp_path / "q.jsonl")).rows(rejects))) == 1 and rejects.count == 1
+    write_rows(tmp_path / "n.jsonl", [{"prompt": None, "x": 1}, {"x": 2}, {"prompt": "fine", "answer": float("nan")}])
+    (row,) = Prompts(str(tmp_path / "n.jsonl")).rows(rejects)  # neither the first row nor one says what columns are
+    assert row["answer"] is None and rejects.count == 3
     with pytest.raises(UserError, match="reasoning-gym's task 'no_such_task'"):
         list(Prompts("reasoning_gym:no_such_task").rows())
+
+
+def test_a_folder_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Its card declares the configurations; without the name of one they are said."""
+    (tmp_path / "main").mkdir()
+    write_rows(tmp_path / "main" / "train.jsonl", [{"question": "1+1?", "answer": "two\n#### 2"}])
+    files = "data_files: [{split: train, path: main/train.jsonl}]"
+    configs = "".join(f"- {{config_name: {name}, {files}}}\n" for name in ("main", "other"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    (row,) = Prompts(f"{tmp_path}:main").rows(Rejects.unheeded())
+    assert (row["answer"], row["solution"]) == ("2", "two")
+    with pytest.raises(UserError, match=r"Config name is missing.*main.*other.*NAME:CONFIGURATION"):
+        list(Prompts(str(tmp_path)).rows())
