@@ -376,7 +376,7 @@ def test_a_replica_with_other_weights_is_found_when_it_comes_late(local, other):
 def test_another_protocol_is_refused(local, monkeypatch):
     with Faulty(local) as service:
         monkeypatch.setattr("tests.service.small.protocol.PROTOCOL_VERSION", 9)
-        with pytest.raises(UserError, match="speaks protocol 9, this llmdistill 2"):
+        with pytest.raises(UserError, match="speaks protocol 9, this llmdistill 3"):
             RemoteTeacher(service.url, **QUICK)
 
 

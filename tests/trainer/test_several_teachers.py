@@ -232,8 +232,13 @@ def test_the_remote_engine_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyP
         config, tiny.llama(1), None, eos_ids=[1], pad_id=0, longest=9, seed=0
     )
     monkeypatch.setenv("STUDENT_TOKEN", "secret")
-    make(RolloutConfig(engine="remote", url="http://a,http://b", token_env="STUDENT_TOKEN", push_folder="w"))
-    assert given == {"url": "http://a,http://b", "token": "secret", "folder": "w", "eos_ids": [1], "pad_id": 0}
+    make(
+        RolloutConfig(
+            engine="remote", url="http://a,http://b", token_env="STUDENT_TOKEN", push_folder="w", batch_tokens=9
+        )
+    )
+    expected = {"url": "http://a,http://b", "token": "secret", "folder": "w", "eos_ids": [1], "pad_id": 0}
+    assert given == {**expected, "batch_tokens": 9}
     monkeypatch.delenv("LLMDISTILL_TOKEN", raising=False)
     make(RolloutConfig(engine="remote", url="http://a"))
     assert given["token"] is None and given["folder"] is None
