@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "transfer"
 QUICKSTART, CACHE = ROOT / "data" / "quickstart", ROOT / "runs" / "transfer"
 DATA = DataConfig(max_prompt_tokens=200)
-STEPS, BATCH = 8, 8
-HELDOUT = 16  # sequences of each kind of text
+STEPS, BATCH = 12, 8
+LONG = 40  # steps of the run whose student is kept: ten minutes of training
+HELDOUT = 32  # sequences of each kind of text
+OWN = 208  # answers of its own to train on: a seed draws among them, and the longest run sees them 1.5 times
 LONGEST = 48  # tokens of an answer; one that is longer is no text to learn an end from, and left out
 SHOWN = 3
 BRIEFLY = {"role": "system", "content": "Answer in one short sentence."}
@@ -66,10 +68,12 @@ class Run:
     text: str
     lr: float
     seed: int
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.text}-{self.lr:g}-{self.seed}"
+        steps = "" if self.steps == STEPS else f"-{self.steps}"
+        return f"{self.method}-{self.text}-{self.lr:g}-{self.seed}{steps}"
 
 
 # name -> (composition of llmdistill.methods, or none: the cross-entropy alone; its settings)
@@ -80,15 +84,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "alm_hidden": ("alm", {"hidden_weight": 1.0}),
     "p_kl_sft": ("p_kl", {"ce_weight": 1.0}),
 }
-RATES = (1e-4, 3e-4)
-RATE = 1e-4  # of the other seeds and methods: ALM's better one on the own text
+RATE, HIGH = 1e-4, 3e-4
+SEEDS = (0, 1, 2)
+KEPT = Run("alm", "own", HIGH, 0, LONG)  # the student of this one is kept, with its tokenizer: see --show
 RUNS = [
-    *(Run(method, text, rate, 0) for text in ("own", "pairs") for rate in RATES for method in ("alm", "sft")),
-    *(Run(method, "own", RATE, seed) for seed in (1, 2) for method in ("alm", "sft")),
+    *(Run(method, "pairs", RATE, seed) for seed in SEEDS for method in ("alm", "sft")),
+    *(Run(method, "own", RATE, seed) for seed in SEEDS for method in ("alm", "sft")),
+    KEPT,
     *(Run(method, "own", RATE, 0) for method in ("p_kl_sft", "alm_sft", "alm_hidden")),
-    *(Run(method, "pairs", RATE, seed) for seed in (1, 2) for method in ("alm", "sft")),
+    *(Run(method, "own", HIGH, 0) for method in ("alm", "sft")),
 ]
-KEPT = Run("alm", "own", RATE, 0)  # the student of this one is kept, with its tokenizer: see --show
 
 
 # ------------------------------------------------------------------------------------------------ models and texts
@@ -127,7 +132,7 @@ def texts(kind: str, part: str) -> list[Row]:
     if kind == "own":
         if part == "heldout":
             return written(CACHE / "own.jsonl", HELDOUT)
-        return written(CACHE / "own.jsonl", HELDOUT + STEPS * BATCH)[HELDOUT:]
+        return written(CACHE / "own.jsonl", HELDOUT + OWN)[HELDOUT:]
     rows = read(QUICKSTART / ("pairs.jsonl" if part == "train" else "pairs_heldout.jsonl"))
     found = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     return found if part == "train" else found[:HELDOUT]
@@ -155,23 +160,33 @@ def written(file: Path, count: int) -> list[Row]:
     return found[:count]
 
 
-def text_bytes(rows: Iterable[Row]) -> int:
-    return sum(len(row["completion"].encode()) for row in rows)
-
-
-def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> float:
-    """-log2 of the likelihood of the completions and their ends of turn, over the completions' bytes."""
+def bits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[float]:
+    """-log2 of the likelihood of every completion and its end of turn, over the completion's bytes."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    judge = LocalTeacher(model, tokenizer, batch_tokens=2048)
-    prompts = PromptEncoder(tokenizer, DATA).encode_all(rows, completions=True)
-    nats = -sum(float(block.token_logprobs.sum()) for block in judge.score(completed(prompts, pad_id(tokenizer)), 0))
+    judge, found = LocalTeacher(model, tokenizer), list[float]()
+    for row, prompt in zip(rows, PromptEncoder(tokenizer, DATA).encode_all(rows, completions=True), strict=True):
+        blocks = judge.score(completed([prompt], pad_id(tokenizer)), 0)
+        nats = -sum(float(block.token_logprobs.sum()) for block in blocks)
+        found.append(nats / math.log(2) / len(row["completion"].encode()))
     for parameter in trainable:  # a teacher is frozen
         parameter.requires_grad_(True)
-    return nats / math.log(2) / text_bytes(rows)
+    return found
 
 
-def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    return {kind: bits_per_byte(model, tokenizer, texts(kind, "heldout")) for kind in ("own", "pairs")}
+def measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Of both kinds of held-out text: every text's bits per byte, and those of all together."""
+    each, together = dict[str, list[float]](), dict[str, float]()
+    for kind in ("own", "pairs"):
+        rows = texts(kind, "heldout")
+        each[kind] = bits(model, tokenizer, rows)
+        together[kind] = weighted(each[kind], rows)
+    return {"bits_per_byte": together, "of_each_text": {k: [round(x, 5) for x in v] for k, v in each.items()}}
+
+
+def weighted(values: Sequence[float], rows: Sequence[Row]) -> float:
+    """Mean of values by the texts' bytes."""
+    sizes = [len(row["completion"].encode()) for row in rows]
+    return sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
 
 
 # ------------------------------------------------------------------------------------------------------- the runs
@@ -181,7 +196,7 @@ def trainer_of(run: Run, folder: str) -> DistillationTrainer:
     composition, settings = METHODS[run.method]
     shared = dict(
         output_dir=folder,
-        max_steps=STEPS,
+        max_steps=run.steps,
         per_device_train_batch_size=BATCH,
         learning_rate=run.lr,
         lr_scheduler_type="linear",
@@ -213,8 +228,8 @@ def done(run: Run) -> None:
     composition, settings = METHODS[run.method]
     result = {
         **{"run": run.name, "composition": composition or "cross-entropy", **settings, "lr": run.lr},
-        **{"steps": STEPS, "sequences": STEPS * BATCH, "cpu_seconds": round(seconds), **stamp()},
-        "bits_per_byte": measured(trainer.model, trainer.encode.tokenizer),
+        **{"steps": run.steps, "sequences": run.steps * BATCH, "cpu_seconds": round(seconds), **stamp()},
+        **measured(trainer.model, trainer.encode.tokenizer),
         "log": [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in trainer.state.log_history],
     }
     keep(run.name, result)
@@ -240,26 +255,28 @@ def references() -> None:
     """The former model, and the student before any training."""
     for name, make in (("former", former), ("transferred", transferred)):
         if not (RESULTS / f"{name}.json").exists():
-            keep(name, {"run": name, "bits_per_byte": measured(*make()), **stamp()})
+            keep(name, {"run": name, **measured(*make()), **stamp()})
 
 
 def table() -> str:
     """Markdown: bits per byte of both held-out texts; of several seeds the mean, and the smallest and largest."""
     found = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
     lines = [
-        "| | trained on | rate | seeds | its own text | somebody else's | CPU s |",
-        "|---|---|---|---|---|---|---|",
+        "| | trained on | rate | steps | seeds | its own text | somebody else's | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, title in (("former", "before the transfer"), ("transferred", "transferred, untrained")):
         if name in found:
             own, pairs = (found[name]["bits_per_byte"][kind] for kind in ("own", "pairs"))
-            lines.append(f"| {title} | | | | {own:.3f} | {pairs:.3f} | |")
-    for key in dict.fromkeys((run.method, run.text, run.lr) for run in RUNS):
-        rows = [found[r.name] for r in RUNS if (r.method, r.text, r.lr) == key and r.name in found]
+            lines.append(f"| {title} | | | | | {own:.3f} | {pairs:.3f} | |")
+    for key in dict.fromkeys((run.method, run.text, run.lr, run.steps) for run in RUNS):
+        rows = [found[r.name] for r in RUNS if (r.method, r.text, r.lr, r.steps) == key and r.name in found]
         if rows:
             scores = [spread([r["bits_per_byte"][kind] for r in rows]) for kind in ("own", "pairs")]
             seconds = statistics.mean(r["cpu_seconds"] for r in rows)
-            lines.append(f"| {key[0]} | {key[1]} | {key[2]:g} | {len(rows)} | {' | '.join(scores)} | {seconds:.0f} |")
+            lines.append(
+                f"| {key[0]} | {key[1]} | {key[2]:g} | {key[3]} | {len(rows)} | {' | '.join(scores)} | {seconds:.0f} |"
+            )
     return "\n".join(lines)
 
 
