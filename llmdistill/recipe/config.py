@@ -31,6 +31,12 @@ TEMPLATE_ARGUMENTS = (  # of apply_chat_template: what is said with them is set 
 )
 TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
 
+# Our held-out metrics by the last part of their names, as in eval_student/reverse_kl, and whether more of it is better.
+GREATER_IS_BETTER = {
+    **dict.fromkeys(("reverse_kl", "forward_kl", "nats", "masked_ce", "rejected_logp", "tail_mass"), False),
+    **dict.fromkeys(("top1_agreement", "acceptance", "accuracy", "margin", "chosen_logp"), True),
+}
+
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its one line of help."""
@@ -335,7 +341,9 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
             self._prepare_cpu()
-        super().__post_init__()
+        if self.greater_is_better is None and self.metric_for_best_model:
+            self.greater_is_better = GREATER_IS_BETTER.get(self.metric_for_best_model.rsplit("/", 1)[-1])
+        super().__post_init__()  # which takes all that is called "…loss" for better when lower, and nothing else
         require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
         require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
         check_settings(self)

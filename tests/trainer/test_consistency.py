@@ -208,6 +208,32 @@ def test_the_best_checkpoint_is_by_the_held_out_divergence(tmp_path: Path) -> No
     assert t.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"), [("student/reverse_kl", min), ("eval_teacher/forward_kl", min), ("student/top1_agreement", max)]
+)
+def test_our_metrics_know_which_way_is_better(tmp_path: Path, metric: str, best: Any) -> None:
+    """Transformers takes all that is not called "…loss" for better when higher, and kept the worst checkpoint."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    t = opd(
+        tmp_path,
+        eval_dataset=tiny.rows(4),
+        load_best_model_at_end=True,
+        learning_rate=5e-2,
+        metric_for_best_model=metric,
+        **settings,
+    )
+    t.train()
+    name = f"eval_{metric.removeprefix('eval_')}"
+    values = {line["step"]: line[name] for line in t.state.log_history if name in line}
+    assert t.state.best_metric == best(values.values()) and len(values) == 3
+
+
+def test_what_a_user_says_of_a_metric_holds(tmp_path: Path) -> None:
+    args = OPDConfig(str(tmp_path), metric_for_best_model="student/reverse_kl", greater_is_better=True)
+    assert args.greater_is_better is True
+    assert OPDConfig(str(tmp_path), metric_for_best_model="eval/gsm8k/avg@1").greater_is_better is True  # transformers'
+
+
 def test_a_teacher_that_excludes_a_token_gives_no_nan() -> None:
     from llmdistill.objectives.policy import gopd_advantage
 
