@@ -28,7 +28,7 @@ WITHOUT := -e '.[deepspeed,eval,data,dev]' $(PINS)
 endif
 
 help:
-	@echo "make quickstart   set up, then distil SmolLM2-135M into a third of its layers and score before/after"
+	@echo "make quickstart   set up, then distil SmolLM2-135M into 24 of its 30 layers and score before/after"
 	@echo "make test         set up, then lint, types and all tests"
 	@echo "make setup        only the environment ($(VENV))"
 	@echo "make clean        remove the environment and the quick start's models and runs"
@@ -46,8 +46,9 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
 	@touch $@
 
 quickstart: setup
-	@$(PY) data/quickstart_models.py
-	@$(PY) data/quickstart_prompts.py
+	@echo "the teacher, and a student of 24 of its 30 layers"
+	@$(PY) data/quickstart_models.py --layers 24 --name student24
+	@$(PY) data/quickstart_questions.py
 	@PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(VENV)/bin/accelerate launch --config_file recipes/accelerate/one_process.yaml \
 	  --num_cpu_threads_per_process $${OMP_NUM_THREADS:-$$($(PY) -m llmdistill.threads)} \
 	  -m llmdistill.opd --config recipes/quickstart.yaml \

@@ -1,6 +1,6 @@
 """The quick start's yardstick: what a plain on-policy distillation loop reaches on a CPU in four minutes.
 
-    python data/quickstart_models.py && python data/quickstart_prompts.py
+    python data/quickstart_models.py --layers 24 --name student24 && python data/quickstart_questions.py
     python eval/perf/quickstart_baseline.py --seconds 240 --threads 2
 
 The loop is the one most people would write: sample with transformers' `generate`, score the same tokens with teacher
@@ -29,13 +29,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmdistill.pipeline.answers import compare_answers
+
 NEW_TOKENS = 40
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[str]:
     """One templated string a row."""
     chats = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
     return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+
+
+def greedy_answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """What the model finds likeliest, for the share of prompts that it answers as its teacher does."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
 def sample(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +68,9 @@ def completion_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, mask: T
 def train(student: Any, teacher: Any, tokenizer: Any, prompts: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """Trains in place until the time is up, and says where the time went."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    actor = copy.deepcopy(student).to(torch.bfloat16).eval()  # samples: autocast would cast all weights at each token
+    actor = (
+        copy.deepcopy(student).to(DTYPES[args.dtype]).eval()
+    )  # samples: autocast would cast all weights at each token
     spent: Counter[str] = Counter()
     losses, tokens, order = [], 0, []
     start = time.perf_counter()
@@ -76,7 +88,7 @@ def train(student: Any, teacher: Any, tokenizer: Any, prompts: list[str], args: 
             teacher_NV = completion_logprobs(teacher, ids, attention_mask, mask)
         marks.append(time.perf_counter())
 
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
             student_NV = completion_logprobs(student, ids, attention_mask, mask)
         loss = (student_NV.exp() * (student_NV - teacher_NV)).sum(dim=-1).mean()
         loss.backward()
@@ -136,32 +148,39 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"), help="teacher, student and prompts")
     parser.add_argument("--seconds", type=float, default=240, help="training time; evaluation is not counted")
     parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--student", default="student24", help="its folder in --data")
+    parser.add_argument("--prompts", default="questions", help="NAME.jsonl and NAME_heldout.jsonl in --data")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of teacher, sampling and autocast")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--heldout", type=int, default=100, help="how many held-out prompts to evaluate")
+    parser.add_argument("--heldout", type=int, default=64, help="how many held-out prompts to evaluate")
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.data / "student")
-    student = AutoModelForCausalLM.from_pretrained(args.data / "student", dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(args.data / "teacher", dtype=torch.bfloat16).eval()
-    prompts = read_prompts(args.data / "train.jsonl", tokenizer)
-    heldout = read_prompts(args.data / "heldout.jsonl", tokenizer)[: args.heldout]
+    tokenizer = AutoTokenizer.from_pretrained(args.data / args.student)
+    student = AutoModelForCausalLM.from_pretrained(args.data / args.student, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(args.data / "teacher", dtype=DTYPES[args.dtype]).eval()
+    prompts = read_prompts(args.data / f"{args.prompts}.jsonl", tokenizer)
+    heldout = read_prompts(args.data / f"{args.prompts}_heldout.jsonl", tokenizer)[: args.heldout]
 
     settings = {"batch": args.batch, "lr": args.lr, "seed": args.seed, "threads": torch.get_num_threads()}
     result: dict[str, Any] = {"settings": settings}
     teacher_texts = rollouts(teacher, tokenizer, heldout)
+    told = greedy_answers(teacher, tokenizer, heldout)
 
     def evaluate() -> dict[str, Any]:
         own = rollouts(student, tokenizer, heldout)
-        ids, _, mask = own[0]
-        examples = [tokenizer.decode(row) for row in ids[:3, -mask.shape[1] :]]
+        answers = greedy_answers(student, tokenizer, heldout)
         texts = {"own": own, "teacher": teacher_texts}
-        return {name: compare(student, teacher, text) for name, text in texts.items()} | {"examples": examples}
+        return {
+            **{name: compare(student, teacher, text) for name, text in texts.items()},
+            "answers": compare_answers(heldout, answers, told).flat(),
+            "examples": answers[:3],
+        }
 
     result["before"] = evaluate()
     result["train"] = train(student, teacher, tokenizer, prompts, args)
