@@ -64,12 +64,13 @@ def test_data(refused: Any, tmp_path: Path) -> None:
     other = write_rows(tmp_path, "1+1=", column="words")
     line = refused("--data.train", other)
     assert "has no column 'prompt' (it has words). Fix: --data.prompt_column NAME" in line
-    assert "rows.jsonl, line 2): prompt is empty" in refused("--data.train", write_rows(tmp_path, "1+1=", ""))
+    line = refused("--data.train", write_rows(tmp_path, "1+1=", ""))
+    assert "row 1: prompt is empty" in line and "rows.jsonl, line 2.)" in line
     empty_chat = [{"role": "user", "content": ""}]
     assert "no message with content" in refused("--data.train", write_rows(tmp_path, empty_chat))
     long = write_rows(tmp_path, "1+1=", "x" * 300)
     line = refused("--data.train", long, "--data.max_prompt_tokens", "99")
-    assert ", line 2): the prompt has 300 tokens, data.max_prompt_tokens is 99" in line
+    assert "row 1: the prompt has 300 tokens, data.max_prompt_tokens is 99" in line
     assert "need 306 positions, the student has 256" in refused("--data.train", long)
 
 

@@ -305,7 +305,7 @@ def test_an_earlier_run_is_moved_aside_and_bad_data_leaves_it_alone(place: Path,
     redi.main(words(place, run, **quick))
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"prompt": "2+2=", "chosen": "4", "rejected": "4"}) + "\n")
-    with pytest.raises(UserError, match="data.train, row 0 .*line 1.: chosen and rejected are the same"):
+    with pytest.raises(UserError, match="data.train, row 0: chosen and rejected are the same.*line 1"):
         redi.main(words(place, run, **quick, **{"data.train": bad}))
     assert (run / "summary.json").exists() and not (tmp_path / "run.1").exists()
     redi.main(words(place, run, **quick))

@@ -458,7 +458,7 @@ class PromptEncoder:
 def located(error: UserError, index: int, where: Callable[[int], str] | None) -> UserError:
     """The error of a row with the file and line it stands in."""
     place = where(index) if where is not None else ""
-    return UserError(str(error).replace(f"row {index}", f"row {index} ({place})", 1)) if place else error
+    return UserError(f"{error} (Row {index} is {place}.)") if place else error
 
 
 def _read_by(judge: PreTrainedTokenizerBase, config: DataConfig) -> DataConfig:

@@ -140,8 +140,9 @@ class TestUnreadable:
         found = made.encode_all(load_rows(file, made.config, "data.train"))
         assert [p.text for p in found] == ["0+1=", "1+1="] and [p.row for p in found] == [0, 3]
         assert sorted(made.bad) == [1, 2, 4, 5]
-        assert "line 4): it is '5', a int" in made.bad[2] and "line 6): prompt is '7', a int" in made.bad[4]
-        assert made.left_out()[0].startswith("4 rows cannot be read and are left out: 1, 2, 4, 5; the first: row 1 (")
+        assert "row 2: it is '5', a int" in made.bad[2] and "line 4.)" in made.bad[2]
+        assert "row 4: prompt is '7', a int" in made.bad[4] and "line 6.)" in made.bad[4]
+        assert made.left_out()[0].startswith("4 rows cannot be read and are left out: 1, 2, 4, 5; the first: row 1: ")
 
     def test_a_row_of_a_sound_file_is_named_by_its_line(self, tmp_path: Path) -> None:
         files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"]
@@ -149,7 +150,7 @@ class TestUnreadable:
         with gzip.open(files[1], "wt") as file:
             file.write(lines([ROWS[2], "\n", {"prompt": "", "completion": ""}]))
         made = encoder()
-        with pytest.raises(UserError, match=r"row 3 \(.*b.jsonl.gz, line 3\): prompt is empty"):
+        with pytest.raises(UserError, match=r"row 3: prompt is empty.*b.jsonl.gz, line 3"):
             made.encode_all(load_rows([str(f) for f in files], made.config, "data.train"))
 
     def test_pairs(self, tmp_path: Path) -> None:
