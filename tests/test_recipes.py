@@ -85,7 +85,9 @@ def test_it_runs(recipe: str, tmp_path: Path) -> None:
     files = ["--data.train", str(tmp_path / "train.jsonl"), "--data.heldout", str(tmp_path / "heldout.jsonl")]
     words = ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), "--student.model", models["student"], *teachers]
     folder = tmp_path / "run"
-    module.main([*words, *files, *small, *elsewhere, "--rollouts.engine", "hf", "--bf16", "false", "--output_dir", str(folder)])
+    module.main(
+        [*words, *files, *small, *elsewhere, "--rollouts.engine", "hf", "--bf16", "false", "--output_dir", str(folder)]
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert (folder / "student" / "config.json").is_file() and (folder / "report.html").is_file()
