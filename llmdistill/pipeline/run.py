@@ -306,8 +306,9 @@ def _snapshot(trainer: DistillationTrainer, told: Sequence[str] | None = None) -
     answers = _texts(trainer, on_every_rank(lambda: trainer.rollout_engine.generate(asked, greedy)))
     given: dict[str, Any] = {}
     if trainer.judges and writes(trainer.teacher):  # one that is only stored has nothing new to say
-        known = told is not None and len(told) == len(asked)
-        others = told if known else _texts(trainer, on_every_rank(lambda: trainer.teacher.generate(asked, greedy)))
+        others = told
+        if others is None or len(others) != len(asked):
+            others = _texts(trainer, on_every_rank(lambda: trainer.teacher.generate(asked, greedy)))
         given["teacher_answers"] = others
         measured = {**measured, "answers": compare_answers([p.text for p in asked], answers, others)}
     return {
