@@ -160,7 +160,15 @@ def test_keys_that_tell_teachers_apart_take_no_short_name_from_others() -> None:
         (["--rollouts.temprature", "1"], "did you mean 'temperature'"),
         (["--rolouts.temperature", "1"], "did you mean 'rollouts'"),
         (["--dtype", "float32"], "--student.dtype or --teacher.dtype or --rollouts.dtype"),
-        (["--max_steps"], "needs a value"),
+        (["--max_steps"], "--max_steps needs a value, and none follows"),
+        (["--student.model", "--bf16"], "'--bf16' is an option; one that begins so is written --student.model=VALUE"),
+        (["--per_device_train_batch_size", "0"], "train.per_device_train_batch_size is 0; it must be a number >= 1"),
+        (["--gradient_accumulation_steps", "0"], "train.gradient_accumulation_steps is 0"),
+        (["--seed", "-1"], "train.seed is -1"),
+        (["--learning_rate", "nan"], "train.learning_rate is nan"),
+        (["--max_grad_norm", "inf"], "train.max_grad_norm is inf"),
+        (["--max_steps", "0"], "train.max_steps is 0; it must be >= 1, or -1 for num_train_epochs"),
+        (["--num_train_epochs", "0"], "train.num_train_epochs is 0.0; it must be above 0"),
         (["max_steps", "3"], "not an option"),
         (["--max_steps", "three"], "train.max_steps: invalid int value: 'three'"),
         (["--top_p", "most"], "rollouts.top_p: invalid float value: 'most'"),
@@ -180,6 +188,26 @@ def test_mistakes_are_named(words: list[str], said: str) -> None:
         parse(OPDConfig, words)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert "rollouts.rollouts" not in str(error.value)  # what a config says of itself is not said again
+
+
+def test_options_in_the_forms_that_people_write() -> None:
+    """A switch without its value, nothing behind "=", and a list of several words."""
+    words = ["--bf16", "--student.model", "X", "--data.heldout=", "--evals.suites", "gsm8k", "math500", "--debug"]
+    recipe = parse(OPDConfig, [*words, "--gradient_checkpointing"])
+    assert recipe.args.bf16 is True and recipe.args.gradient_checkpointing is True and recipe.flags.debug
+    assert (recipe.student.model, recipe.data.heldout) == ("X", "")
+    assert recipe.evals.suites == ["gsm8k", "math500"]
+    assert parse(OPDConfig, ["--bf16", "false", "--learning_rate=-0.0"]).args.bf16 is False
+    assert parse(OPDConfig, ["--evals.suites", "gsm8k"]).evals.suites == ["gsm8k"]
+
+
+def test_words_that_yaml_takes_for_truth_values(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train: {eval_strategy: no, save_strategy: off, report_to: null}\n")
+    args = parse(OPDConfig, ["--config", str(tmp_path / "r.yaml")]).args
+    assert (args.eval_strategy, args.save_strategy, args.report_to) == ("no", "no", [])
+    (tmp_path / "r.yaml").write_text("data: {split: yes}\n")
+    with pytest.raises(UserError, match="data.split is true, which YAML makes of yes and on too"):
+        parse(OPDConfig, ["--config", str(tmp_path / "r.yaml")])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from typing import Any, cast
 from huggingface_hub import constants
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 
 from llmdistill.errors import UserError
 from llmdistill.methods.redi_config import REDIConfig
@@ -53,6 +52,7 @@ from llmdistill.texts.loading import Rows, load_rows
 from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
 from llmdistill.texts.streams import HeldOutSets
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
+from llmdistill.training.consistency import check_heldout
 from llmdistill.training.pair_losses import measure_pairs
 from llmdistill.training.pair_trainer import PairTrainer
 from llmdistill.training.streamed_rows import check_streaming
@@ -148,11 +148,7 @@ def _refuse(recipe: Recipe) -> None:
         )
     if not recipe.data.train:
         raise UserError("data.train is empty; it must name a file or hub dataset of pairs. Fix: --data.train FILE.")
-    if (when := IntervalStrategy(recipe.args.eval_strategy).value) != "no" and not recipe.data.heldout:
-        raise UserError(
-            f"train.eval_strategy is {when!r}, and data.heldout is empty: there is nothing to evaluate on. "
-            "Fix: --data.heldout FILE, or leave eval_strategy out."
-        )
+    check_heldout(recipe.args, recipe.data.heldout)
 
 
 def _check_evaluations(recipe: Recipe, model: Any, tokenizer: Any) -> None:

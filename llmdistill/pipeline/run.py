@@ -37,6 +37,7 @@ from llmdistill.teachers.load import load_teachers
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.loading import load_rows
 from llmdistill.texts.streams import to_measure
+from llmdistill.training.consistency import check_heldout
 from llmdistill.training.layout import check_layout
 from llmdistill.training.measure import Measurement
 from llmdistill.training.streamed_rows import check_streaming
@@ -145,6 +146,7 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     if not data.train:
         raise UserError("data.train is empty; it must name a file or hub dataset of prompts. Fix: --data.train FILE.")
+    check_heldout(recipe.args, data.heldout)
     named = {"train": data.train, "heldout": data.heldout}
     if data.streaming:
         check_streaming(recipe.args)

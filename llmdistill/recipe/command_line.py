@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -235,19 +237,40 @@ def _split_argv(
             continue
         if not word.startswith("--"):
             raise UserError(f"{word!r} is not an option; overrides are written --key value")
-        name, _, value = word[2:].partition("=")
-        if not value:
-            if not words:
-                raise UserError(f"--{name} needs a value")
-            value = words.pop(0)
+        name, given, value = word[2:].partition("=")
+        section, key = ("", "") if name in ("config", "skip-check") else _locate(name, sections)
+        if not given:  # behind "=" stands the value, and nothing is a value too
+            value = _following(name, _kinds(sections, section, key), words)
         if name == "config":
             _read_recipe(Path(value), values, sections)
         elif name == "skip-check":
             flags.skip_checks += (value,)
         else:
-            section, key = _locate(name, sections)
             overrides.append((section, key, value))
     return flags, overrides
+
+
+def _kinds(sections: Mapping[str, type], section: str, key: str) -> set[Any]:
+    """What a setting may be: its type, or those of a union, without their parameters."""
+    cls = sections.get("teacher" if section.startswith("teachers.") else section)
+    if cls is None:
+        return {str}
+    given = get_type_hints(cls)[key]
+    parts = get_args(given) if get_origin(given) in (Union, UnionType) else (given,)
+    return {get_origin(part) or part for part in parts}
+
+
+def _following(name: str, kinds: set[Any], words: list[str]) -> Any:
+    """The value that stands behind an option; taken out of ``words``. A switch needs none, a list may have several."""
+    mine = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+    if not mine and bool in kinds:
+        return "true"
+    if not mine:
+        behind = f"{words[0]!r} is an option; one that begins so is written --{name}=VALUE" if words else "none follows"
+        raise UserError(f"--{name} needs a value, and {behind}")
+    taken = mine if list in kinds and len(mine) > 1 else mine[:1]
+    del words[: len(taken)]
+    return taken if len(taken) > 1 else taken[0]
 
 
 def _read_recipe(path: Path, values: dict[str, Any], sections: Mapping[str, type]) -> None:
@@ -375,8 +398,10 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
             lists[key] = value
         elif get_origin(types[key]) is dict:
             lists[key] = _mapping(value, f"{section}.{key}")
+        elif isinstance(value, bool) and not {bool, Any} & _kinds({section: cls}, section, key):
+            words += [f"--{key}", _unquoted(value, f"{section}.{key}")]
         else:
-            words += [f"--{key}", str(value)]
+            words += [f"--{key}={value}"]
     try:
         # The nested section is built already; the parser only has to know the flat fields.
         parser = _Parser(_flat(cls) if ready else cls)  # type: ignore[arg-type]
@@ -393,6 +418,13 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"{section}: {error}".splitlines()[0]) from error
+
+
+def _unquoted(value: bool, setting: str) -> str:
+    """What YAML read as a truth value where a word is meant: ``eval_strategy: no``."""
+    if not value:
+        return "no"
+    raise UserError(f"{setting} is true, which YAML makes of yes and on too; it must be text. Fix: put it in quotes.")
 
 
 def _list(given: Any, setting: str, kind: type) -> list[Any]:

@@ -31,6 +31,13 @@ TEMPLATE_ARGUMENTS = (  # of apply_chat_template: what is said with them is set 
 )
 TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
 
+# The least that numbers among transformers' own fields may be.
+TRAIN_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("seed", "data_seed", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0),
+    **dict.fromkeys(("eval_delay", "dataloader_num_workers"), 0),
+}
+
 # Our held-out metrics by the last part of their names, as in eval_student/reverse_kl, and whether more of it is better.
 GREATER_IS_BETTER = {
     **dict.fromkeys(("reverse_kl", "forward_kl", "nats", "masked_ce", "rejected_logp", "tail_mass"), False),
@@ -341,12 +348,25 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
             self._prepare_cpu()
+        self._check_train()
         if self.greater_is_better is None and self.metric_for_best_model:
             self.greater_is_better = GREATER_IS_BETTER.get(self.metric_for_best_model.rsplit("/", 1)[-1])
         super().__post_init__()  # which takes all that is called "…loss" for better when lower, and nothing else
         require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
         require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
         check_settings(self)
+
+    def _check_train(self) -> None:
+        """What transformers' own fields cannot be: it looks at few of them, and trips over the rest later."""
+        self.report_to = "none" if self.report_to is None else self.report_to
+        for name, least in TRAIN_LEAST.items():
+            value = getattr(self, name)
+            sound = isinstance(value, int | float) and math.isfinite(value) and value >= least
+            require(value is None or sound, f"train.{name}", value, f"a number >= {least}", f"--{name} {max(least, 1)}")
+        sound = self.max_steps == -1 or self.max_steps >= 1
+        require(sound, "train.max_steps", self.max_steps, ">= 1, or -1 for num_train_epochs", "leave it out")
+        epochs = self.num_train_epochs
+        require(0 < epochs < math.inf, "train.num_train_epochs", epochs, "above 0", "--num_train_epochs 1")
 
     @property
     def sampler(self) -> dict[str, Any]:

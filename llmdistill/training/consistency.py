@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from transformers import IntervalStrategy, TrainingArguments
+
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
 from llmdistill.models.layers import check_layers, hidden_size
@@ -29,6 +31,20 @@ class Parts(Protocol):
     data_config: Any
     train_dataset: Any
     vocab_size: int
+
+
+def check_heldout(args: TrainingArguments, heldout: Any) -> None:
+    """Asks for held-out rows where something is to be measured on them; before anything is loaded.
+
+    Raises:
+        UserError: ``eval_strategy`` names a time, and there is nothing to evaluate on.
+    """
+    when = IntervalStrategy(args.eval_strategy).value
+    if when != "no" and not heldout:
+        raise UserError(
+            f"train.eval_strategy is {when!r}, and data.heldout is empty: there is nothing to evaluate on. "
+            "Fix: --data.heldout FILE (from Python eval_dataset=), or leave eval_strategy out."
+        )
 
 
 def check_parts(trainer: Parts) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,27 @@ class FiniteTrainer(Trainer):
         """As transformers' own.
 
         Raises:
-            UserError: the checkpoint is of another launch; or the last update destroyed the weights (a loss or an
-                earlier checkpoint would have said so before).
+            UserError: the checkpoint is of another launch; there was nothing to train on; or the last update
+                destroyed the weights (a loss or an earlier checkpoint would have said so before).
         """
         if isinstance(resume_from_checkpoint, str | Path) and resume_from_checkpoint:
             check_layout(resume_from_checkpoint, self.args)
+        rows, size = self.train_dataset, self.args.per_device_train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < size:
+            raise self._no_step(
+                f"{len(rows)} rows make not one batch of {size}, and dataloader_drop_last leaves it out"
+            )
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step == 0:
+            raise self._no_step("the rows ended before the first one")
         self._refuse_lost_weights()
         return result
+
+    def _no_step(self, why: str) -> UserError:
+        return UserError(
+            f"no step was trained: {why}. Fix: more rows, or a smaller train.per_device_train_batch_size than "
+            f"{self.args.per_device_train_batch_size}."
+        )
 
     def _all_steps_done(self) -> bool:
         """Resumed where there is nothing left to train: transformers would go on, in the middle of an epoch."""

@@ -51,7 +51,7 @@ from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, to_measure
 from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
-from llmdistill.training.consistency import check_hidden, check_parts, check_ready
+from llmdistill.training.consistency import check_heldout, check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
 from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
@@ -121,6 +121,7 @@ class DistillationTrainer(RoundLog):
         view: Literal["tokens", "classes"] = "tokens",
     ) -> None:
         self.wants_preflight = preflight
+        check_heldout(args, eval_dataset is not None)
         model, tokenizer = ready_student(model, processing_class, args, peft_config)
         method = in_classes(method) if view == "classes" else method
         self.method, self.data_config, self.reward = method.in_contexts(contexts or {}), data or DataConfig(), reward

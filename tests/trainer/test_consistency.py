@@ -228,6 +228,19 @@ def test_our_metrics_know_which_way_is_better(tmp_path: Path, metric: str, best:
     assert t.state.best_metric == best(values.values()) and len(values) == 3
 
 
+def test_an_evaluation_needs_rows_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.eval_strategy is 'steps', and data.heldout is empty"):
+        opd(tmp_path, eval_strategy="steps", eval_steps=1)
+
+
+@pytest.mark.parametrize("max_steps", [-1, 2])
+def test_no_step_is_no_success(tmp_path: Path, max_steps: int) -> None:
+    """Three rows make no batch of four, and the last one is dropped."""
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 4, "max_steps": max_steps}
+    with pytest.raises(UserError, match="no step was trained: 3 rows make not one batch of 4"):
+        opd(tmp_path, train_dataset=tiny.rows(8)[:3], **settings).train()
+
+
 def test_what_a_user_says_of_a_metric_holds(tmp_path: Path) -> None:
     args = OPDConfig(str(tmp_path), metric_for_best_model="student/reverse_kl", greater_is_better=True)
     assert args.greater_is_better is True
