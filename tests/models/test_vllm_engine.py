@@ -44,7 +44,7 @@ def test_a_push_while_prefixes_are_in_use_is_no_push(folder: Path, monkeypatch: 
     try:
         first, second = (tiny.llama(seed, hidden=64, tied=True) for seed in (1, 2))
         engine.push(first)
-        assert [o.token_ids for o in engine.complete(PROMPTS, GREEDY, [1])] == greedily(first)
+        assert [o.ids for o in engine.complete(PROMPTS, GREEDY, [1])] == greedily(first)
         core = engine.llm.llm_engine
         core.add_request("held", {"prompt_token_ids": list(range(40, 75))}, generation_params(GREEDY, 0, []))
         core.step()  # its prompt is computed, and its blocks are in the cache and in use
@@ -52,6 +52,6 @@ def test_a_push_while_prefixes_are_in_use_is_no_push(folder: Path, monkeypatch: 
             engine.push(second)
         core.abort_request(["held"])
         engine.push(second)
-        assert [o.token_ids for o in engine.complete(PROMPTS, GREEDY, [1])] == greedily(second) != greedily(first)
+        assert [o.ids for o in engine.complete(PROMPTS, GREEDY, [1])] == greedily(second) != greedily(first)
     finally:
         engine.close()
