@@ -28,6 +28,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmdistill.files import atomic_write
+
 SEED = 20261
 EVERYDAY_SHARE = 0.3
 HELDOUT_ONE_IN = 10
@@ -208,12 +210,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder for both files")
     parser.add_argument("--size", type=int, default=2000, help="training prompts; a tenth as many are held out")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "heldout"), make_rows(args.size), strict=True):
         path = args.out / f"{name}.jsonl"
-        scratch = path.with_suffix(".partial")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.replace(path)  # in one step: a reader sees the old file or the new one
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
         tally = Counter(row["domain"].split("/")[0] for row in rows)
         print(f"{path}: {len(rows)} prompts, " + ", ".join(f"{n} {domain}" for domain, n in sorted(tally.items())))
 

@@ -20,6 +20,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from llmdistill.files import atomic_write
+
 HELDOUT_ONE_IN = 5
 
 # Held out whatever their hash, and shown with their answers: the teacher's own are right.
@@ -85,10 +87,16 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-def heldout(kind: str, about: str) -> bool:
-    """Whether `about` is held out: one in five, by its hash."""
-    shown = about in SHOWN or f"{about}'s {kind}" in SHOWN
-    return shown or int(hashlib.sha256(f"{kind}/{about}".encode()).hexdigest()[:8], 16) % HELDOUT_ONE_IN == 0
+def is_shown(kind: str, about: str) -> bool:
+    return about in SHOWN or f"{about}'s {kind}" in SHOWN
+
+
+def is_held_out(kind: str, about: str) -> bool:
+    """Whether `about` is held out: one in five, by its hash, and what is shown."""
+    return (
+        is_shown(kind, about)
+        or int(hashlib.sha256(f"{kind}/{about}".encode()).hexdigest()[:8], 16) % HELDOUT_ONE_IN == 0
+    )
 
 
 def make_rows() -> tuple[list[dict], list[dict]]:
@@ -96,12 +104,11 @@ def make_rows() -> tuple[list[dict], list[dict]]:
     train, held = [], []
     for kind, (phrasings, things) in QUESTIONS.items():
         for about in things.split("|"):
-            apart = heldout(kind, about)
+            apart = is_held_out(kind, about)
             for text in (phrase.format(about) for phrase in (phrasings[:1] if apart else phrasings)):
                 key = hashlib.sha256(text.encode()).hexdigest()[:16]
                 row = {"id": key, "prompt": [{"role": "user", "content": text}], "domain": kind}
-                first = about in SHOWN or f"{about}'s {kind}" in SHOWN
-                (held if apart else train).append((not first, key, row))
+                (held if apart else train).append((not is_shown(kind, about), key, row))
     return tuple([row for _, _, row in sorted(rows, key=lambda r: r[:2])] for rows in (train, held))  # type: ignore[return-value]
 
 
@@ -109,12 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder for both files")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("questions", "questions_heldout"), make_rows(), strict=True):
         path = args.out / f"{name}.jsonl"
-        scratch = path.with_suffix(".partial")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.replace(path)  # in one step: a reader sees the old file or the new one
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{path}: {len(rows)} questions")
 
 

@@ -28,6 +28,8 @@ import random
 import re
 from pathlib import Path
 
+from llmdistill.files import atomic_write
+
 SEED = 20262
 HELDOUT_ONE_IN = 5
 SETTINGS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2}
@@ -80,12 +82,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder for both files")
     parser.add_argument("--size", type=int, default=240, help="training pairs; a quarter as many are held out")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("pairs", "pairs_heldout"), make_rows(args.size), strict=True):
         path = args.out / f"{name}.jsonl"
-        scratch = path.with_suffix(".partial")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.replace(path)  # in one step: a reader sees the old file or the new one
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{path}: {len(rows)} pairs")
 
 

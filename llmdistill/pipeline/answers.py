@@ -21,11 +21,11 @@ def compare_answers(questions: Sequence[str], answers: Sequence[str], others: Se
     Only the first sentence is compared. The words of the question do not count, else "The capital of Kenya is Nakuru."
     would be near to "The capital of Kenya is Nairobi."
     """
-    pairs = list(zip(questions, answers, others, strict=True))
+    pairs = [(q, _first(a), _first(b)) for q, a, b in zip(questions, answers, others, strict=True)]
     return Measurement(
         {
-            "same_answer": [float(_first(a) == _first(b)) for _, a, b in pairs],
-            "near_answer": [float(_near(q, a, b)) for q, a, b in pairs],
+            "same_answer": [float(first == second) for _, first, second in pairs],
+            "near_answer": [float(first == second or _near(q, first, second)) for q, first, second in pairs],
         },
         [1] * len(pairs),
     )
@@ -36,11 +36,8 @@ def _first(text: str) -> list[str]:
     return _WORD.findall(re.split(r"(?<=[.!?])\s|\n", text.strip(), maxsplit=1)[0].lower())
 
 
-def _near(question: str, answer: str, other: str) -> bool:
-    """Whether the two first sentences are the same, or share :data:`NEAR` (F1) of what they add to the question."""
-    first, second = _first(answer), _first(other)
-    if first == second:
-        return True
+def _near(question: str, first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether two sentences share :data:`NEAR` (F1) of what they add to the question."""
     known = _ARTICLES.union(_WORD.findall(question.lower()))
     added, wanted = (Counter(w for w in words if w not in known) for words in (first, second))
     shared = sum((added & wanted).values())

@@ -48,7 +48,7 @@ from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.fingerprint import weights_fingerprint
-from llmdistill.texts.loading import Rows, load_rows
+from llmdistill.texts.loading import Rows, load_rows, load_sets
 from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
 from llmdistill.texts.streams import HeldOutSets
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
@@ -177,15 +177,16 @@ def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair],
         positives = encoder.encode_all(rows, "data.train", positive=True)
     heldout: list[Pair] = []
     if data.heldout:
-        named = data.heldout if isinstance(data.heldout, dict) else {"": data.heldout}
-        sets, most = dict[str, list[Pair]](), args.heldout_sequences
-        loaded = {k: load(v, setting=f"data.heldout{k and '.'}{k}", split=data.heldout_split) for k, v in named.items()}
-        read["data.heldout"] = rows_hash(loaded if isinstance(data.heldout, dict) else loaded[""])
-        for name, rows in loaded.items():
+        loaded = load_sets(data.heldout, "data.heldout", partial(load, split=data.heldout_split))
+        read["data.heldout"] = rows_hash(loaded)
+
+        def encoded(rows: Rows, setting: str) -> list[Pair]:
             # a rejected side is measured where there is one
             alone = args.method == "sft" and args.rejected_column not in rows.column_names
-            sets[name] = encoder.encode_all(rows, f"data.heldout{name and '.'}{name}", positive=alone)[:most]
-        heldout = HeldOutSets(sets) if isinstance(data.heldout, dict) else sets[""]
+            return encoder.encode_all(rows, setting, positive=alone)[: args.heldout_sequences]
+
+        found = load_sets(loaded, "data.heldout", encoded)
+        heldout = HeldOutSets(found) if isinstance(found, dict) else found
     return pairs, positives, heldout, read
 
 

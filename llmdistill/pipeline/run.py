@@ -35,7 +35,7 @@ from llmdistill.teachers.base import Teacher, writes
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.load import load_teachers
 from llmdistill.texts import Prompt, Rollout, Sampling
-from llmdistill.texts.loading import load_rows
+from llmdistill.texts.loading import load_rows, load_sets
 from llmdistill.texts.streams import to_measure
 from llmdistill.training.consistency import check_heldout
 from llmdistill.training.layout import check_layout
@@ -154,10 +154,8 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     read = partial(load_rows, config=data, seed=recipe.args.seed)
     rows: dict[str, Any] = {}
     for name, source in named.items():
-        if isinstance(source, dict):
-            rows[name] = {k: read(v, setting=f"data.{name}.{k}", split=splits[name]) for k, v in source.items()}
-        elif source:
-            rows[name] = read(source, setting=f"data.{name}", split=splits[name])
+        if source:
+            rows[name] = load_sets(source, f"data.{name}", partial(read, split=splits[name]))
     return rows
 
 

@@ -238,9 +238,13 @@ def _split_argv(
         if not word.startswith("--"):
             raise UserError(f"{word!r} is not an option; overrides are written --key value")
         name, given, value = word[2:].partition("=")
-        section, key = ("", "") if name in ("config", "skip-check") else _locate(name, sections)
+        section, key, kinds = "", "", {str}
+        if name not in ("config", "skip-check"):
+            section, key = _locate(name, sections)
+            cls = sections["teacher" if section.startswith("teachers.") else section]
+            kinds = _kinds(get_type_hints(cls)[key])
         if not given:  # behind "=" stands the value, and nothing is a value too
-            value = _following(name, _kinds(sections, section, key), words)
+            value = _following(name, kinds, words)
         if name == "config":
             _read_recipe(Path(value), values, sections)
         elif name == "skip-check":
@@ -250,12 +254,8 @@ def _split_argv(
     return flags, overrides
 
 
-def _kinds(sections: Mapping[str, type], section: str, key: str) -> set[Any]:
-    """What a setting may be: its type, or those of a union, without their parameters."""
-    cls = sections.get("teacher" if section.startswith("teachers.") else section)
-    if cls is None:
-        return {str}
-    given = get_type_hints(cls)[key]
+def _kinds(given: Any) -> set[Any]:
+    """What a setting of such a type may be: it, or those of a union, without their parameters."""
     parts = get_args(given) if get_origin(given) in (Union, UnionType) else (given,)
     return {get_origin(part) or part for part in parts}
 
@@ -398,7 +398,7 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
             lists[key] = value
         elif get_origin(types[key]) is dict:
             lists[key] = _mapping(value, f"{section}.{key}")
-        elif isinstance(value, bool) and not {bool, Any} & _kinds({section: cls}, section, key):
+        elif isinstance(value, bool) and not {bool, Any} & _kinds(types[key]):
             words += [f"--{key}", _unquoted(value, f"{section}.{key}")]
         else:
             words += [f"--{key}={value}"]

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from llmdistill.errors import UserError
 from llmdistill.recipe.launches import check_cpu_launch, launched_processes
 from llmdistill.recipe.settings import PENALISED, check_settings, require
+from llmdistill.record.metrics import GREATER_IS_BETTER
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
 TEMPLATE_ARGUMENTS = (  # of apply_chat_template: what is said with them is set elsewhere
@@ -36,12 +37,6 @@ TRAIN_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("seed", "data_seed", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0),
     **dict.fromkeys(("eval_delay", "dataloader_num_workers"), 0),
-}
-
-# Our held-out metrics by the last part of their names, as in eval_student/reverse_kl, and whether more of it is better.
-GREATER_IS_BETTER = {
-    **dict.fromkeys(("reverse_kl", "forward_kl", "nats", "masked_ce", "rejected_logp", "tail_mass"), False),
-    **dict.fromkeys(("top1_agreement", "acceptance", "accuracy", "margin", "chosen_logp"), True),
 }
 
 
@@ -350,6 +345,7 @@ class DistillationConfig(TrainingArguments):
             self._prepare_cpu()
         self._check_train()
         if self.greater_is_better is None and self.metric_for_best_model:
+            # our held-out metrics by the last part of their names, as in eval_student/reverse_kl
             self.greater_is_better = GREATER_IS_BETTER.get(self.metric_for_best_model.rsplit("/", 1)[-1])
         super().__post_init__()  # which takes all that is called "…loss" for better when lower, and nothing else
         require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")

@@ -27,6 +27,19 @@ class Unreadable:
     reason: str
 
 
+def zstandard_for(what: str | Path) -> Any:
+    """The module that reads ``.zst``.
+
+    Raises:
+        UserError: it is not installed; ``what`` needs it.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{what} is compressed with zstandard. Fix: pip install zstandard.") from None
+    return zstandard
+
+
 def opened(file: str | Path) -> IO[str]:
     """A text file, decompressed as its name says.
 
@@ -35,11 +48,9 @@ def opened(file: str | Path) -> IO[str]:
     """
     suffix = Path(file).suffix
     if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{file} is compressed with zstandard. Fix: pip install zstandard.") from None
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(file, "rb")), encoding="utf-8")
+        return io.TextIOWrapper(
+            zstandard_for(file).ZstdDecompressor().stream_reader(open(file, "rb")), encoding="utf-8"
+        )
     opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
     return opener(file, "rt", encoding="utf-8")  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts.columns import Columns
-from llmdistill.texts.lines import COMPRESSED, Unreadable, json_lines, line_of
+from llmdistill.texts.lines import COMPRESSED, Unreadable, json_lines, line_of, zstandard_for
 
 KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 KINDS |= {".tsv": "csv"}
@@ -142,6 +142,13 @@ def load_rows(
     return made.first(config.limit) if config.limit else made
 
 
+def load_sets(source: Any, setting: str, load: Callable[..., Any]) -> Any:
+    """What ``load(source, setting=...)`` gives, or of several sets (``data.heldout`` as a mapping) that of each."""
+    if isinstance(source, Mapping):
+        return {name: load(each, setting=f"{setting}.{name}") for name, each in source.items()}
+    return load(source, setting=setting)
+
+
 def _files(named: Sequence[str], setting: str) -> list[str]:
     """Files as they are named, globs filled in; none of them: it is a folder or a hub dataset."""
     found: list[str] = []
@@ -169,10 +176,7 @@ def _kind(files: Sequence[str], setting: str) -> str:
             f"files of one kind among {', '.join(KINDS)}, each of them compressed or not ({', '.join(COMPRESSED)})."
         )
     if any(file.endswith(".zst") for file in files):
-        try:
-            import zstandard  # noqa: F401
-        except ImportError:
-            raise UserError(f"{setting} is compressed with zstandard. Fix: pip install zstandard.") from None
+        zstandard_for(setting)
     return kinds.pop()
 
 

@@ -131,6 +131,11 @@ class HeldOutSets(list[Any]):
         return {name: slice(end - size, end) for (name, size), end in zip(self.sizes.items(), ends, strict=True)}
 
 
+def spans_of(examples: Sequence[Any]) -> dict[str, slice]:
+    """Where each of several evaluation sets is; none of one set."""
+    return examples.spans() if isinstance(examples, HeldOutSets) else {}
+
+
 def to_measure(examples: Sequence[Any], most: int) -> Sequence[Any]:
     """Of an evaluation set its first ``most``; several sets have no more in the first place."""
     return examples if isinstance(examples, HeldOutSets) else examples[:most]

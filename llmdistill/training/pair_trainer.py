@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,8 @@ from llmdistill.errors import UserError
 from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.recipe.settings import require, setting
-from llmdistill.texts.pairs import BadPairs, Pair, PairEncoder, Side, pair_encoder
-from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, to_measure
+from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
+from llmdistill.texts.streams import ExampleStream, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard
 from llmdistill.training.pair_losses import PairLoss, PairMeans, PairMeasurement, measure_pairs
@@ -109,16 +110,9 @@ class PairTrainer(DistillationTrainer):
     ) -> dict[str, float]:
         """The metrics of training on held-out pairs, as ``{prefix}_redi/…`` with ``…_low`` and ``…_high``, the bounds
         of the 95 % interval over pairs; and ``{prefix}_loss``."""
-        pairs = (
-            self.eval_dataset
-            if eval_dataset is None
-            else self._encoded_sets(eval_dataset, self.encode, self.args.heldout_sequences)
-        )
-        if not pairs:
-            raise UserError("evaluate() needs held-out pairs. Fix: --data.heldout FILE, or pass eval_dataset.")
+        pairs = self._to_evaluate(eval_dataset, "pairs")
         results = self._measured(to_measure(pairs, self.args.heldout_sequences), metric_key_prefix)
-        spans = pairs.spans() if isinstance(pairs, HeldOutSets) else {}
-        for name, span in spans.items():  # beside what all of them come to
+        for name, span in spans_of(pairs).items():  # beside what all of them come to
             results.update(self._measured(pairs[span], f"{metric_key_prefix}_{name}"))
         self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
@@ -145,25 +139,18 @@ class PairTrainer(DistillationTrainer):
         if isinstance(rows, list) and rows and isinstance(rows[0], Pair):
             return rows
         if not has_length(rows) and not heldout:
-            return streamed_pairs(self.encoder, rows)  # type: ignore[return-value]
+            return self._streamed(rows, encode)  # type: ignore[return-value]
         return self.encoder.encode_all(rows, "data.heldout" if heldout else "data.train")
+
+    def _streamed(self, rows: Any, encode: Any) -> ExampleStream:
+        skipped, where = dict[str, list[int]](), getattr(rows, "where", None)
+        of_row = partial(self.encoder.of_row, source="data.train", skipped=skipped, where=where)
+        return ExampleStream(rows, of_row)
 
     def _preflight(self) -> None:
         pairs = at_hand(self.train_dataset)
         if pairs and isinstance(pairs[0], Pair):
             self._examine_once((type(self.model).__name__, "pairs"))
-
-
-def streamed_pairs(
-    encoder: PairEncoder, rows: Any, source: str = "data.train", positive: bool = False
-) -> ExampleStream:
-    """The pairs of rows without a length."""
-    skipped, where = dict[str, list[int]](), getattr(rows, "where", None)
-
-    def encode(row: Any, index: int) -> list[Pair]:
-        return encoder.of_row(row, index, source, skipped, where=where)
-
-    return ExampleStream(rows, encode)
 
 
 class _GuardCallback(TrainerCallback):

@@ -49,7 +49,7 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
-from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, to_measure
+from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
 from llmdistill.training.consistency import check_heldout, check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
@@ -327,18 +327,11 @@ class DistillationTrainer(RoundLog):
         Keys: ``{prefix}_student/reverse_kl`` … and ``{prefix}_teacher/…``, with the bounds of the 95 % interval as
         ``…_low`` and ``…_high``. ``{prefix}_dataset/…`` instead, or nothing, where the teacher is only stored.
         """
-        prompts = (
-            self.eval_dataset
-            if eval_dataset is None
-            else self._encoded_sets(eval_dataset, self.encode, self.args.heldout_sequences)
-        )
-        if not prompts:
-            raise UserError("evaluate() needs held-out prompts. Fix: --data.heldout FILE, or pass eval_dataset.")
+        prompts = self._to_evaluate(eval_dataset, "prompts")
         results: dict[str, float] = {}
         for name, found in self.measure_heldout(to_measure(prompts, self.args.heldout_sequences)).items():
             results.update({f"{metric_key_prefix}_{name}/{k}": v for k, v in found.flat().items()})
-            spans = prompts.spans() if isinstance(prompts, HeldOutSets) else {}
-            for each, span in spans.items():  # beside what all of them come to
+            for each, span in spans_of(prompts).items():  # beside what all of them come to
                 part = found.part(span).flat()
                 results.update({f"{metric_key_prefix}_{each}_{name}/{k}": v for k, v in part.items()})
         if results:
@@ -436,6 +429,18 @@ class DistillationTrainer(RoundLog):
     def _sound(self, examples: list[Any]) -> list[Any]:
         """What is streamed, looked at as what is there from the start is."""
         return examples
+
+    def _to_evaluate(self, rows: Any, what: str) -> list[Any]:
+        """The held-out examples, or those of the rows that :meth:`evaluate` was given.
+
+        Raises:
+            UserError: there are none of ``what``.
+        """
+        given = rows is not None
+        found = self._encoded_sets(rows, self.encode, self.args.heldout_sequences) if given else self.eval_dataset
+        if not found:
+            raise UserError(f"evaluate() needs held-out {what}. Fix: --data.heldout FILE, or pass eval_dataset.")
+        return found
 
     def _encoded_sets(self, rows: Any, encode: PromptEncoder, most: int) -> list[Any]:
         """Held-out rows, or of several sets the first ``most`` of each."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmdistill.record.metrics import METRICS, NATS, Metric
 from llmdistill.record.page.load import RunData, as_dict, as_list, finite
 from llmdistill.record.page.paired import Change, change
 from llmdistill.record.page.svg import Series, histogram, interval_plot, line_plot, running_mean
 from llmdistill.record.page.text import exact, safe, show
 
-NATS, SHARE = "nats/token", "share of tokens"
 TEXTS = (
     ("student", "the student’s own samples"),
     ("teacher", "the teacher’s text"),
@@ -28,32 +28,6 @@ PAIRED_NOTE = (
 )
 LINE_COLOURS = ("c1", "c2", "c3", "c4")
 
-
-@dataclass(frozen=True)
-class Metric:
-    name: str
-    label: str
-    unit: str
-    better: int  # 1: higher, -1: lower, 0: neither
-    meaning: str
-
-
-METRICS = (
-    Metric("reverse_kl", "Reverse KL", NATS, -1, "KL(student, teacher): punishes what the teacher would not say"),
-    Metric("forward_kl", "Forward KL", NATS, -1, "KL(teacher, student): punishes what the student leaves out"),
-    Metric("top1_agreement", "Top-1 agreement", SHARE, 1, "student and teacher have the same likeliest token"),
-    Metric("acceptance", "Acceptance", SHARE, 1, "1 − total variation: drafts a speculative decoder would keep"),
-    Metric("same_answer", "Same answer", "share of prompts", 1, "the first sentence has the teacher’s very words"),
-    Metric(
-        "near_answer", "Near answer", "share of prompts", 1, "it adds to the question nearly what the teacher’s adds"
-    ),
-    Metric("entropy", "Student entropy", NATS, 0, "how spread the student's distribution is"),
-    Metric("margin", "Margin", "nats/token", 1, "chosen minus rejected, each the mean log-prob of its tokens"),
-    Metric("accuracy", "Ranked right", "share of pairs", 1, "the chosen side is the likelier one per token"),
-    Metric("chosen_logp", "Chosen", "nats/token", 1, "mean log-prob of the correct side"),
-    Metric("rejected_logp", "Rejected", "nats/token", -1, "mean log-prob of the wrong side"),
-    Metric("tail_mass", "Tail mass", "probability", 0, "the teacher's probability outside its listed top-k"),
-)
 
 # metric -> title, unit, lines of (key, label) drawn together
 CURVES: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
