@@ -219,7 +219,7 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> Callable[
 
 
 CONTEXT = ["--teacher.context", "told", "--data.contexts", "{told: hint}"]
-LIVE = ["--teacher.model=", "", "--teacher.student", "live"]
+LIVE = ["--teacher.model=", "--teacher.student", "live"]
 METHOD = ["--method", "context_distillation", "--sequences", "dataset"]
 
 
@@ -248,7 +248,7 @@ def test_from_a_recipe(refused: Any, tmp_path: Path, given: Any, words: list[str
 
 
 def test_a_context_beside_a_store(refused: Any, tmp_path: Path) -> None:
-    words = [*METHOD, *CONTEXT, "--teacher.model=", "", "--teacher.stored", str(tmp_path / "store")]
+    words = [*METHOD, *CONTEXT, "--teacher.model=", "--teacher.stored", str(tmp_path / "store")]
     line = refused("--data.train", write(tmp_path, rows(hint="x")), *words)
     assert "teacher.context is 'told'; it must be empty beside teacher.stored" in line
 
@@ -258,5 +258,5 @@ def test_layers_of_a_store(refused: Any, tmp_path: Path, command: list[str]) -> 
     file, store = write(tmp_path, rows()), str(tmp_path / "store")
     filled = ["--estimator", "top_k", "--objective.top_k", "4", "--sequences", "dataset", "--teacher.stored", store]
     assert main([*command, "--data.train", file, *filled]) == 0
-    words = ["--method", "layers", "--sequences", "dataset", "--teacher.model=", "", "--teacher.stored", store]
+    words = ["--method", "layers", "--sequences", "dataset", "--teacher.model=", "--teacher.stored", store]
     assert "only a model in this process has them. Fix: " in refused("--data.train", file, *words)
