@@ -247,12 +247,16 @@ def _contained() -> Iterator[None]:
     """Puts back what loading vLLM changes in the process: random states, threads, NUMA policy, environment."""
     leaking = {name: os.environ.get(name) for name in _LEAKING}
     set_num_threads, threads, excepthook = torch.set_num_threads, torch.get_num_threads(), sys.excepthook
+    triton = logging.getLogger("torch._library.triton")  # vLLM registers operators by it, and torch warns where it is not
+    level = triton.level
+    triton.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), random_state_kept():
             warnings.simplefilter("ignore")
             with patched(torch.ops._C, "init_cpu_memory_env", lambda nodes: None):
                 yield
     finally:
+        triton.setLevel(level)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         sys.excepthook = excepthook  # torch's, which comes with a process group, puts "[rank0]" before tracebacks
