@@ -247,7 +247,7 @@ def _contained() -> Iterator[None]:
     """Puts back what loading vLLM changes in the process: random states, threads, NUMA policy, environment."""
     leaking = {name: os.environ.get(name) for name in _LEAKING}
     set_num_threads, threads, excepthook = torch.set_num_threads, torch.get_num_threads(), sys.excepthook
-    triton = logging.getLogger("torch._library.triton")  # vLLM registers operators by it, and torch warns where it is not
+    triton = logging.getLogger("torch._library.triton")  # torch warns where it is not installed
     level = triton.level
     triton.setLevel(logging.ERROR)
     try:
