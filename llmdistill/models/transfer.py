@@ -131,25 +131,28 @@ def mean_rows(table_VH: Tensor, pieces: Sequence[Sequence[int]], sizes_V: Tensor
 def _name_special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """bos, eos and pad of the configs, by their new ids."""
+    """bos, eos and pad of the configs are the new tokenizer's, None where it has none; other ids go by their tokens.
 
-    def renamed(ids: Any) -> Any:
-        if ids is None:
-            return None
-        tokens = tokenizer.convert_ids_to_tokens([ids] if isinstance(ids, int) else list(ids))
-        vocabulary = new_tokenizer.get_vocab()
-        new = [vocabulary[t] for t in tokens if t in vocabulary]
-        return (new[0] if isinstance(ids, int) else new) if new else None
+    What else ends the model's turns, or must not be written, keeps its token and gets that one's new id; an id without
+    one names nothing any more and is left out.
+    """
+    vocabulary, own_eos = new_tokenizer.get_vocab(), new_tokenizer.eos_token_id
 
-    for config in (model.config, model.generation_config):
-        for name, own in (
-            ("bos_token_id", new_tokenizer.bos_token_id),
-            ("eos_token_id", new_tokenizer.eos_token_id),
-            ("pad_token_id", new_tokenizer.pad_token_id),
-        ):
-            if config is not None and getattr(config, name, None) is not None:
-                found = renamed(getattr(config, name))
-                setattr(config, name, own if found is None else found)
+    def renamed(ids: int | Sequence[int] | None) -> list[int]:
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        tokens = tokenizer.convert_ids_to_tokens([i for i in ids if 0 <= i < len(tokenizer)])
+        return [vocabulary[t] for t in tokens if t in vocabulary]
+
+    configs = [model.config, model.config.get_text_config(), model.generation_config]
+    for config in {id(c): c for c in configs if c is not None}.values():
+        config.bos_token_id, config.pad_token_id = new_tokenizer.bos_token_id, new_tokenizer.pad_token_id
+        old_eos = config.eos_token_id
+        own = [] if own_eos is None else [own_eos]
+        ends = list(dict.fromkeys(own + (renamed(old_eos) if isinstance(old_eos, list) else [])))
+        config.eos_token_id = ends if isinstance(old_eos, list) and ends else own_eos
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, renamed(getattr(config, name)) or None)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -69,6 +69,33 @@ def test_the_template_and_the_ends_stay_the_models() -> None:
     assert student.generation_config.eos_token_id == [new.eos_token_id, new.convert_tokens_to_ids("<assistant>")]
 
 
+@pytest.mark.parametrize("written", [{}, {"bos_token": "<s>", "pad_token": "<nothing>"}], ids=["no bos", "its own bos"])
+def test_configs_name_the_new_tokenizers_own_special_tokens(tmp_path: Path, written: dict[str, str]) -> None:
+    """After loading too: ids of the old vocabulary are other tokens in the new one, or past its end."""
+    old, student = tiny.tokenizer(), model()
+    old.bos_token = "<user>"  # as some have it: the new tokenizer has this token too, and begins with another or none
+    student.config.bos_token_id = student.generation_config.bos_token_id = old.bos_token_id
+    student.generation_config.suppress_tokens = [old.bos_token_id, old.get_vocab()["q"], 263]
+    new = vocabularies.byte_level(NEW, eos_token="</s>", **written)
+    transfer(student, old, new)
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert new.bos_token == written.get("bos_token") and new.pad_token == "<pad>"
+    for config in (student.config, student.generation_config, loaded.config, loaded.generation_config):
+        assert config.bos_token_id == (None if new.bos_token is None else new.get_vocab()["<s>"])
+        assert config.pad_token_id == new.get_vocab()["<pad>"]
+        assert config.eos_token_id == new.get_vocab()["<eos>"]
+    named = [new.get_vocab()[t] for t in ("<user>", "q")]
+    assert loaded.generation_config.suppress_tokens == named
+
+
+def test_a_tokenizer_without_an_end_leaves_none_in_the_configs() -> None:
+    old, new, student = tiny.tokenizer(template=None), vocabularies.byte_level(NEW), model()
+    transfer(student, old, new)
+    ids = [getattr(student.config, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    assert ids == [None, None, None] == [new.bos_token_id, new.eos_token_id, new.pad_token_id]
+
+
 @pytest.mark.slow
 def test_real_vocabularies_spell_each_other() -> None:
     new, old = vocabularies.tokenizer("smollm2"), vocabularies.tokenizer("mistral-fast")
