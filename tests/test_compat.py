@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import json
 import logging
 import os
 import pkgutil
@@ -19,10 +20,12 @@ import torch
 import llmdistill
 import llmdistill.compat
 from llmdistill.compat import trainers
+from llmdistill.compat.checkpoints import ASIDE, saved_aside
 from llmdistill.compat.patching import environment, patched, random_state_kept
 from llmdistill.compat.vllm import close_vllm, load_vllm
 from llmdistill.compat.vllm_weights import push_weights, takes_partial_push
 from llmdistill.models.weights import named_weights
+from llmdistill.record.run_folder import RunFolder
 from tests.tiny import llama
 
 SETTINGS = dict(dtype="float32", seed=0, max_model_len=64, kv_cache_bytes=1 << 25)
@@ -282,26 +285,79 @@ def trainer(folder, **settings):
 
     common = dict(per_device_train_batch_size=1, report_to="none", use_cpu=True, disable_tqdm=True, save_steps=1)
     args = TrainingArguments(str(folder), max_steps=4, **common, **settings)
-    return Trainer(Line(), args, train_dataset=[{"x": torch.ones(1)}] * 4)
+    rows = [{"x": torch.ones(1)}] * 4
+    return Trainer(Line(), args, train_dataset=rows, eval_dataset=rows)
 
 
-def test_checkpoints_are_checked_first_and_written_to_before_they_are_complete(tmp_path):
-    seen, made = [], trainer(tmp_path)
-    trainers.before_checkpoints(made, lambda: seen.append(sorted(p.name for p in tmp_path.iterdir())))
-    trainers.beside_random_states(made, lambda folder: seen.append(sorted(os.listdir(folder))))
+def checkpoints(folder):
+    return sorted(p.name for p in folder.glob("checkpoint-*"))
+
+
+def test_a_checkpoint_is_written_aside_and_old_ones_stay_until_it_is_whole(tmp_path):
+    checked, beside, made = [], [], trainer(tmp_path, save_total_limit=1)
+    saved_aside(made, lambda: checked.append(checkpoints(tmp_path)))
+    trainers.beside_random_states(
+        made, lambda folder: beside.append((sorted(os.listdir(folder)), checkpoints(tmp_path)))
+    )
     made.train()
-    checked, beside = seen[0], seen[1]
-    assert checked == []
-    assert "rng_state.pth" in beside and "trainer_state.json" not in beside
-    assert len(seen) == 2 * 4  # a checkpoint a step
+    steps = [f"checkpoint-{step}" for step in range(1, 5)]
+    assert checked == [[], *([step] for step in steps[:3])]
+    for (written, there), before in zip(beside, checked, strict=True):
+        assert "rng_state.pth" in written and "trainer_state.json" not in written  # that is written last
+        assert there == before
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(os.listdir(tmp_path / "checkpoint-4"))
 
 
-def test_a_check_that_raises_leaves_no_checkpoint(tmp_path):
-    made = trainer(tmp_path)
-    trainers.before_checkpoints(made, lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("failing", ["check", "write"])
+def test_what_fails_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, failing):
+    made = trainer(tmp_path, save_total_limit=1)
+
+    def fail(*_):
+        if made.state.global_step == 3:
+            raise OSError(28, "No space left on device")
+
+    saved_aside(made, fail if failing == "check" else lambda: None)
+    if failing == "write":
+        trainers.beside_random_states(made, fail)
+    with pytest.raises(OSError, match="No space left"):
         made.train()
-    assert not list(tmp_path.iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2"]
+    resumed = trainer(tmp_path, save_total_limit=1)
+    saved_aside(resumed, lambda: None)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
+
+
+def test_what_a_killed_run_left_aside_is_no_checkpoint_and_goes(tmp_path):
+    left = tmp_path / ASIDE / "checkpoint-9"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of")
+    (tmp_path / "checkpoint-2").mkdir()  # as transformers alone leaves one
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"half of")
+    assert RunFolder(tmp_path).newest_checkpoint() is None
+    made = trainer(tmp_path)
+    saved_aside(made, lambda: None)
+    made.train()
+    assert sorted(os.listdir(tmp_path)) == [f"checkpoint-{step}" for step in range(1, 5)]
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_the_best_checkpoint_is_named_where_it_will_be(tmp_path):
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "eval_strategy": "steps",
+        "label_names": ["x"],
+    }
+    made = trainer(tmp_path, save_total_limit=2, learning_rate=0.0, eval_steps=1, **best)
+    saved_aside(made, lambda: None)
+    made.train()
+    first = str(tmp_path / "checkpoint-1")  # no other is better
+    assert made.state.best_model_checkpoint == first
+    for name in checkpoints(tmp_path):
+        assert json.loads((tmp_path / name / "trainer_state.json").read_text())["best_model_checkpoint"] == first
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-4"]  # the best, and the last to resume from
 
 
 def test_a_resumed_run_goes_on_at_the_present_rate(tmp_path):

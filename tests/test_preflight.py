@@ -186,7 +186,7 @@ def test_disk(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, expected in ((needed, {"ok"}), (needed - 1, {"fail"})):
         monkeypatch.setattr(machine.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert levels(trainer, "disk") == expected
-    forever = make_trainer(save_strategy="steps", save_steps=0.01)
+    forever = make_trainer(save_strategy="steps", save_steps=0.01, save_total_limit=None)
     forever.args.max_steps = 1000
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * weights * 12))
     assert "keeping all checkpoints" in message(forever, "disk", "notice")

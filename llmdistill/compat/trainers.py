@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def beside_random_states(trainer: Any, write: Callable[[str], None]) -> None:
@@ -24,17 +24,6 @@ def beside_random_states(trainer: Any, write: Callable[[str], None]) -> None:
         write(folder)
 
     trainer._save_rng_state = saved
-
-
-def before_checkpoints(trainer: Any, check: Callable[[], None]) -> None:
-    """``check()`` in every rank before transformers' trainer writes anything of a checkpoint; it may raise."""
-    save = trainer._save_checkpoint
-
-    def saved(model: nn.Module, trial: Any) -> None:
-        check()
-        save(model, trial)
-
-    trainer._save_checkpoint = saved
 
 
 def resume_at_present_rate(trainer: Any) -> None:

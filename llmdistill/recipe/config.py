@@ -313,6 +313,9 @@ class DistillationConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "hide NaN losses from the log (we stop instead)"}
     )
+    save_total_limit: int | None = field(
+        default=3, metadata={"help": "checkpoints kept; older ones go once a newer one is whole; null keeps all"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "drop dataset columns (must stay off)"})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "trackio, tensorboard, wandb, none"})
     disable_tqdm: bool | None = field(
