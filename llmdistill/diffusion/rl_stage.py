@@ -2,6 +2,9 @@
 
 With one update a text, the default, the ratio of TraceRL's surrogate is 1 and its clip is never reached: what is left
 of it is minus the advantage times the log-prob, whose gradient this is.
+
+Two policies may hold the student back, each by k3 at the tokens it drew: the one that wrote the text (``beta``, of
+TraceRL's, with several updates), and the student as it began (``reference_beta``, of diffu-GRPO's).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.composition.method import Method
-from llmdistill.composition.term import Hidden, Mean, Term
+from llmdistill.composition.term import Ask, Hidden, Mean, Term
 from llmdistill.diffusion.losses import without_mask_token
 from llmdistill.diffusion.noised_view import Denoiser
 from llmdistill.diffusion.orders import entropies
@@ -52,6 +55,11 @@ class DiffusionRLConfig(DiffusionConfig):
     updates: int = setting(1, "optimizer steps on one text; the prompts of those between are passed over", at_least=1)
     clip: float = setting(0.2, "bound on the ratio's distance from 1, of several updates", above=0)
     beta: float = setting(0.0, "weight of the KL to the policy that wrote the text, of several updates", at_least=0)
+    reference_beta: float = setting(
+        0.0,
+        "weight of the KL to the student as training began (0.04 in diffu-GRPO); 0: none, as in TraceRL",
+        at_least=0,
+    )
     mean: Mean = setting("token", "the loss is a mean over tokens, over slices of theirs (sequence), or their sums'")
     value: bool = setting(False, "a value head is trained, and its values are subtracted step by step")
     value_learning_rate: float = setting(1e-3, "of the value head", above=0, read_by={"value": (True,)})
@@ -112,9 +120,10 @@ class DiffusionRLConfig(DiffusionConfig):
         )
         source = Reinforced(Only("student"), denoiser, settings, self.rollouts.max_new_tokens)
         if self.updates > 1:
-            term = surrogate(denoiser.mask_token_id, self.mean, self.clip, self.beta, recorded=True)
+            weights = (self.clip, self.beta, self.reference_beta)
+            term = surrogate(denoiser.mask_token_id, self.mean, *weights, recorded=True)
             return Method((term,), {"main": Repeated(source, self.updates)})
-        term = surrogate(denoiser.mask_token_id, self.mean)
+        term = surrogate(denoiser.mask_token_id, self.mean, reference_beta=self.reference_beta)
         if not self.value:
             return Method((term,), {"main": source})
         value = Term("value", None, (), ("noise_weight",), "values", hidden=Hidden(value_loss, (LAST,), ()))
@@ -127,25 +136,45 @@ class DiffusionRLConfig(DiffusionConfig):
 
 
 def surrogate(
-    mask_id: int, mean: Mean = "token", clip: float = 0.2, beta: float = 0.0, *, recorded: bool = False
+    mask_id: int,
+    mean: Mean = "token",
+    clip: float = 0.2,
+    beta: float = 0.0,
+    reference_beta: float = 0.0,
+    *,
+    recorded: bool = False,
 ) -> Term:
-    """Minus the clipped ratio times the advantage, which is a row's weight, and the KL to who wrote the text, per row.
+    """Minus the clipped ratio times the advantage, a row's weight, and the KLs to who wrote the text and to the
+    reference, per row.
+
+    Both are k3 at sampled tokens, in the slice's own state, as TraceRL's and diffu-GRPO's are (arXiv 2504.12216,
+    equation 3): their value is in expectation KL(student || other), their gradient that of KL(other || student).
 
     ``recorded``: log-probs of the text's first update are there; else this is that update.
     """
 
-    def loss(student_logits: Tensor, tokens: Tensor, advantages: Tensor, *recorded_logps: Tensor) -> Tensor:
-        log_probs = without_mask_token(student_logits, mask_id).float().log_softmax(-1)
-        logps = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    def loss(student_logits: Tensor, *evidence: Tensor) -> Tensor:
+        heard, (tokens, advantages, *recorded_logps) = evidence[:asked], evidence[asked:]
+        logps = _logps(student_logits, tokens, mask_id)
         before = recorded_logps[0] if recorded_logps else logps.detach()
-        gain = clipped_surrogate(logps, before, advantages, eps=clip)
-        return beta * kl_estimate(logps, before) - gain if beta else -gain
+        value = -clipped_surrogate(logps, before, advantages, eps=clip)
+        if beta:
+            value = value + beta * kl_estimate(logps, before)
+        if heard:
+            value = value + reference_beta * kl_estimate(logps, _logps(heard[0], tokens, mask_id))
+        return value
 
     def entropy(student_logits: Tensor, *_: Tensor) -> Tensor:
         return entropies(without_mask_token(student_logits, mask_id).float().log_softmax(-1))
 
-    reads = ("tokens", "noise_weight", *(("behavior",) if recorded else ()))
-    return Term("policy", loss, (), reads, mean=mean, measures={"entropy": entropy}, on_student=True)
+    asks = (Ask("reference"),) if reference_beta else ()
+    asked, reads = len(asks), ("tokens", "noise_weight", *(("behavior",) if recorded else ()))
+    return Term("policy", loss, asks, reads, mean=mean, measures={"entropy": entropy}, vanishes=False, on_student=True)
+
+
+def _logps(logits: Tensor, tokens: Tensor, mask_id: int) -> Tensor:
+    """Of the tokens [n], from logits [n, V] without the mask token's column."""
+    return without_mask_token(logits, mask_id).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def value_loss(states: Sequence[Tensor], *evidence: Tensor, helpers: Mapping[str, nn.Module]) -> Tensor:

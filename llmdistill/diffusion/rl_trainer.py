@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.models.layers import captured
 from llmdistill.models.passes import at_head, batches_of, metrics_at_head
-from llmdistill.objectives.rows import TokenRows
+from llmdistill.objectives.rows import HiddenRows, TokenRows
+from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.views import View
 from llmdistill.training.rewards import Reward, load_reward, task_rewards
@@ -57,6 +59,8 @@ class DiffusionRLTrainer(MaskedDiffusionTrainer):
         if reward is None and not args.reward:
             raise UserError("objective.reward is empty, and nothing else says what a completion is worth. Fix: math.")
         reward = reward or load_reward(args.reward)
+        if args.reference_beta:  # it reads slices as the student does, so it is the student's own start
+            kwargs["judges"] = {"reference": _Start(self._parts)}
         super().__init__(model, args, teacher, reward=reward, **kwargs)
         if process_reward is None and args.process_reward:
             process_reward = load_reward(args.process_reward)  # type: ignore[assignment]
@@ -155,3 +159,18 @@ class DiffusionRLTrainer(MaskedDiffusionTrainer):
 
     def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
         """They were, when they were rewarded: here each would come once for every slice."""
+
+
+class _Start(StudentTeacher):
+    """The student as training began, asked about slices, of which ranks have different numbers."""
+
+    def __init__(self, parts: Callable[[Rollout], Iterator[tuple[Rollout, TokenRows]]]) -> None:
+        super().__init__("initial")
+        self.parts = parts
+
+    def dense(self, rollout: Rollout) -> HiddenRows:
+        found = super().dense(rollout)
+        return replace(found, hidden_NH=found.hidden_NH[: rollout.num_rows])
+
+    def _batches(self, rollout: Rollout) -> Iterator[tuple[Rollout, None]]:
+        return ((part, None) for part, _ in self.parts(rollout))
