@@ -16,6 +16,7 @@ from llmdistill.datagen import selection
 from llmdistill.datagen.near_duplicates import near_duplicates as near
 from llmdistill.datagen.schema import as_messages, prompt_of
 from llmdistill.datagen.sentences import Scale, select
+from llmdistill.objectives.ddk import first_weights
 from llmdistill.recipe.config import DType
 
 Row = Mapping[str, Any]
@@ -181,7 +182,7 @@ def mixture(
     numbers = defaultdict[str, list[int]](list)
     for number, row in rows():
         numbers[str(row.get("domain"))].append(number)
-    shares = dict(weights) if weights is not None else mixtures.first_weights(ratios or {})
+    shares = dict(weights) if weights is not None else first_weights(ratios or {})
     if unknown := sorted(set(numbers) - set(shares)):
         raise ValueError(f"mixture has no weight for the domain {unknown[0]}; 0 leaves its rows out")
     available = {name: len(n) for name, n in numbers.items()}

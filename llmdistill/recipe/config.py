@@ -20,6 +20,7 @@ import yaml
 from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
+from llmdistill.recipe import train_fields
 from llmdistill.recipe.launches import check_cpu_launch, launched_processes
 from llmdistill.recipe.settings import PENALISED, check_settings, require
 from llmdistill.record.metrics import GREATER_IS_BETTER
@@ -31,13 +32,6 @@ TEMPLATE_ARGUMENTS = (  # of apply_chat_template: what is said with them is set 
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
 TOKEN_ENV = "LLMDISTILL_TOKEN"  # a recipe names the variable, so the token itself is never in a file
-
-# The least that numbers among transformers' own fields may be.
-TRAIN_LEAST = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("seed", "data_seed", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), 0),
-    **dict.fromkeys(("eval_delay", "dataloader_num_workers"), 0),
-}
 
 
 def option(default: Any, help: str) -> Any:
@@ -322,6 +316,9 @@ class DistillationConfig(TrainingArguments):
         default=True, metadata={"help": "transformers' own bars (ours shows rate and ETA)"}
     )
 
+    restart_optimizer: bool = field(
+        default=False, metadata={"help": "resume from a checkpoint without optimizer (save_only_model) with a new one"}
+    )
     rollouts: RolloutConfig = field(default_factory=RolloutConfig, metadata={"section": "rollouts"})
     chunk_tokens: int = field(
         default=128, metadata={"help": "rows whose logits exist at one time", "section": "objective"}
@@ -339,6 +336,23 @@ class DistillationConfig(TrainingArguments):
             "below": math.inf,
         },
     )
+    mixture_every: int = field(
+        default=0,
+        metadata={
+            "help": "steps between new shares of domains, by how far the student is behind there; 0: rows as they come",
+            "section": "objective",
+            "at_least": 0,
+        },
+    )
+    mixture_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "mixture_every: how much of a domain's share follows that; the rest is spread evenly",
+            "section": "objective",
+            "at_least": 0,
+            "at_most": 1,
+        },
+    )
     heldout_sequences: int = field(
         default=64, metadata={"help": "held-out prompts measured at each evaluation", "section": "objective"}
     )
@@ -346,26 +360,17 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
             self._prepare_cpu()
-        self._check_train()
+        train_fields.prepare(self)
         if self.greater_is_better is None and self.metric_for_best_model:
             # our held-out metrics by the last part of their names, as in eval_student/reverse_kl
             self.greater_is_better = GREATER_IS_BETTER.get(self.metric_for_best_model.rsplit("/", 1)[-1])
-        super().__post_init__()  # which takes all that is called "…loss" for better when lower, and nothing else
+        try:
+            super().__post_init__()  # which takes all that is called "…loss" for better when lower, and nothing else
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise UserError(f"train: {error}".splitlines()[0]) from error
+        train_fields.check_made(self)
         require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
-        require(not self.remove_unused_columns, "train.remove_unused_columns", True, "false", "leave it out")
         check_settings(self)
-
-    def _check_train(self) -> None:
-        """What transformers' own fields cannot be: it looks at few of them, and trips over the rest later."""
-        self.report_to = "none" if self.report_to is None else self.report_to
-        for name, least in TRAIN_LEAST.items():
-            value = getattr(self, name)
-            sound = isinstance(value, int | float) and math.isfinite(value) and value >= least
-            require(value is None or sound, f"train.{name}", value, f"a number >= {least}", f"--{name} {max(least, 1)}")
-        sound = self.max_steps == -1 or self.max_steps >= 1
-        require(sound, "train.max_steps", self.max_steps, ">= 1, or -1 for num_train_epochs", "leave it out")
-        epochs = self.num_train_epochs
-        require(0 < epochs < math.inf, "train.num_train_epochs", epochs, "above 0", "--num_train_epochs 1")
 
     @property
     def sampler(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from llmdistill.composition.term import Term
 from llmdistill.errors import UserError
 from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
-from llmdistill.recipe.settings import require, setting
+from llmdistill.recipe.settings import Conflict, require, setting
 from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
 from llmdistill.texts.streams import ExampleStream, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
@@ -33,6 +33,14 @@ class PairConfig(DistillationConfig):
     """Settings of training on pairs. ``per_device_train_batch_size`` counts pairs: twice as many sequences."""
 
     unread: ClassVar = ("teacher", "teachers", "rollouts")  # sections of a recipe that mean nothing to pairs
+
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: s.mixture_every,
+            "objective.mixture_every is {mixture_every}, and pairs have no teacher that a student could be behind",
+            "leave it out",
+        ),
+    )
 
     chosen_column: str = setting("chosen", "column with the correct completion: a string or a list of chat messages")
     rejected_column: str = setting("rejected", "column with the wrong completion, likewise")

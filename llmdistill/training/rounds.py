@@ -14,6 +14,7 @@ from torch import nn
 from llmdistill.compat.models import generation_ready
 from llmdistill.composition.batch import Text
 from llmdistill.composition.method import Method
+from llmdistill.composition.mixture import DomainMixture
 from llmdistill.errors import UserError
 from llmdistill.models.generation import BATCH_TOKENS, HFRollouts
 from llmdistill.ranks import on_every_rank
@@ -36,6 +37,7 @@ class RoundTexts(StudentTrainer):
     reward: Reward | None
     rollout_engine: RolloutEngine
     context_functions: Mapping[str, ContextFunction]
+    mixture: DomainMixture | None  # of the rows, where the shares of the domains move
     eos_ids: Any
     pad_id: int
     vocab_size: int
@@ -58,8 +60,7 @@ class RoundTexts(StudentTrainer):
     def draw(self, examples: Sequence[Any]) -> dict[str, Text]:
         """The texts of a round."""
         step, sampling = self.state.global_step, self._sampling(self.state.global_step)
-        size, world, rank = self.args.train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
-        batches = -(-len(examples) // size)
+        places, prompts_everywhere = self._places(len(examples))
 
         def with_prompts(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
             n = len(rollout) // len(of)
@@ -82,12 +83,27 @@ class RoundTexts(StudentTrainer):
                 "dataset": lambda of: off_policy(completed(of, self.pad_id), of),
                 "teacher": lambda of: off_policy(self.teacher.generate(of, sampling), of),
             },
-            # Batches go to the processes in turn, so this numbers the prompts as one process would see them.
-            places=[(i // size * world + rank) * size + i % size for i in range(len(examples))],
-            prompts_everywhere=batches * world * size,
+            places=places,
+            prompts_everywhere=prompts_everywhere,
         )
         # one by one: a service may be down to one rank while the others' next text is made by all together
         return {name: on_every_rank(partial(self._text, round_, source)) for name, source in self.method.texts.items()}
+
+    def _places(self, prompts: int) -> tuple[list[int], int]:
+        """Where the prompts of this process stand in the global batch, and how many places that has.
+
+        Batches go to the processes in turn, so this numbers the prompts as one process would see them.
+        """
+        size, world, rank = self.args.train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
+        places = [(i // size * world + rank) * size + i % size for i in range(prompts)]
+        return places, -(-prompts // size) * world * size
+
+    def _of_mixture(self, examples: Sequence[Any]) -> Sequence[Any]:
+        """As many examples, of the domains whose turn it is, where their shares move; else those that came."""
+        if self.mixture is None:
+            return examples
+        rows = self.mixture.draw(self.state.global_step, *self._places(len(examples)))
+        return [self.train_dataset[row] for row in rows]  # type: ignore[index]
 
     def _text(self, round_: Round, source: Any) -> Text:
         rollout, prompts = source.draw(round_)

@@ -35,6 +35,7 @@ from llmdistill.composition.classes import in_classes
 from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import Result, loss_on
 from llmdistill.composition.method import Method
+from llmdistill.composition.mixture import mixed_domains
 from llmdistill.errors import UserError
 from llmdistill.models import helpers
 from llmdistill.models.heads import head_of
@@ -53,6 +54,7 @@ from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_le
 from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
 from llmdistill.training.consistency import check_heldout, check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
+from llmdistill.training.layout import named_checkpoint
 from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
@@ -132,12 +134,16 @@ class DistillationTrainer(RoundLog):
         self.judges = with_chunks(self.method, self.judges, tokenizer, self.eos_ids, self.data_config, min_aligned)
         encode = PromptEncoder(tokenizer, self.data_config, tokenizers(self.judges))
         train_dataset = checked_rows(train_dataset, args, self.data_config.split)
+        train_dataset = None if train_dataset is None else self._encoded(train_dataset, encode)
+        self.mixture = None if train_dataset is None else mixed_domains(self.method, train_dataset, args)
+        if self.mixture is not None:
+            self.method = replace(self.method, schedules={**self.method.schedules, "mixture": self.mixture})
         self.progress = Progress(self.method, self.judges)
         super().__init__(
             model,
             args,
             encode=encode,
-            train_dataset=None if train_dataset is None else self._encoded(train_dataset, encode),
+            train_dataset=train_dataset,
             eval_dataset=None
             if eval_dataset is None
             else self._encoded_sets(eval_dataset, encode, args.heldout_sequences),
@@ -192,7 +198,7 @@ class DistillationTrainer(RoundLog):
         groups = self._groups(epoch_iterator, num_batches)
         if not groups or self.control.should_training_stop:  # resumed where a guard had stopped: nothing is trained
             return [], None
-        examples = [example for group in groups for example in group]
+        examples = self._of_mixture([example for group in groups for example in group])
         with self.meters.timed("time/rollout"):
             texts = self.draw(examples)
         name = next(iter(texts))
@@ -352,7 +358,7 @@ class DistillationTrainer(RoundLog):
     # ---------------------------------------------------------------- small things
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = resume_from_checkpoint
+        resume_from_checkpoint = checkpoint = named_checkpoint(resume_from_checkpoint, self.args)
         if checkpoint is True:  # transformers says so where there is none
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if checkpoint:

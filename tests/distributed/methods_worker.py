@@ -91,6 +91,10 @@ def two_terms() -> Method:
     return Method((kl, labels), texts, {"heard": heard})
 
 
+def labelled() -> Method:
+    return Method(Term("kl", forward_kl, (Ask(),)), {"main": Only("dataset")})
+
+
 def judged_by_itself() -> Method:
     return Method(Term("kl", forward_kl, (Ask(context="hint"),)), {"main": Only("dataset")})
 
@@ -136,6 +140,7 @@ class Case:
 CASES: dict[str, Case] = {
     "two_terms": Case(two_terms, samples=2, settings={"domain_weights": {"a": 0.5, "b": 2.0}}),
     "two_terms_lora": Case(two_terms, samples=2, lora=True, resumed=False),
+    "mixture": Case(labelled, settings={"mixture_every": 1}),
     "tip": Case(named("tip", keep=0.4), resumed=False),
     "distillm2": Case(named("distillm2", adaptive_alpha=True, gradual_beta=True)),
     "live": Case(judged_by_itself, "live", from_disk=True, resumed=False),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import worker
 from tests.distributed.launching import begin, end, kill, launched_once
-from tests.distributed.methods_worker import CASES, STEPS
+from tests.distributed.methods_worker import CASES, GLOBAL_BATCH, STEPS
 
 SEVERAL = ("two_processes", "zero2", "zero3")
 STAGE = {"one_process": None, "two_processes": None, "zero2": 2, "zero3": 3}
@@ -139,6 +139,16 @@ def test_the_state_of_a_survey_agrees(layouts: Any, config: str) -> None:
     assert alone["on_student"]["anchor"] is not None
     assert found.numbers("distillm2")["schedules"] == found.numbers("distillm2", rank=1)["schedules"]
     close(found.numbers("distillm2")["schedules"], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SEVERAL)
+def test_the_shares_of_domains_move_alike_on_every_rank(layouts: Any, config: str) -> None:
+    """And so do the rows that were drawn by them: all of the global batch, whoever trains on them."""
+    alone, found = layouts("one_process").numbers("mixture")["schedules"], layouts(config)
+    assert sum(alone["mixture"]["drawn"].values()) == STEPS * GLOBAL_BATCH and alone["mixture"]["measured"]
+    assert found.numbers("mixture")["schedules"] == found.numbers("mixture", rank=1)["schedules"]
+    close(found.numbers("mixture")["schedules"], alone)
 
 
 @pytest.mark.slow
