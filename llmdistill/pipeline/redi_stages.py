@@ -246,7 +246,7 @@ def _train(stage: Stage, trainer: Any, checkpoint: Path | None, name: str, skipp
         trainer.add_callback(callback)
     trainer.callback_handler.callbacks.insert(0, _Before(trainer, stage))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
     finally:
         if callback:
             callback.stop()

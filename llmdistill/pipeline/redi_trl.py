@@ -179,6 +179,7 @@ def _prepared(stage: Stage) -> Any:
 
 def _checked(trainer: Any, stage: Stage) -> Any:
     """What :func:`~llmdistill.training.student_trainer.ready_student` looks at, where TRL puts the adapter on."""
+    trainer.args.restart_optimizer = stage.args.restart_optimizer
     check_savable(trainer.model, stage.tokenizer, writes=stage.args.should_save)
     freeze_unused(trainer.model)
     return trainer
@@ -188,7 +189,7 @@ def _shared(args: REDIConfig, folder: RunFolder, **own: Any) -> dict[str, Any]:
     """The settings of ``train`` for a config of TRL's, which is a TrainingArguments too."""
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     values = {k: v for k, v in args.to_dict().items() if k in names}
-    return {**values, "hub_token": args.hub_token, "output_dir": str(folder.path), **own}
+    return {**values, "output_dir": str(folder.path), **own}
 
 
 def _trl_extras(stage: Stage) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def run(recipe: Recipe, trainer_class: Callable[..., DistillationTrainer]) -> in
             record_start(folder, given, inputs, started, changed)
         before = _Before(trainer, folder)
         trainer.callback_handler.callbacks.insert(0, before)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
         say(recipe.args, "measuring the student again")
         # The main process alone may have the run folder, and all ask the teacher or none.
         told = [(folder.read_json("before.json") or {}).get("teacher_answers") if main_process else None]
@@ -338,7 +338,8 @@ def _texts(trainer: DistillationTrainer, rollout: Rollout) -> list[str]:
 def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) -> Path | None:
     """Where to go on from; an earlier run in the way is moved aside, never overwritten."""
     if recipe.flags.resume:
-        checkpoint = folder.newest_checkpoint()
+        named = recipe.args.resume_from_checkpoint
+        checkpoint = _named_checkpoint(named, recipe, folder) if isinstance(named, str) else folder.newest_checkpoint()
         if checkpoint:
             check_layout(checkpoint, recipe.args)  # before anything is written about this run
         nothing = f"no complete checkpoint in {folder.path}: from the start"
@@ -350,6 +351,31 @@ def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) ->
     if aside:
         console.print(f"an earlier run was in {folder.path}; it is now {aside} (--resume would have continued it)")
     return None
+
+
+def _named_checkpoint(name: str, recipe: Recipe, folder: RunFolder) -> Path:
+    """The checkpoint of a run that ``train.resume_from_checkpoint`` names. Later ones are put aside: what is written
+    from here on would be taken for older than they are.
+
+    Raises:
+        UserError: it is none, or another run's.
+    """
+    checkpoint = Path(name)
+    setting = f"train.resume_from_checkpoint is {name!r}"
+    if not RunFolder.is_complete(checkpoint):
+        there = ", ".join(sorted(c.name for c in folder.path.glob("checkpoint-*"))) or "none"
+        raise UserError(
+            f"{setting}, and no complete checkpoint is there; {folder.path} has {there}. Fix: one of those."
+        )
+    if checkpoint.resolve().parent != folder.path.resolve():
+        raise UserError(
+            f"{setting}, which is not in {folder.path}, where this run is. Fix: --output_dir {checkpoint.parent} to go "
+            f"on with that run, or --student.model {name} for a new one from its weights."
+        )
+    with recipe.args.main_process_first(local=False, desc="later checkpoints are put aside"):
+        if recipe.args.process_index == 0:
+            folder.put_aside_after(checkpoint)
+    return checkpoint
 
 
 def save_student(trainer: Any, folder: RunFolder, student: StudentConfig) -> None:

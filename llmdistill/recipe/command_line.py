@@ -40,6 +40,10 @@ COMMON_TRAIN = [
     *("seed", "report_to"),
 ]
 
+# Fields of transformers that are a word, a truth value or a list; the parser takes one kind of them.
+AS_WRITTEN = ("report_to", "include_num_input_tokens_seen", "resume_from_checkpoint")
+# Switches of a command among the fields of its recipe: config.yaml, from which a run is begun anew, has none of them.
+OF_THE_COMMAND = ("resume_from_checkpoint", "restart_optimizer")
 AMONG_SEVERAL = ("name", "domains", "weight")  # keys that tell teachers apart
 
 
@@ -98,7 +102,8 @@ class Recipe:
         objective = {k: args[k] for k in _own_fields(type(self.args))}
         # Only what differs from transformers' defaults: the other hundred would bury it. They are read off the fields,
         # since making a TrainingArguments resets the process's accelerator state.
-        defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
+        fields = dataclasses.fields(TrainingArguments)
+        defaults = {f.name: f.default for f in fields if f.init and f.name not in OF_THE_COMMAND}
         train = {k: v for k, v in args.items() if k in defaults and v != defaults[k] and _plain(v) and v != []}
         return {
             "student": dataclasses.asdict(self.student),
@@ -132,6 +137,7 @@ def parse(config_class: type[DistillationConfig], argv: Sequence[str]) -> Recipe
     built = {name: _build(cls, values[name], name) for name, cls in _plain_sections().items() if name in values}
     own = {**values["objective"], **values["train"]}
     args = _build(config_class, own, "train", rollouts=built.pop("rollouts"))
+    flags.resume = flags.resume or bool(args.resume_from_checkpoint)
     return Recipe(**built, teachers=teachers, args=args, flags=flags, listed=listed)
 
 
@@ -394,7 +400,7 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
         if get_origin(types[key]) is list and (isinstance(value, list) or str(value).startswith("[")):
             home = "objective" if section == "train" and key in _own_fields(cls) else section
             lists[key] = _list(value, f"{home}.{key}", get_args(types[key])[0])
-        elif value is None or isinstance(value, list | dict) or key == "report_to":
+        elif value is None or isinstance(value, list | dict) or key in AS_WRITTEN:
             lists[key] = value
         elif get_origin(types[key]) is dict:
             lists[key] = _mapping(value, f"{section}.{key}")

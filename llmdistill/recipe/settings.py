@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +69,16 @@ def check_settings(settings: Any, section: str = "objective") -> None:
     for f in dataclasses.fields(settings):
         _check_readers(f, settings, section)
     for cls in reversed(type(settings).__mro__):  # a base's before its subclass's
-        for conflict in vars(cls).get("conflicts", ()):
-            if conflict.when(settings):
-                raise UserError(f"{conflict.message.format_map(_Values(settings))}. Fix: {conflict.fix}.")
+        check_conflicts(settings, vars(cls).get("conflicts", ()))
+
+
+def check_conflicts(settings: Any, conflicts: Iterable[Conflict]) -> None:
+    """Raises:
+    UserError: the first of them that there is.
+    """
+    for conflict in conflicts:
+        if conflict.when(settings):
+            raise UserError(f"{conflict.message.format_map(_Values(settings))}. Fix: {conflict.fix}.")
 
 
 def require(ok: bool, setting: str, value: object, needed: str, fix: str) -> None:
@@ -89,6 +96,7 @@ class _Values(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         value = getattr(self.settings, name)
+        value = getattr(value, "value", value)  # of transformers' enumerations what one writes
         return f"{value:g}" if isinstance(value, float) else value
 
 

@@ -33,7 +33,12 @@ METRICS = (
     Metric("tail_mass", "Tail mass", "probability", 0, "the teacher's probability outside its listed top-k"),
 )
 
-# Whether more of a metric is better; those of masked diffusion too, which the page shows by their names alone.
+OTHER_METRICS = frozenset({"nats", "masked_ce"})  # of masked diffusion, which the page shows by their names alone
+
+# Whether more of a metric is better.
 GREATER_IS_BETTER = {m.name: m.better > 0 for m in METRICS if m.better} | dict.fromkeys(
-    ("nats", "masked_ce", "tail_mass"), False
+    (*OTHER_METRICS, "tail_mass"), False
 )
+
+# What an evaluation measures on: the first part of a metric's name, as in eval_student/reverse_kl.
+HELDOUT_TEXTS = ("student", "teacher", "dataset", "redi", "bound", "t15", "t50", "t90")

@@ -78,8 +78,24 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to the end: its state file is the last to be written."""
-        complete = [c for c in self.path.glob("checkpoint-*") if _is_json(c / "trainer_state.json")]
-        return max(complete, key=lambda c: int(c.name.removeprefix("checkpoint-")), default=None)
+        return max(filter(self.is_complete, self.path.glob("checkpoint-*")), key=_step_of, default=None)
+
+    @staticmethod
+    def is_complete(checkpoint: Path) -> bool:
+        """Whether a folder is a checkpoint that was written to the end."""
+        named = checkpoint.name.removeprefix("checkpoint-").isdecimal()
+        return named and _is_json(checkpoint / "trainer_state.json")
+
+    def put_aside_after(self, checkpoint: Path) -> None:
+        """Moves the checkpoints of later steps into ``aside-N/``: the newest of them is no longer this run's."""
+        later = [c for c in self.path.glob("checkpoint-*") if _step_of(c) > _step_of(checkpoint)]
+        if later:
+            n = 1
+            while (aside := self.path / f"aside-{n}").exists():
+                n += 1
+            aside.mkdir()
+            for each in later:
+                each.rename(aside / each.name)
 
     def move_aside(self) -> Path | None:
         """Renames an earlier run in this place to ``NAME.N``; nothing is ever overwritten."""
@@ -155,6 +171,11 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):  # the line that was being written when the run was killed
         return 1 << 62
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
 
 
 def _is_json(file: Path) -> bool:

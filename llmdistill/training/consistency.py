@@ -40,10 +40,11 @@ def check_heldout(args: TrainingArguments, heldout: Any) -> None:
         UserError: ``eval_strategy`` names a time, and there is nothing to evaluate on.
     """
     when = IntervalStrategy(args.eval_strategy).value
-    if when != "no" and not heldout:
+    setting = ("eval_strategy", repr(when)) if when != "no" else ("eval_on_start", "true")
+    if (when != "no" or args.eval_on_start) and not heldout:
         raise UserError(
-            f"train.eval_strategy is {when!r}, and data.heldout is empty: there is nothing to evaluate on. "
-            "Fix: --data.heldout FILE (from Python eval_dataset=), or leave eval_strategy out."
+            f"train.{setting[0]} is {setting[1]}, and data.heldout is empty: there is nothing to evaluate on. "
+            f"Fix: --data.heldout FILE (from Python eval_dataset=), or leave {setting[0]} out."
         )
 
 

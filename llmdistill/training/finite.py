@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import Trainer
 from llmdistill.compat import checkpoints, trainers, zero3
 from llmdistill.errors import UserError
 from llmdistill.record.run_folder import RunFolder
-from llmdistill.training.layout import check_layout
+from llmdistill.training.layout import check_layout, named_checkpoint
 
 LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # 1.8e19: the square of more is inf, in every norm of a model
 
@@ -40,6 +41,7 @@ class FiniteTrainer(Trainer):
             UserError: the checkpoint is of another launch; there was nothing to train on; or the last update
                 destroyed the weights (a loss or an earlier checkpoint would have said so before).
         """
+        resume_from_checkpoint = named_checkpoint(resume_from_checkpoint, self.args)
         if isinstance(resume_from_checkpoint, str | Path) and resume_from_checkpoint:
             check_layout(resume_from_checkpoint, self.args)
         rows, size = self.train_dataset, self.args.per_device_train_batch_size * self.args.world_size
@@ -52,6 +54,28 @@ class FiniteTrainer(Trainer):
             raise self._no_step("the rows ended before the first one")
         self._refuse_lost_weights()
         return result
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._best_is_measured():
+            return super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> Any:
+        with self._best_is_measured():
+            return super()._determine_best_metric(*args, **kwargs)
+
+    @contextmanager
+    def _best_is_measured(self) -> Iterator[None]:
+        """Says which metrics there are where that of ``metric_for_best_model`` is none of them."""
+        try:
+            yield
+        except KeyError as error:
+            _, found, rest = str(error.args[0]).partition("available evaluation metrics are: ")
+            if not found:
+                raise
+            raise UserError(
+                f"train.metric_for_best_model is {self.args.metric_for_best_model!r}, and the evaluation has "
+                f"{rest.partition(']')[0][1:]}. Fix: one of those."
+            ) from error
 
     def _no_step(self, why: str) -> UserError:
         return UserError(

@@ -34,6 +34,11 @@ def check_streaming(args: Any) -> None:
             f"the training rows have no length, and train.max_steps is {args.max_steps}: nothing says when the run "
             "ends, nor how its schedule goes. Fix: --max_steps N."
         )
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"train.train_sampling_strategy is {args.train_sampling_strategy}, and the training rows are a stream, "
+            "which nobody samples from. Fix: leave it out; --data.shuffle_buffer 0 reads them as they stand."
+        )
     if args.dataloader_num_workers > 0:
         raise UserError(
             f"train.dataloader_num_workers is {args.dataloader_num_workers}, and the training rows are a stream, which "
