@@ -7,6 +7,7 @@ from the bytes that they spell. All else that the judge's template writes is rea
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -15,13 +16,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.texts.chat import PROBE, ChatTemplate
 from llmdistill.texts.rollout import Prompt, Reading, Rollout, collate
-from llmdistill.texts.seam import behind, text_ids
-from llmdistill.tokenization.align import Spelling, align, behind_front, spell, substituted
+from llmdistill.texts.seam import behind, inner, text_ids
+from llmdistill.tokenization.align import SHOWN, Ends, Spelling, Units, align, behind_front, spell, substituted
 from llmdistill.tokenization.classes import shared_classes
 from llmdistill.tokenization.compare import special_ids
 from llmdistill.tokenization.marks import THINK_TAGS, think_tags
@@ -95,17 +97,29 @@ class Retokenizer:
         self.end = self._end_of_turn()
         ends = [i for i in (self.end, judge.eos_token_id) if i is not None]
         self.judge_table = table_of(judge).marked(dict.fromkeys(ends, END))
-        self.student_tags, self.judge_tags = think_tags(student), think_tags(judge)
+        # To a side without tags of its own those of the other are words like any others.
+        own_tags, other_tags = think_tags(student), think_tags(judge)
+        self.student_tags, self.judge_tags = own_tags or other_tags, other_tags or own_tags
+        self.judge_thinks = bool(other_tags)
+        self.unwritten = self._never_in_text()
         self.other_tags = [THINK, END_THINK] if self.student_tags != self.judge_tags else []  # spelled unlike
 
     def student_ends_at(self, ids: Collection[int]) -> None:
         """Which ids end the student's turns."""
         self.student_table = table_of(self.student).marked(dict.fromkeys(ids, END))
+        self.student_unknown = [i for i, units in enumerate(self.student_table.units) if units == (UNKNOWN,)]
 
     def _end_of_turn(self) -> int | None:
         token = self.template.closing.token if self.template.source else None
         found = self.judge.eos_token_id if token is None else self.judge.convert_tokens_to_ids(token)
         return None if found is None else int(found)  # type: ignore[arg-type]
+
+    def _never_in_text(self) -> re.Pattern[str] | None:
+        """The judge's words for what is no text: in a content they are words, and its tokenizer would not think so."""
+        added = special_ids(self.judge) | set(self.judge.added_tokens_decoder)
+        marked = (i for i in added if any(unit >= MARK for unit in self.judge_table.units[i]))
+        words = {str(self.judge.convert_ids_to_tokens(i)) for i in marked} - {""}
+        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True)))) if words else None
 
     @property
     def classes(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +195,9 @@ class Retokenizer:
         closed = bool(len(marks)) and spelled.units[marks[0]] == END and marks[0] == len(spelled.units) - 1
         raw = content.astype(np.uint8).tobytes()
         shares = _trained_on(spelled, counted)
+        if missed := int((counted & np.isin(ids, self.student_unknown)).sum()):  # at least a byte each
+            shares.bytes += missed
+            shares.reasons[f"the student's tokenizer has no token for what comes after {_shown(raw)}"] += 1
         head, tail, front = self._tokens(self._in_judges_tags(raw), reading, thinking)
         if closed and self.end is not None:
             tail = [*tail, self.end]
@@ -196,32 +213,33 @@ class Retokenizer:
         found = align(marked, self._marked(judged, self.judge_tags))
         own, other = (np.full(n, -1, dtype=np.int64) for n in (len(ids), len(tail)))
         shares.template_tokens = len(head)
-        if found.reason:
+        if len(marks) and not closed and found.reason:
+            shares.reasons[f"the student's tokens end the turn, or are no text, within it: after {_shown(raw)}"] += 1
+        elif found.reason:
             shares.reasons[found.reason] += 1
         if not found.aligned and len(ids):
             return Written(head, tail, own, other, [], shares)
         shares.aligned_sequences = shares.sequences
         shares.inexact_sequences = shares.sequences * int(not found.exact)
-        level, starts = list[bool](), (0, 0)
         put_before = len(spell(ids, self.student_table, whole=True).units) > len(spell(ids, self.student_table).units)
-        for stops in zip(found.student_ends.tolist(), found.teacher_ends.tolist(), strict=True):
-            rows, judged_rows = (slice(a, b) for a, b in zip(starts, stops, strict=True))
-            starts = stops
-            known = counted[rows].all() and (predicted or rows.start > 0) and (bool(head) or judged_rows.start > 0)
-            if not known:  # what the loss leaves out, or what nothing stands before
-                continue
-            own[rows], other[judged_rows] = len(level), len(level)
-            shares.single += int(stops[0] - rows.start == 1 and stops[1] - judged_rows.start == 1)
-            last, first = int(spelled.ends[stops[0] - 1]), int(spelled.ends[rows.start - 1]) if rows.start else 0
-            units = spelled.units[first // 2 : last // 2]
-            shares.aligned_bytes += int((units < MARK).sum())
-            shares.aligned_digits += _digits(units)
-            shares.chunk_tokens += stops[0] - rows.start
-            shares.aligned_ends += int(END in units)
-            shifted = rows.start == 0 and (put_before or astride)
-            level.append(found.exact and not shifted and not self._is_tag(marked, rows))
-        shares.chunks = len(level)
-        return Written(head, tail, own, other, level, shares)
+        starts = [np.concatenate([[0], stops])[: len(stops)] for stops in (found.student_ends, found.teacher_ends)]
+        sizes = found.student_ends - starts[0], found.teacher_ends - starts[1]
+        # Neither what the loss leaves out nor what nothing stands before.
+        known = _within(counted, starts[0], found.student_ends) == sizes[0]
+        known &= ((starts[0] > 0) | predicted) & ((starts[1] > 0) | bool(head))
+        numbers = np.where(known, np.cumsum(known) - 1, -1)
+        own[: sizes[0].sum()], other[: sizes[1].sum()] = np.repeat(numbers, sizes[0]), np.repeat(numbers, sizes[1])
+        stops = np.concatenate([[0], spelled.ends // 2])
+        first, last = stops[starts[0][known]], stops[found.student_ends[known]]
+        shares.chunks = int(known.sum())
+        shares.single = int(((sizes[0] == 1) & (sizes[1] == 1))[known].sum())
+        shares.chunk_tokens = int(sizes[0][known].sum())
+        shares.aligned_bytes = int(_within(spelled.units < MARK, first, last).sum())
+        shares.aligned_digits = int(_within(_are_digits(spelled.units), first, last).sum())
+        shares.aligned_ends = int((_within(spelled.units == END, first, last) > 0).sum())
+        shifted = (starts[0] == 0) & (put_before or astride)
+        level = found.exact & ~shifted & ~self._are_tags(marked, starts[0], found.student_ends)
+        return Written(head, tail, own, other, level[known].tolist(), shares)
 
     # ---------------------------------------------------------------- the judge's tokens
 
@@ -243,31 +261,32 @@ class Retokenizer:
         opened = any(prompt.rstrip().endswith(tag) for tag, _ in THINK_TAGS)
         if thinking:
             return f"{self.judge_tags[0]}\n" if self.judge_tags and not opened else ""
-        if self.judge_tags and raw.lstrip().startswith(self.judge_tags[0].encode()):
+        if self.judge_thinks and raw.lstrip().startswith(self.judge_tags[0].encode()):
             return ""
         return f"{self.judge_tags[1]}\n\n" if self.judge_tags and opened else self.lead
 
     def _ids(self, prompt: str, prompt_ids: list[int], raw: bytes, *, special: bool) -> list[int]:
         """Ids of bytes behind a prompt. What is no text goes byte by byte, where the vocabulary has bytes."""
         ids = list[int]()
-        for piece in _pieces(raw):
+        for piece in _pieces(raw, self.unwritten):
             if isinstance(piece, bytes):
-                unknown = self.judge.unk_token_id
-                single = (self.judge_table.byte_ids[b] for b in piece)
-                ids += [i if i is not None else unknown for i in single if i is not None or unknown is not None]
+                ids += self._spelt_out(piece)
             elif prompt and not ids:
                 ids += behind(self.judge, prompt, prompt_ids, piece, special=special)[0]
             else:
-                ids += text_ids(self.judge, piece, special=False)
+                ids += inner(self.judge, piece)[1] if ids else text_ids(self.judge, piece, special=False)
         return ids
 
-    def _is_tag(self, marked: Spelling, tokens: slice) -> bool:
-        """Whether these tokens spell a tag of thoughts that the judge spells in another way."""
-        if not self.other_tags:
-            return False
-        first = int(marked.ends[tokens.start - 1]) // 2 if tokens.start else 0
-        units = marked.units[first : int(marked.ends[tokens.stop - 1]) // 2]
-        return bool(np.isin(units, self.other_tags).any())
+    def _spelt_out(self, raw: bytes) -> list[int]:
+        """Ids of bytes one by one; the unknown token for a byte that the vocabulary has not."""
+        unknown = self.judge.unk_token_id
+        single = (self.judge_table.byte_ids[b] for b in raw)
+        return [i if i is not None else unknown for i in single if i is not None or unknown is not None]
+
+    def _are_tags(self, marked: Spelling, starts: Ends, stops: Ends) -> NDArray[np.bool_]:
+        """Of stretches of tokens, which spell a tag of thoughts that the judge spells in another way, [C]."""
+        places = np.concatenate([[0], marked.ends // 2])
+        return _within(np.isin(marked.units, self.other_tags), places[starts], places[stops]) > 0
 
     def _in_judges_tags(self, raw: bytes) -> bytes:
         for own, other in zip(self.student_tags, self.judge_tags, strict=False):
@@ -305,14 +324,20 @@ def _trained_on(spelled: Spelling, counted: np.ndarray) -> Shares:
     return Shares(
         bytes=int((units < MARK).sum()),
         sequences=int(trained > 0),
-        digits=_digits(units),
+        digits=int(_are_digits(units).sum()),
         tokens=trained,
         ends=int(END in units),
     )
 
 
-def _digits(units: np.ndarray) -> int:
-    return int(((units >= ord("0")) & (units <= ord("9"))).sum())
+def _are_digits(units: Units) -> NDArray[np.bool_]:
+    return (units >= ord("0")) & (units <= ord("9"))
+
+
+def _within(flags: NDArray[np.bool_], starts: Ends, stops: Ends) -> NDArray[np.int64]:
+    """How many flags are up in every stretch, [C]."""
+    before = np.concatenate([[0], np.cumsum(flags)])
+    return before[stops] - before[starts]
 
 
 def _known(spelling: Spelling) -> Spelling:
@@ -331,15 +356,17 @@ def _rows(chunks_T: Tensor, counted_T: Tensor, first: int) -> tuple[Tensor, Tens
     return chunks_T[1:][counted_T[1:]], before_T[counted_T[1:]]
 
 
-def _pieces(raw: bytes) -> list[str | bytes]:
-    """Stretches of text, and of bytes that are none."""
-    pieces, text = list[str | bytes](), ""
-    for character in raw.decode("utf-8", "surrogateescape"):
-        if 0xDC80 <= ord(character) <= 0xDCFF:
-            if text:
-                pieces.append(text)
-                text = ""
-            pieces.append(bytes([ord(character) - 0xDC00]))
-        else:
-            text += character
-    return [*pieces, text] if text else pieces
+def _pieces(raw: bytes, unwritten: re.Pattern[str] | None) -> list[str | bytes]:
+    """Stretches of text, and of bytes that are none or that the judge's tokenizer would not read as text."""
+    pieces, text, at = list[str | bytes](), raw.decode("utf-8", "surrogateescape"), 0
+    words = f"|{unwritten.pattern}" if unwritten else ""
+    for found in re.finditer(f"[\udc80-\udcff]+{words}", text):
+        if found.start() > at:
+            pieces.append(text[at : found.start()])
+        pieces.append(found[0].encode("utf-8", "surrogateescape"))
+        at = found.end()
+    return [*pieces, text[at:]] if at < len(text) else pieces
+
+
+def _shown(raw: bytes) -> str:
+    return repr(raw[-SHOWN:].decode("utf-8", "replace"))

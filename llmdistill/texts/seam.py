@@ -62,6 +62,11 @@ def _front(
     joined = text_ids(tokenizer, prompt + text, special=special)
     if joined[: len(prompt_ids)] == prompt_ids:
         return prompt, joined[len(prompt_ids) :]
+    return inner(tokenizer, text)
+
+
+def inner(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[int]]:
+    """Ids of a text that is not the first of all, and what it was tokenised behind: "" where nothing would do."""
     for anchor in ANCHORS:
         front = text_ids(tokenizer, anchor, special=False)
         both = text_ids(tokenizer, anchor + text, special=False)

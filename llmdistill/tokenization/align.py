@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from llmdistill.tokenization.token_bytes import END, MARK, UNKNOWN, TokenTable, table_of
+from llmdistill.tokenization.token_bytes import END, MARK, SPACE, UNKNOWN, TokenTable, table_of
 
 Units = NDArray[np.int32]
 Ends = NDArray[np.int64]
@@ -151,7 +151,7 @@ def _common_ends(student: Spelling, teacher: Spelling) -> tuple[Ends, Ends]:
 
 
 def folded_spelling(spelling: Spelling) -> Spelling:
-    """In a form in which what tokenizers normalise away makes no difference: case, accents, spaces, width.
+    """In a form in which what tokenizers normalise away makes no difference: case, accents, spaces, width, controls.
 
     Units are then code points, and marks stay. A token that ends within a character ends within a unit.
     """
@@ -176,15 +176,25 @@ def folded_spelling(spelling: Spelling) -> Spelling:
 @lru_cache(1 << 16)
 def _folded(character: str) -> list[int]:
     kept = unicodedata.normalize("NFKD", character).casefold()
-    return [ord(c) for c in unicodedata.normalize("NFKD", kept) if not c.isspace() and not unicodedata.combining(c)]
+    return [ord(c) for c in unicodedata.normalize("NFKD", kept) if not _is_dropped(c)]
+
+
+def _is_dropped(character: str) -> bool:
+    """Whether some tokenizer leaves it out of a text, or writes it as a space: SentencePiece does so with its mark."""
+    unseen = unicodedata.category(character) in ("Cc", "Cf") or character in (SPACE, "\ufffd")
+    return unseen or character.isspace() or unicodedata.combining(character) > 0
 
 
 def _difference(student: Units, teacher: Units, show: Callable[[Units], str]) -> str:
     """Where two texts part."""
-    for side, units in (("student", student), ("teacher", teacher)):
-        if len(at := np.flatnonzero(units == UNKNOWN)):
-            before = show(units[: at[0]][-SHOWN:])
-            return f"the {side}'s tokenizer has no token for what comes after {before}"
+    for side, units, other in (("student", student, teacher), ("teacher", teacher, student)):
+        if len(found := np.flatnonzero(units == UNKNOWN)):
+            at = int(found[0])
+            known = np.array_equal(units[:at], other[:at]) and (other[at : at + 1] < MARK).any()
+            what = f", {show(other[at : at + 1])}" if known else ""
+            return (
+                f"the {side}'s tokenizer has no token for what comes after {show(units[max(at - SHOWN, 0) : at])}{what}"
+            )
     n = min(len(student), len(teacher))
     apart = np.flatnonzero(student[:n] != teacher[:n])
     first = int(apart[0]) if len(apart) else n
