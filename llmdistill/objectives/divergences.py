@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from llmdistill.objectives import cores
+from llmdistill.objectives.accelerated import dense_rows
 from llmdistill.objectives.f_cores import f_divergence as f_divergence_core
-from llmdistill.objectives.fused import check_temperature, compute_dtype, per_token, through_softmax
+from llmdistill.objectives.fused import check_temperature, compute_dtype, through_softmax
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -94,17 +95,20 @@ def dense(core: cores.Core, student_logits: Tensor, teacher_logits: Tensor, temp
             f"student logits are {tuple(student_logits.shape)}, the teacher's {tuple(teacher_logits.shape)}; "
             "they must hold the same rows"
         )
+    return dense_rows(formula, core, student_logits, teacher_logits.detach(), temperature)
+
+
+def formula(
+    core: cores.Core, student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(values [...], d values / d student_logits [..., V]), both in float32 (float64 stays)."""
     dtype = compute_dtype(student_logits)
-
-    def compute(logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_s = _log_softmax(logits, temperature, dtype)
-        log_t = _log_softmax(teacher_logits.detach(), temperature, dtype)
-        s = log_s.exp()
-        value, slope = core(log_s, log_t, s)
-        grad_logits = through_softmax(slope, s)
-        return value, grad_logits if temperature == 1.0 else grad_logits.div_(temperature)
-
-    return per_token(student_logits, compute)
+    log_s = _log_softmax(student_logits, temperature, dtype)
+    log_t = _log_softmax(teacher_logits, temperature, dtype)
+    s = log_s.exp()
+    value, slope = core(log_s, log_t, s)
+    grad_logits = through_softmax(slope, s)
+    return value, grad_logits if temperature == 1.0 else grad_logits.div_(temperature)
 
 
 def _log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,8 @@ from llmdistill.objectives.fused import compute_dtype
 from llmdistill.objectives.projection import Projection, matmul_dtype
 from llmdistill.objectives.rows import Teacher, TeacherRows, as_rows
 
+CPU_ROWS, GPU_BYTES = 128, 2**30  # of a chunk
+
 Objective = Callable[..., Tensor]
 Metrics = Callable[..., dict[str, Tensor]]
 
@@ -34,7 +36,7 @@ def streamed(
     lm_head: nn.Linear,
     teacher: Teacher,
     *,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -45,6 +47,7 @@ def streamed(
 
     objective(student_logits [n, V], *teacher_args) -> [n]. teacher: logits [N, V], a (hidden, lm_head) pair,
     or rows. logit_scale multiplies the student's logits, then softcap c maps them to c tanh(x / c).
+    chunk_tokens rows are taken at a time, 0: `rows_at_once`.
     vocab_size cuts the columns of both sides before any softmax. weights_N [N] multiplies the losses and
     carries no gradient. metrics(student_logits, *teacher_args) -> {name: [n]} comes back summed over rows,
     unweighted, as float64 scalars.
@@ -54,7 +57,7 @@ def streamed(
     without a counted token. Reads lm_head's weight and bias, not its forward, so it may run inside a replaced
     forward.
 
-    Raises ValueError for row counts that differ, chunk_tokens < 1, or a vocab_size wider than either side.
+    Raises ValueError for row counts that differ, chunk_tokens < 0, or a vocab_size wider than either side.
     """
     part = Part(objective, as_rows(teacher), weights_N=weights_N, metrics=metrics)
     result = streamed_parts(
@@ -98,7 +101,7 @@ def streamed_parts(
     hidden_NH: Tensor,
     lm_head: nn.Linear,
     *,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -113,6 +116,7 @@ def streamed_parts(
     for part in parts:
         start, stop = _bounds(part, len(hidden_NH))
         _check(hidden_NH[start:stop], lm_head, part.teacher, chunk_tokens, vocab_size, part.weights_N)
+    chunk_tokens = chunk_tokens or rows_at_once(len(lm_head.weight), hidden_NH.device)
     head = Projection.of(lm_head, matmul_dtype(hidden_NH), vocab_size, logit_scale, softcap)
     loop = _Loop(parts, head, hidden_NH.detach(), chunk_tokens, vocab_size, norms)
     inputs = (hidden_NH, lm_head.weight, lm_head.bias)
@@ -121,6 +125,16 @@ def streamed_parts(
     else:
         total = loop.run(None)
     return Streamed(total, loop.sums, loop.metric_sums, loop.row_losses, loop.squared_norms if norms else None)
+
+
+def rows_at_once(columns: int, device: torch.device) -> int:
+    """Rows of a chunk where nobody says how many: 128 on a CPU, whose caches they fit; on a GPU, which needs work for
+    all of its cores, as many as have 1 GiB of float32 logits (of a small one: a sixty-fourth of its memory)."""
+    if device.type == "cpu":
+        return CPU_ROWS
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**34
+    rows = min(GPU_BYTES, there // 64) // (4 * columns)
+    return max(CPU_ROWS, min(8192, rows // CPU_ROWS * CPU_ROWS))
 
 
 def _bounds(part: Part, rows: int) -> tuple[int, int]:
@@ -134,7 +148,7 @@ def streamed_metrics(
     lm_head: nn.Linear,
     teacher: Teacher,
     *,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -142,6 +156,7 @@ def streamed_metrics(
     """{name: [N]} of metrics(student_logits, *teacher_args) -> {name: [n]}; arguments as in `streamed`."""
     rows = as_rows(teacher)
     _check(hidden_NH, lm_head, rows, chunk_tokens, vocab_size, None)
+    chunk_tokens = chunk_tokens or rows_at_once(len(lm_head.weight), hidden_NH.device)
     head = Projection.of(lm_head, matmul_dtype(hidden_NH), vocab_size, logit_scale, softcap)
     with torch.autocast(hidden_NH.device.type, enabled=False):  # see _Loop.run
         pieces = [
@@ -298,8 +313,8 @@ def _check(
     vocab_size: int | None,
     weights_N: Tensor | None,
 ) -> None:
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
+    if chunk_tokens < 0:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1, or 0 to go by the bytes of a row")
     if len(rows) != len(hidden_NH):
         raise ValueError(
             f"the student has {len(hidden_NH)} hidden rows, the teacher {len(rows)} rows: both must speak of "

@@ -368,8 +368,8 @@ class TestErrors:
             streamed_metrics(dense_metrics, make_hidden(7), make_head(11), logits(9, 6, 11))
 
     def test_chunk_tokens(self):
-        with pytest.raises(ValueError, match="chunk_tokens is 0; it must be at least 1"):
-            streamed(divergences.reverse_kl, make_hidden(7), make_head(11), logits(9, 7, 11), chunk_tokens=0)
+        with pytest.raises(ValueError, match="chunk_tokens is -1; it must be at least 1"):
+            streamed(divergences.reverse_kl, make_hidden(7), make_head(11), logits(9, 7, 11), chunk_tokens=-1)
 
     def test_weights(self):
         with pytest.raises(ValueError, match=r"weights_N has shape \(6,\); it needs one weight for"):
