@@ -112,6 +112,14 @@ def device(s: Subject) -> Iterator[Finding]:
             "student.dtype float32 with train.bf16",
         )
     maths = "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else "its dtype"
+    if not on_cpu and not (args.bf16 or args.fp16) and student == torch.float32:
+        yield notice(
+            "a GPU computes in float32 here, several times slower than in bfloat16 and with twice the activations",
+            "--bf16 true; the trained weights stay float32",
+        )
+    frozen = [p for p in s.student.parameters() if not p.requires_grad]
+    if not (on_cpu or full) and any(p.dtype == torch.float32 for p in frozen):
+        yield notice("the frozen weights of a LoRA student are float32: twice the memory", "--student.dtype bfloat16")
     if args.bf16 and student == torch.float32:
         yield notice("bfloat16 autocast over float32 weights: losses are float32, activations are not")
     if on_cpu and (args.bf16 or torch.bfloat16 in dtypes) and cpu_flags().isdisjoint(BF16_FLAGS):

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
 from llmdistill.recipe import train_fields
-from llmdistill.recipe.launches import check_cpu_launch, launched_processes
+from llmdistill.recipe.launches import bf16_here, check_cpu_launch, check_gpu_launch, launched_processes
 from llmdistill.recipe.settings import PENALISED, check_settings, require
 from llmdistill.record.metrics import GREATER_IS_BETTER
 
@@ -298,7 +298,9 @@ class DistillationConfig(TrainingArguments):
 
     # Defaults of ours over transformers': explicit precision (a CPU build may choose bfloat16 by itself), losses that
     # are shown as they are, raw columns for our own collator.
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights"})
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "bfloat16 autocast over float32 weights; by itself on where a GPU has it"}
+    )
     ddp_timeout: int = field(
         default=5400, metadata={"help": "seconds that ranks wait for each other; longer than a teacher's max_outage_s"}
     )
@@ -321,7 +323,11 @@ class DistillationConfig(TrainingArguments):
     )
     rollouts: RolloutConfig = field(default_factory=RolloutConfig, metadata={"section": "rollouts"})
     chunk_tokens: int = field(
-        default=128, metadata={"help": "rows whose logits exist at one time", "section": "objective"}
+        default=0,
+        metadata={
+            "help": "rows whose logits exist at one time; 0: 128 on a CPU, 1 GiB on a GPU",
+            "section": "objective",
+        },
     )
     freeze_embeddings: bool = field(
         default=False,
@@ -358,8 +364,11 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available() and not self.use_cpu:
+            check_gpu_launch(torch.cuda.device_count())
+        else:
             self._prepare_cpu()
+        self.bf16 = bf16_here(self.bf16, self.fp16, on_gpu=not self.use_cpu)
         train_fields.prepare(self)
         if self.greater_is_better is None and self.metric_for_best_model:
             # our held-out metrics by the last part of their names, as in eval_student/reverse_kl
@@ -369,7 +378,7 @@ class DistillationConfig(TrainingArguments):
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise UserError(f"train: {error}".splitlines()[0]) from error
         train_fields.check_made(self)
-        require(self.chunk_tokens >= 1, "objective.chunk_tokens", self.chunk_tokens, ">= 1", "use 128")
+        require(self.chunk_tokens >= 0, "objective.chunk_tokens", self.chunk_tokens, ">= 0", "leave it out")
         check_settings(self)
 
     @property

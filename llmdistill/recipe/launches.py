@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
 from llmdistill.errors import UserError
 
 _kept_alive: list[object] = []  # transformers holds its DeepSpeed config by a weak reference only
@@ -36,6 +38,50 @@ def check_cpu_launch(env: Mapping[str, str] = os.environ) -> None:
             "(also on CPU), as in recipes/accelerate/two_processes.yaml",
             stacklevel=2,
         )
+
+
+def check_gpu_launch(gpus: int, env: Mapping[str, str] = os.environ) -> None:
+    """Refuses launches that do not fit the GPUs of this machine.
+
+    Args:
+        gpus: that this process sees.
+
+    Raises:
+        UserError: one process that nobody launched sees several, which transformers would give a copy of the model
+            each (``nn.DataParallel``), and a head that is put aside in one copy is missing in the others; or more
+            processes on this machine than there are GPUs.
+    """
+    here = int(env.get("LOCAL_WORLD_SIZE") or 1)
+    alone = "LOCAL_RANK" not in env and env.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true"
+    if gpus > 1 and alone:
+        raise UserError(
+            f"one process sees {gpus} GPUs, and every GPU needs a process of its own. Fix: accelerate launch "
+            f"--num_processes {gpus} -m llmdistill.opd --config RECIPE, or CUDA_VISIBLE_DEVICES=0 for one of them."
+        )
+    if here > gpus:
+        steps = f", and train.gradient_accumulation_steps {here // gpus} times as large" if here % gpus == 0 else ""
+        raise UserError(
+            f"{here} processes were launched on a machine with {gpus} GPU{'s' * (gpus > 1)}, one for each. Fix: "
+            f"accelerate launch --num_processes {gpus}{steps}."
+        )
+
+
+def bf16_here(asked: bool | None, fp16: bool, *, on_gpu: bool) -> bool:
+    """Whether the maths is bfloat16: what was asked for; else on a GPU that has it, where float16 was not.
+
+    Raises:
+        UserError: it was asked for, and the GPU does not have it.
+    """
+    if asked is False or asked is None and (fp16 or not on_gpu):
+        return False
+    has_it = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked and not has_it:
+        major, minor = torch.cuda.get_device_capability()
+        raise UserError(
+            f"train.bf16 is True, and {torch.cuda.get_device_name()} (compute capability {major}.{minor}) has no "
+            "bfloat16, which begins with 8.0. Fix: --bf16 false, with --fp16 true where float32 is too slow."
+        )
+    return has_it
 
 
 def check_outages(outages: Mapping[str, float], ddp_timeout: float, processes: int) -> None:

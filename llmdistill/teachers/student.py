@@ -23,6 +23,7 @@ from llmdistill.models.modes import evaluating
 from llmdistill.models.passes import at_head, batches_of
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import HiddenRows
+from llmdistill.objectives.streaming import rows_at_once
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.listing import blocks_of, refuse_wider
@@ -63,10 +64,13 @@ class StudentTeacher:
 
         Args:
             forward_model: the student as it is called in training, so that sharded weights are gathered.
+            chunk_tokens: rows whose logits exist at one time; 0: as many as the loss takes.
             batch_sequences: of one forward pass; the same on every rank, for ZeRO-3 gathers parameters in each.
         """
         self.model, self.tokenizer, self.forward_model = model, tokenizer, forward_model
-        self.batch_sequences, self.chunk_tokens = batch_sequences, chunk_tokens
+        device = next(model.parameters()).device
+        self.batch_sequences = batch_sequences
+        self.chunk_tokens = chunk_tokens or rows_at_once(head_of(model).vocab_size, device)
         self.average: dict[str, Tensor] = {}  # of this rank's part of every trained weight, float32
         adapted = hasattr(model, "disable_adapter")
         if self.which == "ema" or (self.which == "initial" and not adapted):
