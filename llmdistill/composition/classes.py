@@ -88,7 +88,7 @@ def in_classes(method: Method, judge: str = "teacher") -> Method:
     They are 0 within chunks, where the judge does not stand, and are means over the rows where it does.
 
     Raises:
-        UserError: a term hears anything of the judge but whole distributions, or reads more than those.
+        UserError: a term hears anything of the judge but whole distributions, or reads more than those; or none does.
     """
 
     def changed(term: Term) -> Term:
@@ -105,7 +105,13 @@ def in_classes(method: Method, judge: str = "teacher") -> Method:
         watch = dict(zip(term.watch, compared[1:], strict=True))
         return replace(term, loss=compared[0], watch=watch, asks=(Ask(judge, "classes"),))
 
-    return replace(method, terms=tuple(map(changed, method.terms)))
+    terms = tuple(map(changed, method.terms))
+    if all(after is before for after, before in zip(terms, method.terms, strict=True)):
+        raise UserError(
+            f"{judge}.view is classes, and no term compares tokens with {judge}: across tokenizers its methods know "
+            "nothing else than chunks and classes. Fix: leave it out."
+        )
+    return replace(method, terms=terms)
 
 
 def _of_two(loss: Callable[..., Tensor] | None) -> ClassDivergence:

@@ -77,7 +77,7 @@ class Settings:
         ),
         Conflict(
             lambda s: s.hidden_weight and not s.hidden_layers,
-            "objective.hidden_weight is {hidden_weight:g} and hidden_layers empty",
+            "objective.hidden_weight is {hidden_weight} and hidden_layers empty",
             "--hidden_layers '[-1]'",
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 
@@ -9,6 +10,10 @@ def why_not_loaded(path: str | Path, error: Exception) -> str:
     """The reason in a line that ends with a full stop. What can only be a path is not spoken of as a name on the hub,
     whose rules for names are what transformers would cite."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if "instantiate the backend tokenizer" in reason:
+        reason = "it has no tokenizer: neither tokenizer.json nor a vocabulary that one is made from"
+    elif isinstance(error, json.JSONDecodeError):
+        reason = f"one of its JSON files is damaged ({reason})"
     if Path(path).expanduser().exists():
         reason = reason.partition(" Checkout '")[0]  # the address of a page of the hub that cannot exist
     elif is_a_path(str(path)):

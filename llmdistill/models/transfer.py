@@ -29,6 +29,7 @@ from llmdistill.models.loading import load_model
 from llmdistill.models.missing import why_not_loaded
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.tokenization.align import spell
+from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.token_bytes import MARK, TokenTable, table_of
 
 
@@ -162,13 +163,20 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", required=True, help="folder or hub name of the tokenizer it is to have")
     parser.add_argument("--out", required=True, type=Path, help="folder for the new checkpoint")
     words = parser.parse_args(list(argv))
-    model, tokenizer = load_model(words.model, "float32", "--model")
+    if words.out.is_file() or (words.out.is_dir() and any(words.out.iterdir())):
+        raise UserError(f"--out {words.out} is there already, and is not written over. Fix: another folder.")
+    try:
+        model, tokenizer = load_model(words.model, "float32", "--model")
+    except UserError as error:
+        raise UserError(str(error).replace("--model.", "--", 1)) from error  # it names a recipe's section
     try:
         new_tokenizer = AutoTokenizer.from_pretrained(words.tokenizer)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--tokenizer {words.tokenizer!r} cannot be loaded: {why_not_loaded(words.tokenizer, error)}"
         ) from error
+    if compare_tokenizers(tokenizer, new_tokenizer).alike:
+        raise UserError(f"--tokenizer {words.tokenizer!r} is the tokenizer that --model has. Fix: another one.")
     found = transfer(model, tokenizer, new_tokenizer)
     model.save_pretrained(words.out)
     new_tokenizer.save_pretrained(words.out)

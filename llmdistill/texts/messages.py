@@ -11,6 +11,7 @@ model reads.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -34,6 +35,7 @@ ROLES = {
 }
 _USUAL = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def is_chat(value: Any) -> bool:
@@ -119,8 +121,22 @@ def _message(entry: Any, what: str) -> Message:
     return named(message)
 
 
+def check_characters(text: str, what: str) -> None:
+    """Refuses halves of characters, which JSON can spell (``"\\ud83d"`` alone) and no encoding can.
+
+    Raises:
+        UserError: the first of them.
+    """
+    if half := _HALF.search(text):
+        raise UserError(
+            f"{what} holds {half[0]!r}, half of a character, which no tokenizer reads. Fix: mend the row, or "
+            "--data.bad_rows skip."
+        )
+
+
 def _content(content: Any, what: str) -> str:
     if isinstance(content, str):
+        check_characters(content, f"{what}.content")
         return content
     parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content] if is_chat(content) else None
     if parts is None or not all(isinstance(p, Mapping) for p in parts):
@@ -131,7 +147,9 @@ def _content(content: Any, what: str) -> str:
             raise UserError(
                 f"{what}.content has a part of type {kind!r}; only text is read here. Fix: remove the part, or the row."
             )
-    return "".join(part["text"] for part in parts)
+    text = "".join(part["text"] for part in parts)
+    check_characters(text, f"{what}.content")
+    return text
 
 
 def _calls(calls: Any, what: str) -> list[Any]:

@@ -21,7 +21,7 @@ from llmdistill.texts import Prompt, Reading, Rollout, collate
 from llmdistill.texts.chat import ChatTemplate, reads
 from llmdistill.texts.columns import Columns
 from llmdistill.texts.lines import Unreadable
-from llmdistill.texts.messages import Message
+from llmdistill.texts.messages import Message, check_characters
 from llmdistill.texts.seam import behind, text_ids
 from llmdistill.texts.shortened import shortened
 from llmdistill.texts.turns import Turn, TurnReader, is_empty, with_hint
@@ -175,6 +175,7 @@ class PromptEncoder:
         turn = self.turns.of(row, index)
         prompt: str | list[Message]
         if isinstance(context, str):
+            check_characters(context, f"row {index}: {setting}")
             prompt = f"{turn.prompt}\n\n{context}" if isinstance(turn.prompt, str) else with_hint(turn.prompt, context)
         elif not isinstance(context, list | tuple) or not all(isinstance(m, Mapping) for m in context):
             raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts.columns import Columns
-from llmdistill.texts.messages import Message, from_json, is_chat, read_messages, read_tools
+from llmdistill.texts.messages import Message, check_characters, from_json, is_chat, read_messages, read_tools
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class TurnReader:
                 "messages. Fix: mend the column."
             )
         tools = read_tools(row.get(self.config.tools_column), f"row {index}: {self.config.tools_column}")
+        for what, text in ((name, asked), (column, completion)):
+            if isinstance(text, str):
+                check_characters(text, f"row {index}: {what}")
         if isinstance(asked, str):
             self._check_plain(asked, tools, index, chat or is_chat(completion))
             if not chat and not is_chat(completion):

@@ -136,5 +136,7 @@ def test_side_terms_without_weight_are_refused(tmp_path: Path) -> None:
         make(tmp_path, "alm", balance="gradients")
     with pytest.raises(UserError, match="hidden_projector True, and hidden_weight 0"):
         make(tmp_path, "alm", hidden_projector=True)
+    with pytest.raises(UserError, match="objective.hidden_weight is 0.5 and hidden_layers empty. Fix: --hidden_layers"):
+        make(tmp_path, "alm", hidden_weight=0.5, hidden_layers=[])
     with pytest.raises(UserError, match="names layer 9"):
         make(tmp_path, "alm", hidden_weight=1.0, hidden_layers=[9], teacher=other_teacher())

@@ -13,6 +13,7 @@ from llmdistill import methods, opd
 from llmdistill.errors import UserError
 from llmdistill.recipe.command_line import run_front_door
 from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.settings import check_conflicts
 
 LIMITS = ("at_least", "above", "at_most", "below")
 NEEDED: dict[str, dict[str, Any]] = {  # to be sound at all
@@ -89,6 +90,18 @@ def test_contradictions(method: str, settings: dict[str, Any], line: str, tmp_pa
     with pytest.raises(UserError) as error:
         methods.config_class(method)(output_dir=str(tmp_path), **settings)
     assert line in str(error.value) and "Fix: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_what_contradictions_say_can_be_written(method: str, tmp_path: Path) -> None:
+    """Of settings as they stand, whichever of them are numbers."""
+    settings: dict[str, Any] = {"rollouts": RolloutConfig(samples_per_prompt=2)}
+    settings |= {"without": [3]} if method == "selected" else {}
+    args = methods.config_class(method)(output_dir=str(tmp_path), **settings)
+    for conflict in getattr(type(args), "conflicts", ()):
+        always = dataclasses.replace(conflict, when=lambda s: True)
+        with pytest.raises(UserError, match="Fix: "):
+            check_conflicts(args, [always])
 
 
 def test_greedy_samples_do_where_no_token_is_weighed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from llmdistill.errors import UserError
 from llmdistill.models.loading import load_model
 from llmdistill.models.missing import is_a_path
+from tests import tiny
 
 
 def test_a_folder_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path) -> None:
@@ -19,7 +20,15 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_model(str(tmp_path / "empty"), "float32", "student")
-    assert "http" not in str(caught.value)
+    assert "http" not in str(caught.value) and "it has no tokenizer: neither tokenizer.json" in str(caught.value)
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
+    tiny.llama(1).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded: one of its JSON files is damaged"):
+        load_model(str(tmp_path), "float32", "student")
 
 
 @pytest.mark.parametrize(
