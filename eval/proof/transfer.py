@@ -4,7 +4,7 @@
     python eval/proof/transfer.py                # every run that has no result yet; killed, it goes on where it was
     python eval/proof/transfer.py --runs alm-own-0.0003-0
     python eval/proof/transfer.py --table        # run nothing; print the table of transfer.md
-    python eval/proof/transfer.py --show         # what a transferred student answers, loaded like any checkpoint
+    python eval/proof/transfer.py --answers FOLDER   # what the student in FOLDER answers, loaded like any checkpoint
 
 A run is a method, the text it is trained on and a seed; its result is a JSON in eval/proof/transfer/. All runs of a
 text see equally many bytes of it. Text: ``own`` is what the model itself wrote before the transfer, at temperature 1,
@@ -51,11 +51,11 @@ RESULTS = Path(__file__).resolve().parent / "transfer"
 QUICKSTART, CACHE = ROOT / "data" / "quickstart", ROOT / "runs" / "transfer"
 DATA = DataConfig(max_prompt_tokens=200)
 STEPS, BATCH = 12, 8
-LONG = 40  # steps of the run whose student is kept: ten minutes of training
+LONG = 40  # steps of the run whose student is kept
 HELDOUT = 32  # sequences of each kind of text
 OWN = 208  # answers of its own to train on: a seed draws among them, and the longest run sees them 1.5 times
 LONGEST = 48  # tokens of an answer; one that is longer is no text to learn an end from, and left out
-SHOWN = 3
+SHOWN, BRIEF = 20, 40  # held-out questions, and tokens of an answer: as recipes/data/transfer.yaml has them
 BRIEFLY = {"role": "system", "content": "Answer in one short sentence."}
 Row = dict[str, Any]
 
@@ -86,7 +86,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RATE, HIGH = 1e-4, 3e-4
 SEEDS = (0, 1, 2)
-KEPT = Run("alm", "own", HIGH, 0, LONG)  # the student of this one is kept, with its tokenizer: see --show
+KEPT = Run("alm", "own", HIGH, 0, LONG)  # the student of this one is kept, with its tokenizer
 RUNS = [
     *(Run(method, "pairs", RATE, seed) for seed in SEEDS for method in ("alm", "sft")),
     *(Run(method, "own", RATE, seed) for seed in SEEDS for method in ("alm", "sft")),
@@ -286,21 +286,34 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def show() -> None:
-    """Greedy answers of the former model and of the kept student, as whoever loads its folder would ask for them."""
-    kept = CACHE / "student"
+def answers(folder: Path) -> None:
+    """Greedy answers to held-out questions: of the former model, of the untrained student, and of the one in a folder.
+
+    Loaded and asked as anybody would who has the folder alone.
+    """
     models = {
-        "before": former(),
-        "untrained": transferred(),
-        "taught": (AutoModelForCausalLM.from_pretrained(kept), AutoTokenizer.from_pretrained(kept)),
+        "before": former,
+        "untrained": transferred,
+        "taught": lambda: (AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)),
     }
-    for row in texts("own", "heldout")[:SHOWN]:
-        print(f"\n> {row['prompt'][-1]['content']}")
-        for name, (model, tokenizer) in models.items():
-            text = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            out = model.generate(ids, max_new_tokens=LONGEST, do_sample=False)
-            print(f"{name}: {tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)}", flush=True)
+    questions = [row["prompt"] for row in read(QUICKSTART / "questions_heldout.jsonl")[:SHOWN]]
+    said = {name: answered(*make(), [[BRIEFLY, *question] for question in questions]) for name, make in models.items()}
+    lines = [dict(zip(said, each, strict=True)) for each in zip(*said.values(), strict=True)]
+    found = [{"question": q[-1]["content"], **line} for q, line in zip(questions, lines, strict=True)]
+    (RESULTS / "answers.json").write_text(json.dumps({**stamp(), "answers": found}, indent=1) + "\n")
+    for line in found:
+        print(json.dumps(line, indent=1), flush=True)
+
+
+@torch.no_grad()
+def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[Row]]) -> list[str]:
+    tokenizer.padding_side = "left"
+    written = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    batch = tokenizer(written, add_special_tokens=False, return_tensors="pt", padding=True)
+    out = model.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=BRIEF, do_sample=False
+    )
+    return list(tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def main() -> int:
@@ -308,10 +321,11 @@ def main() -> int:
     parser.add_argument("--runs", nargs="+", choices=[run.name for run in RUNS], help="default: all")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--show", action="store_true", help="run nothing; some answers")
+    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="run nothing; what a student answers")
     options = parser.parse_args()
-    if options.show:
-        show()
+    if options.answers:
+        torch.set_num_threads(1)
+        answers(options.answers)
         return 0
     if not options.table:
         torch.set_num_threads(1)
