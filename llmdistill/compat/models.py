@@ -18,11 +18,18 @@ def auto_class(config: Any) -> Any:
     of images and sound with a decoder in them that it does not know, that of several modalities.
 
     Of some it makes the decoder alone, whose own config no auto class would know again (Mllama): those are whole too.
+    A checkpoint that was saved as a masked language model (BERT) is one; and code of its own may name no class but that
+    of any model (Dream).
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 
+    if any("MaskedLM" in name for name in getattr(config, "architectures", None) or ()):
+        return AutoModelForMaskedLM
+    own_code = getattr(config, "auto_map", None) or {}
+    if "AutoModel" in own_code and "AutoModelForCausalLM" not in own_code:
+        return AutoModel
     causal, several = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or type(config) not in several:
+    if "AutoModelForCausalLM" in own_code or type(config) not in several:
         return AutoModelForCausalLM
     made: Any = getattr(causal[type(config)], "config_class", None) if type(config) in causal else None
     return AutoModelForCausalLM if config.is_encoder_decoder or made in causal else AutoModelForMultimodalLM

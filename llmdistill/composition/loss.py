@@ -13,7 +13,7 @@ from llmdistill.compat.patching import random_state_kept
 from llmdistill.composition.batch import MicroBatch, Slice
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.models.layers import captured
-from llmdistill.models.router import balance_loss, router_inputs
+from llmdistill.models.router import balance_loss, counting_tokens, router_inputs
 from llmdistill.objectives.rows import PairedRows, TensorRows
 from llmdistill.objectives.streaming import Part, streamed_metrics, streamed_parts
 from llmdistill.texts.views import student_view
@@ -111,7 +111,7 @@ def loss_on(
         return losses["loss"]
 
     layers = [layer for s, _ in hidden_slices if s.term.hidden is not None for layer in s.term.hidden.student]
-    with captured(model, layers) as states_by_layer:
+    with captured(model, layers) as states_by_layer, counting_tokens(model, view.attention_mask):
         output = forward_to_head(model, head.linear, view, at_the_head, **router_inputs(model))
     # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
     loss = (losses["loss"] + 0 * output.logits.sum()) * (scale * largest_scale)

@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from llmdistill.compat.models import auto_class
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
+from llmdistill.models.own_code import called_as_it_takes, is_adapted
 from llmdistill.models.weights import refuse_adapted_ties
 from llmdistill.recipe.config import DType, StudentConfig, TeacherConfig, torch_dtype
 from llmdistill.recipe.launches import whole_models
@@ -128,6 +129,8 @@ def load_saved(folder: Path, like: Any) -> tuple[PreTrainedModel, list[str]]:
             folder, trust_remote_code=remote, output_loading_info=True, **options
         )
     saved, found = loaded
+    if is_adapted(like):
+        called_as_it_takes(saved)
     return saved.eval(), sorted({*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])})
 
 

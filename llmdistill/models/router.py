@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from llmdistill.compat.patching import patched
+
+FUNCTION = "load_balancing_loss_func"  # of the modelling files of transformers
 
 
 def coefficient(model: nn.Module) -> float:
@@ -28,3 +35,26 @@ def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
     if balance is None or not isinstance(balance, Tensor) or not model.training:
         return None
     return coefficient(model) * balance
+
+
+@contextmanager
+def counting_tokens(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
+    """Inside, balance losses are over the tokens that are there also where the mask [B, 1, Q, K] says who sees whom:
+    transformers reads it as one of tokens [B, T]. A token is there that sees itself."""
+    if attention_mask.dim() != 4 or not router_inputs(model):
+        yield
+        return
+    there_BT = (attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0).long()
+    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    with ExitStack() as stack:
+        for modelling in modules:
+            if (own := vars(modelling).get(FUNCTION)) is not None:
+                stack.enter_context(patched(modelling, FUNCTION, _over(own, there_BT)))
+        yield
+
+
+def _over(own: Any, there_BT: Tensor) -> Any:
+    def balance(gate_logits: Any, num_experts: Any = None, top_k: Any = 2, attention_mask: Any = None) -> Any:
+        return own(gate_logits, num_experts, top_k, there_BT)
+
+    return balance

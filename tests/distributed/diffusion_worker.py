@@ -1,4 +1,4 @@
-"""One launch of the test of denoisers in several processes: three stages' first steps, and the second half again from a
+"""One launch of the test of denoisers in several processes: the stages' first steps, and the second half again from a
 checkpoint.
 
     accelerate launch --config_file recipes/accelerate/two_processes.yaml -m tests.distributed.diffusion_worker FOLDER
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,36 @@ import torch
 from peft import LoraConfig
 
 from llmdistill import RolloutConfig
-from llmdistill.diffusion import MaskedDiffusionLM
+from llmdistill.diffusion import (
+    DiffusionRLConfig,
+    DiffusionRLTrainer,
+    MaskedDiffusionLM,
+    StepDistillationConfig,
+    StepDistillationTrainer,
+)
 from llmdistill.diffusion.stages import DiffusionOPDConfig, FromARConfig, SFTConfig
 from llmdistill.diffusion.trainers import ARDistillationTrainer, MaskedDiffusionTrainer
 from llmdistill.models.weights import named_weights
 from llmdistill.recipe.launches import leave_group, whole_models
+from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from tests import tiny
 
 STEPS, GLOBAL_BATCH = 4, 8
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+# Advantages cancel in many weights' gradients, of which rounding is then all: Adam would make a whole step of its sign.
+NO_SIGNS = {"adam_epsilon": 1e-2}
 # case -> (settings class, settings): what two processes must train as one, and one that writes by itself.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "full attention": (FromARConfig, {"anneal_steps": 3, "copies": 2, "norm": "sequence"}),
     "blocks, adapter": (SFTConfig, {"block_size": 3, "lora": True}),
     "own states": (DiffusionOPDConfig, {}),
+    "fewer steps": (StepDistillationConfig, {"first_step": 0.25, "rounds": 2, "round_steps": 2}),
+    "rewards": (DiffusionRLConfig, {"keep_low": 0.0, "keep_high": 1.0, "shrink": 2, "reference_beta": 0.05} | NO_SIGNS),
+}
+TRAINERS = {
+    DiffusionOPDConfig: ARDistillationTrainer,
+    DiffusionRLConfig: DiffusionRLTrainer,
+    StepDistillationConfig: StepDistillationTrainer,
 }
 COMPARED = [name for name in CASES if name != "own states"]
 
@@ -53,16 +71,19 @@ def made(folder: Path, case: str, processes: int) -> Any:
         save_steps=2,
         max_grad_norm=0.0,
         seed=3,
-        rollouts=RolloutConfig(max_new_tokens=6),
+        rollouts=RolloutConfig(max_new_tokens=6, samples_per_prompt=4 if case == "rewards" else 1),
         **settings,
     )
     with whole_models():
-        student, teacher = tiny.llama(1), tiny.llama(2)
+        student, teacher = tiny.llama(1, tied=case != "rewards"), tiny.llama(2)
     tokenizer = tiny.tokenizer()
     MaskedDiffusionLM.of(student, tokenizer)  # ZeRO-3 has no place for a new mask token
-    trained = ARDistillationTrainer if case == "own states" else MaskedDiffusionTrainer
     rows = tiny.rows(20)
-    return trained(
+    of_reward: dict[str, Any] = {}
+    if case == "rewards":
+        student.lm_head.weight.data[1] *= 1.6  # it ends now and then
+        of_reward = {"reward": is_even}
+    t = TRAINERS.get(config, MaskedDiffusionTrainer)(
         student,
         args,
         teacher if case == "own states" else None,
@@ -71,7 +92,23 @@ def made(folder: Path, case: str, processes: int) -> Any:
         processing_class=tokenizer,
         peft_config=peft_config,
         preflight=False,
+        **of_reward,
     )
+    if case == "rewards":
+        t.rollout_engine.generate = partial(by_row, t.rollout_engine)
+    return t
+
+
+def is_even(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(map(ord, text)) % 2 == 0) for text in completions]
+
+
+def by_row(engine: Any, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+    """What the engine writes with seeds of the rows and not of ranks: any number of processes writes the same."""
+    every = [(p, j) for p in prompts for j in sampling.numbers]
+    seeds = [request_seed(engine.policy_version, p.row, j) for p, j in every]
+    found: Rollout = engine.write([p for p, _ in every], sampling, seeds)
+    return found
 
 
 def one_case(folder: Path, case: str, processes: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
