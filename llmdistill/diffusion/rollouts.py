@@ -18,7 +18,7 @@ from llmdistill.models.modes import evaluating
 from llmdistill.texts.batches import groups
 from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate, request_seed
 
-BATCH = 16  # sequences that are written together
+BATCH = 16  # sequences that are written together, where batch_tokens does not say
 
 
 class DiffusionRollouts:
@@ -30,8 +30,8 @@ class DiffusionRollouts:
         ready: context manager around generation that yields the model to generate with.
         whole_blocks: what stands behind an end in its block stays in the text, uncounted: the states that the block was
             written in can then be made again.
-        batch_tokens: tokens, padding and room for completions included, that are written at one time; 0: no bound but
-            the number of sequences.
+        batch_tokens: tokens, padding and room for completions included, that are written at one time; 0: sixteen
+            sequences.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class DiffusionRollouts:
         with self.ready(self.model) as model, evaluating(model):
             student = self.denoiser.around(model)
             limit = self.batch_tokens
-            for batch in groups([len(p.ids) + sampling.max_new_tokens for p in prompts], limit, at_most=BATCH):
+            lengths = [len(p.ids) + sampling.max_new_tokens for p in prompts]
+            for batch in groups(lengths, limit, at_most=0 if limit else BATCH):
                 parts += self._batch(student, [requests[i] for i in batch], sampling)
         made = collate(
             [p.ids for p, _ in requests],

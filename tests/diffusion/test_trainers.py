@@ -98,6 +98,22 @@ def test_training_does_not_depend_on_micro_batches(tmp_path: Path, norm: str) ->
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("batch_tokens, calls", [(0, 2), (24, 10), (4096, 1)])
+def test_so_many_sequences_are_written_together_as_batch_tokens_hold(
+    tmp_path: Path, batch_tokens: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty prompts of four tokens with room for eight; without a bound sixteen at a time."""
+    t = trainer(tmp_path, block_size=4)
+    engine = t.rollout_engine
+    assert engine.batch_tokens == t.args.rollouts.batch_tokens
+    engine.batch_tokens = batch_tokens
+    sizes, batch = list[int](), engine._batch
+    monkeypatch.setattr(engine, "_batch", lambda model, asked, s: (sizes.append(len(asked)), batch(model, asked, s))[1])
+    engine.sync(t.model, 0)
+    found = engine.generate([Prompt([5, 6, 7, 8], "")] * 20, Sampling(8, seed=1))
+    assert len(sizes) == calls and sum(sizes) == len(found) == 20
+
+
 def test_an_adapter_is_trained_and_merged(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     t = trainer(tmp_path, max_steps=12, peft_config=lora, block_size=4)
