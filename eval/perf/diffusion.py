@@ -4,8 +4,8 @@
 
 Prints JSON. Without ``--model`` a random Llama of ``--hidden`` by ``--layers``: its texts mean nothing, and its times
 are those of any model of that size; thresholds then hold as often as ``--sure`` makes its logits sure.
-``tokens_per_second``: of all sequences of a batch together, the median of ``--runs``; ``forwards_per_token``: of a
-sequence.
+``tokens_per_second``: of all sequences of a batch together, by the CPU time of the one thread (which other work on the
+machine does not change much), the median of ``--runs``; ``forwards_per_token``: of a sequence.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def measured(model: MaskedDiffusionLM, prompts: torch.Tensor, runs: int, **setti
     config = DiffusionGenerationConfig(temperature=0.0, **settings)
     taken, out = [], None
     for _ in range(runs + 1):  # the first is not counted
-        start = time.perf_counter()
+        start = time.process_time()
         out = generate(model, prompts, config=config)
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     assert out is not None
     tokens = len(prompts) * config.max_new_tokens
     return {

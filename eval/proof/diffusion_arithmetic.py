@@ -2,16 +2,22 @@
 
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python eval/proof/diffusion_arithmetic.py --seeds 0 1 2    # writes .json
     python eval/proof/diffusion_arithmetic.py --table                             # .md and .svg from what is there
+    … --seeds 0 --models FOLDER --no-diversity     # keeps the checkpoint of each stage, and a suite of the problems
 
-Two-digit additions with every column written out; the trainers are llmdistill.diffusion's. After each stage: exact
-answers on held-out problems and forward passes per answer, for one token a step and for parallel decoding by threshold,
-greedy and at temperature 1. After SFT also pass@8 and distinct right texts against temperature, with ODD and without.
+Two-digit additions with every column written out; the trainers are llmdistill.diffusion's. SFT is on text whose answer
+is wrong in two of five rows (its columns are right), TraceRL is rewarded for right answers, and MCD is on what the
+reinforced model writes itself, so that it learns nothing new but to need fewer steps. Its control is as many steps of
+SFT on the same text. After each stage: exact answers on held-out problems and forward passes per answer, for one token a
+step and for parallel decoding by threshold, greedy and at temperature 1. After SFT also pass@8 and distinct right texts
+against temperature, with ODD and without.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -58,8 +64,9 @@ DECODING: dict[str, dict[str, Any]] = {
     "sampled, 2": {"temperature": 1.0, "denoising_steps": 2},
 }
 TEMPERATURES = (0.2, 0.6, 1.0, 1.4)
-ALPHAS = (0.0, 4.0, 16.0)
-DIVERSE = 16  # problems that pass@8 is of
+ALPHAS = (0.0, 1.0, 4.0)
+WRONG = 0.4  # share of wrong answers in the text of SFT
+DIVERSE = 32  # problems that pass@8 is of
 
 
 def shared(seed: int, steps: int, lr: float, batch: int, **changes: Any) -> dict[str, Any]:
@@ -89,6 +96,23 @@ def reward(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[
 
 def rows(items: Sequence[Problem]) -> list[dict[str, str]]:
     return [{"prompt": p.prompt, "completion": p.completion, "answer": str(p.answer)} for p in items]
+
+
+def careless(items: Sequence[Problem], seed: int) -> list[dict[str, str]]:
+    """Rows whose answer is another number, a carry or a one away, with probability ``WRONG``."""
+    rng, found = random.Random(seed), rows(items)
+    for row, p in zip(found, items, strict=True):
+        if rng.random() < WRONG:
+            wrong = p.answer + rng.choice((-10, -1, 1, 10))
+            row["completion"] = f"{row['completion'].rpartition(';')[0]};{wrong}"
+    return found
+
+
+def own_writing(model: Any, items: Sequence[Problem], seed: int) -> list[dict[str, str]]:
+    """What the model writes at temperature 1, one token a step; what has no end is left out."""
+    out = written(model, items, seed=seed, temperature=1.0)
+    found = zip(items, texts(out), out.finish, strict=True)
+    return [{"prompt": p.prompt, "completion": text} for p, text, finish in found if finish == "stop" and text]
 
 
 def run(trainer: Any) -> float:
@@ -149,10 +173,30 @@ def diversity(model: Any, items: Sequence[Problem], k: int = 8) -> list[dict[str
     return found
 
 
+def save(trainer: Any, folder: Path, items: Sequence[Problem]) -> None:
+    """The checkpoint of a stage, and beside it the held-out problems as a suite of ``llmdistill eval``."""
+    trainer.save_model(str(folder))
+    lines = [{"id": p.prompt, "question": p.prompt, "answer": str(p.answer)} for p in items]
+    (folder.parent / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    suite = {
+        "suite": "sums",
+        "kind": "math",
+        "data": {"file": "sums.jsonl"},
+        "template": {"user": "{question}"},
+        "sampling": {"n": 1, "temperature": 0.0, "max_new_tokens": LENGTH},
+    }
+    (folder.parent / "sums.yaml").write_text(json.dumps(suite, indent=1) + "\n")  # JSON is YAML
+
+
 def one_seed(
-    seed: int, steps: Sequence[int], held: int, keep: Callable[[dict[str, Any]], None], with_diversity: bool = True
+    seed: int,
+    steps: Sequence[int],
+    held: int,
+    keep: Callable[[dict[str, Any]], None],
+    with_diversity: bool = True,
+    models: Path | None = None,
 ) -> dict[str, Any]:
-    items, pool = heldout(held, digits=DIGITS), rows(problems(3000, seed, digits=DIGITS))
+    items, pool = heldout(held, digits=DIGITS), problems(3000, seed, digits=DIGITS)
     result: dict[str, Any] = {"seed": seed, "stages": {}}
     model, tokenizer = SIZE.build(seed), TOKENIZER
 
@@ -162,31 +206,38 @@ def one_seed(
         shown = {k: (round(v["exact"], 3), round(v["forwards"], 1)) for k, v in scores.items()}
         print(seed, stage, f"{seconds:.0f} s", shown, flush=True)
         keep(result)
+        if models is not None:
+            save(trainer, models / stage.replace(" ", "-").replace(",", ""), items)
 
     common = {"processing_class": tokenizer}
     reads: dict[str, Any] = {"shift": False, "block_size": BLOCK}
     args = SFTConfig(**shared(seed, steps[0], 6e-3, 32), **reads, weighting="uniform")
-    sft = MaskedDiffusionTrainer(model, args, train_dataset=pool, preflight=False, **common)
+    sft = MaskedDiffusionTrainer(model, args, train_dataset=careless(pool, seed), preflight=False, **common)
     note("SFT", sft, run(sft))
     if with_diversity:
         result["diversity"] = diversity(denoiser_of(sft), items[:DIVERSE])
         keep(result)
-    rollouts = RolloutConfig(max_new_tokens=LENGTH, samples_per_prompt=8)
+    rollouts = RolloutConfig(max_new_tokens=LENGTH, samples_per_prompt=8, batch_tokens=8192)
     args_rl = DiffusionRLConfig(
-        **shared(seed, steps[1], 3e-4, 12),
+        **shared(seed, steps[1], 1e-3, 16),
         **reads,
         rollouts=rollouts,
         writing={"cache": "block"},
         keep_low=0.1,
         keep_high=0.9,
     )
-    rl = DiffusionRLTrainer(model, args_rl, reward=reward, train_dataset=pool, preflight=False, **common)
+    rl = DiffusionRLTrainer(model, args_rl, reward=reward, train_dataset=rows(pool), preflight=False, **common)
     note("TraceRL", rl, run(rl))
+    own = own_writing(denoiser_of(rl), pool[:1500], seed)
+    args_more = SFTConfig(**shared(seed, steps[2], 1e-3, 32), **reads, weighting="uniform")
+    start = copy.deepcopy(rl.model)
+    more = MaskedDiffusionTrainer(start, args_more, train_dataset=own, preflight=False, **common)
+    note("SFT on own text", more, run(more))
     rounds = 2
     args_mcd = StepDistillationConfig(
         **shared(seed, steps[2], 1e-3, 32), **reads, first_step=1 / 4, rounds=rounds, round_steps=steps[2] // rounds
     )
-    mcd = StepDistillationTrainer(model, args_mcd, train_dataset=pool, preflight=False, **common)
+    mcd = StepDistillationTrainer(model, args_mcd, train_dataset=own, preflight=False, **common)
     note("MCD", mcd, run(mcd))
     return result
 
@@ -194,9 +245,10 @@ def one_seed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, nargs=3, default=[1000, 30, 80], help="of SFT, TraceRL, MCD")
-    parser.add_argument("--heldout", type=int, default=100)
+    parser.add_argument("--steps", type=int, nargs=3, default=[1400, 60, 120], help="of SFT, TraceRL, MCD")
+    parser.add_argument("--heldout", type=int, default=200)
     parser.add_argument("--no-diversity", action="store_true", help="leave pass@8 out")
+    parser.add_argument("--models", type=Path, help="folder for the stages' checkpoints")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of .json, .md and .svg")
     parser.add_argument("--table", action="store_true", help="only write .md and .svg from the .json")
     options = parser.parse_args()
@@ -211,7 +263,7 @@ def main() -> None:
         file.write_text(json.dumps([known[s] for s in sorted(known)], indent=1) + "\n")
 
     for seed in () if options.table else options.seeds:
-        keep(one_seed(seed, options.steps, options.heldout, keep, not options.no_diversity))
+        keep(one_seed(seed, options.steps, options.heldout, keep, not options.no_diversity, options.models))
     from diffusion_arithmetic_table import write
 
     write([known[s] for s in sorted(known)], options.out)

@@ -12,11 +12,12 @@ HEAD = """# A masked diffusion model on arithmetic: SFT, TraceRL, MCD
     OMP_NUM_THREADS=1 python eval/proof/diffusion_arithmetic.py --seeds {seeds}
 
 Two-digit additions with every column written out (eval/arena/task.py), in blocks of 4 tokens; a Llama of 48 x 2 layers
-with bidirectional attention inside blocks, from nothing, float32, one thread of two cores that other work shared. Exact
-answers in percent on {heldout} held-out problems, and forward passes per answer with the block cache; of several seeds
-means, and in brackets one by one.
+with bidirectional attention inside blocks, from nothing, float32, one thread of two cores that other work shared. SFT is
+on text whose answer is wrong in two of five rows, TraceRL is rewarded for right ones; MCD is on what the reinforced model
+writes at temperature 1, and so is its control, as many steps of SFT. Exact answers in percent on {heldout} held-out
+problems, and forward passes per answer with the block cache; of several seeds means, and in brackets one by one.
 """
-COLOURS = {0.0: "#0072b2", 4.0: "#d55e00", 16.0: "#009e73"}
+COLOURS = {0.0: "#0072b2", 1.0: "#009e73", 4.0: "#d55e00"}
 
 
 def cell(values: Sequence[float], percent: bool) -> str:
@@ -43,7 +44,7 @@ def write(results: list[dict[str, Any]], folder: Path) -> None:
     if not all("diversity" in r for r in results):
         (folder / "diffusion_arithmetic.md").write_text("\n".join([*lines, ""]))
         return
-    lines.append("\nODD on the model after SFT, two steps a block, 8 samples of 16 problems (means over seeds):\n")
+    lines.append("\nODD on the model after SFT, two steps a block, 8 samples of 32 problems (means over seeds):\n")
     lines.append("| temperature | alpha | pass@1 | pass@8 | distinct@8 |\n|---|---|---|---|---|")
     curve = averaged(results)
     for (temperature, alpha), point in curve.items():
