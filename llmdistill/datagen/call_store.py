@@ -2,6 +2,7 @@
 
     OUT.calls/config.json      whose calls these are: models, writer, sampling, seed
     OUT.calls/calls.jsonl      {"name", "role", "drawn": {...}} or {"name", "role", "refused": why} a line, appended
+    OUT.calls/probes.json      what stands for the weights of its endpoints, by role
     OUT.calls/verdicts.jsonl   {"name": ..., "verdict": {...}}, where traces are judged as they come
 
 A line that was being written when the process died is dropped. In memory is a place for each line, no text.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.datagen.calls import Drawn
+from llmdistill.datagen.engines.probe import Probe
 from llmdistill.errors import UserError
 from llmdistill.evals.differing import differing
 from llmdistill.evals.records import Appender, as_line
@@ -145,6 +147,24 @@ class CallStore:
             drawn, (prompt, completion) = row.get("drawn", {}), found.get(row.get("role", ""), (0, 0))
             found[row.get("role", "")] = prompt + drawn.get("prompt_tokens", 0), completion + drawn.get("tokens", 0)
         return found
+
+    def check_probe(self, role: str, now: Probe | None) -> None:
+        """Keeps what an endpoint said to the probes, and compares what it says later with that.
+
+        Raises:
+            UserError: it has other weights than those that the answers here are of.
+        """
+        file = self.folder / "probes.json"
+        probes = read_json(file, f"remove {self.folder}, and with it the answers") or {}
+        if now is None:
+            return
+        if role not in probes:
+            atomic_write(file, json.dumps({**probes, role: now.stored()}, indent=1, ensure_ascii=False) + "\n")
+        elif other := Probe.read(probes[role]).other(now):
+            raise UserError(
+                f"{self.folder} holds calls of other weights than {role} has now under the same name: {other}. "
+                "Fix: the weights of before, another output, or remove that folder."
+            )
 
     def close(self) -> None:
         """Closing twice is harmless."""

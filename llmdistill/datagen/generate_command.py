@@ -16,7 +16,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from llmdistill.datagen.generation import MAX_NEW_TOKENS, generate
+from llmdistill.datagen.generation import generate
+from llmdistill.datagen.jobs import MAX_NEW_TOKENS
 from llmdistill.datagen.prompts import Prompts
 from llmdistill.datagen.roles import RoleConfig
 from llmdistill.datagen.steps import beside

@@ -12,30 +12,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmdistill.datagen.asking import Ask, Desk
+from llmdistill.datagen.asking import Desk
 from llmdistill.datagen.call_store import CallStore
-from llmdistill.datagen.calls import DRAWN_BY, Unanswerable
+from llmdistill.datagen.calls import Unanswerable
 from llmdistill.datagen.eventloop import EventLoop
+from llmdistill.datagen.jobs import Given, Job, RoleGiven, Task, read_sampling, schedule_of
 from llmdistill.datagen.judges import Judge, Verdict
 from llmdistill.datagen.progress import Progress
-from llmdistill.datagen.prompts import Prompts, rows_digest, rows_given
-from llmdistill.datagen.roles import Role, RoleConfig, described, open_role, role_config
+from llmdistill.datagen.roles import Role, open_role
 from llmdistill.datagen.schema import Trace
 from llmdistill.datagen.steps import Step, plain, run_step
-from llmdistill.datagen.tables import MOST_REJECTED, Rejects, Row
-from llmdistill.datagen.writing import Writer, find_writer
+from llmdistill.datagen.tables import MOST_REJECTED, Row
+from llmdistill.datagen.writing import Writer
 from llmdistill.errors import UserError
 from llmdistill.record.manifest import Manifest
 from llmdistill.texts.rollout import Sampling
 
-Given = str | Path | Prompts | Sequence[Mapping[str, Any]]
-RoleGiven = Role | RoleConfig | Mapping[str, Any] | str
 MAY_CHANGE = ("n", "limit", "size", "judge")  # under one output: what was asked before is still asked
-MAX_NEW_TOKENS = 1024
 
 
 def generate(
@@ -77,53 +74,23 @@ def generate(
         UserError: other models, writer or sampling than those of OUT.calls; a model that is gone; a cap reached; too
             many rejects. What was answered is kept.
     """
-    named = isinstance(rows, str | Path)
-    job = _Job(
-        rows if isinstance(rows, Prompts) else Prompts(str(rows) if named else "rows"),
-        None if named or isinstance(rows, Prompts) else rows,  # type: ignore[arg-type]
-        find_writer(writer),
-        {name: model if isinstance(model, Role) else role_config(model, name) for name, model in roles.items()},
-        _schedule(_sampling(sampling, seed), temperatures, n),
-        dict(options or {}),
-    )
+    job = Job.of(rows, writer, roles, schedule_of(read_sampling(sampling, seed), temperatures, n), options or {})
     settings = {
-        "prompts": job.source,
+        **job.settings(),
         "writer": writer if isinstance(writer, str) else plain(writer),
-        "options": dict(options or {}),
-        "roles": {r: m.identity if isinstance(m, Role) else described(m) for r, m in job.roles.items()},
-        "sampling": {name: getattr(job.schedule[0], name) for name in DRAWN_BY},
         "temperatures": list(temperatures),
         "seed": seed,
         "judge": judge,
         "n": n,
-        "limit": job.prompts.limit,
-        "size": job.prompts.size if job.given is None else len(job.given),
     }
     shared = {k: v for k, v in settings.items() if k not in (*MAY_CHANGE, "prompts", "roles")}
-    identity = {**shared, "template": job.source.get("template") or ""}
+    limits = _Limits(seed, max_cost, max_rejected, resume, progress)
 
     def work(step: Step) -> None:
         with ExitStack() as stack:
-            opened = dict[str, Role]()
-            for name, given in job.roles.items():
-                opened[name] = given if isinstance(given, Role) else open_role(given, name)
-                stack.callback(opened[name].close)
-            whose = {**identity, "roles": {r: role.identity for r, role in opened.items()}}
-            store = CallStore(f"{out}.calls", plain(whose))
-            stack.callback(store.close)
-            if len(store.calls) and not resume:
-                raise UserError(f"{store.folder} holds calls, and resume is false. Fix: remove it, or another output.")
-            desk = Desk(opened, store, seed=seed, most_cost=max_cost, most_refused=max_rejected)
-            stack.callback(desk.close)
+            identity = {**shared, "template": job.source.get("template") or ""}
             judging = stack.enter_context(Judge(judge, allow_unsafe_exec=allow_unsafe_exec)) if judge else None
-            loop = stack.enter_context(EventLoop())
-            with Progress(desk, shown=progress, total=job.total()) as shown:
-                drawing = _Drawing(job, desk, judging, shown)
-                loop.run(drawing.all(job.tasks(step.rejects)))
-            step.counts["read"] = drawing.tasks
-            assembled = _Assembling(job, Desk(opened, store, seed=seed, replay=True), judging, step, loop)
-            step.write(assembled.rows(job.tasks()))
-            step.details.update(assembled.details(opened), cost=round(desk.purse.spent, 6))
+            _Generating(job, judging, limits, step, stack).run(identity)
 
     return run_step(
         "generate",
@@ -137,62 +104,69 @@ def generate(
 
 
 @dataclass(frozen=True)
-class Task:
-    """One sample of one prompt."""
+class _Limits:
+    """How a run goes about it; nothing of what it writes depends on these but the seed."""
 
-    row: Row
-    sample: int
-    sampling: Sampling
+    seed: int
+    most_cost: float
+    most_refused: float
+    resume: bool
+    progress: bool
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is to be written: rows, a writer, who is asked, and how each sample of a row is drawn."""
+class _Generating:
+    """Both passes over opened models. What is opened is closed with ``stack``."""
 
-    prompts: Prompts
-    given: Sequence[Mapping[str, Any]] | None  # rows that stand in no file
-    write: Writer
-    roles: Mapping[str, Role | RoleConfig]
-    schedule: Sequence[Sampling]
-    options: Mapping[str, Any]
+    def __init__(self, job: Job, judge: Judge | None, limits: _Limits, step: Step, stack: ExitStack) -> None:
+        self.job, self.judge, self.limits, self.step, self.stack = job, judge, limits, step, stack
+        self.roles = dict[str, Role]()
 
-    @property
-    def source(self) -> dict[str, Any]:
-        """The prompts, for the manifest."""
-        return self.prompts.identity if self.given is None else {"rows": rows_digest(self.given)}
+    def run(self, identity: Mapping[str, Any]) -> None:
+        """``identity``: what all calls have in common, but for whom they ask."""
+        for name, given in self.job.roles.items():
+            self.roles[name] = given if isinstance(given, Role) else open_role(given, name)
+            self.stack.callback(self.roles[name].close)
+        store = self._store({**identity, "roles": {r: role.identity for r, role in self.roles.items()}})
+        limits = self.limits
+        desk = Desk(self.roles, store, seed=limits.seed, most_cost=limits.most_cost, most_refused=limits.most_refused)
+        self.stack.callback(desk.close)
+        loop = self.stack.enter_context(EventLoop())
+        self._draw(desk, loop)
+        replayed = Desk(self.roles, store, seed=limits.seed, replay=True)
+        assembled = _Assembling(self.job, replayed, self.judge, self.step, loop)
+        self.step.write(assembled.rows(self.job.tasks()))
+        self.step.details.update(assembled.details(self.roles), cost=round(desk.purse.spent, 6))
 
-    def tasks(self, rejects: Rejects | None = None) -> Iterator[Task]:
-        """All samples in the order of the file: temperature by temperature, row by row.
+    def _store(self, identity: Mapping[str, Any]) -> CallStore:
+        """The answers so far, of these models.
 
-        ``rejects``: where rows go that are no prompts, the first time through them.
+        Raises:
+            UserError: they are of others, or there are some where none are wanted.
         """
-        for stage in _stages(self.schedule):
-            for row in self._rows(rejects):
-                for sample in stage:
-                    yield Task(row, sample, self.schedule[sample])
-            if rejects is not None:
-                rejects.check()
-            rejects = None
+        store = CallStore(f"{self.step.out}.calls", plain(identity))
+        self.stack.callback(store.close)
+        if len(store.calls) and not self.limits.resume:
+            raise UserError(f"{store.folder} holds calls, and resume is false. Fix: remove it, or another output.")
+        for name, role in self.roles.items():
+            store.check_probe(name, role.probe)
+        return store
 
-    def total(self) -> int:
-        """Samples there will be; 0 where that is not known."""
-        known = len(self.given) if self.given is not None else self.prompts.count()
-        return len(self.schedule) * (min(known, self.prompts.limit) if self.prompts.limit else known)
-
-    def _rows(self, rejects: Rejects | None) -> Iterator[Row]:
-        if self.given is not None:
-            return rows_given(self.given, self.prompts)
-        return self.prompts.rows(Rejects.unheeded() if rejects is None else rejects)
-
-    async def traces(self, desk: Desk, task: Task) -> list[Trace]:
-        """What the writer makes of a task."""
-        return await self.write(task.row, Ask(desk, task.sample, task.sampling, self.options))
+    def _draw(self, desk: Desk, loop: EventLoop) -> None:
+        """The first pass, and whether the models are still what they were."""
+        with Progress(desk, shown=self.limits.progress, total=self.job.total()) as shown:
+            for name in (name for name, role in self.roles.items() if role.known_by_name):
+                shown.note(f"{name}: it gives no log-probs, so other weights under its name would not be seen")
+            drawing = _Drawing(self.job, desk, self.judge, shown)
+            loop.run(drawing.all(self.job.tasks(self.step.rejects)))
+        for role in self.roles.values() if desk.asked.calls else ():
+            role.check_weights()
+        self.step.counts["read"] = drawing.tasks
 
 
 class _Drawing:
     """The first pass: as many samples at once as the engines like, none held longer than it is written."""
 
-    def __init__(self, job: _Job, desk: Desk, judge: Judge | None, progress: Progress) -> None:
+    def __init__(self, job: Job, desk: Desk, judge: Judge | None, progress: Progress) -> None:
         self.job, self.desk, self.judge, self.progress = job, desk, judge, progress
         self.tasks = 0
         self._verdicts: list[tuple[str, Future[Verdict]]] = []
@@ -258,7 +232,7 @@ class _Drawing:
 class _Assembling:
     """The second pass: every writer once more over the answers on disk, in the order of the rows."""
 
-    def __init__(self, job: _Job, desk: Desk, judge: Judge | None, step: Step, loop: EventLoop) -> None:
+    def __init__(self, job: Job, desk: Desk, judge: Judge | None, step: Step, loop: EventLoop) -> None:
         self.job, self.desk, self.judge, self.step, self.loop = job, desk, judge, step, loop
         self.authors, self.finishes, self.verdicts = Counter[tuple[str, str]](), Counter[str](), Counter[str]()
         self.tokens = 0
@@ -291,7 +265,10 @@ class _Assembling:
             for name, role in roles.items()
             if self.authors[role.fingerprint, name]
         }
-        found: dict[str, Any] = {"authors": authors, "finish": dict(self.finishes), "tokens": self.tokens}
+        asked = {name: role.probe for name, role in roles.items() if role.probe or role.known_by_name}
+        probes = {name: probe and probe.stored() for name, probe in asked.items()}
+        told: dict[str, Any] = {"finish": dict(self.finishes), "tokens": self.tokens}
+        found = {"authors": authors, **({"probes": probes} if probes else {}), **told}
         return {**found, **({"verdicts": dict(sorted(self.verdicts.items()))} if self.judge else {})}
 
     def _counted(self, trace: Trace) -> Row:
@@ -306,52 +283,3 @@ class _Assembling:
             self.verdicts[verdict["verdict"]] += 1
             row |= {**verdict, "truncated": trace.finish == "length"}
         return row
-
-
-def _sampling(given: Sampling | Mapping[str, Any] | None, seed: int) -> Sampling:
-    if isinstance(given, Sampling):
-        _only_what_names_calls(given)
-        return replace(given, seed=seed, samples_per_prompt=1)
-    try:
-        made = Sampling(**{"max_new_tokens": MAX_NEW_TOKENS, **(given or {}), "seed": seed})
-    except TypeError as error:
-        raise UserError(f"sampling is {dict(given or {})!r}: {error}. Fix: {', '.join(DRAWN_BY)}.") from None
-    _only_what_names_calls(made)
-    for name, ok, needed in (
-        ("temperature", made.temperature >= 0, ">= 0"),
-        ("top_p", 0 < made.top_p <= 1, "in (0, 1]"),
-        ("top_k", made.top_k >= 0, ">= 0"),
-        ("max_new_tokens", made.max_new_tokens >= 1, ">= 1"),
-    ):
-        if not ok:
-            raise UserError(f"sampling.{name} is {getattr(made, name)}; it must be {needed}. Fix: leave it out.")
-    return made
-
-
-def _only_what_names_calls(sampling: Sampling) -> None:
-    """Refuses settings that are no part of a call's name, and that not every endpoint takes."""
-    for f in fields(Sampling):
-        value = getattr(sampling, f.name)
-        if f.name not in (*DRAWN_BY, "seed", "samples_per_prompt") and value != f.default:
-            raise UserError(
-                f"sampling.{f.name} is {value!r}; traces are drawn by {', '.join(DRAWN_BY)}, and end before the stop "
-                "strings of their writer. Fix: leave it out."
-            )
-
-
-def _schedule(sampling: Sampling, temperatures: Sequence[float], n: int) -> list[Sampling]:
-    """How each sample of a prompt is drawn: the first share of them at the first temperature."""
-    stages = list(temperatures) or [sampling.temperature]
-    if n < len(stages):
-        raise UserError(f"n is {n}, for {len(stages)} temperatures; it must be at least that. Fix: --n {len(stages)}.")
-    if n > len(stages) and 0 in stages:
-        raise UserError(f"n is {n} and a temperature 0: greedy samples are all the same. Fix: a temperature above 0.")
-    return [replace(sampling, temperature=stages[i * len(stages) // n]) for i in range(n)]
-
-
-def _stages(schedule: Sequence[Sampling]) -> list[list[int]]:
-    """The samples of each temperature, in the order of the schedule."""
-    found: dict[float, list[int]] = {}
-    for i, sampling in enumerate(schedule):
-        found.setdefault(sampling.temperature, []).append(i)
-    return list(found.values())

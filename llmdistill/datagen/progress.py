@@ -40,6 +40,11 @@ class Progress:
         if self.shown and self.samples:
             self._console.print(self.line())
 
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if self.shown:
+            self._console.print(text)
+
     def judged(self, verdict: Mapping[str, Any]) -> None:
         self.verdicts[verdict["passed"]] += 1
 

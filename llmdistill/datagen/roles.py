@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llmdistill.datagen.engines.base import Engine, Reader
+from llmdistill.datagen.engines.probe import NAMED, Probe
 from llmdistill.datagen.spending import Price
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
@@ -80,13 +81,15 @@ class Role:
 
     Attributes:
         model: its name.
-        fingerprint: of its weights, or "name:NAME" where an endpoint does not tell.
+        fingerprint: of its weights, or "name:NAME" of an endpoint, which does not tell.
         template: hash of the chat template it reads messages with, None where an endpoint applies its own.
         tokenizer: fingerprint of its vocabulary, None where its answers come without ids.
         about: what else decides what it says: dtype, settings of the template.
         price: of its tokens.
         engine: loads it, or gives the open connection; a model is not loaded before it is asked.
         close: the connection, where one is open whether it was asked or not.
+        probe: what else stands for the weights of an endpoint, None where it does not say.
+        check_weights: raises UserError where the endpoint has been given others since.
     """
 
     model: str
@@ -97,11 +100,18 @@ class Role:
     price: Price
     engine: Callable[[], Engine]
     close: Callable[[], None] = lambda: None
+    probe: Probe | None = None
+    check_weights: Callable[[], None] = lambda: None
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides what it says."""
         return {"model": self.model, "fingerprint": self.fingerprint, "template": self.template, **self.about}
+
+    @property
+    def known_by_name(self) -> bool:
+        """Nothing but a name stands for its weights."""
+        return self.fingerprint.startswith(NAMED) and self.probe is None
 
 
 def open_role(config: RoleConfig | Mapping[str, Any] | str, name: str = "teacher") -> Role:
@@ -119,7 +129,18 @@ def open_role(config: RoleConfig | Mapping[str, Any] | str, name: str = "teacher
         from llmdistill.datagen.engines.endpoint import EndpointEngine
 
         endpoint = EndpointEngine(config.url, config.model, logprobs=config.logprobs, **_connection(config, name))
-        return Role(endpoint.model, endpoint.identity, None, None, told, price, lambda: endpoint, endpoint.close)
+        return Role(
+            endpoint.model,
+            endpoint.identity,
+            None,
+            None,
+            told,
+            price,
+            lambda: endpoint,
+            close=endpoint.close,
+            probe=endpoint.probe,
+            check_weights=endpoint.check_weights,
+        )
     tokenizer = _tokenizer(config, name)
     names = template_hash(tokenizer), tokenizer_fingerprint(tokenizer)
     if kind == "remote":

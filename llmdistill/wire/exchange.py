@@ -11,9 +11,9 @@ import ipaddress
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -147,7 +147,10 @@ def json_object(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
-Get = Callable[[str], httpx.Response]
+class Get(Protocol):
+    """A GET of a path of one replica; with a body, a POST."""
+
+    def __call__(self, path: str, body: bytes | None = None, /) -> httpx.Response: ...
 
 
 def is_loopback(url: str) -> bool:

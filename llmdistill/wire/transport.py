@@ -212,8 +212,13 @@ class Transport:
         return httpx.Timeout(self.timeout_s * 2.0 ** min(doublings, 20), connect=self._connect_timeout_s, pool=None)
 
     def _ask(self, replica: Replica) -> None:
-        def get(path: str) -> httpx.Response:
-            return self._exchange.send(replica.url, "GET", path, timeout=_PROBE_TIMEOUT_S)
+        def get(path: str, body: bytes | None = None) -> httpx.Response:
+            if body is None:
+                return self._exchange.send(replica.url, "GET", path, timeout=_PROBE_TIMEOUT_S)
+            headers = {"Content-Type": JSON_TYPE}
+            return self._exchange.send(
+                replica.url, "POST", path, content=body, headers=headers, timeout=self._timeout()
+            )
 
         if self._admit is None:
             get(READY)

@@ -15,7 +15,8 @@ from collections import Counter
 from typing import Any
 
 from llmdistill.datagen.engines.endpoint import CHAT, MODELS
-from tests.service.faulty import Faulty
+from llmdistill.datagen.engines.probe import PROMPTS as PROBES
+from tests.service.faulty import Faulty, _write
 from tests.service.small import Answer, Seen, error
 
 PROMPTS = [{"prompt": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(2, 8) for b in range(3, 7)]
@@ -30,6 +31,8 @@ class ChatEndpoint:
 
     def __init__(self, name: str = "adder", *, vllm: bool = True) -> None:
         self.name, self.vllm, self.root, self.system = name, vllm, name, ""
+        self.weights = 0  # others give other log-probs under the same name
+        self.tells = True  # log-probs, to the probes
         self.refused = ""  # calls whose last message holds this are answered with HTTP 400
         self.delay_s = 0.0  # before an answer, so that a test can catch it in between
         self.extra_choices = 0  # answers that have a choice too many, from now on
@@ -43,8 +46,10 @@ class ChatEndpoint:
             return Answer(200, json.dumps({"data": [card]}).encode())
         if seen.path != CHAT or seen.method != "POST":
             return error(404, "no such path")
-        time.sleep(self.delay_s)
         body = json.loads(seen.body)
+        if is_probe(seen):
+            return Answer(200, json.dumps({"choices": [self._probed(body["messages"][0]["content"])]}).encode())
+        time.sleep(self.delay_s)
         if self.refused and self.refused in body["messages"][-1]["content"]:
             return error(400, "this is not answered")
         with self._lock:
@@ -55,6 +60,13 @@ class ChatEndpoint:
         usage = {"prompt_tokens": 7, "completion_tokens": len(choices[0]["message"]["content"].split())}
         found = {"choices": choices, "usage": usage, "system_fingerprint": self.system or None}
         return Answer(200, json.dumps({**found, **({"prompt_token_ids": [1, 2, 3]} if self.vllm else {})}).encode())
+
+    def _probed(self, prompt: str) -> dict[str, Any]:
+        """A word at a time, with noise as another batch would make it."""
+        drawn, noise = random.Random(f"{self.weights} {prompt}"), random.Random()
+        entries = [{"token": w, "logprob": -1.5 * drawn.random() + noise.gauss(0, 0.02)} for w in prompt.split()]
+        choice = {"message": {"content": prompt}, "finish_reason": "length"}
+        return {**choice, **({"logprobs": {"content": entries}} if self.tells else {})}
 
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
         drawn = random.Random(f"{body['seed']} {body['messages']}")
@@ -73,8 +85,22 @@ class ChatEndpoint:
         return choice
 
 
+def is_probe(seen: Seen) -> bool:
+    return seen.method == "POST" and json.loads(seen.body)["messages"][0]["content"] in PROBES
+
+
+class _Served(Faulty):
+    """Its faults are those of the calls."""
+
+    async def _respond(self, seen: Seen, writer: Any) -> bool:
+        if is_probe(seen):
+            await _write(writer, await self._answer(seen))
+            return True
+        return await super()._respond(seen, writer)
+
+
 def served(endpoint: ChatEndpoint, **options: Any) -> Faulty:
     """The endpoint on a port of its own. It keeps no answers, as no endpoint does."""
-    server = Faulty(small=endpoint, **options)
+    server = _Served(small=endpoint, **options)
     server.keeps = False
     return server

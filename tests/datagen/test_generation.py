@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from itertools import cycle
@@ -147,6 +148,40 @@ def test_a_model_that_changes_while_it_is_asked_is_noticed(
         write(server, tmp_path / "t.jsonl", rows=PROMPTS[:1], writer=changing, n=1)
 
 
+def test_other_weights_under_one_name_are_noticed_when_a_dataset_is_gone_on_with(
+    server: Faulty, endpoint: ChatEndpoint, tmp_path: Path
+) -> None:
+    """By the log-probs of a few fixed prompts, which may differ by rounding; an endpoint that gives none is named."""
+    made = write(server, tmp_path / "t.jsonl", rows=PROMPTS[:3])
+    assert len(made.details["probes"]["teacher"]["logprobs"][0]) == 6
+    write(server, tmp_path / "t.jsonl", rows=PROMPTS[:3], n=3)
+    endpoint.weights = 1
+    with pytest.raises(UserError, match="of other weights than teacher has now under the same name"):
+        write(server, tmp_path / "t.jsonl", rows=PROMPTS[:3], n=4)
+    endpoint.tells = False
+    made = write(server, tmp_path / "silent.jsonl", rows=PROMPTS[:3], progress=True)
+    assert made.details["probes"] == {"teacher": None}
+
+
+@pytest.mark.parametrize("away_s", [0.0, 1.0])
+def test_a_teacher_that_comes_back_with_other_weights_is_noticed(
+    server: Faulty, endpoint: ChatEndpoint, tmp_path: Path, away_s: float
+) -> None:
+    """Where it was away long enough to be given up for a while, before it is asked anything; else in the end."""
+
+    async def restarting(row: Any, ask: Any) -> list[Trace]:
+        await ask("teacher", row["prompt"])
+        endpoint.weights = 1
+        server.stop()
+        await asyncio.sleep(away_s)
+        server.start()
+        await ask("teacher", row["prompt"])
+        return []
+
+    with pytest.raises(UserError, match="has other weights than before under the name 'adder'"):
+        write(server, tmp_path / "t.jsonl", rows=PROMPTS[:1], writer=restarting, n=1)
+
+
 def test_low_temperatures_come_first(server: Faulty, endpoint: ChatEndpoint, tmp_path: Path) -> None:
     write(server, tmp_path / "t.jsonl", temperatures=[0.6, 1.0])
     drawn = [row["sampling"]["temperature"] for row in read_rows(tmp_path / "t.jsonl")]
@@ -208,7 +243,6 @@ def test_shards_are_the_whole(server: Faulty, tmp_path: Path) -> None:
 
 def test_an_output_in_a_notebook(server: Faulty, tmp_path: Path) -> None:
     """Where an event loop is running already."""
-    import asyncio
 
     async def cell() -> Any:
         return write(server, tmp_path / "t.jsonl", n=1)

@@ -17,7 +17,7 @@ from llmdistill.datagen.schema import Trace
 from llmdistill.datagen.tables import write_rows
 from llmdistill.datagen.writing import trace
 from llmdistill.errors import UserError
-from tests.datagen.chat_endpoint import PROMPTS, ChatEndpoint, served
+from tests.datagen.chat_endpoint import PROMPTS, ChatEndpoint, is_probe, served
 
 ROWS = [{"prompt": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(120)]
 SAMPLING = {"max_new_tokens": 32}
@@ -56,12 +56,16 @@ def test_an_engine_has_its_fill_before_its_first_answer(tmp_path: Path) -> None:
         asked_before_the_first = 0
 
         def answer(self, seen: Any) -> Any:
+            first = seen.method == "POST" and not is_probe(seen) and not self.bodies
             end = time.monotonic() + 20
-            while seen.method == "POST" and not self.bodies and len(server.posts(CHAT)) < 32 and time.monotonic() < end:
+            while first and len(calls()) < 32 and time.monotonic() < end:
                 time.sleep(0.002)
-            if seen.method == "POST" and not self.bodies:
-                self.asked_before_the_first = len(server.posts(CHAT))
+            if first:
+                self.asked_before_the_first = len(calls())
             return super().answer(seen)
+
+    def calls() -> list[Any]:
+        return [seen for seen in server.posts(CHAT) if not is_probe(seen)]
 
     endpoint = Waiting()
     with served(endpoint) as server:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmdistill.datagen.generation import _sampling
+from llmdistill.datagen.jobs import read_sampling
 from llmdistill.diffusion.generation_config import generation_config
 from llmdistill.errors import UserError
 from llmdistill.models.generation import HFRollouts
@@ -179,5 +179,5 @@ def test_traces_refuse_what_is_no_part_of_a_call_s_name() -> None:
     """Two calls that differ in it alone would be taken for one, and its answer for both."""
     for given in ({"min_p": 0.1}, Sampling(4, stop=("x",))):
         with pytest.raises(UserError, match="traces are drawn by max_new_tokens, temperature, top_p, top_k"):
-            _sampling(given, 0)
-    assert _sampling({"temperature": 0.5}, 3).seed == 3
+            read_sampling(given, 0)
+    assert read_sampling({"temperature": 0.5}, 3).seed == 3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ import httpx
 
 from llmdistill.datagen.calls import Call, Drawn, Unanswerable
 from llmdistill.datagen.engines.base import Workers, ended
+from llmdistill.datagen.engines.probe import NAMED, PROMPTS, Probe, body, read_answer
 from llmdistill.errors import UserError
+from llmdistill.wire.patience import Failed
 from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
@@ -50,6 +53,8 @@ class EndpointEngine:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._logprobs, self._card = logprobs, dict[str, Any]()
         self._system: str | None = None
+        self._probe: Probe | None = None
+        self._lock = threading.Lock()  # replicas are admitted by threads of their own
         self.transport = Transport(
             url,
             section=section,
@@ -74,7 +79,23 @@ class EndpointEngine:
     def identity(self) -> str:
         """What stands for the weights, which no endpoint tells: its name for them, and where they lie."""
         root = self._card.get("root")
-        return f"name:{self.model}" + (f" {root}" if root and root != self.model else "")
+        return f"{NAMED}{self.model}" + (f" {root}" if root and root != self.model else "")
+
+    @property
+    def probe(self) -> Probe | None:
+        """What else stands for the weights: log-probs of a few fixed prompts. None where it does not give them."""
+        return self._probe
+
+    def check_weights(self) -> None:
+        """Asks the probes once more: it may have been started anew between two requests, which nothing else tells.
+
+        Raises:
+            UserError: it has other weights, or is gone.
+        """
+        if self._probe is not None:
+            self._same_weights(
+                lambda body: self.transport.send(Request(CHAT, json_object, body=body, max_bytes=ANSWER_BYTES))
+            )
 
     def submit(self, call: Call) -> Future[Drawn]:
         return self._workers.submit(call)
@@ -84,7 +105,7 @@ class EndpointEngine:
         self.transport.close()
 
     def _answer(self, call: Call) -> Drawn:
-        body = {
+        asked = {
             "model": self.model,
             "max_tokens": call.sampling.max_new_tokens,
             "temperature": call.sampling.temperature,
@@ -100,7 +121,7 @@ class EndpointEngine:
                 Request(
                     CHAT,
                     lambda response: self._parse(response, call),
-                    body=json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"),
+                    body=json.dumps(asked, ensure_ascii=False).encode("utf-8", "replace"),
                     max_bytes=ANSWER_BYTES + TOKEN_BYTES * call.sampling.max_new_tokens,
                 )
             )
@@ -131,9 +152,9 @@ class EndpointEngine:
         return {"messages": messages, **extra}
 
     def _parse(self, response: httpx.Response, call: Call) -> Drawn:
-        body = json_object(response)
-        (choice,) = body["choices"]
-        self._same_system(body.get("system_fingerprint"))
+        answer = json_object(response)
+        (choice,) = answer["choices"]
+        self._same_system(answer.get("system_fingerprint"))
         text = choice["message"].get("content") or ""
         # a server that parses reasoning hands it over apart: put back, so that it is trained on as thinking
         if thoughts := choice["message"].get("reasoning_content") or choice["message"].get("reasoning"):
@@ -143,9 +164,9 @@ class EndpointEngine:
             raise ValueError("a choice without text or without finish_reason")
         text = text.encode("utf-8", "replace").decode()  # half a character is none
         text, by_itself, _ = ended(text, choice["finish_reason"], call.stop)
-        usage = body.get("usage") or {}
+        usage = answer.get("usage") or {}
         ids, logprobs = _tokens(choice)
-        prompt_ids = body.get("prompt_token_ids") if ids is not None else None
+        prompt_ids = answer.get("prompt_token_ids") if ids is not None else None
         most = call.sampling.max_new_tokens
         tokens = int(usage.get("completion_tokens") or len(ids or logprobs or ()))
         if ids is not None and len(ids) > most:
@@ -174,7 +195,8 @@ class EndpointEngine:
             )
 
     def _admit(self, get: Get) -> None:
-        """Takes the model's card at the first replica, and compares every later one, or a restart, with it."""
+        """Takes the model's card at the first replica, and what it says to the probes, and compares every later one, or
+        a restart, with it. A card's ``created`` is no sign: vLLM's is the time of the question."""
         cards = {str(card["id"]): card for card in json_object(get(MODELS)).get("data", [])}
         self.model = self.model or next(iter(cards), "")
         if self.model not in cards:
@@ -190,6 +212,35 @@ class EndpointEngine:
                     f"{value!r}. Fix: serve one model everywhere, then the same command again."
                 )
         self._card = card
+        if self._logprobs != "off":
+            self._same_weights(lambda body: json_object(get(CHAT, body)))
+
+    def _same_weights(self, ask: Callable[[bytes], Mapping[str, Any]]) -> None:
+        """Takes what the endpoint says to the probes, and compares every later word, and that of its replicas, with it.
+
+        Raises:
+            UserError: they are of other weights.
+        """
+        more = {"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}
+        try:
+            answers = [read_answer(ask(body(self.model, prompt, more))) for prompt in PROMPTS]
+        except Refused:  # the calls themselves will say whether it refuses all
+            return
+        except Failed as failure:
+            if failure.broken:  # by log-probs that it has not learnt to give
+                return
+            raise
+        told = [answer for answer in answers if answer is not None]
+        if len(told) < len(PROMPTS):
+            return
+        now = Probe([tokens for tokens, _ in told], [logprobs for _, logprobs in told])
+        with self._lock:
+            self._probe = then = self._probe or now
+        if other := then.other(now):
+            raise UserError(
+                f"{self.section} {', '.join(self.transport.urls)} has other weights than before under the name "
+                f"{self.model!r}: {other}. Fix: the weights of before everywhere, or another output for these."
+            )
 
 
 def _tokens(choice: Mapping[str, Any]) -> tuple[list[int] | None, list[float] | None]:
