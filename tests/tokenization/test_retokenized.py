@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -176,3 +177,18 @@ def test_real_vocabularies(pair: tuple[str, str]) -> None:
     assert int(found.student_chunks.max()) + 1 == found.shares.chunks
     for side in (found.student_chunks, found.judge_chunks):
         assert bool((side.diff() >= 0).all()) and np.unique(side).tolist() == list(range(found.shares.chunks))
+
+
+def test_a_round_takes_time_linear_in_the_tokens() -> None:
+    """All that is done for a text, placing of chunks included: 32k tokens in under a second of a core."""
+    own, other = vocabularies.tokenizer("smollm2"), vocabularies.tokenizer("mistral-fast")
+    convert = Retokenizer(own, [own.eos_token_id], other, ChatTemplate(other), pad_id=0)
+    line, taken = encode(own, "48 / 2 = 24, so 48 + 24 = 72 in all.  # 知识 🦊\n\treturn x\n"), list[float]()
+    for tokens in (8_000, 8_000, 32_000):  # the first also makes the tables
+        ids = line * (tokens // len(line))
+        prompt = Prompt(ids[:1], "", completion=tuple(ids[1:]))
+        started = time.process_time()
+        found = convert(collate([prompt.ids], [list(prompt.completion)], pad_id=0), [prompt], "teacher")
+        taken.append(time.process_time() - started)
+        assert found.shares.chunk_tokens == found.shares.tokens == len(ids) - 1
+    assert taken[2] < 1.0 and taken[2] < 12 * taken[1]
