@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmdistill.errors import UserError
+from llmdistill.failures import reported
 
 # module of the package -> its config and trainer
 METHODS = {
@@ -168,23 +169,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status: 0 fine, 2 the user's to mend, 130 interrupted."""
+    """The console script. Returns the exit status: 0 fine, 1 a fault of ours, 2 the user's to mend, 130 interrupted."""
     words, rest = parser().parse_known_args(argv)
     command: Callable[[argparse.Namespace, Sequence[str]], int] = words.run_command
-    try:
-        return command(words, rest)
-    except UserError as error:
-        if words.debug or "--debug" in rest:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted"
-            + ("; the same command goes on from here" if words.command in ("eval", "generate", "data") else ""),
-            file=sys.stderr,
-        )
-        return 130
+    goes_on = words.command in ("eval", "generate", "data")
+    return reported(
+        lambda: command(words, rest),
+        [*(["--debug"] if words.debug else []), words.command, *rest],
+        interrupted="interrupted" + ("; the same command goes on from here" if goes_on else ""),
+    )
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def load_model(
     source = tokenizer or tokenizer_source(path, base)
     try:
         found = AutoTokenizer.from_pretrained(source, **({} if tokenizer else hub))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         setting = f"{section}.tokenizer {tokenizer!r}" if tokenizer else f"{section}.model {path!r}{of}"
         raise UserError(f"{setting} cannot be loaded: {why_not_loaded(source, error)}") from error
     try:
@@ -97,7 +97,7 @@ def load_model(
             return (_adapted(model, path, base, revision, section, trained_on) if base else model), found
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # of an attention, or of code of the model's own
         raise UserError(
             f"{section}.model {path!r}{of} cannot be loaded: {why_not_loaded(base or path, error)}"
         ) from error

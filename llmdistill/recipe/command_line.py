@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import itertools
 import sys
-import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from llmdistill.errors import UserError
+from llmdistill.failures import reported
 from llmdistill.recipe.config import (
     DataConfig,
     DistillationConfig,
@@ -159,15 +159,13 @@ def named(argv: Sequence[str], section: str, key: str) -> str | None:
 
 
 def run_front_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> None:
-    """Runs ``main`` so that a user's mistake is one line on stderr and exit status 2 (traceback with ``--debug``)."""
-    try:
-        sys.exit(main(argv) or 0)
-    except (UserError, KeyboardInterrupt) as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        interrupted = isinstance(error, KeyboardInterrupt)
-        print("interrupted; continue with --resume" if interrupted else f"error: {error}", file=sys.stderr)
-        sys.exit(130 if interrupted else 2)
+    """Runs ``main`` and exits with its status. Whatever ends it early is one line on stderr
+    (:mod:`llmdistill.failures`); the traceback of a fault goes into the run's folder."""
+
+    def folder() -> Path:
+        return Path(named(argv, "train", "output_dir") or "runs/default")
+
+    sys.exit(reported(lambda: main(argv), argv, folder=folder, interrupted="interrupted; continue with --resume"))
 
 
 def help_text(
@@ -397,15 +395,15 @@ def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> 
     lists: dict[str, Any] = {}  # what the parser cannot read: as it is
     types = get_type_hints(cls)
     for key, value in values.items():
+        home = "objective" if section == "train" and key in _own_fields(cls) else section
         if get_origin(types[key]) is list and (isinstance(value, list) or str(value).startswith("[")):
-            home = "objective" if section == "train" and key in _own_fields(cls) else section
             lists[key] = _list(value, f"{home}.{key}", get_args(types[key])[0])
         elif value is None or isinstance(value, list | dict) or key in AS_WRITTEN:
             lists[key] = value
         elif get_origin(types[key]) is dict:
-            lists[key] = _mapping(value, f"{section}.{key}")
+            lists[key] = _mapping(value, f"{home}.{key}")
         elif isinstance(value, bool) and not {bool, Any} & _kinds(types[key]):
-            words += [f"--{key}", _unquoted(value, f"{section}.{key}")]
+            words += [f"--{key}", _unquoted(value, f"{home}.{key}")]
         else:
             words += [f"--{key}={value}"]
     try:

@@ -133,6 +133,7 @@ class TeacherConfig:
             require(bool(needed) or not value, f"teacher.{name}", value, f"empty without {of}", "leave it out")
         require(self.timeout_s > 0, "teacher.timeout_s", self.timeout_s, "> 0", "use 120")
         require(self.max_outage_s >= 0, "teacher.max_outage_s", self.max_outage_s, ">= 0", "use 3600")
+        require(self.batch_tokens >= 1, "teacher.batch_tokens", self.batch_tokens, ">= 1", "use 16384")
         require(self.in_flight >= 1, "teacher.in_flight", self.in_flight, ">= 1", "use 8")
         require(0 <= self.weight < math.inf, "teacher.weight", self.weight, ">= 0", "leave it out, or use 1")
 
@@ -189,7 +190,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.train, self.heldout = _sources(self.train, "data.train"), _sources(self.heldout, "data.heldout")
         require(not isinstance(self.train, dict), "data.train", self.train, "files or a dataset", "a list of them")
-        for name in ("shuffle_buffer", "max_answer_tokens"):
+        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1", "use 1024")
+        for name in ("shuffle_buffer", "max_answer_tokens", "limit"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), ">= 0", "use 0")
         require(self.max_text_tokens >= 2, "data.max_text_tokens", self.max_text_tokens, ">= 2", "use 2048")
         for name in self.chat_template_kwargs:
@@ -266,6 +268,9 @@ class RolloutConfig:
         require(not endless, "rollouts.mask_truncated", True, needed, "leave one out")
         require(self.batch_tokens >= 0, "rollouts.batch_tokens", self.batch_tokens, ">= 0", "use 0")
         require(self.max_new_tokens >= 1, "rollouts.max_new_tokens", self.max_new_tokens, ">= 1", "raise it")
+        require(self.kv_cache_gib > 0, "rollouts.kv_cache_gib", self.kv_cache_gib, "> 0", "use 0.5")
+        share = self.gpu_memory_utilization
+        require(0 < share <= 1, "rollouts.gpu_memory_utilization", share, "in (0, 1]", "use 0.3")
         require(self.samples_per_prompt >= 1, "rollouts.samples_per_prompt", self.samples_per_prompt, ">= 1", "use 1")
 
 
@@ -360,7 +365,8 @@ class DistillationConfig(TrainingArguments):
         },
     )
     heldout_sequences: int = field(
-        default=64, metadata={"help": "held-out prompts measured at each evaluation", "section": "objective"}
+        default=64,
+        metadata={"help": "held-out prompts measured at each evaluation", "section": "objective", "at_least": 0},
     )
 
     def __post_init__(self) -> None:

@@ -115,7 +115,8 @@ def _check_range(f: Any, value: Any, section: str) -> None:
     default = f.default if f.default is not dataclasses.MISSING else None
     fix = "leave it out" if default is None else f"use {default:g}" if isinstance(default, float) else f"use {default}"
     for x in numbers:
-        inside = all(limits[name][1](x, limit) for name, limit in given.items())
+        number = isinstance(x, int | float)
+        inside = number and all(limits[name][1](x, limit) for name, limit in given.items())
         require(inside, f"{section}.{f.name}", value, needed, fix)
 
 
