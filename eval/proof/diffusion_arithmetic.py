@@ -7,9 +7,9 @@
 Two-digit additions with every column written out; the trainers are llmdistill.diffusion's. SFT is on text whose answer
 is wrong in two of five rows (its columns are right), TraceRL is rewarded for right answers, and MCD is on what the
 reinforced model writes itself, so that it learns nothing new but to need fewer steps. Its control is as many steps of
-SFT on the same text. After each stage: exact answers on held-out problems and forward passes per answer, for one token a
-step and for parallel decoding by threshold, greedy and at temperature 1. After SFT also pass@8 and distinct right texts
-against temperature, with ODD and without.
+SFT on the same text. After each stage: exact answers on held-out problems and forward passes per answer, for one token
+a step and for parallel decoding by threshold, greedy and at temperature 1. After SFT also pass@8 and distinct right
+texts against temperature, with ODD and without.
 """
 
 from __future__ import annotations

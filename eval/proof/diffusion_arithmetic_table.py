@@ -12,10 +12,11 @@ HEAD = """# A masked diffusion model on arithmetic: SFT, TraceRL, MCD
     OMP_NUM_THREADS=1 python eval/proof/diffusion_arithmetic.py --seeds {seeds}
 
 Two-digit additions with every column written out (eval/arena/task.py), in blocks of 4 tokens; a Llama of 48 x 2 layers
-with bidirectional attention inside blocks, from nothing, float32, one thread of two cores that other work shared. SFT is
-on text whose answer is wrong in two of five rows, TraceRL is rewarded for right ones; MCD is on what the reinforced model
-writes at temperature 1, and so is its control, as many steps of SFT. Exact answers in percent on {heldout} held-out
-problems, and forward passes per answer with the block cache; of several seeds means, and in brackets one by one.
+with bidirectional attention inside blocks, from nothing, float32, one thread of two cores that other work shared. SFT
+is on text whose answer is wrong in two of five rows, TraceRL is rewarded for right ones; MCD is on what the reinforced
+model writes at temperature 1, and so is its control, as many steps of SFT. Exact answers in percent on {heldout}
+held-out problems, and forward passes per answer with the block cache; of several seeds means, and in brackets one by
+one.
 """
 COLOURS = {0.0: "#0072b2", 1.0: "#009e73", 4.0: "#d55e00"}
 
