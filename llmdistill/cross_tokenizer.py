@@ -28,8 +28,6 @@ from llmdistill.composition.method import Method
 from llmdistill.composition.term import OTHER_TOKENIZER
 from llmdistill.errors import UserError
 from llmdistill.methods import alm
-from llmdistill.pipeline.run import run
-from llmdistill.recipe.command_line import help_text, named, parse, run_front_door
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.settings import setting
 from llmdistill.training.method_trainer import MethodTrainer
@@ -72,6 +70,9 @@ class CrossTokenizerTrainer(MethodTrainer):
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit status."""
+    from llmdistill.pipeline.run import run
+    from llmdistill.recipe.command_line import help_text, named, parse
+
     name = named(argv, "objective", "method") or "alm"
     config: type[DistillationConfig] = CrossTokenizerConfig if name == "alm" else methods.config_class(name)
     if "--help" in argv or "-h" in argv:
@@ -81,4 +82,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    from llmdistill.recipe.command_line import run_front_door
+
     run_front_door(main, sys.argv[1:])

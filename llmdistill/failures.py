@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmdistill.errors import UserError
+from llmdistill.extras import how_to_install
 
 MENDABLE, FAULT, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 # Of the system about a path: what there is to do about it is the user's.
@@ -70,6 +71,8 @@ def to_mend(error: BaseException) -> str | None:
     """What the user can do about it; None where it is not the user's."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return how_to_install(error)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         where = "the GPU's memory" if "CUDA" in str(error) or "HIP" in str(error) else "memory"
         return (

@@ -39,8 +39,6 @@ from llmdistill.methods.token_config import TokenConfig
 from llmdistill.models.heads import head_of
 from llmdistill.objectives.composed import extrapolated, extrapolated_sampled
 from llmdistill.objectives.divergences import reverse_kl
-from llmdistill.pipeline.run import run
-from llmdistill.recipe.command_line import help_text, named, parse, run_front_door
 from llmdistill.recipe.config import DistillationConfig, DType, TeacherConfig
 from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.teachers.base import Teacher
@@ -226,6 +224,9 @@ SUMMARY = "On-policy distillation: the student samples, the teacher scores every
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit status."""
+    from llmdistill.pipeline.run import run
+    from llmdistill.recipe.command_line import help_text, named, parse
+
     name = named(argv, "objective", "method") or "opd"
     config: type[DistillationConfig] = OPDConfig if name == "opd" else methods.config_class(name)
     if "--help" in argv or "-h" in argv:
@@ -235,4 +236,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    from llmdistill.recipe.command_line import run_front_door
+
     run_front_door(main, sys.argv[1:])

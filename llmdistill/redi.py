@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmdistill.methods.redi_config import REDIConfig
-from llmdistill.recipe.command_line import help_text, parse, run_front_door
 from llmdistill.training.pair_trainer import PairTrainer
 
 
@@ -44,6 +43,8 @@ SUMMARY = "REDI: fine-tuning on a teacher's correct answers, then on pairs of a 
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit status."""
+    from llmdistill.recipe.command_line import help_text, parse
+
     if "--help" in argv or "-h" in argv:
         print(help_text(REDIConfig, "llmdistill.redi", SUMMARY, without=REDIConfig.unread))
         return 0
@@ -53,4 +54,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    from llmdistill.recipe.command_line import run_front_door
+
     run_front_door(main, sys.argv[1:])

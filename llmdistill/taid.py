@@ -26,8 +26,6 @@ from llmdistill.composition.method import Measured, Method, Schedule
 from llmdistill.methods.token_config import Divergence, TokenConfig
 from llmdistill.objectives.metrics import target_entropy
 from llmdistill.objectives.taid import TAIDSchedule, taid
-from llmdistill.pipeline.run import run
-from llmdistill.recipe.command_line import help_text, parse, run_front_door
 from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.texts import sources
 from llmdistill.texts.sources import Source
@@ -145,6 +143,9 @@ SUMMARY = "Off-policy distillation: TAID and its baselines on the dataset's or t
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns its exit status."""
+    from llmdistill.pipeline.run import run
+    from llmdistill.recipe.command_line import help_text, parse
+
     if "--help" in argv or "-h" in argv:
         print(help_text(TAIDConfig, "llmdistill.taid", SUMMARY))
         return 0
@@ -152,4 +153,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    from llmdistill.recipe.command_line import run_front_door
+
     run_front_door(main, sys.argv[1:])

@@ -62,6 +62,10 @@ def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
     that all ranks are at the same one, which TRL leaves in place, is set aside. Checkpointing is switched off here, at
     the modules' own switches: TRL would switch it on again with default arguments.
     """
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) != 3:  # nothing to gather: TRL need not be there
+        with not_checkpointing(model):
+            yield accelerator.unwrap_model(model)
+        return
     from trl.models import unwrap_model_for_generation
 
     with not_checkpointing(model), unwrap_model_for_generation(model, accelerator) as unwrapped:

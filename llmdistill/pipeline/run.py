@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import transformers
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -27,6 +27,7 @@ from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, DistillationConfig, EvalsConfig, StudentConfig
 from llmdistill.recipe.launches import check_outages, leave_group
+from llmdistill.recipe.lora import lora_config
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.page.paired import TOKENS, change
@@ -134,7 +135,10 @@ def say(args: DistillationConfig, doing: str) -> None:
 
 def quiet() -> None:
     """One progress bar is ours; those of the libraries (loading, writing, tokenising) would bury it."""
-    datasets.disable_progress_bars()
+    if importlib.util.find_spec("datasets"):
+        import datasets
+
+        datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # DeepSpeed calls what torch renamed: a line for every collective.
@@ -258,21 +262,6 @@ def load_student(config: StudentConfig) -> tuple[PreTrainedModel, PreTrainedToke
             "continue."
         )
     return load_configured(config, "student")
-
-
-def lora_config(config: StudentConfig) -> Any:
-    """peft's LoraConfig, or None when the weights themselves are trained."""
-    if config.lora_r == 0:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 class _Before(TrainerCallback):

@@ -10,16 +10,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.saving import SKIPPED_BY
-from llmdistill.preflight import authors, chunks, denoising, machine, models, pairs, tokens
+from llmdistill.preflight import authors, chunks, denoising, installed, machine, models, pairs, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
-from llmdistill.recipe.command_line import Recipe
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.texts.pairs import Pair
 from llmdistill.texts.streams import at_hand
+
+if TYPE_CHECKING:
+    from llmdistill.recipe.command_line import Recipe
 
 __all__ = ["CHECKS", "CHUNK_CHECKS", "DENOISING_CHECKS", "PAIR_CHECKS", "STYLE", "Finding", "examine", "preflight"]
 
@@ -40,6 +43,8 @@ CHECKS: tuple[Check, ...] = (
     machine.disk,
     machine.memory,
     machine.device,
+    installed.versions,
+    installed.gpu,
     machine.objective,
     models.stored,
     models.head,
@@ -54,6 +59,8 @@ CHUNK_CHECKS: tuple[Check, ...] = (
     machine.disk,
     machine.memory,
     machine.device,
+    installed.versions,
+    installed.gpu,
     models.stored,
     chunks.head,
 )
@@ -65,6 +72,8 @@ PAIR_CHECKS: tuple[Check, ...] = (
     machine.disk,
     machine.memory,
     machine.device,
+    installed.versions,
+    installed.gpu,
     models.head,
     pairs.likelihood,
 )
@@ -78,6 +87,8 @@ DENOISING_CHECKS: tuple[Check, ...] = (
     machine.disk,
     machine.memory,
     machine.device,
+    installed.versions,
+    installed.gpu,
     denoising.writing,
     models.head,
     denoising.both_ways,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.composition.method import Method
 from llmdistill.models.heads import head_of
-from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
@@ -23,6 +20,11 @@ from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.compare import tokens_by_id
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmdistill.recipe.command_line import Recipe
 
 Level = Literal["ok", "notice", "fail"]
 STYLE = {"ok": "green", "notice": "yellow", "fail": "bold red"}
@@ -42,6 +44,8 @@ class Finding:
 
     def show(self, console: Console) -> None:
         """One line, however long."""
+        from rich.text import Text
+
         console.print(Text(f"{self.level:<7}", STYLE[self.level]) + Text(str(self)), soft_wrap=True)
 
 

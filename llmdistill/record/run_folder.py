@@ -5,18 +5,16 @@ Everything is appended or renamed into place, so a run that is killed loses at m
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from llmdistill.errors import UserError
@@ -60,7 +58,7 @@ class RunFolder:
         if self.metrics_file.is_file():
             kept = [line for line in self.metrics_file.read_text().splitlines() if _step(line) <= step]
             atomic_write(self.metrics_file, "".join(f"{line}\n" for line in kept))
-        for file in (self.path / "completions").glob("step-*.parquet"):
+        for file in (self.path / "completions").glob("step-*"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
 
@@ -68,12 +66,19 @@ class RunFolder:
         self._completions.append(row)
 
     def flush_completions(self, step: int) -> None:
-        """Writes the completions noted since the last flush to ``completions/step-N.parquet``."""
+        """Writes the completions noted since the last flush to ``completions/step-N.parquet``; as JSON lines where
+        there is no pyarrow."""
         if not self._completions:
             return
-        table = pa.Table.from_pylist(self._completions)
         target = self.path / "completions" / f"step-{step:06d}.parquet"
-        atomic_write(target, lambda file: pq.write_table(table, file))
+        if importlib.util.find_spec("pyarrow"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            table = pa.Table.from_pylist(self._completions)
+            atomic_write(target, lambda file: pq.write_table(table, file))
+        else:
+            atomic_write(target.with_suffix(".jsonl"), "".join(f"{json.dumps(row)}\n" for row in self._completions))
         self._completions.clear()
 
     def newest_checkpoint(self) -> Path | None:
@@ -108,18 +113,45 @@ class RunFolder:
         return aside
 
 
+def read_completions(file: Path) -> list[dict[str, Any]]:
+    """The rows of one file of ``completions/``.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+        ImportError: it is Parquet, and there is no pyarrow.
+    """
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    return rows
+
+
 class RunFolderCallback(TrainerCallback):
     """Writes a line of metrics per log, completions with it, and shows one progress bar with rate and ETA."""
 
     def __init__(self, folder: RunFolder, meters: Meters) -> None:
         self.folder, self.meters = folder, meters
-        self.progress: Progress | None = None
+        self.progress: Any = None  # rich's bar, where there is rich
         self.optimizer_began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self.folder.rewind(state.global_step)
+        if importlib.util.find_spec("rich") is None:
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self.progress = Progress(
             TextColumn("distilling"),
             BarColumn(),
@@ -151,13 +183,17 @@ class RunFolderCallback(TrainerCallback):
             return
         self.folder.append_metrics({"step": state.global_step, **logs})
         self.folder.flush_completions(state.global_step)
-        if self.progress is not None and "loss" in logs:
+        if "loss" in logs:
             parts = [f"loss {float(logs['loss']):.3f}"]
             if "distill/top1_agreement" in logs:
                 parts.append(f"top-1 {logs['distill/top1_agreement']:.2f}")
+            line = f"step {state.global_step}/{state.max_steps}  {' '.join(parts)}"
+            if self.progress is None:
+                print(line, file=sys.stderr)
+                return
             self.progress.update(self.task, note=" ".join(parts))
             if not self.progress.console.is_terminal:  # a log file gets lines instead of a bar
-                self.progress.console.print(f"step {state.global_step}/{state.max_steps}  {' '.join(parts)}")
+                self.progress.console.print(line)
 
     def stop(self) -> None:
         """Takes the bar down, also after an error."""

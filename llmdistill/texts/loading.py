@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
@@ -44,8 +43,8 @@ class Rows:
 
     @property
     def column_names(self) -> list[str]:
-        if isinstance(self.rows, Dataset):
-            return list(self.rows.column_names)
+        if (names := getattr(self.rows, "column_names", None)) is not None:  # of a datasets.Dataset
+            return list(names)
         return list(next((row for row in self.rows if isinstance(row, Mapping)), {}))
 
     def where(self, index: int) -> str:
@@ -54,7 +53,8 @@ class Rows:
 
     def first(self, n: int) -> Rows:
         """The first so many."""
-        rows = self.rows.select(range(min(n, len(self)))) if isinstance(self.rows, Dataset) else self.rows[:n]
+        select = getattr(self.rows, "select", None)
+        rows = self.rows[:n] if select is None else select(range(min(n, len(self))))
         return Rows(rows, self.source, self.files)
 
 
@@ -180,9 +180,16 @@ def _kind(files: Sequence[str], setting: str) -> str:
     return kinds.pop()
 
 
-def _read(
-    named: Sequence[str], files: list[str], kind: str, config: DataConfig, split: str, setting: str
-) -> Dataset | IterableDataset:
+def _read(named: Sequence[str], files: list[str], kind: str, config: DataConfig, split: str, setting: str) -> Any:
+    """A ``datasets.Dataset`` or ``IterableDataset``; a list where there is no ``datasets``.
+
+    Raises:
+        UserError: without ``datasets``, of anything but files of JSON lines or Parquet.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        return _without_datasets(files, kind, config, setting, named[0])
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     streamed: dict[str, Any] = {"streaming": True} if config.streaming else {}
     if files:
         more = {"sep": "\t"} if _suffix(files[0]) == ".tsv" else {}
@@ -193,6 +200,22 @@ def _read(
         found = _of_split(saved, split, setting, named[0]) if isinstance(saved, DatasetDict) else saved
         return found.to_iterable_dataset() if config.streaming else found
     return load_dataset(named[0], config.subset or None, split=split, **streamed)
+
+
+def _without_datasets(files: list[str], kind: str, config: DataConfig, setting: str, source: str) -> list[Any]:
+    rows = None
+    if kind == "json":
+        rows = _line_by_line(files, config, setting)
+    elif kind == "parquet":
+        import pyarrow.parquet as pq
+
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    if rows is None:
+        raise UserError(
+            f"{setting} {source!r} cannot be read without the package datasets. Fix: pip install datasets, or a file "
+            "of JSON lines or Parquet."
+        )
+    return rows
 
 
 def _of_split(splits: Mapping[str, Any], split: str, setting: str, source: str) -> Any:

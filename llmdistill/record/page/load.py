@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
+
+from llmdistill.record.run_folder import read_completions
 
 SHOWN_COMPLETIONS = 60
 COMPLETION_FILES = 4  # the newest logged steps share the places evenly; older ones fill what is left
@@ -123,22 +124,22 @@ def _read_metrics(data: RunData) -> None:
 
 
 def _read_completions(data: RunData) -> None:
-    files = sorted((data.path / "completions").glob("step-*.parquet"), reverse=True)
+    files = sorted((data.path / "completions").glob("step-*"), key=lambda file: file.stem, reverse=True)
     share = SHOWN_COMPLETIONS // max(1, min(len(files), COMPLETION_FILES))
     for file in files:
         places = min(share, SHOWN_COMPLETIONS - len(data.completions))
         if places < 1:
             break
         try:
-            rows = pq.read_table(file).to_pylist()
-        except (OSError, ValueError):  # pyarrow's errors are one or the other
+            rows = read_completions(file)
+        except (OSError, ValueError, ImportError):  # pyarrow's errors are one of the first two
             data.missing.append(f"completions/{file.name} cannot be read and is left out.")
             continue
         # A round is stored shortest sequence first: evenly spaced rows show all lengths.
         picks = sorted({round(i * (len(rows) - 1) / max(places - 1, 1)) for i in range(places)}) if rows else []
         data.completions += [rows[i] for i in picks]
     if not data.completions and not data.option("objective", "chosen_column"):  # pairs were there before
-        data.missing.append("No logged completions (completions/step-*.parquet), so none are shown.")
+        data.missing.append("No logged completions (completions/), so none are shown.")
 
 
 def _explain(data: RunData) -> None:
