@@ -174,15 +174,16 @@ def diversity(model: Any, items: Sequence[Problem], k: int = 8) -> list[dict[str
 
 
 def save(trainer: Any, folder: Path, items: Sequence[Problem]) -> None:
-    """The checkpoint of a stage, and beside it the held-out problems as a suite of ``llmdistill eval``."""
+    """The checkpoint of a stage, and beside it the held-out problems as a suite of ``llmdistill eval``, whose answer
+    is all that is to be written: columns and number."""
     trainer.save_model(str(folder))
-    lines = [{"id": p.prompt, "question": p.prompt, "answer": str(p.answer)} for p in items]
+    lines = [{"id": p.prompt, "question": p.prompt, "answer": p.completion} for p in items]
     (folder.parent / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     suite = {
         "suite": "sums",
         "kind": "math",
         "data": {"file": "sums.jsonl"},
-        "template": {"user": "{question}"},
+        "template": {"user": "{question}", "chat": False},
         "sampling": {"n": 1, "temperature": 0.0, "max_new_tokens": LENGTH},
     }
     (folder.parent / "sums.yaml").write_text(json.dumps(suite, indent=1) + "\n")  # JSON is YAML
