@@ -8,6 +8,7 @@ import yaml
 from llmdistill.datagen.cards import card, plot
 from llmdistill.datagen.curation import curate
 from llmdistill.datagen.tables import write_rows
+from llmdistill.datagen.tell import summary
 from llmdistill.errors import UserError
 
 
@@ -40,6 +41,7 @@ def test_a_card(tmp_path):
         about="An example.",
         sources={"made by rule": "none"},
     )
+    assert summary(manifest)[0] == "card: 20 rows read"  # it writes a page, and no rows that could be counted
     text = (tmp_path / "README.md").read_text()
     _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.M)
     told = yaml.safe_load(front)

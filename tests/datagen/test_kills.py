@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 import sys
@@ -19,14 +18,11 @@ from llmdistill.datagen.generation import generate
 from llmdistill.datagen.prompts import Prompts
 from llmdistill.datagen.tables import write_rows
 from tests.datagen.chat_endpoint import PROMPTS, ChatEndpoint, served
+from tests.datagen.processes import PROCESSES
 
 SETTINGS: dict[str, Any] = {"n": 2, "sampling": {"max_new_tokens": 64, "temperature": 0.8}, "judge": "math"}
 CALLS = 5 * 2 * len(PROMPTS)  # of debate: two answers, two revisions, the judge
 PATIENCE_S = 600.0  # a machine may be very busy
-
-
-PROCESSES = multiprocessing.get_context("forkserver")  # a process of its own each time, that need not import torch anew
-PROCESSES.set_forkserver_preload(["llmdistill.datagen.generate_command", "llmdistill.datagen.engines.endpoint"])
 
 
 def started(prompts: Path, out: Path, *role: str, writer: str) -> Any:
