@@ -19,8 +19,8 @@ from llmdistill.errors import UserError
 from llmdistill.models.heads import plain_head
 from llmdistill.models.modes import evaluating
 from llmdistill.models.weights import base_model, refuse_adapted_ties
+from llmdistill.recipe.lora import ALL_LINEAR, changes_base
 
-ALL_LINEAR = "all-linear"
 # peft refuses these of a Mamba block, whose kernel reads their weights and never runs them as layers.
 _READ_BY_KERNELS = {"mamba": ("out_proj", "conv1d")}
 logger = logging.getLogger(__name__)
@@ -40,24 +40,57 @@ def adapted(student: PreTrainedModel, peft_config: Any) -> PreTrainedModel:
             "puts another on top. Fix: model.merge_and_unload() first, or leave peft_config out to train on with the "
             "one that is there."
         )
+    peft_config = fitted(peft_config, student)
     try:
-        model: Any = get_peft_model(student, fitted(peft_config, student))
+        model: Any = get_peft_model(student, peft_config)
     except (ValueError, NotImplementedError) as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"peft cannot adapt {type(student).__name__}: {reason} Fix: student.lora_target_modules, or "
-            "student.lora_r 0 to train the weights themselves."
+            f"peft cannot adapt {type(student).__name__}: {reason.rstrip('.')}. Fix: student.lora_target_modules or "
+            "another setting of the adapter, or student.lora_r 0 to train the weights themselves."
         ) from error
     refuse_unmergeable(model)
     return model  # type: ignore[no-any-return]
 
 
 def fitted(peft_config: Any, student: PreTrainedModel) -> Any:
-    """A copy of the config in which ``all-linear`` leaves out what is no linear layer after all, or is never run."""
+    """A copy of the config in which ``all-linear`` leaves out what is no linear layer after all, or is never run.
+
+    Raises:
+        UserError: a target of it is nothing of the student's: peft is content if one of several is something.
+    """
     peft_config = copy.deepcopy(peft_config)
-    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
+    modules = [name for name, _ in student.named_modules() if name]
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        if not any(re.fullmatch(targets, name) for name in modules):
+            raise _matches_nothing("lora_target_modules", targets, student, f"'.*\\.({targets})', for a whole name")
+    elif targets != ALL_LINEAR:
+        _check_names("lora_target_modules", targets, modules, student)
+    _check_names("lora_modules_to_save", getattr(peft_config, "modules_to_save", None), modules, student)
+    parameters = [name for name, _ in student.named_parameters()]
+    _check_names("lora_target_parameters", getattr(peft_config, "target_parameters", None), parameters, student)
+    if targets == ALL_LINEAR:
         _leave_out(peft_config, list(_not_to_adapt(student)))
     return peft_config
+
+
+def refuse_changed_base(student: Any, reader: str) -> None:
+    """Refuses a judge that is the model below the adapter, where the adapter's start has changed that.
+
+    Args:
+        reader: the setting of the judge.
+
+    Raises:
+        UserError: the adapter started as PiSSA or OLoRA.
+    """
+    for config in (getattr(student, "peft_config", None) or {}).values():
+        if changes_base(getattr(config, "init_lora_weights", True)):
+            raise UserError(
+                f"{reader} is the student without its adapter, and student.init_lora_weights "
+                f"{config.init_lora_weights} has changed what is below it. Fix: --student.init_lora_weights true, or "
+                "the student's folder as the judge's model."
+            )
 
 
 def refuse_unmergeable(student: Any) -> None:
@@ -91,6 +124,27 @@ def refuse_unmergeable(student: Any) -> None:
 def adapters_of(model: Any) -> list[str]:
     """Names of the adapters of a peft model, or that ``from_pretrained`` put into a model; none of a bare one."""
     return list(getattr(model, "peft_config", None) or {})
+
+
+def _check_names(setting: str, targets: Any, names: list[str], student: PreTrainedModel) -> None:
+    """That each is the end of a whole name."""
+    for target in targets or ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise _matches_nothing(setting, target, student)
+
+
+def _matches_nothing(setting: str, target: str, student: PreTrainedModel, also: str = "") -> UserError:
+    if setting == "lora_target_parameters":
+        ends = {".".join(name.split(".")[-3:]) for name, p in student.named_parameters() if p.dim() > 2}
+    else:
+        linear = setting == "lora_target_modules"
+        modules = (name for name, m in student.named_modules() if name and (isinstance(m, nn.Linear) or not linear))
+        ends = {end for name in modules if not (end := name.rpartition(".")[2]).isdecimal()}
+    of = f"of {', '.join(sorted(ends)[:12])}" if ends else "leave it out"
+    return UserError(
+        f"peft cannot adapt {type(student).__name__}: student.{setting} has {target!r}, which is nothing of it. "
+        f"Fix: {also or of}."
+    )
 
 
 def _leave_out(peft_config: Any, names: list[str]) -> None:

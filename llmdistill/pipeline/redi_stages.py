@@ -33,7 +33,6 @@ from llmdistill.pipeline.run import (
     check_saved,
     checkpoint_to_resume,
     load_student,
-    lora_config,
     quiet,
     save_student,
 )
@@ -44,6 +43,7 @@ from llmdistill.preflight.pairs import PairRun
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig
 from llmdistill.recipe.launches import leave_group
+from llmdistill.recipe.lora import lora_config
 from llmdistill.record.meters import peak_memory_gib
 from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder

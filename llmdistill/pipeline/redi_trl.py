@@ -21,8 +21,9 @@ from llmdistill.methods.redi_config import REDIConfig
 from llmdistill.models.adapters import fitted
 from llmdistill.models.saving import check_savable
 from llmdistill.models.unused import freeze_unused
-from llmdistill.pipeline.run import lora_config
 from llmdistill.pipeline.stage import Stage
+from llmdistill.recipe.lora import changes_base, lora_config
+from llmdistill.recipe.settings import require
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
 from llmdistill.texts import Prompt
@@ -110,6 +111,10 @@ def direct_preference(stage: Stage, pairs: Sequence[Pair]) -> DPOTrainer:
     """DPO against the student as it is now. TRL tokenises what it is given; the collator hands it our own tokens."""
     args = stage.args
     assert args.beta is not None
+    init = stage.recipe.student.init_lora_weights
+    moved = stage.recipe.student.lora_r > 0 and changes_base(init)
+    needed = "true for dpo, whose reference is the model below the adapter"
+    require(not moved, "student.init_lora_weights", init, needed, "leave it out")
     config = DPOConfig(
         **_shared(args, stage.folder),
         beta=args.beta,

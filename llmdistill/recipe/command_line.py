@@ -40,8 +40,8 @@ COMMON_TRAIN = [
     *("seed", "report_to"),
 ]
 
-# Fields of transformers that are a word, a truth value or a list; the parser takes one kind of them.
-AS_WRITTEN = ("report_to", "include_num_input_tokens_seen", "resume_from_checkpoint")
+# Fields that are a word, a truth value or a list; the parser takes one kind of them.
+AS_WRITTEN = ("report_to", "include_num_input_tokens_seen", "resume_from_checkpoint", "init_lora_weights")
 # Switches of a command among the fields of its recipe: config.yaml, from which a run is begun anew, has none of them.
 OF_THE_COMMAND = ("resume_from_checkpoint", "restart_optimizer")
 AMONG_SEVERAL = ("name", "domains", "weight")  # keys that tell teachers apart

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from llmdistill.errors import UserError
 from llmdistill.recipe import train_fields
 from llmdistill.recipe.launches import bf16_here, check_cpu_launch, check_gpu_launch, launched_processes
+from llmdistill.recipe.lora import check_lora
 from llmdistill.recipe.settings import PENALISED, check_settings, require
 from llmdistill.record.metrics import GREATER_IS_BETTER
 
@@ -60,11 +61,21 @@ class StudentConfig:
     lora_r: int = option(0, "rank of a LoRA adapter; 0 trains the weights themselves")
     lora_alpha: int = option(32, "LoRA scale numerator")
     lora_dropout: float = option(0.0, "LoRA dropout")
-    lora_target_modules: list[str] = option([], "modules to adapt; empty: every linear layer but the output head")
+    lora_target_modules: list[str] = option(
+        [], "modules to adapt: names, one regular expression, or all-linear; empty: every linear layer but the head"
+    )
+    lora_target_parameters: list[str] = option([], "parameters to adapt, as mlp.experts.gate_up_proj of fused experts")
+    lora_modules_to_save: list[str] = option([], "modules trained whole beside the adapter, as norm")
+    use_dora: bool = option(False, "DoRA: direction by the adapter, length of its own")
+    use_rslora: bool = option(False, "rank-stabilised LoRA: alpha / sqrt(r)")
+    init_lora_weights: str = option("true", "start: true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora")
+    load_in_4bit: bool = option(False, "QLoRA (refused)")
+    load_in_8bit: bool = option(False, "quantised weights below an adapter (refused)")
     attn_implementation: str | None = option(None, "transformers' attention implementation")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
+        check_lora(self)
         two = self.adapter == "continue" and self.lora_r > 0
         require(not two, "student.lora_r", self.lora_r, "0 where student.adapter is continue", "leave it out")
         lacking = self.saved_as == "adapter" and self.lora_r == 0 and self.adapter == "merge"

@@ -117,6 +117,7 @@ LEAST = {
     **dict.fromkeys(("eval_delay", "dataloader_num_workers", "neftune_noise_alpha"), 0),
     **dict.fromkeys(("torch_empty_cache_steps", "ddp_bucket_cap_mb", "ddp_timeout", "dataloader_prefetch_factor"), 1),
 }
+MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1}  # numpy's
 ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 
 _LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
@@ -220,6 +221,11 @@ READ_WITH: tuple[Conflict, ...] = (
         "--config_file recipes/accelerate/zero3.yaml, of accelerate launch",
     ),
     Conflict(
+        lambda s: s.deepspeed and not os.environ.get("MASTER_ADDR"),
+        "train.deepspeed is set, and no launcher started this process",
+        "accelerate launch --config_file recipes/accelerate/zero2.yaml -m llmdistill.opd ..., without train.deepspeed",
+    ),
+    Conflict(
         lambda s: s.fsdp_config and not s.fsdp,
         "train.fsdp_config is set, and train.fsdp is not: nothing is sharded",
         "leave it out, or say fsdp too",
@@ -302,6 +308,9 @@ def _check_ranges(args: Any) -> None:
         value = getattr(args, name)
         sound = isinstance(value, int | float) and math.isfinite(value) and value >= least
         require(value is None or sound, f"train.{name}", value, f"a number >= {least}", f"--{name} {max(least, 1)}")
+    for name, most in MOST.items():
+        value = getattr(args, name)
+        require(value is None or value <= most, f"train.{name}", value, f"at most {most}", f"--{name} 1")
     for name in ABOVE_ZERO:
         value = getattr(args, name)
         sound = isinstance(value, int | float) and 0 < value < math.inf

@@ -10,6 +10,7 @@ from transformers import IntervalStrategy, TrainingArguments
 
 from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
+from llmdistill.models.adapters import refuse_changed_base
 from llmdistill.models.layers import check_layers, hidden_size
 from llmdistill.teachers.base import HiddenTeacher, Teacher, is_live
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
@@ -184,6 +185,8 @@ def check_ready(trainer: Parts) -> None:
     """
     own = set(map(id, trainer.model.parameters()))
     for role, judge in trainer.judges.items():
+        if isinstance(judge, UnadaptedTeacher) or getattr(judge, "which", "") == "initial":
+            refuse_changed_base(trainer.model, role)
         is_frozen = isinstance(judge, LocalTeacher) and not isinstance(judge, UnadaptedTeacher)
         if is_frozen and not own.isdisjoint(map(id, judge.model.parameters())):  # type: ignore[attr-defined]
             raise UserError(
