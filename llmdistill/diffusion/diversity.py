@@ -3,7 +3,8 @@
 ``OrthogonalRepulsion`` (ODD): what a sample is about is one vector, the largest probability that any position gives a
 word; each sample is pushed away from the span of those before it. ``DeterminantalRepulsion``: all at once, towards a
 larger determinant of the samples' similarities. The model itself is not differentiated, only softmax and pooling.
-Both go into ``generate(…, logits_processor=[…])``, over a batch of samples of one prompt, or ``groups`` of such.
+Both go into ``generate(…, logits_processor=[…])``, over a batch of samples of one prompt, or ``groups`` of such. What
+they are worth is measured by ``pass_at_k`` and ``distinct_at_k`` of :mod:`llmdistill.evals.metrics`.
 """
 
 from __future__ import annotations
@@ -150,8 +151,3 @@ class DeterminantalRepulsion(_Repulsion):
         kernel = (vectors @ vectors.T) * (1 + self.quality_scale * quality[:, None] * quality[None, :])
         one = torch.eye(len(logits), dtype=kernel.dtype, device=kernel.device)
         return torch.logdet(kernel + (1 + 1e-4) * one) - torch.logdet(kernel + 1e-4 * one)
-
-
-def distinct_at_k(answers: list[str]) -> int:
-    """Different answers among samples of one prompt; pass@k is ``llmdistill.evals.metrics.pass_at_k``."""
-    return len(set(answers))

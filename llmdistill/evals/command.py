@@ -83,6 +83,8 @@ def table(done: Evaluation) -> Table:
     for k, entry in r["maj"].items():
         row(f"maj@{k}", entry)
     shown.add_section()
+    for k, different in r.get("distinct", {}).items():  # of results of an earlier version there are none
+        shown.add_row(f"different answers of {k}, number", f"{different:.2f}", "")
     health = r["health"]
     for name, key in (("cut off", "truncated"), ("no answer", "no_answer"), ("repetitive", "repetitive")):
         shown.add_row(name, f"{100 * health[key]:.1f}", "")

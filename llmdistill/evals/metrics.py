@@ -32,6 +32,7 @@ __all__ = [
     "avg_at_n",
     "bootstrap_ci",
     "clustered_error",
+    "distinct_at_k",
     "g_pass_at_k",
     "maj_at_k",
     "mcnemar_exact",
@@ -85,6 +86,22 @@ def pass_at_k(n: Any, c: Any, k: int) -> Any:
     for drawn in range(k):
         all_wrong = all_wrong * (np.maximum(n_P - c_P - drawn, 0) / (n_P - drawn))
     return float(1 - all_wrong) if all_wrong.ndim == 0 else 1 - all_wrong
+
+
+def distinct_at_k(classes: Sequence[int | None], k: int) -> float:
+    """Different answers among k of ONE problem's n samples, in expectation over all subsets of k (pass@k of each class,
+    summed): how much of the answers' variety so many samples show.
+
+    Args:
+        classes: [n] number of the sample's answer class, None for no answer, which is none.
+
+    Raises:
+        ValueError: as :func:`pass_at_k`.
+    """
+    n, labels = len(classes), [label for label in classes if label is not None]
+    pass_at_k(n, 0, k)  # for its checks
+    counts = np.unique(np.array(labels, dtype=np.int64), return_counts=True)[1]
+    return float(np.sum(pass_at_k(np.full(len(counts), n), counts, k))) if labels else 0.0
 
 
 def avg_at_n(scores: Sequence[Sequence[float]]) -> float:

@@ -9,6 +9,7 @@ defined (the spread of one repetition) is None. ::
                                          error clustered by problem
     pass        {k: {value, low, high}}      unbiased pass@k
     maj         {k: {value, low, high}}      maths and choice only, ties by lot; {} for code
+    distinct    {k: different answers among k samples, mean over problems}     k > 1, maths and choice; {} for code
     g_pass      {k: {tau: value, "mean": mG-Pass@k}}     only if asked for
     seed_sd     sd over repetitions of the benchmark's mean, problems fixed
     groups      {name: {value: {problems, avg, low, high}}}
@@ -41,6 +42,7 @@ from llmdistill.evals.calibration import (
 from llmdistill.evals.health import examine
 from llmdistill.evals.metrics import (
     clustered_error,
+    distinct_at_k,
     g_pass_at_k,
     maj_at_k,
     mean_g_pass_at_k,
@@ -184,6 +186,11 @@ class Tally:
                 str(k): _interval(pass_at_k(np.full(len(right), n), right, k).tolist(), seed) for k in self.k_pass
             },
             "maj": {str(k): _interval(values, seed) for k, values in majority.items()},
+            "distinct": {
+                str(k): float(np.mean([distinct_at_k(classes, k) for classes, _ in self.clusters]))
+                for k in (self.k_pass if self.clusters else ())
+                if k > 1
+            },
             "g_pass": {str(k): _g_pass(n, right, k, self.tau) for k in self.k_g_pass},
             "seed_sd": _defined(seed_sd(self.scores)),
             "groups": self._groups(),

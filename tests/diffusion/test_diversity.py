@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmdistill.diffusion.diversity import DeterminantalRepulsion, OrthogonalRepulsion, distinct_at_k, features
+from llmdistill.diffusion.diversity import DeterminantalRepulsion, OrthogonalRepulsion, features
 from llmdistill.diffusion.generation_config import DiffusionGenerationConfig
 from llmdistill.diffusion.sampling import StepState, generate
 from llmdistill.errors import UserError
-from llmdistill.evals.metrics import pass_at_k
+from llmdistill.evals.metrics import distinct_at_k, pass_at_k
 
 from .exact import Exact, golden
 
@@ -100,7 +100,7 @@ def distinct_correct(processor: list[Any], **settings: Any) -> tuple[float, floa
         out = generate(world, empty, config=config, logits_processor=processor, generator=generator)
         numbers = (out.sequences * 3 ** torch.arange(5, -1, -1)).sum(-1)
         correct = world.p.view(-1)[numbers] > 1e-3
-        found += distinct_at_k([str(n) for n in numbers[correct].tolist()])
+        found += distinct_at_k([n if ok else None for n, ok in zip(numbers.tolist(), correct.tolist(), strict=True)], 8)
         right += int(correct.sum())
     return found / 25, right / 200
 

@@ -25,6 +25,7 @@ from llmdistill.evals.metrics import (
     avg_at_n,
     bootstrap_ci,
     clustered_error,
+    distinct_at_k,
     g_pass_at_k,
     maj_at_k,
     mcnemar_exact,
@@ -62,6 +63,18 @@ def test_mean_g_pass_is_twice_the_area_over_the_upper_half_of_tau() -> None:
         area = 2 * 0.5 * np.mean([g_pass_at_k(n, c, k, float(t)) for t in taus])
         assert mean_g_pass_at_k(n, c, k) == pytest.approx(area, abs=1e-3)
     assert mean_g_pass_at_k(16, 16, 8) == 1
+
+
+def test_distinct_at_k_is_the_mean_over_all_subsets() -> None:
+    """Six samples, three answers and one without: all subsets of k counted."""
+    classes = [0, 0, 0, 1, 2, None]
+    for k in range(1, 7):
+        subsets = list(combinations(classes, k))
+        expected = sum(len({c for c in s if c is not None}) for s in subsets) / len(subsets)
+        assert distinct_at_k(classes, k) == pytest.approx(expected)
+    assert distinct_at_k([None, None], 2) == 0
+    with pytest.raises(ValueError, match="needs at least 7"):
+        distinct_at_k(classes, 7)
 
 
 def test_pass_at_k_takes_arrays_and_refuses_fewer_samples_than_draws() -> None:

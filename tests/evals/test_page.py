@@ -100,7 +100,7 @@ def test_every_score_is_on_the_page_unrounded(run: EvalFolder) -> None:
     page, results = Page(target.read_text("utf-8")), run.read_results()
     shown = {float(str(d["value"])) for d in page.all("data")}
     results["pass"].pop("1")  # the headline
-    parts = ("avg", "pass", "maj", "g_pass", "groups", "verdicts", "stages", "health")
+    parts = ("avg", "pass", "maj", "distinct", "g_pass", "groups", "verdicts", "stages", "health")
     for part in parts:
         assert set(leaves(results[part])) <= shown, part
     lengths = {k: v for k, v in results["lengths"].items() if k in ("right", "wrong", "truncated")}

@@ -47,6 +47,7 @@ def test_hand_counted_suite() -> None:
     assert got["pass"]["4"]["value"] == pytest.approx(2 / 3)
     assert got["maj"]["4"]["value"] == pytest.approx(1 / 3)  # only a's majority is right
     assert got["maj"]["1"]["value"] == pytest.approx(4 / 12)
+    assert got["distinct"] == {"4": pytest.approx((2 + 2 + 3) / 3)}  # of one sample there is nothing to say
     assert got["g_pass"]["2"]["1"] == pytest.approx((3 / 6) / 3)  # two of a's three right ones out of four
     low, high = wilson_interval(0.75, 1)  # one problem says next to nothing of others
     assert got["groups"]["level"]["2"] == {"problems": 1, "avg": 0.75, "low": low, "high": high} and low < 0.2

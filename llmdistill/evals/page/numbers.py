@@ -93,6 +93,10 @@ def cards(results: Mapping[str, Any]) -> str:
         for k, row in _by_number(results.get(kind)):
             if not (kind == "pass" and k == "1"):  # pass@1 is the headline
                 found.append((f"{kind}@{safe(k)}", _with_sign(as_dict(row).get("value")), interval(as_dict(row))))
+    for k, different in _by_number(results.get("distinct")):
+        value = finite(different)
+        shown = "–" if value is None else f'<data value="{value!r}">{value:.2f}</data>'
+        found.append((f"different of {safe(k)}", shown, "answers, mean over problems"))
     for k, taus in _by_number(results.get("g_pass")):
         for tau, value in as_dict(taus).items():
             label = f"mG-Pass@{safe(k)}" if tau == "mean" else f"G-Pass@{safe(k)}, {safe(tau)}"
