@@ -7,7 +7,7 @@ Any suite and any diffusion checkpoint will do; of a real one, say GSM8K and MBP
 
     python eval/proof/diffusion_price.py gsm8k mbpp GSAI-ML/LLaDA-8B-Instruct --block 32 --new 256 --trust-remote-code
 
-Every row is an evaluation by the command, through the engine ``diffusion``, greedy; it goes on where it was stopped.
+Every row is an evaluation by the command, through the engine ``diffusion``; it goes on where it was stopped.
 The table is printed, with 95 % intervals over problems, and written to ``--out``. Forward passes are counted on the
 first ``--count`` prompts of each suite, as the evaluation asked them.
 """
@@ -42,7 +42,14 @@ def scored(suite: str, name: str, settings: dict[str, Any], options: argparse.Na
     """One evaluation, by the command."""
     folder = options.work / name.replace(" ", "-")
     words = ["eval", suite, "--model", options.model, "--engine", "diffusion", "--dtype", options.dtype]
-    words += ["--diffusion", json.dumps(settings), "--max_new_tokens", str(options.new), "--temperature", "0"]
+    words += [
+        "--diffusion",
+        json.dumps(settings),
+        "--max_new_tokens",
+        str(options.new),
+        "--temperature",
+        str(options.temperature),
+    ]
     words += ["--output_dir", str(folder), "--limit", str(options.limit), "--batch_size", str(options.batch)]
     if cli.main([*words, *(["--trust_remote_code"] if options.trust_remote_code else [])]):
         raise SystemExit(f"{suite} with {name} failed")
@@ -51,9 +58,9 @@ def scored(suite: str, name: str, settings: dict[str, Any], options: argparse.Na
     return found["avg"] | {"prompts": [json.loads(line)["text"] for line in prompts]}
 
 
-def forwards(model: Any, tokenizer: Any, prompts: list[str], settings: dict[str, Any], new: int) -> float:
+def forwards(model: Any, tokenizer: Any, prompts: list[str], options: argparse.Namespace, **own: Any) -> float:
     """Forward passes of a completion, mean over the prompts."""
-    config = DiffusionGenerationConfig(max_new_tokens=new, temperature=0.0, **settings)
+    config = DiffusionGenerationConfig(max_new_tokens=options.new, temperature=options.temperature, **own)
     counts = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids], device=model.device)
@@ -67,6 +74,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--block", type=int, default=32, help="tokens written together")
     parser.add_argument("--new", type=int, default=256, help="longest completion")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--limit", type=int, default=0, help="problems of each suite; 0: all")
     parser.add_argument("--count", type=int, default=32, help="prompts that forward passes are counted on")
     parser.add_argument("--batch", type=int, default=16)
@@ -88,7 +96,7 @@ def main() -> None:
         for suite in options.suites:
             found = scored(suite, name, shared | own, options)
             low, value, high = (100 * found[key] for key in ("low", "value", "high"))
-            passes = forwards(model, tokenizer, found["prompts"], shared | own, options.new)
+            passes = forwards(model, tokenizer, found["prompts"], options, **shared, **own)
             cells += [f"{value:.1f} ({low:.1f} to {high:.1f})", f"{passes:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
