@@ -32,7 +32,7 @@ from llmdistill.models.modes import evaluating
 from llmdistill.models.own_code import called_as_it_takes
 from llmdistill.models.weights import base_model
 
-ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")  # layer types that can look both ways
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention")  # types that can look both ways
 
 
 class MaskedDiffusionLM(nn.Module):
@@ -234,13 +234,16 @@ def check_layers(config: Any, block_size: int | None) -> None:
     UserError: a layer that cannot do what is asked, by number and type.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for number, kind in enumerate(getattr(text, "layer_types", None) or ()):
+    kinds = getattr(text, "layer_types", None) or getattr(text, "block_types", None) or ()  # (Griffin's name for them)
+    if not kinds and getattr(text, "sliding_window", None):  # of Mistral and others: one window for all layers
+        kinds = ["sliding_attention"] * text.num_hidden_layers
+    for number, kind in enumerate(kinds):
         if kind not in ATTENDING:
             raise UserError(
                 f"student.model: layer {number} of {config.model_type} is {kind}, which reads in one direction only. "
                 "Fix: a model with attention in all layers."
             )
-        if block_size is not None and kind != "full_attention":
+        if block_size is not None and kind not in ("full_attention", "attention"):
             raise UserError(
                 f"diffusion.block_size is {block_size}, and layer {number} of {config.model_type} is {kind}: a 4-D "
                 "mask would override its window, and its cache forgets. Fix: leave block_size out, or another model."

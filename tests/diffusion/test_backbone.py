@@ -23,14 +23,17 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
 )
 
 from llmdistill.diffusion.attention import additive, block_ids, noisy_and_clean
-from llmdistill.diffusion.backbone import MaskedDiffusionLM
+from llmdistill.diffusion.backbone import MaskedDiffusionLM, check_layers
 from llmdistill.diffusion.losses import token_ce
 from llmdistill.errors import UserError
 
@@ -110,6 +113,12 @@ def test_layers_that_cannot_look_ahead_are_refused_by_name() -> None:
     MaskedDiffusionLM(Gemma3ForCausalLM(windowed).eval(), MASK)  # both ways inside a window is fine
     with pytest.raises(UserError, match="layer 0 of gemma3_text is sliding_attention"):
         MaskedDiffusionLM(Gemma3ForCausalLM(windowed).eval(), MASK, block_size=4)
+    in_all = MistralConfig(**KV, head_dim=16, sliding_window=8)  # says so without a list of layers
+    MaskedDiffusionLM(MistralForCausalLM(in_all).eval(), MASK)
+    with pytest.raises(UserError, match="layer 0 of mistral is sliding_attention"):
+        MaskedDiffusionLM(MistralForCausalLM(in_all).eval(), MASK, block_size=4)
+    with pytest.raises(UserError, match="layer 0 of recurrent_gemma is recurrent"):
+        check_layers(RecurrentGemmaConfig(num_hidden_layers=3), None)
 
 
 def test_the_mask_token_is_never_predicted_and_boolean_biases_are_refused() -> None:
