@@ -1,11 +1,12 @@
 """Sampling from a masked diffusion model: tokens in a second and forward passes a token, by block, cache and threshold.
 
-    OMP_NUM_THREADS=1 python eval/perf/diffusion.py [--model FOLDER] [--new 128]
+    OMP_NUM_THREADS=1 python eval/perf/diffusion.py [--model FOLDER] [--new 128] [--table]
 
-Prints JSON. Without ``--model`` a random Llama of ``--hidden`` by ``--layers``: its texts mean nothing, and its times
-are those of any model of that size; thresholds then hold as often as ``--sure`` makes its logits sure.
-``tokens_per_second``: of all sequences of a batch together, by the CPU time of the one thread (which other work on the
-machine does not change much), the median of ``--runs``; ``forwards_per_token``: of a sequence.
+Prints JSON, or with ``--table`` what docs/diffusion.md has of it. Without ``--model`` a random Llama of ``--hidden`` by
+``--layers``: its texts mean nothing, and its times are those of any model of that size; thresholds then hold as often
+as ``--sure`` makes its logits sure. ``tokens_per_second``: of all sequences of a batch together, by the CPU time of the
+one thread (which other work on the machine does not change much), the median of ``--runs``; ``forwards_per_token``: of
+a sequence.
 """
 
 from __future__ import annotations
@@ -63,6 +64,23 @@ def measured(model: MaskedDiffusionLM, prompts: torch.Tensor, runs: int, **setti
     }
 
 
+def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The rows as markdown, under what they are of."""
+    lines = [
+        f"{about['model']}, {about['batch']} sequences, {about['prompt']} + {about['new']} tokens, {about['machine']}:"
+    ]
+    lines += [
+        "",
+        "| attention | block | cache | threshold | tokens a second | forwards a token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["attention"], row["block"], row["cache"], row["threshold"] or "one token a step"]
+        cells += [row["tokens_per_second"], f"{row['forwards_per_token']:.3f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a denoiser's folder")
@@ -74,6 +92,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="print markdown")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -106,7 +125,7 @@ def main() -> None:
         "prompt": options.prompt,
         "new": options.new,
     }
-    print(json.dumps({**about, "rows": found}, indent=1))
+    print(table(about, found) if options.table else json.dumps({**about, "rows": found}, indent=1))
 
 
 if __name__ == "__main__":
