@@ -42,14 +42,8 @@ def scored(suite: str, name: str, settings: dict[str, Any], options: argparse.Na
     """One evaluation, by the command."""
     folder = options.work / name.replace(" ", "-")
     words = ["eval", suite, "--model", options.model, "--engine", "diffusion", "--dtype", options.dtype]
-    words += [
-        "--diffusion",
-        json.dumps(settings),
-        "--max_new_tokens",
-        str(options.new),
-        "--temperature",
-        str(options.temperature),
-    ]
+    drawn = {"max_new_tokens": options.new, "temperature": options.temperature, "n": options.n}
+    words += ["--diffusion", json.dumps(settings), *(w for k, v in drawn.items() for w in (f"--{k}", str(v)))]
     words += ["--output_dir", str(folder), "--limit", str(options.limit), "--batch_size", str(options.batch)]
     if cli.main([*words, *(["--trust_remote_code"] if options.trust_remote_code else [])]):
         raise SystemExit(f"{suite} with {name} failed")
@@ -75,6 +69,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32, help="tokens written together")
     parser.add_argument("--new", type=int, default=256, help="longest completion")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--n", type=int, default=1, help="samples of every problem")
     parser.add_argument("--limit", type=int, default=0, help="problems of each suite; 0: all")
     parser.add_argument("--count", type=int, default=32, help="prompts that forward passes are counted on")
     parser.add_argument("--batch", type=int, default=16)
