@@ -4,7 +4,7 @@
     python eval/proof/transfer.py                # every run that has no result yet; killed, it goes on where it was
     python eval/proof/transfer.py --runs alm-own-0.0003-0
     python eval/proof/transfer.py --table        # run nothing; print the table of transfer.md
-    python eval/proof/transfer.py --answers FOLDER   # what the student in FOLDER answers, loaded like any checkpoint
+    python eval/proof/transfer.py --answers NAME UNTRAINED TAUGHT   # what students in folders answer, as any checkpoint
 
 A run is a method, the text it is trained on and a seed; its result is a JSON in eval/proof/transfer/. All runs of a
 text see equally many bytes of it. Text: ``own`` is what the model itself wrote before the transfer, at temperature 1,
@@ -260,7 +260,7 @@ def references() -> None:
 
 def table() -> str:
     """Markdown: bits per byte of both held-out texts; of several seeds the mean, and the smallest and largest."""
-    found = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}
+    found = {file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json") if "answers" not in file.name}
     lines = [
         "| | trained on | rate | steps | seeds | its own text | somebody else's | CPU s |",
         "|---|---|---|---|---|---|---|---|",
@@ -286,21 +286,20 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def answers(folder: Path) -> None:
-    """Greedy answers to held-out questions: of the former model, of the untrained student, and of the one in a folder.
+def answers(name: str, untrained: str, taught: str) -> None:
+    """Greedy answers to held-out questions, of the former model and of a student in two folders, before and after.
 
-    Loaded and asked as anybody would who has the folder alone.
+    Loaded and asked as anybody would who has the folders alone.
     """
-    models = {
-        "before": former,
-        "untrained": transferred,
-        "taught": lambda: (AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)),
-    }
+    folders = {"before": str(QUICKSTART / "teacher"), "untrained": untrained, "taught": taught}
     questions = [row["prompt"] for row in read(QUICKSTART / "questions_heldout.jsonl")[:SHOWN]]
-    said = {name: answered(*make(), [[BRIEFLY, *question] for question in questions]) for name, make in models.items()}
+    chats, said = [[BRIEFLY, *question] for question in questions], dict[str, list[str]]()
+    for which, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        said[which] = answered(model, AutoTokenizer.from_pretrained(folder), chats)
     lines = [dict(zip(said, each, strict=True)) for each in zip(*said.values(), strict=True)]
     found = [{"question": q[-1]["content"], **line} for q, line in zip(questions, lines, strict=True)]
-    (RESULTS / "answers.json").write_text(json.dumps({**stamp(), "answers": found}, indent=1) + "\n")
+    (RESULTS / f"answers-{name}.json").write_text(json.dumps({**stamp(), "answers": found}, indent=1) + "\n")
     for line in found:
         print(json.dumps(line, indent=1), flush=True)
 
@@ -321,11 +320,12 @@ def main() -> int:
     parser.add_argument("--runs", nargs="+", choices=[run.name for run in RUNS], help="default: all")
     parser.add_argument("--again", action="store_true", help="also those that have a result")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    parser.add_argument("--answers", type=Path, metavar="FOLDER", help="run nothing; what a student answers")
+    words = ("NAME", "UNTRAINED", "TAUGHT")
+    parser.add_argument("--answers", nargs=3, metavar=words, help="run nothing; what a student in two folders answers")
     options = parser.parse_args()
     if options.answers:
         torch.set_num_threads(1)
-        answers(options.answers)
+        answers(*options.answers)
         return 0
     if not options.table:
         torch.set_num_threads(1)
