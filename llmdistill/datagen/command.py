@@ -11,12 +11,12 @@ import argparse
 import inspect
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmdistill import datagen
 from llmdistill.datagen.chain import Link, StepFunction, find_step, run_chain
 from llmdistill.datagen.tell import summary
-from llmdistill.errors import UserError
+from llmdistill.options import OptionParser
 from llmdistill.record.manifest import Manifest
 
 STEPS = tuple(name for name in datagen.__all__ if name != "generate")  # that one is a command of its own
@@ -24,7 +24,7 @@ STEPS = tuple(name for name in datagen.__all__ if name != "generate")  # that on
 
 def run(argv: Sequence[str]) -> int:
     """The command. Exit status 0, or what :class:`UserError` makes of it one level up."""
-    top = _Parser(
+    top = OptionParser(
         prog="llmdistill data",
         usage="llmdistill data run RECIPE\n       llmdistill data STEP FILE [FILE ...] OUT [--key value ...]",
         description=f"STEP is one of {', '.join(STEPS)}, or package.module:function; llmdistill data STEP --help.",
@@ -50,7 +50,7 @@ def run_one(name: str, argv: Sequence[str], prog: str = "") -> int:
 def step_parser(name: str, step: StepFunction, prog: str) -> argparse.ArgumentParser:
     """The options of a step: its keyword settings, with their types and defaults."""
     description = inspect.getdoc(step) or ""
-    parser = _Parser(
+    parser = OptionParser(
         prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("src", nargs="+", metavar="FILE", help=".jsonl, .jsonl.gz, .json or .parquet")
@@ -74,7 +74,9 @@ def step_parser(name: str, step: StepFunction, prog: str) -> argparse.ArgumentPa
 
 
 def _chain(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="llmdistill data run", description="Does the steps of a recipe; finished ones are skipped.")
+    parser = OptionParser(
+        prog="llmdistill data run", description="Does the steps of a recipe; finished ones are skipped."
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML: folder, steps")
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
 
@@ -84,11 +86,6 @@ def _chain(argv: Sequence[str]) -> int:
 
     run_chain(parser.parse_args(argv).recipe, told)
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}. Fix: {self.prog} --help.")
 
 
 def _value(text: str) -> Any:

@@ -14,7 +14,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llmdistill.datagen.generation import generate
 from llmdistill.datagen.jobs import MAX_NEW_TOKENS
@@ -24,6 +24,7 @@ from llmdistill.datagen.steps import beside
 from llmdistill.datagen.tables import MOST_REJECTED
 from llmdistill.datagen.tell import summary
 from llmdistill.errors import UserError
+from llmdistill.options import OptionParser, underscored
 
 ROLES = ("teacher", "student", "judge", "opponent")  # others as --NAME.model
 
@@ -83,6 +84,7 @@ def roles_of(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     while rest:
         word = rest.pop(0)
         name, given, value = word.removeprefix("--").partition("=")
+        name = underscored(name)
         role, dot, key = name.partition(".")
         if not word.startswith("--") or not role or (not dot and role not in ROLES) or (dot and key not in kinds):
             known = [*_known(), *(f"{r}.{k}" for r in ROLES for k in kinds)]
@@ -145,11 +147,6 @@ def shard_of(text: str) -> tuple[int, int]:
     raise UserError(f"shard is {text!r}; it must be I/N with 0 <= I < N, or auto. Fix: 0/8 for the first of eight.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"llmdistill generate: {message}. Fix: llmdistill generate --help lists the settings.")
-
-
 def _known() -> list[str]:
     return [*ROLES, *(o.lstrip("-") for action in _parser()._actions for o in action.option_strings)]
 
@@ -162,7 +159,7 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    top = _Parser(
+    top = OptionParser(
         prog="llmdistill generate",
         usage="llmdistill generate --prompts SOURCE --teacher MODEL_OR_URL --out FILE [--key value ...]",
         description="Traces of prompts, each call kept as it is answered: kill it at any moment, and the same command "

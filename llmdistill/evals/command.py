@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +25,7 @@ from llmdistill.evals.config import EvalConfig
 from llmdistill.evals.runner import Evaluation, evaluate, launch, regrade
 from llmdistill.evals.suite import bundled_suites
 from llmdistill.evals.summary import drawn_with
+from llmdistill.options import OptionParser
 
 
 def run(argv: Sequence[str]) -> int:
@@ -107,19 +108,13 @@ def table(done: Evaluation) -> Table:
     return shown
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"llmdistill eval: {message}. Fix: llmdistill eval --help lists the settings.")
-
-
 def _parser() -> argparse.ArgumentParser:
-    top = _Parser(
+    top = OptionParser(
         prog="llmdistill eval",
         usage="llmdistill eval SUITE [SUITE ...] --model PATH_OR_NAME [--key value ...]\n"
         "       llmdistill eval --grade FOLDER [FOLDER ...]\n"
         "       llmdistill eval --compare FOLDER_A FOLDER_B",
         description="Scores a model. An evaluation that was interrupted goes on where it stopped.",
-        allow_abbrev=False,
         epilog=f"bundled suites: {', '.join(bundled_suites())}",
     )
     top.add_argument("suites", nargs="*", metavar="SUITE", help="YAML file, or the name of a bundled suite")

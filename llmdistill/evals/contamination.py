@@ -37,6 +37,7 @@ from llmdistill.evals.ngrams import Index, Match, batches
 from llmdistill.evals.records import Problem
 from llmdistill.evals.training_rows import TrainingFiles, row_text
 from llmdistill.files import atomic_write
+from llmdistill.options import OptionParser
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -386,7 +387,7 @@ def suite_problems(name: str) -> Iterable[Problem]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="llmdistill contamination",
         description="Which benchmark problems are in the training data: the same words in a row.",
         allow_abbrev=False,

@@ -13,7 +13,6 @@ Simplified away: initialisations that are trained or solved for (FOCUS, ZeTT).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from llmdistill.errors import UserError
 from llmdistill.models.loading import load_model
 from llmdistill.models.missing import why_not_loaded
+from llmdistill.options import OptionParser
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.tokenization.align import spell
 from llmdistill.tokenization.compare import compare_tokenizers
@@ -158,7 +158,7 @@ def _name_special_tokens(
 
 def run(argv: Sequence[str]) -> int:
     """The command ``llmdistill transfer``."""
-    parser = argparse.ArgumentParser(prog="llmdistill transfer", description="Give a model another tokenizer.")
+    parser = OptionParser(prog="llmdistill transfer", description="Give a model another tokenizer.")
     parser.add_argument("--model", required=True, help="folder or hub name of the model")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name of the tokenizer it is to have")
     parser.add_argument("--out", required=True, type=Path, help="folder for the new checkpoint")

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from llmdistill.errors import UserError
 from llmdistill.failures import reported
+from llmdistill.options import underscored
 from llmdistill.recipe.config import (
     DataConfig,
     DistillationConfig,
@@ -146,6 +147,7 @@ def named(argv: Sequence[str], section: str, key: str) -> str | None:
     value, words = None, list(argv)
     for i, word in enumerate(words):
         name, _, given = word.removeprefix("--").partition("=")
+        name = underscored(name)
         given = given or (words[i + 1] if i + 1 < len(words) else "")
         if name == "config" and Path(given).is_file():
             try:
@@ -242,8 +244,9 @@ def _split_argv(
         if not word.startswith("--"):
             raise UserError(f"{word!r} is not an option; overrides are written --key value")
         name, given, value = word[2:].partition("=")
+        name = underscored(name)
         section, key, kinds = "", "", {str}
-        if name not in ("config", "skip-check"):
+        if name not in ("config", "skip_check"):
             section, key = _locate(name, sections)
             cls = sections["teacher" if section.startswith("teachers.") else section]
             kinds = _kinds(get_type_hints(cls)[key])
@@ -251,7 +254,7 @@ def _split_argv(
             value = _following(name, kinds, words)
         if name == "config":
             _read_recipe(Path(value), values, sections)
-        elif name == "skip-check":
+        elif name == "skip_check":
             flags.skip_checks += (value,)
         else:
             overrides.append((section, key, value))

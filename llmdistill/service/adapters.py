@@ -63,7 +63,7 @@ def check_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], max_rank:
                 f"{module}: A and B are {pair.get('A')} and {pair.get('B')}, not {(rank, inner)}, {(out, rank)}"
             )
     if max_rank is not None and rank > max_rank:
-        raise ValueError(f"its rank is {rank}; at most {max_rank} (--max-lora-rank)")
+        raise ValueError(f"its rank is {rank}; at most {max_rank} (--max_lora_rank)")
     return rank
 
 

@@ -155,7 +155,7 @@ class Service:
         async with self.gate.alone():
             loaded, most = self.engine.adapters, self.limits.adapters
             if name not in loaded and len(loaded) >= most:
-                words = f"{len(loaded)} are loaded ({', '.join(loaded)}), at most {most}; remove one (--max-adapters)"
+                words = f"{len(loaded)} are loaded ({', '.join(loaded)}), at most {most}; remove one (--max_adapters)"
                 raise Problem(400, "limit", f"adapters: {words}", field="name", limit=most)
             try:
                 copy = await asyncio.to_thread(self.adapters.copied, folder, self.engine)

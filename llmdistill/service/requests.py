@@ -276,7 +276,7 @@ def allowed_folder(path: str, roots: list[Path]) -> Path:
         raise invalid("path", f"cannot be a folder: {first_line(error)[:200]}") from None
     allowed = [root.resolve() for root in roots]
     if not all(any(file.is_relative_to(root) for root in allowed) for file in files):
-        shown = ", ".join(map(str, roots)) or "none (start the service with --allow-weights FOLDER)"
+        shown = ", ".join(map(str, roots)) or "none (start the service with --allow_weights FOLDER)"
         raise invalid("path", f"{path[:200]!r} lies outside the allowed folders, or a file in it does: {shown}")
     return folder
 

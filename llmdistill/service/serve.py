@@ -98,7 +98,7 @@ def parsed(argv: Sequence[str]) -> ServeConfig:
         near = difflib.get_close_matches(
             unknown[0].lstrip("-").replace("-", "_"), [f.name for f in fields(ServeConfig)], 1
         )
-        hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+        hint = f"; did you mean --{near[0]}?" if near else ""
         raise UserError(f"llmdistill serve: unknown option {unknown[0]!r}{hint}")
     return config  # type: ignore[no-any-return]
 
@@ -118,21 +118,21 @@ def check(config: ServeConfig, token: str | None) -> None:
         )
     if config.engine == "vllm" and config.updatable and config.max_lora_rank:
         raise UserError(
-            f"--updatable and --max-lora-rank {config.max_lora_rank} are both given; vLLM takes either new weights or "
+            f"--updatable and --max_lora_rank {config.max_lora_rank} are both given; vLLM takes either new weights or "
             "adapters. Fix: leave out the one your student does not send."
         )
     for name, folder in [
-        *(("allow-weights", f) for f in config.allow_weights),
-        ("upload-folder", config.upload_folder),
+        *(("allow_weights", f) for f in config.allow_weights),
+        ("upload_folder", config.upload_folder),
     ]:
         if folder and not Path(folder).is_dir():
             raise UserError(f"--{name} {folder}: no such folder. Fix: make it, or name another.")
     if config.max_adapters < 1:
-        raise UserError(f"--max-adapters is {config.max_adapters}; it must be at least 1. Fix: --max-adapters 4.")
+        raise UserError(f"--max_adapters is {config.max_adapters}; it must be at least 1. Fix: --max_adapters 4.")
     if bool(config.tls_cert) != bool(config.tls_key):
-        missing = "--tls-key" if config.tls_cert else "--tls-cert"
+        missing = "--tls_key" if config.tls_cert else "--tls_cert"
         raise UserError(f"{missing} is missing; certificate and key go together. Fix: give both, or neither.")
-    for name, file in (("tls-cert", config.tls_cert), ("tls-key", config.tls_key)):
+    for name, file in (("tls_cert", config.tls_cert), ("tls_key", config.tls_key)):
         if file and not Path(file).is_file():
             raise UserError(f"--{name} {file}: no such file. Fix: a PEM file.")
 
@@ -151,7 +151,7 @@ def help_text() -> str:
     lines = ["usage: llmdistill serve --model PATH [--option value ...]", "", str(ServeConfig.__doc__), ""]
     for f in fields(ServeConfig):
         default = f.default if f.default_factory is None or not callable(f.default_factory) else "-"
-        lines.append(f"  --{f.name.replace('_', '-'):<24} {f.metadata['help']} [{default}]")
+        lines.append(f"  --{f.name:<24} {f.metadata['help']} [{default}]")
     return "\n".join(lines)
 
 
@@ -292,8 +292,8 @@ def allow_files(limits: Limits) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         fits = max((hard - OTHER_FILES - 64) // (2 * limits.callers_per_request), 1)
         raise UserError(
-            f"--in-flight {limits.in_flight} means up to {limits.connections} connections, and this process may have "
-            f"{hard} files open. Fix: a higher limit (ulimit -Hn {needed}), or --in-flight {fits}."
+            f"--in_flight {limits.in_flight} means up to {limits.connections} connections, and this process may have "
+            f"{hard} files open. Fix: a higher limit (ulimit -Hn {needed}), or --in_flight {fits}."
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -149,4 +149,4 @@ async def _talking(stream: AsyncIterator[bytes], silence_s: float) -> AsyncItera
 
 
 def _no_room(why: str) -> Problem:
-    return Problem(507, "storage", f"no room for the weights: {why}. Fix: --upload-folder on a larger disk")
+    return Problem(507, "storage", f"no room for the weights: {why}. Fix: --upload_folder on a larger disk")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmdistill.errors import UserError
+from llmdistill.options import OptionParser
 from llmdistill.verify.code import find_program, judge_program
 from llmdistill.verify.math import AnswerJudge, Kind
 from llmdistill.verify.rewards import text_of
@@ -29,7 +30,7 @@ KINDS = ("math", "choice")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = OptionParser(
         prog="llmdistill verify",
         description="Verdicts on completions in a JSONL file, with their reasons.",
         allow_abbrev=False,
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="one JSON object for each row instead of a line of text")
     made.add_argument("--wrong", action="store_true", help="show only what is not right")
     made.add_argument(
-        "--allow-unsafe-exec", action="store_true", help="run programs where the kernel cannot confine them"
+        "--allow_unsafe_exec", action="store_true", help="run programs where the kernel cannot confine them"
     )
     return made
 

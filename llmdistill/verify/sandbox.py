@@ -299,7 +299,7 @@ def _first_worker(allow_unsafe_exec: bool, wanted: str | None) -> tuple[str, _Wo
             return "none", _Worker("none")
     else:
         reasons.append(f"the platform is {sys.platform}, and only Linux is supported")
-    how = "" if sys.platform != "linux" else ", or --allow-unsafe-exec to run programs with time and memory limits only"
+    how = "" if sys.platform != "linux" else ", or --allow_unsafe_exec to run programs with time and memory limits only"
     raise UserError(
         f"code verdicts need a sandbox and this machine offers none ({'; '.join(reasons)}). Use a kernel with "
         f"Landlock (5.13 or later) or one that lets users make namespaces{how}"

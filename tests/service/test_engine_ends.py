@@ -73,10 +73,10 @@ def test_one_bad_request_does_not_end_it() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"upload_folder": "/no/such"}, "--upload-folder /no/such: no such folder"),
-        ({"max_adapters": 0}, "--max-adapters is 0; it must be at least 1"),
-        ({"tls_cert": "/a.pem"}, "--tls-key is missing"),
-        ({"tls_cert": "/a.pem", "tls_key": "/b.pem"}, "--tls-cert /a.pem: no such file"),
+        ({"upload_folder": "/no/such"}, "--upload_folder /no/such: no such folder"),
+        ({"max_adapters": 0}, "--max_adapters is 0; it must be at least 1"),
+        ({"tls_cert": "/a.pem"}, "--tls_key is missing"),
+        ({"tls_cert": "/a.pem", "tls_key": "/b.pem"}, "--tls_cert /a.pem: no such file"),
     ],
 )
 def test_what_cannot_be_served(settings: dict[str, Any], words: str) -> None:
@@ -85,7 +85,7 @@ def test_what_cannot_be_served(settings: dict[str, Any], words: str) -> None:
 
 
 def test_a_problem_without_room_names_the_setting(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="--upload-folder"):
+    with pytest.raises(Problem, match="--upload_folder"):
         Uploads(tmp_path / "gone").held_folder()
 
 

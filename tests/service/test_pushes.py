@@ -122,7 +122,7 @@ def test_an_upload_for_which_there_is_no_room_is_refused_before_it_is_read(tmp_p
 
         headers = {**TENSORS, "Content-Length": str(1 << 59)}
         answer = await client.post(protocol.WEIGHTS, params={"policy_version": "1"}, content=body(), headers=headers)
-        assert answer.status_code == 507 and "--upload-folder" in answer.json()["error"]["message"] and not read
+        assert answer.status_code == 507 and "--upload_folder" in answer.json()["error"]["message"] and not read
 
     with_service(test, accept_weights=True, upload_folder=tmp_path)
 
@@ -185,7 +185,7 @@ def test_an_adapter_is_copied_and_there_are_so_many_and_no_more(tmp_path: Path) 
             ]
         folder = lora(tmp_path / "given" / "l2", 2)
         answer = await client.post(protocol.ADAPTERS, json={"name": "a2", "path": str(folder)})
-        assert answer.status_code == 400 and answer.json()["error"]["limit"] == 2 and "--max-adapters" in answer.text
+        assert answer.status_code == 400 and answer.json()["error"]["limit"] == 2 and "--max_adapters" in answer.text
         again = await client.post(protocol.ADAPTERS, json={"name": "a1", "path": str(folder)})
         assert again.status_code == 200 and len(list(uploads.iterdir())) == 2
         assert (await client.delete(f"{protocol.ADAPTERS}/a0")).status_code == 200

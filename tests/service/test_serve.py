@@ -48,7 +48,7 @@ def server(request: Any, model: str, tmp_path_factory: pytest.TempPathFactory) -
     if request.param == "vllm":
         pytest.importorskip("vllm", reason="the vllm extra is not installed")
     options = ["--engine", request.param, "--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05"]
-    options += ["--updatable", "--allow-weights", str(allowed)]
+    options += ["--updatable", "--allow_weights", str(allowed)]
     with ServiceProcess(model, *options, token="secret") as running:
         running.allowed = allowed  # type: ignore[attr-defined]
         yield running
@@ -152,10 +152,10 @@ def test_adapters_are_swapped_while_vllm_runs(model: str, tmp_path: Path) -> Non
         config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         return get_peft_model(tiny.llama(1, hidden=64, tied=True), config)
 
-    options = ["--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05", "--max-lora-rank", "8"]
-    options += ["--max-adapters", "6"]
+    options = ["--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05", "--max_lora_rank", "8"]
+    options += ["--max_adapters", "6"]
     with (
-        ServiceProcess(model, *options, "--allow-weights", str(tmp_path), token="secret") as server,
+        ServiceProcess(model, *options, "--allow_weights", str(tmp_path), token="secret") as server,
         client(server) as http,
     ):
         plain = greedy(http)
@@ -216,7 +216,7 @@ def test_tls_and_several_tokens(model: str, tmp_path: Path, monkeypatch: pytest.
         pytest.skip("openssl is not installed")
     subprocess.run(made, check=True, capture_output=True)
     options = ["--engine", "hf", "--dtype", "float32", "--max-model-len", "64"]
-    options += ["--tls-cert", str(certificate), "--tls-key", str(key)]
+    options += ["--tls_cert", str(certificate), "--tls_key", str(key)]
     with ServiceProcess(model, *options, token="old,new", certificate=str(certificate)) as server:
         with pytest.raises(UserError, match="gave no answer for 5 s: cannot connect: .*CERTIFICATE_VERIFY_FAILED"):
             RemoteTeacher(server.url, token="new", max_outage_s=5.0, on_status=lambda line: None).close()
@@ -336,9 +336,9 @@ def test_when_the_engine_dies_the_service_says_so_and_ends(model: str) -> None:
         (["--host", "0.0.0.0"], ["--host 0.0.0.0", "LLMDISTILL_TOKEN"]),
         (["--host", "::"], ["--host ::", "LLMDISTILL_TOKEN"]),
         (["--host", "example.org"], ["example.org", "LLMDISTILL_TOKEN"]),
-        (["--allow-weights", "/no/such/folder"], ["--allow-weights", "/no/such/folder"]),
-        (["--topk", "3"], ["--topk", "--top-k"]),
-        (["--updatable", "--max-lora-rank", "8"], ["--updatable", "--max-lora-rank", "either"]),
+        (["--allow_weights", "/no/such/folder"], ["--allow_weights", "/no/such/folder"]),
+        (["--topk", "3"], ["--topk", "--top_k"]),
+        (["--updatable", "--max_lora_rank", "8"], ["--updatable", "--max_lora_rank", "either"]),
         (["--port", "many"], ["port", "many"]),
         (["--engine", "tgi"], ["engine", "tgi", "vllm"]),
         (["--model", "/no/such/model", "--engine", "hf"], ["/no/such/model"]),

@@ -130,7 +130,7 @@ def test_without_confinement_it_is_refused_by_name(monkeypatch):
         raise module._Refused("not here")
 
     monkeypatch.setattr(module, "_Worker", refuse)
-    with pytest.raises(UserError, match="--allow-unsafe-exec"):
+    with pytest.raises(UserError, match="--allow_unsafe_exec"):
         Sandbox()
     monkeypatch.setattr(module.sys, "platform", "darwin")
     with pytest.raises(UserError, match="only Linux"):
