@@ -41,6 +41,8 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from llmdistill.pipeline.run import build
     from llmdistill.preflight import STYLE, examine
+    from llmdistill.preflight.foreseen import foreseen
+    from llmdistill.preflight.foreseen import table as table_of_memory
     from llmdistill.recipe.command_line import named, parse
 
     if words.method == "diffusion":
@@ -51,6 +53,15 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
         module = importlib.import_module(f"llmdistill.{words.method}")
         config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
     recipe = parse(config_class, rest)
+    console = Console(markup=False)
+    if found := foreseen(recipe, gpus=words.gpus, zero=words.zero, gpu_gib=words.gpu_gib):
+        console.print(table_of_memory(*found))
+    if words.estimate:
+        if found is None:
+            raise UserError(
+                f"the config of {recipe.student.model!r} or of a teacher cannot be had. Fix: a folder or name."
+            )
+        return 2 if found[0].peak > found[1] else 0
     folder = Path(recipe.args.output_dir or "runs/default")
     was_there = folder.exists()
     trainer = build(recipe, trainer_class)
@@ -66,7 +77,7 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     for f in findings:
         found = f.message + (f"\nFix: {f.fix}" if f.fix else "")
         table.add_row(Text(f.level, STYLE[f.level]), Text(f.check), Text(found))
-    Console(markup=False).print(table)
+    console.print(table)
     return 2 if any(f.level == "fail" for f in findings) else 0
 
 
@@ -139,7 +150,8 @@ def parser() -> argparse.ArgumentParser:
     look = commands.add_parser(
         "doctor",
         help="run the start-up checks of a recipe and nothing else",
-        usage="llmdistill doctor [--method METHOD] --config FILE [--key value ...] [--skip-check NAME]",
+        usage="llmdistill doctor [--method METHOD] [--estimate] [--gpus N] [--zero STAGE] [--gpu_gib GIB] "
+        "--config FILE [--key value ...] [--skip-check NAME]",
         description="Takes the options of the front door (python -m llmdistill.opd --help lists them). "
         "Exit status 2 when a check fails.",
         allow_abbrev=False,
@@ -147,6 +159,10 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--method", choices=sorted({*METHODS, "diffusion"}), default="opd", help="front door the recipe is for [opd]"
     )
+    look.add_argument("--estimate", action="store_true", help="only the estimate of memory and bytes; loads no model")
+    look.add_argument("--gpus", type=int, metavar="N", help="processes it is for [as launched]")
+    look.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO it is for [as launched]")
+    look.add_argument("--gpu_gib", type=float, metavar="GIB", help="memory of a GPU it is for [of this device]")
     look.set_defaults(run_command=doctor)
     service = commands.add_parser(
         "serve", help="serve a model to trainers: scores, samples, new weights", add_help=False, allow_abbrev=False

@@ -59,6 +59,14 @@ def test_it_parses_and_says_how_it_is_launched(recipe: str) -> None:
     assert "# Measured" in foot or "# Not measured" in foot
 
 
+@pytest.mark.parametrize("recipe", ON_GPUS)
+def test_gpu_recipes_are_scored_on_math500_and_aime(recipe: str) -> None:
+    """During training, and by the command at their head when it is done."""
+    head = (ROOT / "recipes" / f"{recipe}.yaml").read_text().partition("\nstudent:")[0]
+    assert {"math500", "aime24"} <= set(read(recipe)["evals"]["suites"])
+    assert all(suite in head for suite in ("math500", "aime24", "aime25"))
+
+
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("redi", "remote_teacher")])  # have their own tests
 def test_it_runs(recipe: str, tmp_path: Path) -> None:
     models = {}

@@ -23,6 +23,7 @@ from llmdistill.pipeline.answers import compare_answers
 from llmdistill.pipeline.resumed import check_inputs, check_settings, given_start, read_start, record_start, rows_hash
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
+from llmdistill.preflight.foreseen import too_large
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, DistillationConfig, EvalsConfig, StudentConfig
@@ -170,6 +171,8 @@ def build(
 ) -> DistillationTrainer:
     """Models, data and trainer of a recipe; ``data`` as :func:`load_data` has it."""
     args, rows = recipe.args, data or load_data(recipe)
+    if line := too_large(recipe):
+        say(args, line)
     say(args, f"loading the student {recipe.student.model}")
     named = zip(recipe.teacher_sections, recipe.teachers, strict=True)
     outages = {f"{section}.max_outage_s": teacher.max_outage_s for section, teacher in named if teacher.url}
