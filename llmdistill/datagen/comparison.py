@@ -1,6 +1,7 @@
 """Teachers compared on the prompts that all of them answered: who is right how often, how long, and how far off.
 
     compare_teachers("verified.jsonl", "teachers.md", student="runs/student")
+    compare_teachers("verified.jsonl", "teachers.md", student="runs/student", trial={"prompts": 64})   # and tried
 
 The student's perplexity of a teacher's texts says how much of it is new to the student: DED (METHODS 4.4) found that
 the better teacher need not be the larger one. It is in nats per byte, so that long and short tokens do not matter.
@@ -22,6 +23,7 @@ import numpy as np
 from llmdistill.datagen.schema import prompt_of
 from llmdistill.datagen.steps import Paths, Step, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row
+from llmdistill.datagen.teacher_choice import Trial, trial_lines
 from llmdistill.errors import UserError
 from llmdistill.files import atomic_write
 from llmdistill.recipe.config import DType
@@ -52,6 +54,7 @@ def compare_teachers(
     student: str = "",
     dtype: DType = "auto",
     column: str = "teacher",
+    trial: Mapping[str, Any] | None = None,
     max_rejected: float = MOST_REJECTED,
 ) -> Manifest:
     """Writes a page in Markdown; its numbers are in the manifest's ``details["teachers"]``.
@@ -62,10 +65,13 @@ def compare_teachers(
         student: folder or hub name of a model that reads every trace; empty: no perplexities.
         dtype: of its weights.
         column: that tells teachers apart.
+        trial: settings of :class:`~llmdistill.datagen.teacher_choice.Trial`, which trains ``student`` a little on each
+            teacher's traces and asks it; {}: its defaults; None: none.
 
     Raises:
         UserError: fewer than two teachers, or no prompt that all of them answered.
     """
+    tried = None if trial is None else Trial.of(trial, student)
 
     def work(step: Step) -> None:
         teachers = defaultdict[str, Tally](Tally)
@@ -84,10 +90,14 @@ def compare_teachers(
         numbers = {name: _numbers(tally, common) for name, tally in sorted(teachers.items())}
         step.details["teachers"], step.details["prompts"] = numbers, len(common)
         step.details["differences"] = _differences(teachers, common)
-        atomic_write(step.out, page(numbers, step.details["differences"], len(common)))
+        text = page(numbers, step.details["differences"], len(common))
+        if tried is not None:
+            step.details["trial"] = tried.run(step, student, list(numbers), column)
+            text += "\n" + "\n".join(trial_lines(step.details["trial"])) + "\n"
+        atomic_write(step.out, text)
         step.wrote(step.out)
 
-    said = {"student": student, "dtype": dtype, "column": column}
+    said = {"student": student, "dtype": dtype, "column": column, **({} if trial is None else {"trial": dict(trial)})}
     return run_step("teachers", work, src=src, out=out, settings=said, max_rejected=max_rejected, suffixes=(".md",))
 
 

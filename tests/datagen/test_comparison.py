@@ -5,7 +5,7 @@ import math
 import pytest
 
 from llmdistill.datagen.comparison import compare_teachers
-from llmdistill.datagen.tables import write_rows
+from llmdistill.datagen.tables import read_rows, write_rows
 from llmdistill.errors import UserError
 from tests import tiny
 
@@ -70,3 +70,51 @@ def test_a_student_s_nats_per_byte(tmp_path):
 def test_nothing_to_compare(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         compare_teachers(traces(tmp_path, rows), tmp_path / "t.md")
+
+
+def judged(completion, row):
+    """A judge: about half of what a random model writes."""
+    return sum(map(ord, completion)) % 2 == 0
+
+
+@pytest.mark.slow
+def test_a_trial_teaches_a_student_by_each_teacher_and_asks_it(tmp_path):
+    """On the same prompts, of which none is asked; gone on with, nothing is trained twice."""
+    tiny.llama(1).save_pretrained(tmp_path / "student")
+    tiny.tokenizer().save_pretrained(tmp_path / "student")
+    rows = [row(t, f"q{i}", i != 3, completion=f"{t} {i}") for t in ("one", "two/x") for i in range(16)]
+    trial = {
+        "prompts": 4,
+        "heldout": 0.4,
+        "judge": f"{__name__}:judged",
+        "sampling": {"max_new_tokens": 4},
+        "role": {"engine": "hf", "dtype": "float32"},
+        "settings": {"objective.stage1_epochs": 1, "train.use_cpu": True, "train.report_to": "none"},
+    }
+    settings = dict(student=str(tmp_path / "student"), dtype="float32", trial=trial)
+    found = compare_teachers(traces(tmp_path, rows), tmp_path / "t.md", **settings).details["trial"]
+    assert list(found["right"]) == ["untrained", "one", "two/x"] and found["trained_on"] == 4
+    assert list(found["differences"]) == ["one - two/x"]
+    folder = tmp_path / "t.md.trial"
+    files = [file for file in folder.glob("*.jsonl") if ".answers" not in file.name]
+    taught = {file.name[:3]: [r["prompt"] for r in read_rows(file)] for file in files}
+    assert taught["one"] == taught["two"] and len(taught["one"]) == 4 and "q3" not in taught["one"]
+    assert not set(taught["one"]) & set(taught["ask"]) and len(taught["ask"]) == found["asked"]
+    assert "| untrained |" in (tmp_path / "t.md").read_text()
+    trained = {file: file.stat().st_mtime_ns for file in folder.glob("*/student/*.safetensors")}
+    (tmp_path / "t.md.manifest.json").unlink()
+    compare_teachers(tmp_path / "in.jsonl", tmp_path / "t.md", **settings)
+    assert len(trained) == 2 and {file: file.stat().st_mtime_ns for file in trained} == trained
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trial": {}}, "a trial trains a student, and none is named"),
+        ({"trial": {"propmts": 3}, "student": "s"}, "trial has no setting 'propmts'"),
+        ({"trial": {"heldout": 1.0}, "student": "s"}, r"heldout 1.0.*Fix: heldout in \(0, 1\)"),
+    ],
+)
+def test_what_a_trial_needs(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        compare_teachers(traces(tmp_path, [row("one", "a"), row("two", "a")]), tmp_path / "t.md", **settings)
