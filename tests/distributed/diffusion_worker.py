@@ -38,7 +38,7 @@ STEPS, GLOBAL_BATCH = 4, 8
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # Advantages cancel in many weights' gradients, of which rounding is then all: Adam would make a whole step of its sign.
 NO_SIGNS = {"adam_epsilon": 1e-2}
-# case -> (settings class, settings): what two processes must train as one, and one that writes by itself.
+# case -> (settings class, settings): what two processes must train as one.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "full attention": (FromARConfig, {"anneal_steps": 3, "copies": 2, "norm": "sequence"}),
     "blocks, adapter": (SFTConfig, {"block_size": 3, "lora": True}),
@@ -51,7 +51,7 @@ TRAINERS = {
     DiffusionRLConfig: DiffusionRLTrainer,
     StepDistillationConfig: StepDistillationTrainer,
 }
-COMPARED = [name for name in CASES if name != "own states"]
+WRITING = ("own states", "rewards")
 
 
 def made(folder: Path, case: str, processes: int) -> Any:
@@ -94,7 +94,7 @@ def made(folder: Path, case: str, processes: int) -> Any:
         preflight=False,
         **of_reward,
     )
-    if case == "rewards":
+    if case in WRITING:
         t.rollout_engine.generate = partial(by_row, t.rollout_engine)
     return t
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.diffusion_worker import CASES, COMPARED, one_case
+from tests.distributed.diffusion_worker import CASES, one_case
 from tests.distributed.launching import launched_once
 
 pytestmark = pytest.mark.slow
@@ -40,9 +40,10 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("config", LAUNCHES)
-@pytest.mark.parametrize("case", COMPARED)
+@pytest.mark.parametrize("case", list(CASES))
 def test_two_processes_train_what_one_trains(alone: Any, together: Any, config: str, case: str) -> None:
-    """To the rounding of float32 sums in another order: the masks of a sequence do not depend on who holds it."""
+    """To the rounding of float32 sums in another order: the masks of a sequence do not depend on who holds it, nor what
+    is written where rows have seeds of their own; reinforcement has other numbers of slices on its ranks."""
     folder = together(config)
     found = json.loads((folder / "out.json").read_text())[case]
     expected, weights = alone(case)
