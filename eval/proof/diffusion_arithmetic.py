@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python eval/proof/diffusion_arithmetic.py --seeds 0 1 2    # writes .json
     python eval/proof/diffusion_arithmetic.py --table                             # .md and .svg from what is there
     … --seeds 0 --models FOLDER --no-diversity     # keeps the checkpoint of each stage, and a suite of the problems
+    … --seeds 0 --models FOLDER --out FOLDER --block 24 --only-sft     # all of an answer is one block
 
 Two-digit additions with every column written out; the trainers are llmdistill.diffusion's. SFT is on text whose answer
 is wrong in two of five rows (its columns are right), TraceRL is rewarded for right answers, and MCD is on what the
@@ -196,6 +197,8 @@ def one_seed(
     keep: Callable[[dict[str, Any]], None],
     with_diversity: bool = True,
     models: Path | None = None,
+    block: int = BLOCK,
+    only_sft: bool = False,
 ) -> dict[str, Any]:
     items, pool = heldout(held, digits=DIGITS), problems(3000, seed, digits=DIGITS)
     result: dict[str, Any] = {"seed": seed, "stages": {}}
@@ -211,13 +214,15 @@ def one_seed(
             save(trainer, models / stage.replace(" ", "-").replace(",", ""), items)
 
     common = {"processing_class": tokenizer}
-    reads: dict[str, Any] = {"shift": False, "block_size": BLOCK}
+    reads: dict[str, Any] = {"shift": False, "block_size": block}
     args = SFTConfig(**shared(seed, steps[0], 6e-3, 32), **reads, weighting="uniform")
     sft = MaskedDiffusionTrainer(model, args, train_dataset=careless(pool, seed), preflight=False, **common)
     note("SFT", sft, run(sft))
     if with_diversity:
         result["diversity"] = diversity(denoiser_of(sft), items[:DIVERSE])
         keep(result)
+    if only_sft:
+        return result
     rollouts = RolloutConfig(max_new_tokens=LENGTH, samples_per_prompt=8, batch_tokens=8192)
     args_rl = DiffusionRLConfig(
         **shared(seed, steps[1], 1e-3, 16),
@@ -249,6 +254,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=3, default=[1400, 60, 120], help="of SFT, TraceRL, MCD")
     parser.add_argument("--heldout", type=int, default=200)
     parser.add_argument("--no-diversity", action="store_true", help="leave pass@8 out")
+    parser.add_argument("--block", type=int, default=BLOCK, help="tokens; 24 holds any answer")
+    parser.add_argument("--only-sft", action="store_true", help="leave the other stages out")
     parser.add_argument("--models", type=Path, help="folder for the stages' checkpoints")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of .json, .md and .svg")
     parser.add_argument("--table", action="store_true", help="only write .md and .svg from the .json")
@@ -264,7 +271,10 @@ def main() -> None:
         file.write_text(json.dumps([known[s] for s in sorted(known)], indent=1) + "\n")
 
     for seed in () if options.table else options.seeds:
-        keep(one_seed(seed, options.steps, options.heldout, keep, not options.no_diversity, options.models))
+        diverse, more = not options.no_diversity, (options.models, options.block, options.only_sft)
+        keep(one_seed(seed, options.steps, options.heldout, keep, diverse, *more))
+    if options.only_sft:
+        return
     from diffusion_arithmetic_table import write
 
     write([known[s] for s in sorted(known)], options.out)
