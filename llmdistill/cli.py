@@ -54,14 +54,15 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
         config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
     recipe = parse(config_class, rest)
     console = Console(markup=False)
-    if found := foreseen(recipe, gpus=words.gpus, zero=words.zero, gpu_gib=words.gpu_gib):
-        console.print(table_of_memory(*found))
+    memory = foreseen(recipe, gpus=words.gpus, zero=words.zero, gpu_gib=words.gpu_gib)
+    if memory is not None:
+        console.print(table_of_memory(*memory))
     if words.estimate:
-        if found is None:
+        if memory is None:
             raise UserError(
                 f"the config of {recipe.student.model!r} or of a teacher cannot be had. Fix: a folder or name."
             )
-        return 2 if found[0].peak > found[1] else 0
+        return 2 if memory[0].peak > memory[1] else 0
     folder = Path(recipe.args.output_dir or "runs/default")
     was_there = folder.exists()
     trainer = build(recipe, trainer_class)
