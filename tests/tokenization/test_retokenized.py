@@ -180,7 +180,7 @@ def test_real_vocabularies(pair: tuple[str, str]) -> None:
 
 
 def test_a_round_takes_time_linear_in_the_tokens() -> None:
-    """All that is done for a text, placing of chunks included: 32k tokens in under a second of a core."""
+    """All that is done for a text, placing of chunks included: 32k tokens in well under a second of a core (.13 s)."""
     own, other = vocabularies.tokenizer("smollm2"), vocabularies.tokenizer("mistral-fast")
     convert = Retokenizer(own, [own.eos_token_id], other, ChatTemplate(other), pad_id=0)
     line, taken = encode(own, "48 / 2 = 24, so 48 + 24 = 72 in all.  # 知识 🦊\n\treturn x\n"), list[float]()
@@ -191,4 +191,4 @@ def test_a_round_takes_time_linear_in_the_tokens() -> None:
         found = convert(collate([prompt.ids], [list(prompt.completion)], pad_id=0), [prompt], "teacher")
         taken.append(time.process_time() - started)
         assert found.shares.chunk_tokens == found.shares.tokens == len(ids) - 1
-    assert taken[2] < 1.0 and taken[2] < 12 * taken[1]
+    assert taken[2] < 0.5 and taken[2] < 12 * taken[1]
