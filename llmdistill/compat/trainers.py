@@ -5,11 +5,13 @@ Each function takes a trainer and replaces one of its methods whose name begins 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 
 
 def beside_random_states(trainer: Any, write: Callable[[str], None]) -> None:
@@ -78,6 +80,21 @@ def after_weights_are_loaded(trainer: Any, read: Callable[[str], None]) -> None:
         read(checkpoint)
 
     trainer._load_from_checkpoint = loaded
+
+
+@contextmanager
+def more_passes(accelerator: Any, model: nn.Module) -> Iterator[None]:
+    """A backward pass that another one follows before the gradients are taken together, and the step is taken."""
+    state = accelerator.gradient_state
+    last_of_step = state.sync_gradients
+    state._set_sync_gradients(False)  # DeepSpeed's engine takes the step with the backward pass unless this is said
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    together = nullcontext() if deepspeed else accelerator.no_sync(model)
+    try:
+        with together:
+            yield
+    finally:
+        state._set_sync_gradients(last_of_step)
 
 
 def first_step(trainer: Any) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from llmdistill.errors import UserError
 from llmdistill.objectives.placed_rows import told_rows
 from llmdistill.objectives.rows import PairedRows, RoutedRows, TeacherRows, TensorRows
 from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.batches import uncounted
 from llmdistill.texts.views import in_context, stacked
 
 
@@ -272,31 +272,29 @@ def with_reads(
     return RoutedRows(tuple(evidence), rows_of_texts)
 
 
-def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
-    """Bounds of ``parts`` (nearly) equal stretches of ``range(count)``."""
-    return list(pairwise(count * k // parts for k in range(parts + 1)))
-
-
 def micro_batches(
     texts: Mapping[str, Text],
     terms: Sequence[Term],
     term_inputs: Mapping[str, TermInputs],
     totals: Mapping[str, float],
-    parts: int,
+    bounds: Mapping[str, Sequence[tuple[int, int]]],
     pad_id: int,
     device: Any,
 ) -> list[MicroBatch]:
-    """Micro-batches of (nearly) equally many sequences of every text, with the rows of evidence that belong to them."""
+    """Micro-batches of the given sequences of every text, with the rows of evidence that belong to them.
+
+    Args:
+        bounds: of each text, of every micro-batch: from which sequence to which, see ``composition/plan.py``.
+    """
     names, counted = list(texts), any(total > 0 for total in totals.values())
-    bounds = {name: split_evenly(len(texts[name]), parts) for name in names}
     starts = {name: torch.tensor([0, *texts[name].rollout.row_counts]).cumsum(0).tolist() for name in names}
     batches = []
-    for part in range(parts):
+    for part in range(len(bounds[names[0]])):
         part_texts = {
             n: texts[n].reorder(range(*bounds[n][part])) for n in names if bounds[n][part][0] < bounds[n][part][1]
         }
         if not part_texts:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
-            rollout = texts[names[0]].reorder([0]).rollout.to(device)
+            rollout = uncounted(texts[names[0]].rollout).to(device)
             batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name], counted))
             continue
         row_spans = dict(

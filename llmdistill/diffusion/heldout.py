@@ -16,11 +16,12 @@ from llmdistill.diffusion.noising import blocks_of, with_noise
 from llmdistill.diffusion.terms import masked_ce
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
-from llmdistill.models.passes import batches_of, metrics_at_head
+from llmdistill.models.passes import metrics_at_head
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import TensorRows
 from llmdistill.teachers.base import writes
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
+from llmdistill.texts.batches import Passes
 from llmdistill.texts.prompts import completed
 from llmdistill.training.measure import Measurement
 
@@ -129,7 +130,7 @@ def _sums(t: Any, noised: Rollout, *, weighted: bool) -> list[float]:
     head, ce = head_of(t.model), masked_ce(t.denoiser.mask_token_id)
 
     def batches() -> Iterator[tuple[Rollout, TensorRows]]:
-        for part in batches_of(noised, t.args.per_device_eval_batch_size, t.args.device):
+        for part in Passes(t.args.per_device_eval_batch_size).of(noised, t.args.device):
             assert part.noise is not None
             weights_N = part.noise.weight[:, 1:][part.completion_mask[:, 1:]]
             yield part, TensorRows((part.token_rows(), weights_N), part.num_rows)

@@ -19,10 +19,11 @@ from llmdistill.diffusion.trainers import MaskedDiffusionTrainer
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.models.layers import captured
-from llmdistill.models.passes import at_head, batches_of, metrics_at_head
+from llmdistill.models.passes import at_head, metrics_at_head
 from llmdistill.objectives.rows import HiddenRows, TokenRows
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.batches import Passes
 from llmdistill.texts.views import View
 from llmdistill.training.rewards import Reward, load_reward, task_rewards
 
@@ -148,7 +149,7 @@ class DiffusionRLTrainer(MaskedDiffusionTrainer):
     def _parts(self, noised: Rollout) -> Iterator[tuple[Rollout, TokenRows]]:
         """The text in batches, equally many on every rank, for ZeRO-3 gathers parameters in each pass: the first comes
         again, behind all others."""
-        parts = list(batches_of(noised, self.args.per_device_eval_batch_size, self.args.device))
+        parts = list(Passes(self.args.per_device_eval_batch_size).of(noised, self.args.device))
         counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
         for part in [*parts, *[parts[0]] * (int(counts.max()) - len(parts))]:  # type: ignore[union-attr]
             yield part, TokenRows(part.token_rows())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +17,6 @@ from llmdistill.texts.views import View, student_view
 
 Evidence = TypeVar("Evidence")
 Result = TypeVar("Result")
-
-
-def batches_of(rollout: Rollout, size: int, device: torch.device | str) -> Iterator[Rollout]:
-    """The sequences of ``rollout`` in order, at most ``size`` at a time, on ``device``."""
-    for start in range(0, len(rollout), size):
-        yield rollout.sequences(range(start, min(start + size, len(rollout)))).to(device)
 
 
 @torch.no_grad()

@@ -116,7 +116,9 @@ def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teache
         rows = with_reads(term, [text], [evidence.of(term, "main", text)], {}, trainer.args.device)
         given = with_evidence(term, given, [text], rows)
         found[term.name], totals[term.name] = given, given.count
-    return micro_batches({"main": text}, terms, found, totals, 1, trainer.pad_id, trainer.args.device)[0]
+    return micro_batches(
+        {"main": text}, terms, found, totals, {"main": [(0, len(text))]}, trainer.pad_id, trainer.args.device
+    )[0]
 
 
 @torch.no_grad()

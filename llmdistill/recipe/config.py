@@ -345,6 +345,15 @@ class DistillationConfig(TrainingArguments):
             "section": "objective",
         },
     )
+    batch_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "tokens, padding included, of one forward and backward pass; 0: as many prompts as "
+            "train.per_device_train_batch_size says, which counts those of a step otherwise",
+            "section": "objective",
+            "at_least": 0,
+        },
+    )
     freeze_embeddings: bool = field(
         default=False,
         metadata={"help": "do not train the token embeddings and output head", "section": "objective"},

@@ -20,6 +20,7 @@ from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
+from llmdistill.texts.batches import by_length
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
 from llmdistill.wire.blocks import ScoreBlock
 
@@ -61,7 +62,7 @@ class LocalTeacher:
         """Hidden rows of the counted tokens, [N, H], with the head: logits are formed only in chunks, later."""
         device = self.model.device
         rows: list[Tensor | None] = [None] * len(rollout)
-        for index in _batches(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
+        for index in by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
             part = rollout.sequences(index).to(device)
             hidden_BTH = hidden_states(self.model, part)
             split = predicting_rows(hidden_BTH, part.completion_mask).split(part.row_counts)
@@ -75,7 +76,7 @@ class LocalTeacher:
     def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
         """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
         rows: list[list[Tensor]] = [[] for _ in range(len(rollout))]
-        for index in _batches(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
+        for index in by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
             part = rollout.sequences(index).to(self.model.device)
             with captured(self.model, layers) as found:
                 hidden_states(self.model, part)
@@ -149,14 +150,3 @@ class UnadaptedTeacher(LocalTeacher):
             rows = super().dense(rollout)
         self.model.train(was_training)
         return rows
-
-
-def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Sequence indices in groups of similar length whose padded size stays within ``batch_tokens``."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= batch_tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups

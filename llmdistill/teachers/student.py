@@ -20,7 +20,7 @@ from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import NAME as HELPERS
 from llmdistill.models.layers import captured, no_rows
 from llmdistill.models.modes import evaluating
-from llmdistill.models.passes import at_head, batches_of
+from llmdistill.models.passes import at_head
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.objectives.streaming import rows_at_once
@@ -28,6 +28,7 @@ from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.texts import Prompt, Rollout, Sampling
+from llmdistill.texts.batches import Passes
 from llmdistill.texts.views import View
 from llmdistill.tokenization.special import context_length, eos_ids
 from llmdistill.wire.blocks import ScoreBlock
@@ -57,13 +58,14 @@ class StudentTeacher:
         tokenizer: PreTrainedTokenizerBase,
         forward_model: Callable[[], nn.Module],
         *,
-        batch_sequences: int,
+        passes: Passes,
         chunk_tokens: int,
     ) -> None:
         """Told by the trainer whose student it is.
 
         Args:
             forward_model: the student as it is called in training, so that sharded weights are gathered.
+<<<<<<< HEAD
             chunk_tokens: rows whose logits exist at one time; 0: as many as the loss takes.
             batch_sequences: of one forward pass; the same on every rank, for ZeRO-3 gathers parameters in each.
         """
@@ -71,6 +73,12 @@ class StudentTeacher:
         device = next(model.parameters()).device
         self.batch_sequences = batch_sequences
         self.chunk_tokens = chunk_tokens or rows_at_once(head_of(model).vocab_size, device)
+=======
+            passes: how large they are.
+        """
+        self.model, self.tokenizer, self.forward_model = model, tokenizer, forward_model
+        self.passes, self.chunk_tokens = passes, chunk_tokens
+>>>>>>> e16c9f1 (Passes by tokens: objective.batch_tokens, planned in one place with those of generation and teachers)
         self.average: dict[str, Tensor] = {}  # of this rank's part of every trained weight, float32
         adapted = hasattr(model, "disable_adapter")
         if self.which == "ema" or (self.which == "initial" and not adapted):
@@ -103,7 +111,7 @@ class StudentTeacher:
 
     def _batches(self, rollout: Rollout) -> Iterator[tuple[Rollout, None]]:
         device = head_of(self._bound).linear.weight.device
-        return ((part, None) for part in batches_of(rollout, self.batch_sequences, device))
+        return ((part, None) for part in self.passes.of(rollout, device))
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """As :meth:`~llmdistill.teachers.local.LocalTeacher.score`."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.models.heads import Head
-from llmdistill.models.passes import batches_of, metrics_at_head
+from llmdistill.models.passes import metrics_at_head
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.texts import Rollout
+from llmdistill.texts.batches import Passes
 
 
 def likeliest_ids(
-    model: nn.Module, head: Head, rollout: Rollout, k: int, *, vocab_size: int, chunk_tokens: int, batch_sequences: int
+    model: nn.Module, head: Head, rollout: Rollout, k: int, *, vocab_size: int, chunk_tokens: int, passes: Passes
 ) -> Tensor:
     """The k likeliest tokens below ``vocab_size`` at every counted position, [N, k] int64 on the CPU, in row order.
 
@@ -27,7 +28,7 @@ def likeliest_ids(
     def topk(logits_nV: Tensor, token_ids_n: Tensor) -> dict[str, Tensor]:
         return {"ids": logits_nV.topk(k, dim=-1).indices}
 
-    parts = batches_of(rollout, batch_sequences, head.linear.weight.device)
+    parts = passes.of(rollout, head.linear.weight.device)
     batches = ((part, TokenRows(part.token_rows())) for part in parts)
     metrics = metrics_at_head(model, head, batches, topk, chunk_tokens=chunk_tokens, vocab_size=vocab_size)
     return metrics.get("ids", torch.zeros(0, k, dtype=torch.int64))

@@ -15,7 +15,7 @@ from llmdistill.composition.method import Method
 from llmdistill.composition.term import METRICS, AskKind
 from llmdistill.errors import UserError
 from llmdistill.models.heads import Head, head_of
-from llmdistill.models.passes import batches_of, metrics_at_head
+from llmdistill.models.passes import metrics_at_head
 from llmdistill.models.weights import gathered
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.ranks import on_every_rank
@@ -24,6 +24,7 @@ from llmdistill.teachers.base import DenseTeacher, Teacher, is_live, max_top_k, 
 from llmdistill.teachers.chunks import ChunkTeacher, Question
 from llmdistill.teachers.evidence import Evidence, gather
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
+from llmdistill.texts.batches import Passes
 from llmdistill.texts.prompts import completed
 from llmdistill.texts.views import in_context
 from llmdistill.training.other_tokenizers import check_alignment
@@ -124,8 +125,8 @@ def measure(
 
     def judged() -> Iterator[tuple[Rollout, TeacherRows]]:
         start = 0
-        read = batches_of(rollout if teacher_rollout is None else teacher_rollout, batch_sequences, device)
-        for part, teacher_part in zip(batches_of(rollout, batch_sequences, device), read, strict=True):
+        read = Passes(batch_sequences).of(rollout if teacher_rollout is None else teacher_rollout, device)
+        for part, teacher_part in zip(Passes(batch_sequences).of(rollout, device), read, strict=True):
             asked = (teacher, teacher_part, prompts[start:], asked_kind, asked_top_k, device)
             yield part, on_every_rank(partial(_answer, *asked))
             start += len(part)

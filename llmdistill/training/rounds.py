@@ -194,19 +194,6 @@ class RoundTexts(StudentTrainer):
             text, self.context_functions, self.encode, self.args.rollouts.samples_per_prompt, self._completions
         )
 
-    def _in_order(self, texts: dict[str, Text]) -> dict[str, Text]:
-        """Neighbours in length share a micro-batch: less padding. Texts that a group loss reads keep together.
-
-        Ties keep their order, so a round is reproducible.
-        """
-        text_groups = {name: term.texts for term in self.method.terms if term.group is not None for name in term.texts}
-        ordered = {}
-        for name, text in texts.items():
-            lengths = [texts[other].rollout.attention_mask.sum(1).tolist() for other in text_groups.get(name, (name,))]
-            longest = [max(column) for column in zip(*lengths, strict=True)]
-            ordered[name] = text.reorder(sorted(range(len(text)), key=lambda i: longest[i]))
-        return ordered
-
     def _completions(self, rollout: Rollout, prompts: Sequence[Prompt], skip_special_tokens: bool = False) -> list[str]:
         """All that was written, also what the loss leaves out."""
         ends = rollout.attention_mask.sum(1).tolist()

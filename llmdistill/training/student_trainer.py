@@ -7,7 +7,7 @@ batch was split over micro-batches and processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
 
+from llmdistill.compat import trainers
+from llmdistill.composition.batch import MicroBatch
 from llmdistill.models.adapters import adapted
 from llmdistill.models.causality import check_causal
 from llmdistill.models.heads import check_head
 from llmdistill.models.loading import named_student
 from llmdistill.models.saving import check_savable
 from llmdistill.models.unused import freeze_unused
+from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
+from llmdistill.texts.batches import Passes, split_evenly
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.training.finite import FiniteTrainer
 
@@ -99,6 +103,8 @@ class StudentTrainer(FiniteTrainer):
             optimizers=optimizers,
         )
         self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
+        size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
+        self.passes = Passes(size, args.batch_tokens, self._most)
         self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
         self.add_callback(self._run_folder_callback)
         self.add_callback(_AroundSteps(self))
@@ -109,13 +115,31 @@ class StudentTrainer(FiniteTrainer):
         finally:
             self._run_folder_callback.stop()
 
+    def as_inputs(self, batches: Sequence[MicroBatch], parts: int) -> list[dict[str, Any]]:
+        """What transformers' loop takes for a micro-batch, ``parts`` times; each may be several of ours in a row."""
+        found = []
+        for a, b in split_evenly(len(batches), parts):
+            first, *others = batches[a:b]
+            tokens = first.rollout.input_ids
+            if others:
+                tokens = torch.cat([tokens.flatten(), *(batch.rollout.input_ids.flatten() for batch in others)])
+            # transformers counts tokens and FLOPs by the key "input_ids"
+            found.append({"micro_batch": first, "others": others, "input_ids": tokens})
+        return found
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        batches = [inputs["micro_batch"], *inputs.get("others", ())]
         # Weight decay and momentum would move the weights of a step that says nothing.
-        self.step_counts = inputs["micro_batch"].counts
+        self.step_counts = batches[0].counts
         # DeepSpeed takes the step itself, with the last backward pass.
         still = _at_rate_zero(self.optimizer) if self.is_deepspeed_enabled and not self.step_counts else nullcontext()
+        losses = list[Tensor]()
         with still, self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
-            return super().training_step(model, inputs, *args, **kwargs)
+            for k, batch in enumerate(batches):
+                more = trainers.more_passes(self.accelerator, model) if k + 1 < len(batches) else nullcontext()
+                with more:
+                    losses.append(super().training_step(model, {"micro_batch": batch}, *args, **kwargs))
+        return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was measured since the last line."""
@@ -127,6 +151,13 @@ class StudentTrainer(FiniteTrainer):
     def forward_model(self) -> nn.Module:
         """The student to run: DeepSpeed's engine puts sharded parameters together, everything else is the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
+
+    def _most(self, count: Callable[[], int]) -> int:
+        """The most that ``count()`` is on any rank; an error on one of them is everybody's."""
+        own = on_every_rank(count)
+        if self.accelerator.num_processes == 1:
+            return own
+        return int(self.accelerator.gather(torch.tensor([own], device=self.args.device)).max())  # type: ignore[union-attr]
 
     def _groups(self, epoch_iterator: Iterator[list[Any]], num_batches: int) -> list[list[Any]]:
         """The examples of the next optimizer step, a list for each micro-batch. None: there is no such step."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmdistill.composition.batch import Text, before_survey, with_reads
 from llmdistill.composition.term import Rows, Term, consecutive_slices
 from llmdistill.models.heads import head_of
-from llmdistill.models.passes import batches_of, metrics_at_head
+from llmdistill.models.passes import metrics_at_head
 from llmdistill.objectives.rows import TeacherRows
 
 
@@ -53,8 +53,7 @@ def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) 
     assert term.survey is not None
     args = trainer.args
     evidence = with_reads(before_survey(term), [text], [answer], {}, args.device)
-    size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
-    parts = list(batches_of(text.rollout, size, args.device))
+    parts = list(trainer.passes.of(text.rollout, args.device))
     places = consecutive_slices([part.num_rows for part in parts])
     with trainer.accelerator.autocast():
         return metrics_at_head(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.compat import trainers
+from llmdistill.composition import plan
 from llmdistill.composition.batch import (
     MicroBatch,
     TermInputs,
@@ -154,9 +155,8 @@ class DistillationTrainer(RoundLog):
         self.eos_ids = also_end_at(model, tokenizer, encode.ends)
         for judge in self.judges.values():
             if isinstance(judge, StudentTeacher):
-                size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
                 parts = (self.model, tokenizer, self.forward_model)
-                judge.bind(*parts, batch_sequences=size, chunk_tokens=args.chunk_tokens)
+                judge.bind(*parts, passes=self.passes, chunk_tokens=args.chunk_tokens)
         bind(self.method, self.judges, self.eos_ids)
         self.vocab_size = min([head_of(self.model).vocab_size, *widths(self.judges)])
         self.heldout = HeldOut(self)
@@ -206,24 +206,31 @@ class DistillationTrainer(RoundLog):
         texts[name] = self._in_new_contexts(texts[name])
         if self.args.rollouts.mask_truncated:
             texts = {n: replace(t, rollout=t.rollout.without_truncated()) for n, t in texts.items()}
-        texts = self._in_order(texts)
+        texts = plan.in_order(texts, self.method.terms)
         received = bytes_received(self.teacher) if self.judges else None
         batches = self.batches(texts, len(groups))
         if received is not None:
             rows = sum(text.rollout.num_rows for text in texts.values())
             self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rows)
         self._note_round(texts)
-        # input_ids beside the micro-batch: transformers counts tokens and FLOPs by that key.
-        inputs = [{"micro_batch": b, "input_ids": b.rollout.input_ids} for b in batches]
-        return inputs, torch.tensor(batches[0].total, device=device)
+        return self.as_inputs(batches, len(groups)), torch.tensor(batches[0].total, device=device)
 
     def batches(
         self, texts: Mapping[str, Text], parts: int, judges: Mapping[str, Teacher] | None = None
     ) -> list[MicroBatch]:
-        """The texts of a round as micro-batches, with all that their terms read, over the counts of all processes."""
+        """The texts of a round as micro-batches, with all that their terms read, over the counts of all processes.
+
+        Args:
+            parts: how many there are; where ``objective.batch_tokens`` bounds them, at least so many.
+        """
+        terms, budget = self.method.terms, self.args.batch_tokens
+        if budget:  # before teachers are asked: what does not fit costs nothing
+            bounds = plan.by_tokens(texts, terms, budget, at_least=parts, most=self.passes.most)
+        else:
+            bounds = plan.by_count(texts, parts)
         inputs = self.term_inputs(texts, judges)
         totals = self._totals(inputs, self.args.device)
-        return micro_batches(texts, self.method.terms, inputs, totals, parts, self.pad_id, self.args.device)
+        return micro_batches(texts, terms, inputs, totals, bounds, self.pad_id, self.args.device)
 
     def term_inputs(
         self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None
@@ -250,7 +257,6 @@ class DistillationTrainer(RoundLog):
 
     def likeliest(self, rollout: Rollout, k: int) -> Tensor:
         """The student's likeliest tokens, which a judge is then asked about."""
-        size = self.args.per_device_train_batch_size * self.args.rollouts.samples_per_prompt
         # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
         sharded = list(self.model.parameters()) if self.model_wrapped is self.model else []
         with self.meters.timed("time/student", 0), self.accelerator.autocast(), gathered(sharded):
@@ -261,7 +267,7 @@ class DistillationTrainer(RoundLog):
                 k,
                 vocab_size=self.vocab_size,
                 chunk_tokens=self.args.chunk_tokens,
-                batch_sequences=size,
+                passes=self.passes,
             )
 
     def _totals(self, inputs: Mapping[str, TermInputs], device: torch.device) -> dict[str, float]:

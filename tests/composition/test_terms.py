@@ -20,6 +20,7 @@ from torch import Tensor
 from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, Term
 from llmdistill.composition.batch import Text
 from llmdistill.composition.method import Schedule
+from llmdistill.composition.plan import in_order
 from llmdistill.composition.term import Groups, Rows
 from llmdistill.objectives import divergences, sparse
 from llmdistill.objectives.labels import cross_entropy
@@ -240,7 +241,12 @@ def test_a_round_is_what_whole_logits_say_however_it_is_cut_up(tmp_path: Path, n
         same(found(t, wider, 2), expected)
     turned = {n: x.reorder(range(len(x) - 1, -1, -1)) for n, x in texts.items()}
     same(found(t, turned, 3), expected)
-    same(found(t, t._in_order(texts), 3), expected)
+    ordered = in_order(texts, t.method.terms)
+    same(found(t, ordered, 3), expected)
+    t.args.batch_tokens = 24  # and by tokens, padding included
+    assert max(batch.rollout.input_ids.numel() for batch in t.batches(ordered, 1)) <= 24
+    same(found(t, ordered, 1), expected)
+    same(found(t, ordered, 12), expected)  # more than are needed: some have nothing
 
 
 def replace_rollout(text: Text, rollout: Rollout) -> Text:

@@ -66,10 +66,11 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def logps(t: Any, text: Any) -> Tensor:
     """Of the rows, by the streaming head on the noised views."""
     from llmdistill.models.heads import head_of
-    from llmdistill.models.passes import batches_of, metrics_at_head
+    from llmdistill.models.passes import metrics_at_head
     from llmdistill.objectives.rows import TokenRows
+    from llmdistill.texts.batches import Passes
 
-    batches = ((part, TokenRows(part.token_rows())) for part in batches_of(text.rollout, 16, "cpu"))
+    batches = ((part, TokenRows(part.token_rows())) for part in Passes(16).of(text.rollout, "cpu"))
 
     def of(logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         return {"lp": -token_ce(without_mask_token(logits, t.denoiser.mask_token_id), tokens)}

@@ -89,8 +89,10 @@ def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrain
         save_steps=STEPS // 2,
         logging_steps=1,
         learning_rate=1e-2,
-        per_device_train_batch_size=GLOBAL_BATCH // ACCUMULATION // world,
-        gradient_accumulation_steps=ACCUMULATION,
+        # Passes of so many sequences, or of so many tokens: then another number of them in each process and step.
+        per_device_train_batch_size=GLOBAL_BATCH // (ACCUMULATION if tied else 1) // world,
+        gradient_accumulation_steps=ACCUMULATION if tied else 1,
+        batch_tokens=0 if tied else 48,
         per_device_eval_batch_size=2,
         heldout_sequences=5,  # not a multiple of the processes: one of them repeats a sequence that must not count
         rollouts=RolloutConfig(max_new_tokens=12, temperature=0),

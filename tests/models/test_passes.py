@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from llmdistill.models.heads import head_of
-from llmdistill.models.passes import at_head, batches_of, metrics_at_head
+from llmdistill.models.passes import at_head, metrics_at_head
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.texts import Rollout, collate, predicting_rows
+from llmdistill.texts.batches import Passes
 from tests.tiny import llama
 
 
@@ -26,7 +27,7 @@ def logprobs(logits_nV: Tensor, token_ids_n: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", [1, 2, 5, 64])
 def test_metrics_are_those_of_the_whole_models_logits_in_row_order(size: int) -> None:
     model, rollout = llama(0).eval(), text()
-    parts = batches_of(rollout, size, "cpu")
+    parts = Passes(size).of(rollout, "cpu")
     batches = ((part, TokenRows(part.token_rows())) for part in parts)
     found = metrics_at_head(model, head_of(model), batches, logprobs, chunk_tokens=4)["logprob"]
     with torch.no_grad():
@@ -47,7 +48,7 @@ def test_a_generator_of_batches_may_ask_the_same_model_between_the_passes() -> N
     model, rollout, seen = llama(0).train(), text(), list[tuple[bool, int]]()
 
     def judged():
-        for part in batches_of(rollout, 2, "cpu"):
+        for part in Passes(2).of(rollout, "cpu"):
             seen.append((model.training, model(input_ids=part.input_ids).logits.shape[-1]))
             yield part, len(part)
 

@@ -150,6 +150,7 @@ def test_a_stopped_run_stops_cleanly_and_stays_stopped_when_resumed(tmp_path: Pa
 def test_a_resumed_run_is_bitwise_the_undisturbed_one_guard_included(tmp_path: Path) -> None:
     """Interrupted in the middle of an epoch (16 pairs, 4 a step), before the guard's window is full and after."""
     settings = {**COLLAPSE, "rows": pair_rows(16), "guard_window": 3, "save_strategy": "steps", "save_steps": 2}
+    settings["save_total_limit"] = None
     whole = trainer(tmp_path, **settings)
     whole.train()
     pick = ("step", "loss", "grad_norm", "redi/chosen_logp", "redi/chosen_fall")

@@ -12,6 +12,7 @@ from llmdistill import OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.texts import position_ids, predicting_rows
+from llmdistill.texts.batches import Passes
 from llmdistill.training.likeliest import likeliest_ids
 from tests import tiny
 from tests.trainer.batches import micro_batch
@@ -49,7 +50,7 @@ def test_the_ids_are_the_likeliest_of_every_counted_position() -> None:
     rows = predicting_rows(logits, rollout.completion_mask)
     for cut in (264, 200):  # ids past what both models know are not asked about
         found = likeliest_ids(
-            model.train(), head_of(model), rollout, 5, vocab_size=cut, chunk_tokens=3, batch_sequences=3
+            model.train(), head_of(model), rollout, 5, vocab_size=cut, chunk_tokens=3, passes=Passes(3)
         )
         assert torch.equal(found, rows[:, :cut].topk(5).indices) and model.training
 
