@@ -65,20 +65,13 @@ class StudentTeacher:
 
         Args:
             forward_model: the student as it is called in training, so that sharded weights are gathered.
-<<<<<<< HEAD
+            passes: how large they are.
             chunk_tokens: rows whose logits exist at one time; 0: as many as the loss takes.
-            batch_sequences: of one forward pass; the same on every rank, for ZeRO-3 gathers parameters in each.
         """
         self.model, self.tokenizer, self.forward_model = model, tokenizer, forward_model
         device = next(model.parameters()).device
-        self.batch_sequences = batch_sequences
+        self.passes = passes
         self.chunk_tokens = chunk_tokens or rows_at_once(head_of(model).vocab_size, device)
-=======
-            passes: how large they are.
-        """
-        self.model, self.tokenizer, self.forward_model = model, tokenizer, forward_model
-        self.passes, self.chunk_tokens = passes, chunk_tokens
->>>>>>> e16c9f1 (Passes by tokens: objective.batch_tokens, planned in one place with those of generation and teachers)
         self.average: dict[str, Tensor] = {}  # of this rank's part of every trained weight, float32
         adapted = hasattr(model, "disable_adapter")
         if self.which == "ema" or (self.which == "initial" and not adapted):
