@@ -162,7 +162,7 @@ def test_context(make_trainer: Make) -> None:
     assert "has 255" in message(elsewhere, "context")
     assert levels(make_trainer(train=prompt, batch_tokens=16, rollouts={"max_new_tokens": 10}), "context") == {"ok"}
     small = message(make_trainer(train=prompt, batch_tokens=15, rollouts={"max_new_tokens": 10}), "context")
-    assert "need 16 tokens of one pass, objective.batch_tokens is 15" in small
+    assert "need 16 tokens in one pass, objective.batch_tokens is 15" in small
 
 
 def test_prompts(make_trainer: Make) -> None:

@@ -216,8 +216,8 @@ def context(s: Subject) -> Iterator[Finding]:
     longest, new = limits[0][2]
     if 0 < s.args.batch_tokens < longest + new:
         yield fail(
-            f"the longest prompt ({longest} tokens) and its completion (up to {new}) need {longest + new} tokens of one "
-            f"pass, objective.batch_tokens is {s.args.batch_tokens}",
+            f"the longest prompt ({longest} tokens) and its completion (up to {new}) need {longest + new} tokens in "
+            f"one pass, objective.batch_tokens is {s.args.batch_tokens}",
             f"objective.batch_tokens {longest + new} or more, or shorter texts: rollouts.max_new_tokens",
         )
     yield ok(f"prompt {longest} + completion {new} tokens, context {min(limit for _, limit, _ in limits)}")
