@@ -28,6 +28,7 @@ from llmdistill.service.problems import Problem, first_line, invalid
 from llmdistill.service.text import TokenizedText, template_of, tokenized
 from llmdistill.service.uploads import Uploads
 from llmdistill.service.weights import Weights
+from llmdistill.teachers.base import TeacherInfo
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import ScoreBlock, encode
 from llmdistill.wire.bodies import Sequences, pack_completions
@@ -96,11 +97,7 @@ class Service:
     async def _blocks(
         self, jobs: list[ScoreJob], dtype: str, expected: str | None, texts: Sequence[TokenizedText] | None
     ) -> Answer:
-        listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
-        async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
-            self._expect(expected)
-            blocks = await self.engine.score(jobs)
-            info, version = self.engine.info, self.weights.policy_version
+        blocks, info, version = await self._scored(jobs, expected)
         positions = sum(job.stop - job.start for job in jobs)
         head = {
             "protocol": protocol.PROTOCOL_VERSION,
@@ -110,9 +107,27 @@ class Service:
             "positions": positions,
         }
         data = await asyncio.to_thread(_packed, head, texts, blocks, dtype)
-        self.metrics.positions.inc(positions)
         self.metrics.evidence.inc(len(data))
         return Answer(data, protocol.BLOCKS_TYPE)
+
+    async def _scored(self, jobs: list[ScoreJob], expected: str | None) -> tuple[list[ScoreBlock], TeacherInfo, int]:
+        """Evidence, and the weights that gave it."""
+        listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
+        async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
+            self._expect(expected)
+            blocks = await self.engine.score(jobs)
+            info, version = self.engine.info, self.weights.policy_version
+        self.metrics.positions.inc(sum(job.stop - job.start for job in jobs))
+        return blocks, info, version
+
+    async def scored(self, jobs: list[ScoreJob], expected: str) -> list[ScoreBlock]:
+        """What the weights of that fingerprint say of the sequences.
+
+        Raises:
+            Problem: 409, there are others now.
+        """
+        blocks, _, _ = await self._scored(jobs, expected)
+        return blocks
 
     def generate(self, data: bytes, kind: str) -> Work:
         asked, body = bodies.generate_request(data, kind)

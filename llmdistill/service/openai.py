@@ -1,4 +1,4 @@
-"""The OpenAI completions protocol, for clients that know nothing of distillation. Generation only."""
+"""The OpenAI completions protocol, for clients that know nothing of distillation; ``openai_chat.py`` has chat's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -17,21 +17,27 @@ from pydantic import BaseModel, Field
 from llmdistill.service import requests as bodies
 from llmdistill.service.answers import Answer
 from llmdistill.service.app import Service, Work
-from llmdistill.service.engine import GenerateJob, Sample
+from llmdistill.service.engine import GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import Problem, invalid
+from llmdistill.wire.blocks import ScoreBlock
 from llmdistill.wire.bodies import Prompts
 from llmdistill.wire.protocol import JSON_TYPE
 
 EVENTS_TYPE = "text/event-stream"
 PART_BYTES = 1 << 16
+IMPOSSIBLE = -9999.0  # the log-prob of what cannot be: JSON has no infinity, and this is what others write
+Asked = TypeVar("Asked", bound="SampledBody")
 
 
-class CompletionBody(BaseModel):
-    """The fields that are honoured; others are refused when they would change what is sampled, else ignored."""
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class SampledBody(BaseModel):
+    """The fields of both protocols that are honoured; others are refused when they would change what is sampled, else
+    ignored."""
 
     model: str | None = None
-    prompt: Any  # text, ids, or a list of either: told apart below
-    max_tokens: Annotated[int, Field(ge=1)] = 16
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: int = 0
@@ -41,14 +47,24 @@ class CompletionBody(BaseModel):
     n: Annotated[int, Field(ge=1)] = 1
     seed: int | None = None
     stop: str | list[str] | None = None
-    logprobs: int | None = None
-    echo: bool = False
     stream: bool = False
+    stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     # whatever of these is set to something would change the distribution
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [s for s in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if s]
+
+
+class CompletionBody(SampledBody):
+    prompt: Any  # text, ids, or a list of either: told apart below
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    logprobs: int | None = None
+    echo: bool = False
     best_of: int | None = None
     suffix: str | None = None
 
@@ -67,71 +83,202 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         answer = await service.answered(request, "/v1/completions", lambda data, kind: _work(data, service))
-        if answer.media_type != EVENTS_TYPE:
-            return Response(answer.body, media_type=answer.media_type)
-        return StreamingResponse(_parts(answer.body), media_type=EVENTS_TYPE)
+        return response(answer)
+
+
+def response(answer: Answer) -> Response:
+    """One body, or events."""
+    if answer.media_type != EVENTS_TYPE:
+        return Response(answer.body, media_type=answer.media_type)
+    return StreamingResponse(_parts(answer.body), media_type=EVENTS_TYPE)
 
 
 def _work(data: bytes, service: Service) -> Work:
-    body, job = _job(data, service)
+    body = read_body(CompletionBody, data, ("suffix",))
+    if body.best_of not in (None, body.n):
+        raise invalid("best_of", f"is {body.best_of}; only n ({body.n}) is supported")
+    adapter, listed = adapter_of(body, service), body.logprobs or 0
+    check_listed("logprobs", listed, adapter, service)
+    job = sampled_job(body, _prompt_ids(body.prompt, service), body.max_tokens, adapter, service)
 
     async def work() -> Answer:
-        drawn, _, _ = await service.samples(job)
-        return await asyncio.to_thread(_answer, body, job, drawn, service)
+        drawn, blocks = await samples(service, job, listed)
+        return await asyncio.to_thread(_answer, body, job, drawn, blocks, service)
 
     return work
 
 
-def _answer(body: CompletionBody, job: GenerateJob, drawn: list[list[Sample]], service: Service) -> Answer:
+def _answer(
+    body: CompletionBody, job: GenerateJob, drawn: list[list[Sample]], blocks: list[ScoreBlock], service: Service
+) -> Answer:
     """The whole answer. It is written choice by choice: one call for all would keep the loop's thread from running."""
-    choices = [
-        _choice(i * body.n + j, sample, prompt, body, service)
-        for i, (prompt, samples) in enumerate(zip(job.prompts, drawn, strict=True))
-        for j, sample in enumerate(samples)
-    ]
-    head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-    head["model"] = body.model or service.engine.info.name
+    choices = []
+    for index, (prompt, sample) in enumerate(each(job, drawn)):
+        text, finish = text_of(sample, body.stops, service)
+        if body.echo:
+            text = str(service.engine.tokenizer.decode(prompt, skip_special_tokens=True)) + text
+        choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+        if body.logprobs is not None:
+            choice["logprobs"] = _logprobs(sample, blocks[index] if blocks else None, service)
+        if body.return_token_ids:
+            choice["token_ids"], choice["prompt_token_ids"] = sample.ids, prompt
+        choices.append(choice)
+    head = head_of(body, "cmpl", "text_completion", service)
     if body.stream:  # what comes is what was sampled, a whole choice in each event
-        events = [f"data: {json.dumps({**head, 'choices': [choice]})}\n\n" for choice in choices]
-        return Answer("".join([*events, "data: [DONE]\n\n"]).encode(), EVENTS_TYPE)
-    written = sum(len(s.ids) for samples in drawn for s in samples)
+        return events(body, job, drawn, ({**head, "choices": [choice]} for choice in choices), head)
+    return whole(head, choices, usage_of(job, drawn))
+
+
+def _logprobs(sample: Sample, block: ScoreBlock | None, service: Service) -> dict[str, Any]:
+    """As drawn; with lists of others, as the model says at temperature 1."""
+    decode = service.engine.tokenizer.decode
+    found: dict[str, Any] = {"tokens": [decode([i]) for i in sample.ids], "top_logprobs": None}
+    if block is None:
+        return {**found, "token_logprobs": sample.logprobs}
+    found["top_logprobs"] = [{decode([i]): p for i, p in row} for row in rows_of(block)]
+    return {**found, "token_logprobs": [finite(p) for p in block.token_logprobs.tolist()]}
+
+
+# ---------------------------------------------------------------- of both protocols
+
+
+def read_body(kind: type[Asked], data: bytes, unsupported: Iterable[str] = ()) -> Asked:
+    """The body, without what would change what is sampled and is not here.
+
+    Raises:
+        Problem: 400.
+    """
+    body = bodies.read(kind, data)
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias", *unsupported):
+        if getattr(body, name):
+            raise invalid(name, "is not supported; leave it out")
+    return body
+
+
+def adapter_of(body: SampledBody, service: Service) -> str | None:
+    """The adapter that ``model`` names; None for the model itself.
+
+    Raises:
+        Problem: 404, it names neither.
+    """
+    name, info = body.model, service.engine.info
+    if name is None or name == info.name:
+        return None
+    if name not in service.engine.adapters:
+        raise Problem(404, "model", f"model {name!r} is not served; {info.name!r} is", field="model")
+    return name
+
+
+def check_listed(field: str, count: int, adapter: str | None, service: Service) -> None:
+    """That so many likeliest tokens can be listed at every position.
+
+    Raises:
+        Problem: 400.
+    """
+    most = min(service.limits.top_k, service.engine.max_top_k)
+    if not 0 <= count <= most:
+        raise invalid(field, f"is {count}; 0 to {most}", most)
+    if count and adapter:
+        raise invalid(field, "lists tokens of the model itself; with an adapter leave it out, or 0", 0)
+
+
+def sampled_job(
+    body: SampledBody, ids: list[list[int]], new_tokens: int, adapter: str | None, service: Service
+) -> GenerateJob:
+    """What the engine is asked.
+
+    Raises:
+        Problem: 400.
+    """
+    sampling = bodies.checked(
+        bodies.SamplingBody,
+        {
+            "max_new_tokens": new_tokens,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": max(body.top_k, 0),
+            "min_p": body.min_p,
+            "repetition_penalty": body.repetition_penalty,
+            "ignore_eos": body.ignore_eos,
+            "stop": body.stops,
+            "samples_per_prompt": body.n,
+            "seed": body.seed if body.seed is not None else uuid.uuid4().int & (2**62 - 1),
+        },
+    )
+    settings = bodies.GenerateSettings(sampling=sampling, adapter=adapter)
+    asked = Prompts({}, [np.asarray(one, np.int64) for one in ids], np.arange(len(ids)))
+    return bodies.generate_job(asked, settings, service.engine, service.limits)
+
+
+async def samples(service: Service, job: GenerateJob, listed: int) -> tuple[list[list[Sample]], list[ScoreBlock]]:
+    """Samples of every prompt, and of every sample in turn its ``listed`` likeliest tokens; none for 0.
+
+    Raises:
+        Problem: 409, other weights came between the two.
+    """
+    drawn, fingerprint, _ = await service.samples(job)
+    if not listed:
+        return drawn, []
+    jobs = [
+        ScoreJob(prompt + sample.ids, len(prompt), len(prompt) + len(sample.ids), listed)
+        for prompt, sample in each(job, drawn)
+    ]
+    return drawn, await service.scored(jobs, fingerprint)
+
+
+def each(job: GenerateJob, drawn: list[list[Sample]]) -> list[tuple[list[int], Sample]]:
+    """Every sample behind its prompt."""
+    return [(prompt, sample) for prompt, of in zip(job.prompts, drawn, strict=True) for sample in of]
+
+
+def text_of(sample: Sample, stops: Sequence[str], service: Service) -> tuple[str, str]:
+    """What a sample says, up to the first stop string, and why it ends."""
+    text = str(service.engine.tokenizer.decode(sample.ids, skip_special_tokens=True))
+    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
+    return (text, sample.finish) if cut < 0 else (text[:cut], "stop")
+
+
+def rows_of(block: ScoreBlock) -> list[list[tuple[int, float]]]:
+    """The listed ids of every position with their log-probs, likeliest first."""
+    return [
+        [(i, finite(p)) for i, p in zip(ids, logprobs, strict=True) if i >= 0]
+        for ids, logprobs in zip(block.topk_ids.tolist(), block.topk_logprobs.tolist(), strict=True)
+    ]
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, IMPOSSIBLE)
+
+
+def head_of(body: SampledBody, prefix: str, kind: str, service: Service) -> dict[str, Any]:
+    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}
+    return {**head, "model": body.model or service.engine.info.name}
+
+
+def usage_of(job: GenerateJob, drawn: list[list[Sample]]) -> dict[str, int]:
+    written = sum(len(s.ids) for of in drawn for s in of)
     read = sum(map(len, job.prompts))
-    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def whole(head: dict[str, Any], choices: Sequence[dict[str, Any]], usage: dict[str, int]) -> Answer:
+    """One body."""
     rest = json.dumps({**head, "usage": usage})[:-1]
     return Answer(f'{rest}, "choices": [{", ".join(map(json.dumps, choices))}]}}'.encode(), JSON_TYPE)
 
 
-def _job(data: bytes, service: Service) -> tuple[CompletionBody, GenerateJob]:
-    body = bodies.read(CompletionBody, data)
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias", "suffix"):
-        if getattr(body, name):
-            raise invalid(name, "is not supported; leave it out")
-    if body.best_of not in (None, body.n):
-        raise invalid("best_of", f"is {body.best_of}; only n ({body.n}) is supported")
-    if body.logprobs is not None and body.logprobs > 1:
-        raise invalid("logprobs", f"is {body.logprobs}; only the sampled token's own are kept: 0 or 1", 1)
-    engine, adapter = service.engine, None
-    if body.model is not None and body.model != engine.info.name:
-        if body.model not in engine.adapters:
-            raise Problem(404, "model", f"model {body.model!r} is not served; {engine.info.name!r} is", field="model")
-        adapter = body.model
-    ids = _prompt_ids(body.prompt, service)
-    settings = bodies.GenerateSettings(
-        sampling=bodies.SamplingBody(
-            max_new_tokens=body.max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=max(body.top_k, 0),
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
-            ignore_eos=body.ignore_eos,
-            samples_per_prompt=body.n,
-            seed=body.seed if body.seed is not None else uuid.uuid4().int & (2**62 - 1),
-        ),
-        adapter=adapter,
-    )
-    asked = Prompts({}, [np.asarray(one, np.int64) for one in ids], np.arange(len(ids)))
-    return body, bodies.generate_job(asked, settings, engine, service.limits)
+def events(
+    body: SampledBody,
+    job: GenerateJob,
+    drawn: list[list[Sample]],
+    chunks: Iterable[dict[str, Any]],
+    head: dict[str, Any],
+) -> Answer:
+    """Server-sent events, the usage last where it is asked for."""
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    if body.stream_options and body.stream_options.include_usage:
+        lines.append(f"data: {json.dumps({**head, 'choices': [], 'usage': usage_of(job, drawn)})}\n\n")
+    return Answer("".join([*lines, "data: [DONE]\n\n"]).encode(), EVENTS_TYPE)
 
 
 def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
@@ -150,24 +297,6 @@ def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
         else:
             raise invalid(field, "must be text or a list of token ids")
     return made
-
-
-def _choice(index: int, sample: Sample, prompt: list[int], body: CompletionBody, service: Service) -> dict[str, Any]:
-    tokenizer = service.engine.tokenizer
-    text, finish = str(tokenizer.decode(sample.ids, skip_special_tokens=True)), sample.finish
-    stops = [s for s in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if s]
-    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
-    if cut >= 0:
-        text, finish = text[:cut], "stop"
-    if body.echo:
-        text = str(tokenizer.decode(prompt, skip_special_tokens=True)) + text
-    choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
-    if body.logprobs is not None:
-        tokens = [tokenizer.decode([i]) for i in sample.ids]
-        choice["logprobs"] = {"tokens": tokens, "token_logprobs": sample.logprobs, "top_logprobs": None}
-    if body.return_token_ids:
-        choice["token_ids"], choice["prompt_token_ids"] = sample.ids, prompt
-    return choice
 
 
 async def _parts(body: bytes) -> AsyncIterator[bytes]:

@@ -287,15 +287,20 @@ def check_texts(body: TextBody, limits: Limits) -> None:
     Raises:
         Problem: 400.
     """
-    items, kwargs = body.items, body.chat_template_kwargs or {}
-    if ours := [name for name in kwargs if name in TEMPLATE_ARGUMENTS]:
-        raise invalid("chat_template_kwargs", f"has {ours[0]!r}; it takes names that only the template reads")
-    check_text("chat_template_kwargs", str(kwargs), limits)
+    items = body.items
+    check_template_kwargs(body.chat_template_kwargs or {}, limits)
     _count("items", len(items), limits)
     for i, item in enumerate(items):
         check_text(f"items[{i}].prompt", item.prompt if isinstance(item.prompt, str) else str(item.prompt), limits)
         check_text(f"items[{i}].completion", item.completion, limits)
         check_text(f"items[{i}].tools", str(item.tools or ""), limits)
+
+
+def check_template_kwargs(kwargs: dict[str, Any], limits: Limits) -> None:
+    """Raises Problem 400 for names that a template is given otherwise, and for more than fits."""
+    if ours := [name for name in kwargs if name in TEMPLATE_ARGUMENTS]:
+        raise invalid("chat_template_kwargs", f"has {ours[0]!r}; it takes names that only the template reads")
+    check_text("chat_template_kwargs", str(kwargs), limits)
 
 
 def check_text(field: str, text: str, limits: Limits) -> None:

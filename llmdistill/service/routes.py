@@ -11,13 +11,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from llmdistill.service import openai, openai_chat
 from llmdistill.service.answers import Answer
 from llmdistill.service.app import Read, Service
 from llmdistill.service.around import Around, problem_response
 from llmdistill.service.bodies import content_type
 from llmdistill.service.engine import EngineDead
 from llmdistill.service.gone import CallerGone
-from llmdistill.service.openai import add_routes
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.wire import protocol
 
@@ -77,7 +77,8 @@ def create_app(service: Service) -> ASGIApp:
     async def metrics() -> Response:
         return Response(service.exposition(), media_type="text/plain; version=0.0.4")
 
-    add_routes(app, service)
+    openai.add_routes(app, service)
+    openai_chat.add_routes(app, service)
 
     @app.exception_handler(Problem)
     async def refused(request: Request, problem: Problem) -> Response:

@@ -39,6 +39,22 @@ def template_of(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | 
         raise invalid("chat_template_kwargs", first_line(error).removeprefix("data.chat_template_kwargs ")) from None
 
 
+def rendered(template: ChatTemplate, given: Any, tools: Any, field: str, tools_field: str) -> str:
+    """Chat messages in the template, its generation prompt behind them.
+
+    Raises:
+        Problem: 400, naming the field: there is no template, there are no messages, or it refuses them.
+    """
+    if not template.tokenizer.chat_template:
+        raise invalid(field, "is a list of messages; the model has no chat template. Send text")
+    if not given:
+        raise invalid(field, "is empty; the completion's first token needs one before it")
+    try:
+        return template.prompt(read_messages(given, field), read_tools(tools, tools_field))
+    except UserError as error:
+        raise invalid(field, f"is refused by the chat template: {first_line(error)}") from None
+
+
 def tokenized(template: ChatTemplate, index: int, item: TextItem) -> TokenizedText:
     """The item's tokens. Chat messages get the template and its generation prompt; the completion stands as it is.
 
@@ -50,16 +66,8 @@ def tokenized(template: ChatTemplate, index: int, item: TextItem) -> TokenizedTe
         if item.tools:
             raise invalid(f"{field}.tools", "are for a prompt of messages: no chat template writes a text")
         text = item.prompt
-    elif not tokenizer.chat_template:
-        raise invalid(f"{field}.prompt", "is a list of messages; the model has no chat template. Send text")
-    elif not item.prompt:
-        raise invalid(f"{field}.prompt", "is empty; the completion's first token needs one before it")
     else:
-        try:
-            messages = read_messages(item.prompt, f"{field}.prompt")
-            text = template.prompt(messages, read_tools(item.tools, f"{field}.tools"))
-        except UserError as error:
-            raise invalid(f"{field}.prompt", f"is refused by the chat template: {first_line(error)}") from None
+        text = rendered(template, item.prompt, item.tools, f"{field}.prompt", f"{field}.tools")
     special = isinstance(item.prompt, str)
     prompt_ids = text_ids(tokenizer, text, special=special)
     if not prompt_ids:

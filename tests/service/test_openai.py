@@ -1,0 +1,186 @@
+"""The OpenAI surface, by the official client where it is installed (it comes with vLLM), and by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from llmdistill.service.app import Service
+from llmdistill.service.limits import Limits
+from llmdistill.service.openai import IMPOSSIBLE
+from llmdistill.wire import protocol
+from tests.service.inprocess import Client, with_service
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2=?"}]
+
+
+def templated(service: Service, **kwargs: Any) -> list[int]:
+    tok = service.engine.tokenizer
+    text = tok.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True, **kwargs)
+    return list(tok(text, add_special_tokens=False)["input_ids"])
+
+
+def test_a_chat_is_the_completion_of_its_template() -> None:
+    async def test(client: Client, service: Service) -> None:
+        sampling = {"n": 2, "max_tokens": 6, "seed": 3, "return_token_ids": True}
+        chat = (await client.post(CHAT, json={"messages": MESSAGES, **sampling})).json()
+        ids = templated(service)
+        same = (await client.post("/v1/completions", json={"prompt": ids, **sampling})).json()
+        assert [c["prompt_token_ids"] for c in chat["choices"]] == [ids, ids]
+        assert [c["token_ids"] for c in chat["choices"]] == [c["token_ids"] for c in same["choices"]]
+        assert [c["message"]["content"] for c in chat["choices"]] == [c["text"] for c in same["choices"]]
+        assert chat["usage"] == same["usage"] and chat["object"] == "chat.completion"
+        assert {c["message"]["role"] for c in chat["choices"]} == {"assistant"}
+
+    with_service(test)
+
+
+def test_without_a_limit_an_answer_may_fill_the_context() -> None:
+    async def test(client: Client, service: Service) -> None:
+        body = {"messages": MESSAGES, "ignore_eos": True, "seed": 1}
+        whole = (await client.post(CHAT, json=body)).json()
+        assert whole["usage"]["total_tokens"] == 128 and whole["choices"][0]["finish_reason"] == "length"
+        few = (await client.post(CHAT, json={**body, "max_completion_tokens": 3})).json()
+        assert few["usage"]["completion_tokens"] == 3
+
+    with_service(test, Limits(sequence_tokens=128))
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_lists_of_likeliest_tokens_are_what_the_model_says(path: str) -> None:
+    """Against a forward pass by hand, at temperature 1 whatever was sampled at."""
+
+    async def test(client: Client, service: Service) -> None:
+        asked = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3}
+        if path != CHAT:
+            asked = {"prompt": templated(service), "logprobs": 3}
+        body = {**asked, "max_tokens": 5, "temperature": 0.5, "seed": 2, "return_token_ids": True}
+        (choice,) = (await client.post(path, json=body)).json()["choices"]
+        prompt, ids = choice["prompt_token_ids"], choice["token_ids"]
+        model: Any = service.engine.teacher.model  # type: ignore[attr-defined]
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        own = expected.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+        decode = service.engine.tokenizer.decode
+        top = expected.topk(3)
+        lists = [
+            [(decode([i]), p) for i, p in zip(*row, strict=True)]
+            for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+        if path == CHAT:
+            content = choice["logprobs"]["content"]
+            assert [one["logprob"] for one in content] == pytest.approx(own, abs=1e-4)
+            found = [[(other["token"], other["logprob"]) for other in one["top_logprobs"]] for one in content]
+            spelt = [None if "\ufffd" in decode([i]) else list(decode([i]).encode()) for i in ids]
+            assert [one["bytes"] for one in content] == spelt
+        else:
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(own, abs=1e-4)
+            found = [list(row.items()) for row in choice["logprobs"]["top_logprobs"]]
+        for theirs, ours in zip(found, lists, strict=True):
+            assert dict(theirs) == pytest.approx(dict(ours), abs=1e-4)  # two tokens may have one text
+
+    with_service(test)
+
+
+def test_an_answer_ends_at_a_stop_string_and_is_not_written_on() -> None:
+    async def test(client: Client, service: Service) -> None:
+        body = {"messages": MESSAGES, "max_tokens": 40, "seed": 5, "ignore_eos": True, "return_token_ids": True}
+        (free,) = (await client.post(CHAT, json=body)).json()["choices"]
+        text = free["message"]["content"]
+        stop = text[6:8]
+        (held,) = (await client.post(CHAT, json={**body, "stop": ["never", stop]})).json()["choices"]
+        assert held["message"]["content"] == text[: text.find(stop)] and held["finish_reason"] == "stop"
+        assert len(held["token_ids"]) < len(free["token_ids"]) == 40
+
+    with_service(test)
+
+
+def test_a_stream_says_the_same_in_events() -> None:
+    async def test(client: Client, service: Service) -> None:
+        body = {"messages": MESSAGES, "n": 2, "max_tokens": 6, "seed": 3}
+        whole = (await client.post(CHAT, json=body)).json()
+        streamed = await client.post(CHAT, json={**body, "stream": True, "stream_options": {"include_usage": True}})
+        *lines, last = [line.removeprefix("data: ") for line in streamed.text.split("\n\n") if line]
+        chunks = [json.loads(line) for line in lines]
+        assert last == "[DONE]" and chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
+        for choice in whole["choices"]:
+            deltas = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+            assert deltas[0]["delta"]["role"] == "assistant"
+            assert "".join(c["delta"].get("content", "") for c in deltas) == choice["message"]["content"]
+            assert [c["finish_reason"] for c in deltas] == [None, None, choice["finish_reason"]]
+
+    with_service(test)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no messages": ({"messages": []}, "messages"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+    "lists without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
+    "longer lists than there are": ({"logprobs": True, "top_logprobs": 9999}, "top_logprobs"),
+    "JSON": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "a forced tool": ({"tool_choice": "required"}, "tool_choice"),
+    "a bias": ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+    "a model that is not here": ({"model": "gpt-4"}, "model"),
+    "our own template words": ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    "too long": ({"messages": [{"role": "user", "content": "a" * 200}], "max_tokens": 5}, "prompts[0]"),
+    "no room": ({"messages": [{"role": "user", "content": "a" * 200}]}, "prompts[0]"),
+    "too many stops": ({"stop": [str(i) for i in range(20)]}, "stop"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused_naming_the_field(name: str) -> None:
+    changes, field = REFUSED[name]
+
+    async def test(client: Client, service: Service) -> None:
+        answer = await client.post(CHAT, json={"messages": MESSAGES, "max_tokens": 4, **changes})
+        if name == "no room":
+            answer = await client.post(CHAT, json={"messages": changes["messages"]})
+        assert answer.status_code in (400, 404), answer.text
+        assert answer.json()["error"]["field"] == field
+
+    with_service(test, Limits(sequence_tokens=128))
+
+
+def test_the_same_request_is_answered_once_and_a_token_is_asked_for() -> None:
+    async def test(client: Client, service: Service) -> None:
+        body = {"messages": MESSAGES, "max_tokens": 4}  # without a seed: another draw each time it is worked out
+        assert (await client.post(CHAT, json=body)).status_code == 401
+        headers = {"Authorization": "Bearer secret", "X-Request-Id": "chat-1"}
+        one, two = [(await client.post(CHAT, json=body, headers=headers)).json() for _ in range(2)]
+        assert one == two and service.answers.replayed == 1
+
+    with_service(test, token="secret")
+
+
+def test_the_official_client() -> None:
+    openai = pytest.importorskip("openai", reason="comes with vLLM")
+
+    async def test(client: Client, service: Service) -> None:
+        client.base_url = "http://127.0.0.1/v1/"
+        api = openai.AsyncOpenAI(base_url="http://127.0.0.1/v1", api_key="none", http_client=client)
+        name = (await api.models.list()).data[0].id
+        asked: dict[str, Any] = {"model": name, "messages": MESSAGES, "max_completion_tokens": 6, "seed": 3}
+        chat = await api.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+        assert chat.choices[0].finish_reason in ("stop", "length") and chat.usage.completion_tokens <= 6
+        assert all(len(one.top_logprobs) == 2 for one in chat.choices[0].logprobs.content)
+        stream = await api.chat.completions.create(**asked, stream=True)
+        said = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        assert said == chat.choices[0].message.content
+        text = await api.completions.create(model=name, prompt="2+2=", max_tokens=4, logprobs=2, seed=1)
+        assert len(text.choices[0].logprobs.top_logprobs) == text.usage.completion_tokens
+        with pytest.raises(openai.NotFoundError):
+            await api.chat.completions.create(**{**asked, "model": "gpt-4"})
+        with pytest.raises(openai.BadRequestError, match="logit_bias"):
+            await api.chat.completions.create(**asked, logit_bias={"5": 1})
+
+    with_service(test)
+
+
+def test_what_cannot_be_is_a_number_that_json_has() -> None:
+    assert IMPOSSIBLE < -1000 and json.loads(json.dumps(IMPOSSIBLE)) == IMPOSSIBLE
+    assert protocol.JSON_TYPE == "application/json"
