@@ -54,7 +54,7 @@ def curate(
     Raises:
         UserError: a rule that is not there, a setting it does not have or out of range, a row that a rule cannot judge.
     """
-    asked = [_rule(step) for step in steps]
+    asked = [read_rule(step) for step in steps]
     if not asked:
         raise UserError("curate was given no rules. Fix: steps: [finished, no_loops, ...].")
 
@@ -134,7 +134,7 @@ class _Curation:
                 self.step.lose(reason, count)
 
 
-def _rule(step: str | Mapping[str, Any]) -> Asked:
+def read_rule(step: str | Mapping[str, Any]) -> Asked:
     """Name, function and settings of a rule as a recipe writes it."""
     if isinstance(step, Mapping):
         if len(step) != 1:

@@ -52,7 +52,7 @@ def decontaminate(
     if not 0 <= least <= 1 or n < 2:
         raise UserError(f"least is {least} and n {n}. Fix: least in [0, 1], n of at least 2.")
     wanted = [suites] if isinstance(suites, str) else list(suites)
-    problems, missing = _problems(wanted)
+    problems, missing = suites_and_problems(wanted)
     said = {
         "suites": wanted,
         "data": {name: data_hash(ps) for name, ps in problems.items()},
@@ -86,7 +86,7 @@ def decontaminate(
     )
 
 
-def _problems(wanted: Sequence[str]) -> tuple[dict[str, list[Problem]], dict[str, str]]:
+def suites_and_problems(wanted: Sequence[str]) -> tuple[dict[str, list[Problem]], dict[str, str]]:
     """{suite: problems}, their ids led by the suite's name, and {suite: why it is missing} where all were asked for."""
     found, missing = dict[str, list[Problem]](), dict[str, str]()
     for name in sorted(bundled_suites()) if ALL in wanted else wanted:
