@@ -144,7 +144,7 @@ def _name_special_tokens(
         tokens = tokenizer.convert_ids_to_tokens([i for i in ids if 0 <= i < len(tokenizer)])
         return [vocabulary[t] for t in tokens if t in vocabulary]
 
-    configs = [model.config, model.config.get_text_config(), model.generation_config]
+    configs: list[Any] = [model.config, model.config.get_text_config(), model.generation_config]
     for config in {id(c): c for c in configs if c is not None}.values():
         config.bos_token_id, config.pad_token_id = new_tokenizer.bos_token_id, new_tokenizer.pad_token_id
         old_eos = config.eos_token_id
