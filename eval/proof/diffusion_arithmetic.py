@@ -202,7 +202,7 @@ def one_seed(
 ) -> dict[str, Any]:
     items, pool = heldout(held, digits=DIGITS), problems(3000, seed, digits=DIGITS)
     result: dict[str, Any] = {"seed": seed, "stages": {}}
-    model, tokenizer = SIZE.build(seed), TOKENIZER
+    model, tokenizer = SIZE.build(seed), copy.deepcopy(TOKENIZER)  # which gets a mask token
 
     def note(stage: str, trainer: Any, seconds: float) -> None:
         scores = score(denoiser_of(trainer), items)
