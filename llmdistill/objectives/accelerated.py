@@ -1,9 +1,10 @@
 """Who forms a divergence of whole rows: on CUDA Triton's kernels or the compiled formula, on a CPU PyTorch.
 
 The formula is written once, in `divergences`. On CUDA the kernels of `triton_rows` are taken where they have it, and
-`torch.compile` of the formula otherwise. What does not compile is left out for rows of that width and dtype, with one
-warning, and the next is taken; PyTorch's own operations always remain. The environment variable LLMDISTILL_KERNELS may
-name one: triton, compile or pytorch (auto: as described; triton on a CPU needs TRITON_INTERPRET=1).
+`torch.compile` of the formula otherwise, unless a schedule moves its parameters. What does not compile is left out for
+rows of that width and dtype, with one warning, and the next is taken; PyTorch's own operations always remain. The
+environment variable LLMDISTILL_KERNELS may name one: triton, compile or pytorch (auto: as described; triton on a CPU
+needs TRITON_INTERPRET=1).
 """
 
 import os
@@ -24,6 +25,7 @@ DenseFormula = Callable[[Core, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 KERNELS = "LLMDISTILL_KERNELS"
 ROADS = {"auto": ("triton", "compile"), "triton": ("triton",), "compile": ("compile",), "pytorch": ()}
 _given_up: set[tuple[str, str, int, torch.dtype]] = set()
+_parameters: dict[str, set[tuple[Any, ...]]] = {}  # that each core was compiled with
 
 
 def dense_rows(
@@ -34,7 +36,7 @@ def dense_rows(
     Raises ValueError for an unknown LLMDISTILL_KERNELS, and whatever the core raises.
     """
     for road in _roads(student_logits):
-        if _key(road, core, student_logits) in _given_up:
+        if _key(road, core, student_logits) in _given_up or road == "compile" and _changes(core):
             continue
         take = _by_triton if road == "triton" else _by_compile
         try:
@@ -54,6 +56,13 @@ def _roads(logits: Tensor) -> tuple[str, ...]:
     if named not in ROADS:
         raise ValueError(f"{KERNELS} is '{named}'; it must be one of {', '.join(ROADS)}")
     return () if named == "auto" and not logits.is_cuda else ROADS[named]
+
+
+def _changes(core: Core) -> bool:
+    """Whether its parameters move, as a schedule's do: each value would be compiled anew, for half a minute."""
+    seen = _parameters.setdefault(_name(core), set())
+    seen.add(tuple(sorted(core.keywords.items())) if isinstance(core, partial) else ())
+    return len(seen) > 2
 
 
 def _by_triton(

@@ -14,6 +14,7 @@ from objective_cases import logits, value_and_grad
 
 from llmdistill.objectives import accelerated, cores, divergences
 from llmdistill.objectives.streaming import rows_at_once
+from llmdistill.objectives.taid import taid
 
 HERE = Path(__file__).parent
 KERNELS = Path(sys.prefix) / "kernels"  # where `make test` puts Triton, apart from torch's CPU build and vLLM's
@@ -67,6 +68,19 @@ def test_what_has_no_kernel_compiles_as_one_graph() -> None:
     inputs = partial(cores.adaptive_kl, head_mass=0.5), logits(1, 3, 17), logits(2, 3, 17), 0.7
     for found, expected in zip(compiled(*inputs), divergences.formula(*inputs), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_what_a_schedule_moves_is_not_compiled_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(accelerated, "_parameters", {})
+    monkeypatch.setattr(
+        accelerated, "_compiled", lambda formula: lambda core, *rest: (compiled.append(core), formula(core, *rest))[1]
+    )
+    monkeypatch.setenv(accelerated.KERNELS, "compile")
+    teacher = logits(2, 3, 11)
+    for t in (0.3, 0.3, 0.4, 0.5, 0.6):
+        assert torch.isfinite(taid(logits(1, 3, 11), teacher, t)).all()
+    assert [core.keywords["t"] for core in compiled] == [0.3, 0.3, 0.4]
 
 
 def test_a_chunk_by_itself_is_128_rows_on_a_cpu() -> None:
