@@ -25,6 +25,8 @@ def mask_token_of(model: Any, tokenizer: PreTrainedTokenizerBase, token: str | N
         saved = getattr(model.config, "mask_token_id", None)
         own = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else saved
         if own is not None:
+            if int(own) == model.get_input_embeddings().weight.shape[0]:  # the tokenizer got it for another model
+                _make_room(model, int(own))
             return int(own)
         token = NEW_TOKEN
     known = tokenizer.get_vocab().get(token)

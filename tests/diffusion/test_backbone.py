@@ -179,6 +179,13 @@ def test_a_checkpoint_is_plain_and_comes_back_as_it_was(tmp_path: Path) -> None:
     assert plain.config.is_causal is False and type(plain) is LlamaForCausalLM
 
 
+def test_a_tokenizer_that_another_model_was_given_a_mask_token_with_serves_this_one_too() -> None:
+    tokenizer = tiny.tokenizer()
+    for _ in range(2):
+        model = MaskedDiffusionLM.of(tiny.llama(0, vocab=260), tokenizer)
+        assert model.mask_token_id == 260 and model.model.get_input_embeddings().weight.shape[0] == 261
+
+
 def test_a_mask_token_that_is_a_word_is_refused(tmp_path: Path) -> None:
     tiny.llama(0).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
