@@ -187,11 +187,11 @@ def _is_dropped(character: str) -> bool:
 
 def _difference(student: Units, teacher: Units, show: Callable[[Units], str]) -> str:
     """Where two texts part."""
-    for side, units, other in (("student", student, teacher), ("teacher", teacher, student)):
+    for side, units, across in (("student", student, teacher), ("teacher", teacher, student)):
         if len(found := np.flatnonzero(units == UNKNOWN)):
             at = int(found[0])
-            known = np.array_equal(units[:at], other[:at]) and (other[at : at + 1] < MARK).any()
-            what = f", {show(other[at : at + 1])}" if known else ""
+            known = np.array_equal(units[:at], across[:at]) and (across[at : at + 1] < MARK).any()
+            what = f", {show(across[at : at + 1])}" if known else ""
             return (
                 f"the {side}'s tokenizer has no token for what comes after {show(units[max(at - SHOWN, 0) : at])}{what}"
             )
