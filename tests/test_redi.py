@@ -344,7 +344,7 @@ def test_help_is_a_screen_of_settings(capsys: pytest.CaptureFixture[str]) -> Non
         ({"method": "simpo", "alpha": 0.5}, "objective.alpha is set, and objective.method simpo does not read it"),
         ({"method": "redi", "objective.beta": 0.5}, "objective.beta is set, and objective.method redi"),
         ({"method": "symmetric", "alpha": 1.0}, "objective.alpha is set"),
-        ({"alpha": 1.5}, r"objective.alpha is 1.5; it must be in \[0, 1\]"),
+        ({"alpha": 1.5}, "objective.alpha is 1.5; it must be >= 0 and <= 1"),
         ({"gamma": -1}, "objective.gamma is -1"),
         ({"method": "dpo", "objective.beta": 0}, "objective.beta is 0.0; it must be > 0"),
         ({"method": "dpo", "guard_stop": True}, "objective.guard_stop is true, and objective.method dpo has no guard"),

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
-from llmdistill.errors import UserError
 from llmdistill.objectives.redi import redi_loss, simpo_loss
-from llmdistill.recipe.settings import require, setting
+from llmdistill.recipe.settings import Conflict, check_conflicts, setting
 from llmdistill.training.pair_losses import PairLoss
 from llmdistill.training.pair_trainer import PairConfig
 
 Method = Literal["redi", "sft", "symmetric", "dpo", "simpo"]
-# What a method reads, and its value where none is given: those of the paper.
-PARAMETERS: dict[str, dict[str, float]] = {
-    "redi": {"alpha": 0.8, "gamma": 0.0},
-    "symmetric": {"gamma": 0.0},
-    "simpo": {"beta": 2.0, "margin": 1.0},
-    "dpo": {"beta": 0.001},
-    "sft": {},
-}
 # Settings of stage 2, and those that say the same of stage 1.
 OF_STAGE_1 = {
     "learning_rate": "stage1_learning_rate",
@@ -29,6 +20,11 @@ OF_STAGE_1 = {
     "per_device_train_batch_size": "stage1_batch_size",
     "gradient_accumulation_steps": "stage1_accumulation",
 }
+OF_TRL = Conflict(
+    lambda s: not s.on_pairs,
+    "objective.method is {method}, which TRL trains: REDITrainer takes redi, symmetric and simpo",
+    "accelerate launch -m llmdistill.redi",
+)
 GUARD = ("guard_drop", "guard_rejected_drop", "guard_stop", "guard_window")
 
 
@@ -41,63 +37,61 @@ class REDIConfig(PairConfig):
     num_train_epochs: float = field(default=1.0, metadata={"help": "epochs of stage 2"})
 
     method: Method = setting("redi", "redi, symmetric, simpo or dpo on pairs after stage 1; sft: stage 1 alone")
-    alpha: float | None = setting(None, "redi: weight of the rejected side, default 0.8; 0: none")
-    gamma: float | None = setting(
-        None, "redi, symmetric: exp(gamma b) on the rejected side's mean log-prob b, default 0"
+    # Where None is given, the values of the papers.
+    alpha: float | None = setting(
+        None,
+        "redi: weight of the rejected side, default 0.8; 0: none",
+        at_least=0,
+        at_most=1,
+        default_by={"method": {"redi": 0.8}},
     )
-    beta: float | None = setting(None, "simpo: slope, default 2; dpo: strength of the reference, default 0.001")
-    margin: float | None = setting(None, "simpo: margin to be reached, default 1")
+    gamma: float | None = setting(
+        None,
+        "redi, symmetric: exp(gamma b) on the rejected side's mean log-prob b, default 0",
+        at_least=0,
+        default_by={"method": {"redi": 0.0, "symmetric": 0.0}},
+    )
+    beta: float | None = setting(
+        None,
+        "simpo: slope, default 2; dpo: strength of the reference, default 0.001",
+        above=0,
+        default_by={"method": {"simpo": 2.0, "dpo": 0.001}},
+    )
+    margin: float | None = setting(
+        None, "simpo: margin to be reached, default 1", default_by={"method": {"simpo": 1.0}}
+    )
     positives: str = setting(
         "", "file or hub dataset of stage 1: prompts with a chosen side; empty: that of data.train"
     )
-    stage1_epochs: float = setting(3.0, "epochs of stage 1; 0: skipped, the student is an SFT checkpoint already")
-    stage1_steps: int = setting(0, "optimizer steps of stage 1 in place of epochs; 0: as stage1_epochs says")
-    stage1_learning_rate: float = setting(5e-5, "peak learning rate of stage 1")
-    stage1_batch_size: int = setting(8, "sequences of a micro-batch of stage 1, per process (the paper: 128 a step)")
-    stage1_accumulation: int = setting(1, "micro-batches of an optimizer step of stage 1")
+    stage1_epochs: float = setting(
+        3.0, "epochs of stage 1; 0: skipped, the student is an SFT checkpoint already", at_least=0
+    )
+    stage1_steps: int = setting(
+        0, "optimizer steps of stage 1 in place of epochs; 0: as stage1_epochs says", at_least=0
+    )
+    stage1_learning_rate: float = setting(5e-5, "peak learning rate of stage 1", at_least=0)
+    stage1_batch_size: int = setting(
+        8, "sequences of a micro-batch of stage 1, per process (the paper: 128 a step)", at_least=1
+    )
+    stage1_accumulation: int = setting(1, "micro-batches of an optimizer step of stage 1", at_least=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        reads = PARAMETERS[self.method]
-        self._refuse_unread()
-        for name, default in reads.items():
-            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
-        if self.alpha is not None:
-            require(0 <= self.alpha <= 1, "objective.alpha", self.alpha, "in [0, 1]", "use 0.8")
-        if self.gamma is not None:
-            require(self.gamma >= 0, "objective.gamma", self.gamma, ">= 0", "use 0")
-        if self.beta is not None:
-            require(self.beta > 0, "objective.beta", self.beta, "> 0", f"use {reads['beta']:g}")
-        for name in ("stage1_epochs", "stage1_steps"):
-            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), ">= 0", "use 0")
-        for name in ("stage1_batch_size", "stage1_accumulation"):
-            require(getattr(self, name) >= 1, f"objective.{name}", getattr(self, name), ">= 1", "use 1")
-        if not self.has_stage1 and self.method == "sft":
-            raise UserError(
-                "objective.method sft is stage 1 alone, and objective.stage1_epochs 0 skips it. Fix: use 3."
-            )
-        if not self.has_stage1 and self.positives:
-            raise UserError(
-                f"objective.positives is {self.positives!r}, and objective.stage1_epochs 0 skips the stage that reads "
-                "it. Fix: leave one of them out."
-            )
-
-    def _refuse_unread(self) -> None:
-        """Settings that the method does not read, and that are not what some method has anyway: a recipe for one
-        method runs with another, unless it asks for something that the other has not."""
-        reads = PARAMETERS[self.method]
-        for name in sorted({name for known in PARAMETERS.values() for name in known} - set(reads)):
-            if getattr(self, name) not in (None, *(known[name] for known in PARAMETERS.values() if name in known)):
-                raise UserError(
-                    f"objective.{name} is set, and objective.method {self.method} does not read it. "
-                    f"Fix: leave {name} out, or choose a method that has it."
-                )
-            setattr(self, name, None)
-        if self.guard_stop and not self.on_pairs:  # who counts on it would train past where it should have stopped
-            raise UserError(
-                f"objective.guard_stop is true, and objective.method {self.method} has no guard: its loss is bounded. "
-                "Fix: leave guard_stop out."
-            )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: s.guard_stop and not s.on_pairs,  # who counts on it would train past where it should have stopped
+            "objective.guard_stop is true, and objective.method {method} has no guard: its loss is bounded",
+            "leave guard_stop out",
+        ),
+        Conflict(
+            lambda s: s.method == "sft" and not s.has_stage1,
+            "objective.method sft is stage 1 alone, and objective.stage1_epochs 0 skips it",
+            "use 3",
+        ),
+        Conflict(
+            lambda s: s.positives and not s.has_stage1,
+            "objective.positives is {positives!r}, and objective.stage1_epochs 0 skips the stage that reads it",
+            "leave one of them out",
+        ),
+    )
 
     def not_read(self) -> list[str]:
         """What is set and means nothing to the method. No error: a recipe for all methods has some of it."""
@@ -124,11 +118,7 @@ class REDIConfig(PairConfig):
         Raises:
             UserError: a method that is trained by TRL.
         """
-        if not self.on_pairs:
-            raise UserError(
-                f"objective.method is {self.method}, which TRL trains: REDITrainer takes redi, symmetric and simpo. "
-                "Fix: accelerate launch -m llmdistill.redi."
-            )
+        check_conflicts(self, (OF_TRL,))
         if self.method == "simpo":
             assert self.beta is not None and self.margin is not None
             return partial(simpo_loss, beta=self.beta, margin=self.margin)

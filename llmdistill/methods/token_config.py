@@ -11,7 +11,6 @@ from torch import Tensor
 
 from llmdistill.composition.method import Method, Schedule
 from llmdistill.composition.term import Ask, Mean, Support, Term
-from llmdistill.errors import UserError
 from llmdistill.objectives import divergences, policy, sparse
 from llmdistill.objectives.labels import cross_entropy, mixed_target
 from llmdistill.recipe.config import DistillationConfig
@@ -245,20 +244,11 @@ class TokenConfig(DistillationConfig):
         """Where the text comes from: what the settings name, or a source of one's ``own`` instead.
 
         Raises:
-            UserError: a name where a source is wanted, or one that the estimator has no use for.
+            UserError: as :func:`~llmdistill.texts.sources.checked_source`.
         """
-        if isinstance(source, str):
-            raise UserError(
-                f"sequences={source!r} is a name, and names are settings: they are checked against the others. "
-                f"Fix: {type(self).__name__}(sequences={source!r}); the argument takes a source of your own."
-            )
         if source is not None:
-            if self.estimator == "sampled" and source.uses != {"student"}:
-                raise UserError(
-                    f"objective.estimator sampled needs tokens that the student drew, and {type(source).__name__} uses "
-                    f"{', '.join(sorted(source.uses))}. Fix: --estimator full or top_k."
-                )
-            return source
+            of_student = "objective.estimator sampled" if self.estimator == "sampled" else ""
+            return sources.checked_source(source, type(self).__name__, of_student)
         return sources.make_source(
             self.sequences,
             student_fraction=self.student_fraction,

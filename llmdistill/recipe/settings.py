@@ -44,14 +44,19 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
     read_by: Mapping[str, Sequence[Any]] | None = None,
+    default_by: Mapping[str, Mapping[Any, Any]] | None = None,
 ) -> Any:
     """A field of a recipe's section ``objective``.
 
     Args:
         at_least, above, at_most, below: its range; None as value is never out of it.
         read_by: other setting -> its values for which this one is read. Elsewhere anything but the default is refused.
+        default_by: other setting -> its values for which this one is read, and what it is there where None is given.
+            Elsewhere it becomes None, and is refused only where it asks for something that none of those has anyway:
+            a recipe for one value runs with another.
     """
-    rules = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "read_by": read_by}
+    rules = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    rules |= {"read_by": read_by, "default_by": default_by}  # type: ignore[dict-item]
     metadata = {"help": help, "section": "objective", **{k: v for k, v in rules.items() if v is not None}}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -64,6 +69,8 @@ def check_settings(settings: Any, section: str = "objective") -> None:
     Raises:
         UserError: a value out of its range, one that nothing reads, or two that contradict each other.
     """
+    for f in dataclasses.fields(settings):
+        _fill(f, settings, section)
     for f in dataclasses.fields(settings):
         _check_range(f, getattr(settings, f.name), section)
     for f in dataclasses.fields(settings):
@@ -118,6 +125,21 @@ def _check_range(f: Any, value: Any, section: str) -> None:
         number = isinstance(x, int | float)
         inside = number and all(limits[name][1](x, limit) for name, limit in given.items())
         require(inside, f"{section}.{f.name}", value, needed, fix)
+
+
+def _fill(f: Any, settings: Any, section: str) -> None:
+    """The value of a setting whose default another one decides."""
+    for other, defaults in f.metadata.get("default_by", {}).items():
+        chosen, value = getattr(settings, other), getattr(settings, f.name)
+        if chosen in defaults:
+            setattr(settings, f.name, defaults[chosen] if value is None else value)
+        elif value is None or value in defaults.values():
+            setattr(settings, f.name, None)
+        else:
+            raise UserError(
+                f"{section}.{f.name} is set, and {section}.{other} {chosen} does not read it. "
+                f"Fix: leave {f.name} out, or choose a {other} that has it."
+            )
 
 
 def _check_readers(f: Any, settings: Any, section: str) -> None:

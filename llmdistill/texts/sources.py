@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from llmdistill.errors import UserError
 from llmdistill.texts import Prompt, Rollout, request_seed
 from llmdistill.texts.buffer import ReplayBuffer
 
@@ -185,6 +186,29 @@ class Adaptive:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.phi, self.last_loss = state["phi"], state["last_loss"]
         self.buffer.load_state_dict(state["buffer"])
+
+
+def checked_source(source: Source | str, config: str, of_student: str) -> Source:
+    """A source that a trainer was given in place of a setting.
+
+    Args:
+        config: whose setting ``sequences`` is.
+        of_student: what needs tokens that the student drew, or nothing.
+
+    Raises:
+        UserError: a name where a source is wanted, or one of other text than is needed.
+    """
+    if isinstance(source, str):
+        raise UserError(
+            f"sequences={source!r} is a name, and names are settings: they are checked against the others. "
+            f"Fix: {config}(sequences={source!r}); the argument takes a source of your own."
+        )
+    if of_student and source.uses != {"student"}:
+        raise UserError(
+            f"{of_student} needs tokens that the student drew, and {type(source).__name__} uses "
+            f"{', '.join(sorted(source.uses))}. Fix: --estimator full or top_k."
+        )
+    return source
 
 
 def make_source(

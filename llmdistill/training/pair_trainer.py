@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from llmdistill.composition.loss import Result
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Term
-from llmdistill.errors import UserError
 from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
-from llmdistill.recipe.settings import Conflict, require, setting
+from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
 from llmdistill.texts.streams import ExampleStream, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
@@ -44,23 +43,24 @@ class PairConfig(DistillationConfig):
 
     chosen_column: str = setting("chosen", "column with the correct completion: a string or a list of chat messages")
     rejected_column: str = setting("rejected", "column with the wrong completion, likewise")
-    max_completion_tokens: int = setting(0, "cut completions after so many tokens; 0: never")
+    max_completion_tokens: int = setting(0, "cut completions after so many tokens; 0: never", at_least=0)
     bad_pairs: BadPairs = setting("error", "skip leaves out rows with an empty side or two sides alike")
-    guard_drop: float = setting(0.5, "nats per token log p(chosen) may fall before a warning; 0: not watched")
-    guard_rejected_drop: float = setting(2.0, "the same for log p(rejected), which is meant to fall somewhat")
+    guard_drop: float = setting(
+        0.5, "nats per token log p(chosen) may fall before a warning; 0: not watched", at_least=0
+    )
+    guard_rejected_drop: float = setting(
+        2.0, "the same for log p(rejected), which is meant to fall somewhat", at_least=0
+    )
     guard_stop: bool = setting(False, "stop training there")
-    guard_window: int = setting(10, "last steps whose mean the guard compares with the first step")
+    guard_window: int = setting(10, "last steps whose mean the guard compares with the first step", at_least=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_completion_tokens", "guard_drop", "guard_rejected_drop"):
-            require(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), ">= 0", "use 0")
-        require(self.guard_window >= 1, "objective.guard_window", self.guard_window, ">= 1", "use 10")
-        if self.guard_stop and not self.guard_drop and not self.guard_rejected_drop:
-            raise UserError(
-                "objective.guard_stop is true, and objective.guard_drop and guard_rejected_drop 0 watch nothing. "
-                "Fix: use 0.5 and 2."
-            )
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: s.guard_stop and not s.guard_drop and not s.guard_rejected_drop,
+            "objective.guard_stop is true, and objective.guard_drop and guard_rejected_drop 0 watch nothing",
+            "use 0.5 and 2",
+        ),
+    )
 
 
 def pair_method(loss: PairLoss, pad: int) -> Method:
