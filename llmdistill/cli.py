@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ METHODS = {
 
 def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     """Builds what the front door would build, runs all checks, prints all findings. 2 if one failed."""
+    if "LOCAL_RANK" not in os.environ:  # one process looks at one GPU; a run of one that sees several is refused
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

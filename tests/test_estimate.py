@@ -129,6 +129,21 @@ def test_bytes_of_a_block_are_those_that_are_written(listed: int, columns: int) 
     assert len(encode(block)) == pytest.approx(rows * estimate.block_bytes(listed, columns) + beside, abs=40)
 
 
+@pytest.mark.parametrize(("given", "looked_at"), [(None, "0"), ("2,3", "2"), ("", "")])
+def test_the_doctor_looks_at_one_gpu_of_several(
+    given: str | None, looked_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run it would be refused on a machine with several."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    tiny.llama(1).config.save_pretrained(tmp_path / "student")
+    words = ["--student.model", str(tmp_path / "student"), "--data.train", "x", "--output_dir", str(tmp_path / "run")]
+    assert cli.main(["doctor", "--estimate", *words]) == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == looked_at
+
+
 def recipe_of(folder: Path, *words: str) -> Recipe:
     tiny.llama(1).config.save_pretrained(folder / "student")
     models = ["--student.model", str(folder / "student"), "--teacher.model", str(folder / "student")]
