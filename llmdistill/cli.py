@@ -25,6 +25,7 @@ from pathlib import Path
 
 from llmdistill.errors import UserError
 from llmdistill.failures import reported
+from llmdistill.recipe.heads import no_recipe
 
 # module of the package -> its config and trainer
 METHODS = {
@@ -38,11 +39,12 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     """Builds what the front door would build, runs all checks, prints all findings. 2 if one failed."""
     if "LOCAL_RANK" not in os.environ:  # one process looks at one GPU; a run of one that sees several is refused
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    _check_named(rest)  # before a minute of imports
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from llmdistill.pipeline.run import build
+    from llmdistill.pipeline.run import build, quiet
     from llmdistill.preflight import STYLE, examine
     from llmdistill.preflight.foreseen import foreseen
     from llmdistill.preflight.foreseen import table as table_of_memory
@@ -55,6 +57,7 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         module = importlib.import_module(f"llmdistill.{words.method}")
         config_class, trainer_class = (getattr(module, name) for name in METHODS[words.method])
+    quiet()
     recipe = parse(config_class, rest)
     console = Console(markup=False)
     memory = foreseen(recipe, gpus=words.gpus, zero=words.zero, gpu_gib=words.gpu_gib)
@@ -83,6 +86,15 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
         table.add_row(Text(f.level, STYLE[f.level]), Text(f.check), Text(found))
     console.print(table)
     return 2 if any(f.level == "fail" for f in findings) else 0
+
+
+def _check_named(rest: Sequence[str]) -> None:
+    if not rest:
+        raise UserError("llmdistill doctor looks at a recipe, and none is named. Fix: --config RECIPE.")
+    for word, following in zip(rest, [*rest[1:], ""], strict=True):
+        name, given, value = word.partition("=")
+        if name == "--config" and not (path := Path(value if given else following)).is_file():
+            raise no_recipe(path)
 
 
 def report(words: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -60,7 +60,10 @@ def test_missing_model(refused: Any, tmp_path: Path) -> None:
 
 def test_data(refused: Any, tmp_path: Path) -> None:
     nowhere = str(tmp_path / "nowhere.jsonl")
-    assert f"data.train {nowhere!r} cannot be read" in refused("--data.train", nowhere)
+    assert f"data.train {nowhere!r}: there is no such file. Fix: " in refused("--data.train", nowhere)
+    assert f"data.train 'gone.jsonl': there is no such file in {Path.cwd()}. Fix: " in refused(
+        "--data.train", "gone.jsonl"
+    )
     other = write_rows(tmp_path, "1+1=", column="words")
     line = refused("--data.train", other)
     assert "has no column 'prompt' (it has words). Fix: --data.prompt_column NAME" in line

@@ -170,13 +170,16 @@ def test_keys_that_tell_teachers_apart_take_no_short_name_from_others() -> None:
         (["--max_steps", "0"], "train.max_steps is 0; it must be >= 1, or -1 for num_train_epochs"),
         (["--num_train_epochs", "0"], "train.num_train_epochs is 0.0; it must be above 0"),
         (["max_steps", "3"], "not an option"),
+        (["recipes/gkd.yaml"], "is not an option; overrides are written --key value. Fix: --config recipes/gkd.yaml."),
+        (["--config", "recipes/quikstart.yaml"], "Fix: --config recipes/quickstart.yaml."),
+        (["--config", "recipes/diffusion-sft-cpu.yaml"], "Its head says: accelerate launch -m llmdistill.diffusion"),
         (["--max_steps", "three"], "train.max_steps: invalid int value: 'three'"),
         (["--top_p", "most"], "rollouts.top_p: invalid float value: 'most'"),
         (
             ["--divergence", "reverse_lk"],
             "objective.divergence: invalid choice: 'reverse_lk' (choose from 'reverse_kl'",
         ),
-        (["--config", "nowhere.yaml"], "no such file"),
+        (["--config", "nowhere.yaml"], f"there is no such file in {Path.cwd()}. Fix: recipes/"),
         (["--rollouts.temperature", "-1"], "rollouts.temperature is -1.0; it must be >= 0"),
         (["--loss_temperature", "0"], "objective.loss_temperature is 0.0"),
         (["--beta", "0.5"], "objective.beta is 0.5, and objective.divergence reverse_kl does not read it"),
@@ -279,6 +282,20 @@ def test_help_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "doctor" in out and "report" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "llmdistill doctor looks at a recipe, and none is named. Fix: --config RECIPE."),
+        (["--config", "recipes/gdk.yaml"], "there is no such file in .* Fix: --config recipes/gkd.yaml."),
+        (["--config=recipes/gdk.yaml", "--bf16"], "there is no such file in .* Fix: --config recipes/gkd.yaml."),
+    ],
+)
+def test_doctor_says_that_a_recipe_is_missing_before_it_imports_the_libraries(words: list[str], said: str) -> None:
+    code = f"import sys, llmdistill.cli as c; r = c.main({['doctor', *words]!r}); print(r, 'torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.search(said, ended.stderr) and ended.stdout == "2 False\n"
 
 
 def test_doctor(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

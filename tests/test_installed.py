@@ -33,6 +33,13 @@ def test_the_oldest_that_was_tested_is_the_lower_bound() -> None:
         assert lower[name].startswith(oldest), name
 
 
+def test_what_make_installs_is_what_was_tested() -> None:
+    """No first run begins with a notice about its own environment."""
+    pins = [line.split("==") for line in (Path(__file__).parents[1] / "constraints-cpu.txt").read_text().splitlines()]
+    there = {pin[0]: pin[1] for pin in pins if pin[0] in TESTED}
+    assert len(there) > 4 and [f.message for f in untested(there) if f.level != "ok"] == []
+
+
 @pytest.mark.parametrize(
     ("gpus", "level", "said"),
     [

@@ -48,6 +48,28 @@ def test_every_method_has_a_recipe_that_names_it() -> None:
         assert recipe["objective"]["method"] == name
 
 
+def test_every_file_of_the_quick_starts_is_named_with_what_makes_it() -> None:
+    """Who comes from another recipe, or from `make quickstart`, has not made them yet."""
+    made_by = {
+        **dict.fromkeys(("teacher", "student", "student24"), "data/quickstart_models.py"),
+        **dict.fromkeys(("train.jsonl", "heldout.jsonl"), "data/quickstart_prompts.py"),
+        **dict.fromkeys(("questions.jsonl", "questions_heldout.jsonl"), "data/quickstart_questions.py"),
+        **dict.fromkeys(("pairs.jsonl", "pairs_heldout.jsonl"), "data/redi_pairs.py"),
+        "transferred": "llmdistill transfer",
+    }
+    read_by = [(recipe, name) for recipe in RECIPES for name in _quickstart_files(read(recipe))]
+    said = {recipe: (ROOT / "recipes" / f"{recipe}.yaml").read_text() for recipe in RECIPES}
+    said["alm-cpu"] = said["alm-cpu"].replace("make quickstart", made_by["teacher"])  # which runs it
+    silent = [(recipe, name) for recipe, name in read_by if made_by[name] not in said[recipe]]
+    assert len(read_by) > 60 and silent == []
+
+
+def _quickstart_files(value: Any) -> set[str]:
+    if isinstance(value, dict | list):
+        return set().union(*(_quickstart_files(v) for v in (value.values() if isinstance(value, dict) else value)))
+    return {value.removeprefix("data/quickstart/")} if str(value).startswith("data/quickstart/") else set()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_parses_and_says_how_it_is_launched(recipe: str) -> None:
     file = ROOT / "recipes" / f"{recipe}.yaml"

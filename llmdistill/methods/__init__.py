@@ -17,6 +17,8 @@ from llmdistill.errors import UserError
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.settings import setting
 
+FRONT_DOORS = ("opd", "taid", "redi", "cross_tokenizer", "diffusion")  # of their own, for methods that are no file here
+
 
 def names() -> list[str]:
     """The methods that come with the package."""
@@ -37,12 +39,16 @@ def load(name: str) -> Any:
         if error.name is not None and not where.startswith(error.name):
             raise  # something that the module itself imports
         raise UserError(
-            f"objective.method is {name!r}, and there is no module {where}. Fix: one of {', '.join(names())}, or "
-            "package.module:NAME for one of your own."
+            f"objective.method is {name!r}, and there is no module {where}. Fix: {_door(name)}one of "
+            f"{', '.join(names())}, or package.module:NAME for one of your own."
         ) from None
     if not (hasattr(module, "Settings") and hasattr(module, "build")):
         raise UserError(f"objective.method is {name!r}; {where} has no Settings and build(args). Fix: add them.")
     return module
+
+
+def _door(name: str) -> str:
+    return f"accelerate launch -m llmdistill.{name}, which is a front door; or " if name in FRONT_DOORS else ""
 
 
 @lru_cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from llmdistill.errors import in_this_folder
+
 
 def why_not_loaded(path: str | Path, error: Exception) -> str:
     """The reason in a line that ends with a full stop. What can only be a path is not spoken of as a name on the hub,
@@ -17,7 +19,9 @@ def why_not_loaded(path: str | Path, error: Exception) -> str:
     if Path(path).expanduser().exists():
         reason = reason.partition(" Checkout '")[0]  # the address of a page of the hub that cannot exist
     elif is_a_path(str(path)):
-        reason = "there is no such folder"
+        reason = f"there is no such folder{in_this_folder(path)}"
+    elif "/" in str(path) and Path(path).parent.is_dir():
+        reason = f"there is no such folder{in_this_folder(path)}; taken for a hub name: {reason}"
     if "trust_remote_code" in str(error):
         return "it comes with code of its own, which runs only when that is asked for. Fix: trust_remote_code true."
     return reason if reason.endswith(".") else f"{reason}."

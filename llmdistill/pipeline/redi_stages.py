@@ -147,7 +147,10 @@ def _refuse(recipe: Recipe) -> None:
             "adapter is left to go on with. Fix: --student.adapter merge with --student.lora_r, or one stage."
         )
     if not recipe.data.train:
-        raise UserError("data.train is empty; it must name a file or hub dataset of pairs. Fix: --data.train FILE.")
+        raise UserError(
+            "data.train is empty; it must name a file or hub dataset of pairs. "
+            "Fix: --config RECIPE, or --data.train FILE."
+        )
     check_heldout(recipe.args, recipe.data.heldout)
 
 

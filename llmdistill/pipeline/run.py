@@ -150,7 +150,10 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     """The rows of a recipe: ``train``, and ``heldout`` where it names some; of several held-out sets a mapping."""
     data = recipe.data
     if not data.train:
-        raise UserError("data.train is empty; it must name a file or hub dataset of prompts. Fix: --data.train FILE.")
+        raise UserError(
+            "data.train is empty; it must name a file or hub dataset of prompts. "
+            "Fix: --config RECIPE, or --data.train FILE."
+        )
     check_heldout(recipe.args, data.heldout)
     named = {"train": data.train, "heldout": data.heldout}
     if data.streaming:
@@ -402,8 +405,9 @@ def _print(folder: RunFolder, console: Console, page: Path) -> None:
         if text not in before or text not in after:
             continue
         table = Table(title=f"held-out: {title} (95 % intervals over sequences; of the change, prompt by prompt)")
-        for column in ("per token", "before", "after", "change"):
-            table.add_column(column, justify="left" if column == "per token" else "right")
+        table.add_column("per answer" if text == "answers" else "per token")
+        for column in ("before", "after", "change"):
+            table.add_column(column, justify="right")
         for metric in METRICS:
             if any(metric not in side[text] for side in (before, after)):  # of a teacher that tells no distributions
                 continue

@@ -32,6 +32,7 @@ from llmdistill.recipe.config import (
     in_section,
     teacher_groups,
 )
+from llmdistill.recipe.heads import launched, no_recipe
 
 # The handful of transformers.TrainingArguments that --help lists; all the others are accepted too.
 COMMON_TRAIN = [
@@ -242,7 +243,8 @@ def _split_argv(
             setattr(flags, word[2:], True)
             continue
         if not word.startswith("--"):
-            raise UserError(f"{word!r} is not an option; overrides are written --key value")
+            fix = f" Fix: --config {word}." if word.endswith((".yaml", ".yml")) else ""
+            raise UserError(f"{word!r} is not an option; overrides are written --key value.{fix}")
         name, given, value = word[2:].partition("=")
         name = underscored(name)
         section, key, kinds = "", "", {str}
@@ -282,9 +284,10 @@ def _following(name: str, kinds: set[Any], words: list[str]) -> Any:
 
 def _read_recipe(path: Path, values: dict[str, Any], sections: Mapping[str, type]) -> None:
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file. Fix: recipes/ lists the ready-made ones.")
+        raise no_recipe(path)
+    text = path.read_text()
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(recipe, dict):
@@ -297,7 +300,10 @@ def _read_recipe(path: Path, values: dict[str, Any], sections: Mapping[str, type
         elif section not in sections:
             raise UserError(f"{path}: unknown section {section!r}{_hint(section, [*sections, 'teachers'])}")
         else:
-            values[section] |= _known(content or {}, section, sections[section], path)
+            try:
+                values[section] |= _known(content or {}, section, sections[section], path)
+            except UserError as error:
+                raise UserError(f"{error}{launched(text)}") from None
 
 
 def _items(content: Any) -> list[tuple[int, Any]]:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmdistill.errors import UserError
+from llmdistill.errors import UserError, in_this_folder
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts.columns import Columns
 from llmdistill.texts.lines import COMPRESSED, Unreadable, json_lines, line_of, zstandard_for
@@ -159,6 +159,11 @@ def _files(named: Sequence[str], setting: str) -> list[str]:
                 raise UserError(f"{setting} {name!r} matches no file. Fix: another pattern.")
             found += matches
         elif len(named) > 1 or _suffix(name) in KINDS:
+            if "://" not in name and not Path(name).expanduser().exists():
+                raise UserError(
+                    f"{setting} {name!r}: there is no such file{in_this_folder(name)}. Fix: another path, or make it: "
+                    "the head of a recipe says what makes its files."
+                )
             found.append(name)
     return found
 

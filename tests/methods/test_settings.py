@@ -116,6 +116,7 @@ def test_greedy_samples_do_where_no_token_is_weighed(tmp_path: Path) -> None:
         (["--method", "tip", "--keep", "1.5"], "objective.keep is 1.5; it must be > 0 and <= 1. Fix: use 0.5."),
         (["--method", "vopd", "--baseline", "best"], "objective.baseline"),
         (["--method", "opsd", "--divergence", "jsd"], "divergence"),  # a setting of another method
+        (["--method", "redi"], "Fix: accelerate launch -m llmdistill.redi, which is a front door; or one of alm, "),
         (["--method", "tipp"], "objective.method is 'tipp', and there is no module llmdistill.methods.tipp"),
         (["--method", "json:decoder"], "json.decoder has no Settings and build(args)"),
         (["--method", "layers", "--teacher_layers", "[0, 1]"], "objective.teacher_layers [0, 1]; they are pairs"),

@@ -16,11 +16,21 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(tmp_path: Path) -> Non
     for path in (str(tmp_path / "gone"), "./gone", "runs/a/student"):
         with pytest.raises(UserError) as caught:
             load_model(path, "float32", "student")
-        assert str(caught.value) == f"student.model {path!r} cannot be loaded: there is no such folder."
+        where = "" if path.startswith("/") else f" in {Path.cwd()}"
+        assert str(caught.value) == f"student.model {path!r} cannot be loaded: there is no such folder{where}."
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_model(str(tmp_path / "empty"), "float32", "student")
     assert "http" not in str(caught.value) and "it has no tokenizer: neither tokenizer.json" in str(caught.value)
+
+
+def test_a_name_whose_first_half_is_a_folder_here_may_have_been_meant_as_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"there is no such folder in {tmp_path}; taken for a hub name: "):
+        load_model("runs/studnt", "float32", "student")
 
 
 def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
