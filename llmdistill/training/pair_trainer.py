@@ -33,14 +33,6 @@ class PairConfig(DistillationConfig):
 
     unread: ClassVar = ("teacher", "teachers", "rollouts")  # sections of a recipe that mean nothing to pairs
 
-    conflicts: ClassVar[tuple[Conflict, ...]] = (
-        Conflict(
-            lambda s: s.mixture_every,
-            "objective.mixture_every is {mixture_every}, and pairs have no teacher that a student could be behind",
-            "leave it out",
-        ),
-    )
-
     chosen_column: str = setting("chosen", "column with the correct completion: a string or a list of chat messages")
     rejected_column: str = setting("rejected", "column with the wrong completion, likewise")
     max_completion_tokens: int = setting(0, "cut completions after so many tokens; 0: never", at_least=0)
@@ -59,6 +51,11 @@ class PairConfig(DistillationConfig):
             lambda s: s.guard_stop and not s.guard_drop and not s.guard_rejected_drop,
             "objective.guard_stop is true, and objective.guard_drop and guard_rejected_drop 0 watch nothing",
             "use 0.5 and 2",
+        ),
+        Conflict(
+            lambda s: s.mixture_every,
+            "objective.mixture_every is {mixture_every}, and pairs have no teacher that a student could be behind",
+            "leave it out",
         ),
     )
 
