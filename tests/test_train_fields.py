@@ -115,7 +115,7 @@ def test_a_field_that_nobody_knows_is_warned_of(tmp_path: Path, monkeypatch: pyt
         ("--dataloader_multiprocessing_context spawn", "there are none to be started"),
         ("--fsdp full_shard", "every process would hold the whole student"),
         ('--fsdp_config {"min_num_params":1}', "train.fsdp is not: nothing is sharded"),
-        ("--deepspeed nowhere.json", "Expected a string path to an existing deepspeed config"),
+        ("--deepspeed nowhere.json", "train.deepspeed is set, and no launcher started this process"),
         ("--train.debug tpu_metrics_debug", "prints no metrics of a TPU"),
         ("--run_name mine", "no tracker would show it"),
         ("--project mine", "train.report_to has no trackio"),

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
 from llmdistill.failures import reported
@@ -29,10 +28,11 @@ from llmdistill.recipe.config import (
     RolloutConfig,
     StudentConfig,
     TeacherConfig,
-    in_section,
-    teacher_groups,
 )
+from llmdistill.recipe.elsewhere import ELSEWHERE
+from llmdistill.recipe.groups import in_section, teacher_groups
 from llmdistill.recipe.heads import launched, no_recipe
+from llmdistill.recipe.values import build, kinds_of, own_fields
 
 # The handful of transformers.TrainingArguments that --help lists; all the others are accepted too.
 COMMON_TRAIN = [
@@ -42,8 +42,6 @@ COMMON_TRAIN = [
     *("seed", "report_to"),
 ]
 
-# Fields that are a word, a truth value or a list; the parser takes one kind of them.
-AS_WRITTEN = ("report_to", "include_num_input_tokens_seen", "resume_from_checkpoint", "init_lora_weights")
 # Switches of a command among the fields of its recipe: config.yaml, from which a run is begun anew, has none of them.
 OF_THE_COMMAND = ("resume_from_checkpoint", "restart_optimizer")
 AMONG_SEVERAL = ("name", "domains", "weight")  # keys that tell teachers apart
@@ -101,7 +99,7 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """Everything that decides the run, section by section, as written to ``config.yaml``."""
         args = self.args.to_dict()
-        objective = {k: args[k] for k in _own_fields(type(self.args))}
+        objective = {k: args[k] for k in own_fields(type(self.args))}
         # Only what differs from transformers' defaults: the other hundred would bury it. They are read off the fields,
         # since making a TrainingArguments resets the process's accelerator state.
         fields = dataclasses.fields(TrainingArguments)
@@ -136,9 +134,9 @@ def parse(config_class: type[DistillationConfig], argv: Sequence[str]) -> Recipe
         place[key] = value
     listed = "teachers" in values
     teachers = _teachers(values.pop("teacher"), values.pop("teachers", []), listed)
-    built = {name: _build(cls, values[name], name) for name, cls in _plain_sections().items() if name in values}
+    built = {name: build(cls, values[name], name) for name, cls in _plain_sections().items() if name in values}
     own = {**values["objective"], **values["train"]}
-    args = _build(config_class, own, "train", rollouts=built.pop("rollouts"))
+    args = build(config_class, own, "train", rollouts=built.pop("rollouts"))
     flags.resume = flags.resume or bool(args.resume_from_checkpoint)
     return Recipe(**built, teachers=teachers, args=args, flags=flags, listed=listed)
 
@@ -194,7 +192,7 @@ def help_text(
             continue
         keys = {f.name: f for f in dataclasses.fields(cls)}
         if name == "objective":
-            keys = {k: keys[k] for k in _own_fields(config_class)}
+            keys = {k: keys[k] for k in own_fields(config_class)}
         elif name == "train":
             keys = {k: keys[k] for k in COMMON_TRAIN if k in keys}
         lines += ["", f"{name}:"]
@@ -219,13 +217,8 @@ def _plain_sections() -> dict[str, type]:
     }
 
 
-def _own_fields(config_class: type) -> list[str]:
-    """The fields of a config class that are the method's, not transformers'."""
-    return [f.name for f in dataclasses.fields(config_class) if f.metadata.get("section") == "objective"]
-
-
 def _keys(config_class: type, section: str) -> list[str]:
-    own = _own_fields(config_class)
+    own = own_fields(config_class)
     names = [f.name for f in dataclasses.fields(config_class) if f.init]
     if section == "objective":
         return own
@@ -251,7 +244,7 @@ def _split_argv(
         if name not in ("config", "skip_check"):
             section, key = _locate(name, sections)
             cls = sections["teacher" if section.startswith("teachers.") else section]
-            kinds = _kinds(get_type_hints(cls)[key])
+            kinds = kinds_of(get_type_hints(cls)[key])
         if not given:  # behind "=" stands the value, and nothing is a value too
             value = _following(name, kinds, words)
         if name == "config":
@@ -261,12 +254,6 @@ def _split_argv(
         else:
             overrides.append((section, key, value))
     return flags, overrides
-
-
-def _kinds(given: Any) -> set[Any]:
-    """What a setting of such a type may be: it, or those of a union, without their parameters."""
-    parts = get_args(given) if get_origin(given) in (Union, UnionType) else (given,)
-    return {get_origin(part) or part for part in parts}
 
 
 def _following(name: str, kinds: set[Any], words: list[str]) -> Any:
@@ -317,7 +304,8 @@ def _items(content: Any) -> list[tuple[int, Any]]:
 def _known(content: Any, section: str, cls: type, path: Path) -> dict[str, Any]:
     """``content`` if it is a mapping of keys that ``cls`` has."""
     if not isinstance(content, dict):
-        raise UserError(f"{path}: {section} is {content!r}; it must be a mapping of keys to values")
+        fix = f" Fix: {section}: {{model: {content}}}." if "model" in _keys(cls, section) and content else ""
+        raise UserError(f"{path}: {section} is {content!r}; it must be a mapping of keys to values.{fix}")
     for key in content:
         if key not in (known := _keys(cls, section)):
             raise UserError(f"{path}: unknown key {section}.{key}{_hint(key, known)}")
@@ -344,7 +332,7 @@ def _teachers(single: dict[str, Any], several: list[dict[str, Any]], listed: boo
             "(on the command line --teachers.0.KEY), or take the list out."
         )
     if not listed:
-        configs = [_build(TeacherConfig, single, "teacher")]
+        configs = [build(TeacherConfig, single, "teacher")]
     else:
         configs = [_build_entry(entry, f"teachers[{i}]") for i, entry in enumerate(several)]
     try:
@@ -356,7 +344,7 @@ def _teachers(single: dict[str, Any], several: list[dict[str, Any]], listed: boo
 
 def _build_entry(entry: dict[str, Any], section: str) -> TeacherConfig:
     try:
-        return _build(TeacherConfig, entry, section)  # type: ignore[no-any-return]
+        return build(TeacherConfig, entry, section)  # type: ignore[no-any-return]
     except UserError as error:
         raise in_section(error, section) from None
 
@@ -385,102 +373,10 @@ def _locate(name: str, sections: Mapping[str, type]) -> tuple[str, str]:
 
 
 def _hint(word: str, known: Any) -> str:
+    if there := ELSEWHERE.get(str(word)):
+        return f"; {there}"
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; --help lists the known ones ({len(list(known))})"
-
-
-class _BadWord(UserError):
-    """What argparse says of one option; a config class says of its own settings itself."""
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> Any:
-        raise _BadWord(message)
-
-
-def _build(cls: type, values: Mapping[str, Any], section: str, **ready: Any) -> Any:
-    """An instance of ``cls``, its values coerced to the types of its fields."""
-    words: list[str] = []
-    lists: dict[str, Any] = {}  # what the parser cannot read: as it is
-    types = get_type_hints(cls)
-    for key, value in values.items():
-        home = "objective" if section == "train" and key in _own_fields(cls) else section
-        if get_origin(types[key]) is list and (isinstance(value, list) or str(value).startswith("[")):
-            lists[key] = _list(value, f"{home}.{key}", get_args(types[key])[0])
-        elif value is None or isinstance(value, list | dict) or key in AS_WRITTEN:
-            lists[key] = value
-        elif get_origin(types[key]) is dict:
-            lists[key] = _mapping(value, f"{home}.{key}")
-        elif isinstance(value, bool) and not {bool, Any} & _kinds(types[key]):
-            words += [f"--{key}", _unquoted(value, f"{home}.{key}")]
-        else:
-            words += [f"--{key}={value}"]
-    try:
-        # The nested section is built already; the parser only has to know the flat fields.
-        parser = _Parser(_flat(cls) if ready else cls)  # type: ignore[arg-type]
-        (parsed,) = parser.parse_args_into_dataclasses(words)
-    except _BadWord as error:
-        option, _, reason = str(error).removeprefix("argument ").partition(":")
-        key = option.split("/")[0].removeprefix("--")
-        home = "objective" if section == "train" and key in _own_fields(cls) else section
-        raise UserError(f"{home}.{key}:{reason}") from None
-    given = {key: getattr(parsed, key) for key in values if key not in lists}
-    try:
-        return cls(**given, **lists, **ready)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{section}: {error}".splitlines()[0]) from error
-
-
-def _unquoted(value: bool, setting: str) -> str:
-    """What YAML read as a truth value where a word is meant: ``eval_strategy: no``."""
-    if not value:
-        return "no"
-    raise UserError(f"{setting} is true, which YAML makes of yes and on too; it must be text. Fix: put it in quotes.")
-
-
-def _list(given: Any, setting: str, kind: type) -> list[Any]:
-    """As a recipe has it, or of the command line, in YAML or JSON."""
-    value = given
-    if isinstance(given, str):
-        try:
-            value = yaml.safe_load(given)
-        except yaml.YAMLError:
-            value = None
-    sound = isinstance(value, list) and (kind is not int or all(type(x) is int for x in value))
-    if not sound:
-        what = "whole numbers" if kind is int else "values"
-        raise UserError(f"{setting} is {given!r}; it must be a list of {what}. Fix: --{setting} '[A, B]'.")
-    return value
-
-
-def _mapping(text: Any, setting: str) -> dict[str, Any]:
-    """Of the command line, in YAML or JSON."""
-    try:
-        value = yaml.safe_load(str(text))
-    except yaml.YAMLError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{setting} is {text!r}; it must be a mapping. Fix: --{setting} '{{NAME: VALUE}}'.")
-    return value
-
-
-def _flat(cls: type) -> Any:
-    """``cls`` without its nested section and without running transformers' ``__post_init__`` on half a config."""
-    types = get_type_hints(cls)
-    fields = []
-    for f in dataclasses.fields(cls):
-        if not f.init or f.name == "rollouts":
-            continue
-        # argparse is handed the metadata as keyword arguments: only the ones it knows.
-        metadata = {k: v for k, v in f.metadata.items() if k in ("help", "aliases")}
-        if f.default_factory is not dataclasses.MISSING:
-            fld = dataclasses.field(default_factory=f.default_factory, metadata=metadata)
-        else:
-            fld = dataclasses.field(default=f.default, metadata=metadata)
-        fields.append((f.name, types[f.name], fld))
-    return dataclasses.make_dataclass(f"{cls.__name__}Fields", fields)
 
 
 def _default(fld: dataclasses.Field[Any]) -> Any:

@@ -65,7 +65,7 @@ REFUSED: dict[str, Refused] = {
     "eval_do_concat_batches": Refused((True,), _NO_PREDICTIONS),
     "eval_accumulation_steps": Refused((None,), _NO_PREDICTIONS, "per_device_eval_batch_size bounds what is measured"),
     "include_for_metrics": Refused(([],), _NO_PREDICTIONS),
-    "label_names": Refused((None,), "rows have prompts and completions, named by data.prompt_column and its like"),
+    "label_names": Refused((None, []), "rows have prompts and completions, named by data.prompt_column and its like"),
     "skip_memory_metrics": Refused((True,), "memory/peak_gib is in every line of metrics.jsonl anyway"),
     "enable_jit_checkpoint": Refused(
         (False,), "a run told to stop would be measured and saved as if it had ended", "--save_steps N, and --resume"
@@ -256,6 +256,10 @@ def prepare(args: Any) -> None:
         UserError: names the field, its value, why and what to use.
     """
     args.report_to = "none" if args.report_to in (None, "", "null", []) else args.report_to
+    if isinstance(args.report_to, str) and "," in args.report_to:
+        args.report_to = [name.strip() for name in args.report_to.split(",")]
+    if isinstance(args.lr_scheduler_kwargs, dict):  # YAML reads 1e-6 as text
+        args.lr_scheduler_kwargs = {name: _number(value) for name, value in args.lr_scheduler_kwargs.items()}
     args.resume_from_checkpoint = _resumed_from(args.resume_from_checkpoint)
     if args.save_strategy == "best" and args.metric_for_best_model is None:
         args.metric_for_best_model = "loss"  # as transformers has it for load_best_model_at_end
@@ -415,6 +419,13 @@ def _resumed_from(value: Any) -> str | bool | None:
     if text in ("true", "yes", "last", "latest"):
         return True
     return None if text in ("none", "null", "false", "no", "") else os.fspath(value)
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _refusal(name: str, value: str, why: str, fix: str) -> UserError:

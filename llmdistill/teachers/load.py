@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import TeacherConfig, bearer_token, in_section, teacher_groups
+from llmdistill.recipe.config import TeacherConfig, bearer_token
+from llmdistill.recipe.groups import in_section, teacher_groups
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher
