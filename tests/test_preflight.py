@@ -174,6 +174,8 @@ def test_prompts(make_trainer: Make) -> None:
     assert "1 training prompts are repetitions" in message(
         make_trainer(train=[*rows[:8], rows[0]], heldout=rows[8:]), "prompts", "notice"
     )
+    nothing = [f.fix for f in preflight(make_trainer(train=rows[:8])) if "no held-out prompts" in f.message]
+    assert nothing == ["--data.heldout FILE, or from Python eval_dataset="]  # the reader may have no command line
     assert "no token (first: row 7)" in message(make_trainer(train=[Prompt([], "", row=7)]), "prompts")
     assert "longer than data.max_prompt_tokens" in message(make_trainer(train=[Prompt([5] * 1025, "")]), "prompts")
 

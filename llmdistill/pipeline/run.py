@@ -297,6 +297,7 @@ def _snapshot(trainer: DistillationTrainer, told: Sequence[str] | None = None) -
     measured = trainer.measure_heldout(chosen)
     asked = heldout[: max(SHOWN_PROMPTS, min(len(chosen), COMPARED_ANSWERS))]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
+    say(trainer.args, f"greedy answers to {len(asked)} held-out prompts")
     trainer.rollout_engine.sync(trainer.forward_model(), trainer.state.global_step)
     answers = _texts(trainer, on_every_rank(lambda: trainer.rollout_engine.generate(asked, greedy)))
     given: dict[str, Any] = {}

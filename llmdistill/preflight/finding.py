@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmdistill.recipe.command_line import Recipe
 
 Level = Literal["ok", "notice", "fail"]
+HELDOUT = "--data.heldout FILE, or from Python eval_dataset="
 STYLE = {"ok": "green", "notice": "yellow", "fail": "bold red"}
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.models.heads import head_of
 from llmdistill.models.modes import evaluating
-from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
+from llmdistill.preflight.finding import HELDOUT, Finding, Subject, fail, notice, ok
 from llmdistill.preflight.tokens import columns, leaks, too_narrow
 from llmdistill.texts import position_ids, predicting_rows
 from llmdistill.texts.pairs import Pair, collate_pairs
@@ -102,7 +102,7 @@ def pairs(s: Subject) -> Iterator[Finding]:
         )
     yield from columns(s)
     if not s.heldout:
-        yield notice("no held-out pairs: nothing is measured before and after", "--data.heldout FILE")
+        yield notice("no held-out pairs: nothing is measured before and after", HELDOUT)
     yield ok(f"{len(s.pairs)} pairs to train on, {len(s.heldout)} held out")
 
 

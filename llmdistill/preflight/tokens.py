@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
-from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.preflight.finding import HELDOUT, Finding, Side, Subject, fail, notice, ok
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.mixture import UNKNOWN_FIX
 from llmdistill.texts import Prompt
@@ -276,7 +276,7 @@ def prompts(s: Subject) -> Iterator[Finding]:
         )
         yield notice(f"{dropped} rows left out: they are longer than {longest}")
     if not s.heldout:
-        yield notice("no held-out prompts: nothing is measured before and after", "--data.heldout FILE")
+        yield notice("no held-out prompts: nothing is measured before and after", HELDOUT)
     first = "the first " if isinstance(s.trainer.train_dataset, ExampleStream) else ""
     yield ok(f"{first}{len(s.prompts)} to train on, {len(s.heldout)} held out")
 

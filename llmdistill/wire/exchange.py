@@ -105,7 +105,8 @@ class Exchange:
             wait = _retry_after(response.headers)
             raise Failed(f"HTTP {status}: {told}", busy=status == 429, broken=status == 500, retry_after=wait)
         if status == 401:
-            told += f". Fix: set the variable that {self.section}.token_env names to the service's token"
+            name = f"{self.section}.token_env names (by itself LLMDISTILL_TOKEN)"
+            told += f". Fix: set the variable that {name} to the service's token"
         if response.is_redirect:
             told += f" to {response.headers.get('location', '?')[:200]}, which is not followed. Fix: name that url"
         raise Refused(f"{self.section} {url} refuses {path} with HTTP {status}: {told}", status)

@@ -151,7 +151,8 @@ def test_a_mistake_is_not_repeated(status):
 def test_a_wrong_token_stops_at_once_and_says_where_the_token_comes_from(local):
     with Faulty(local, token="right") as service:
         with pytest.raises(
-            UserError, match="HTTP 401: the token is wrong. Fix: set the variable that teacher.token_env"
+            UserError,
+            match="HTTP 401: the token is wrong. Fix: set the variable that teacher.token_env names .*LLMDISTILL_TOKEN",
         ):
             RemoteTeacher(service.url, token="wrong", **QUICK)
         teacher = RemoteTeacher(service.url, token="right", **QUICK)
