@@ -52,8 +52,8 @@ def write(results: list[dict[str, Any]], folder: Path) -> None:
         numbers = " | ".join(f"{point[key]:.3f}" for key in ("pass@1", "pass@8"))
         lines.append(f"| {temperature} | {alpha:g} | {numbers} | {point['distinct@8']:.2f} |")
     lines.append(
-        "\nA prompt has one right answer and one way to write it: repulsion of 4 makes texts differ, and wrong; of 1 it\n"
-        "costs next to nothing, and what it gains in pass@8 at temperatures of 1 and more is within chance."
+        "\nA prompt has one right answer and one way to write it: repulsion of 4 makes texts differ, and wrong; of 1\n"
+        "it costs next to nothing, and what it gains in pass@8 at temperatures of 1 and more is within chance."
     )
     lines.append("\n![pass@8 against temperature](diffusion_arithmetic.svg)\n")
     (folder / "diffusion_arithmetic.md").write_text("\n".join(lines))
