@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import rotate_checkpoints
 
 from llmdistill.files import sync
 
@@ -46,6 +45,8 @@ def saved_aside(trainer: Any, check: Callable[[], None]) -> None:
         if writes:
             trainer.state.save_to_json(str(aside / name / "trainer_state.json"))  # which names the best one
             _put_in_place(aside / name, run / name)
+            from transformers.trainer_utils import rotate_checkpoints  # not before: this package imports nothing heavy
+
             rotate_checkpoints(
                 str(run), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=True
             )

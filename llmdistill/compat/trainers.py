@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 
@@ -88,6 +87,8 @@ def more_passes(accelerator: Any, model: nn.Module) -> Iterator[None]:
     state = accelerator.gradient_state
     last_of_step = state.sync_gradients
     state._set_sync_gradients(False)  # DeepSpeed's engine takes the step with the backward pass unless this is said
+    from accelerate.utils import DistributedType  # not before: this package imports nothing heavy
+
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     together = nullcontext() if deepspeed else accelerator.no_sync(model)
     try:
