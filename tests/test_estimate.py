@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from llmdistill import OPDConfig, cli
+from llmdistill import OPDConfig, RolloutConfig, cli
 from llmdistill.errors import UserError
 from llmdistill.objectives.streaming import rows_at_once
 from llmdistill.preflight import estimate, foreseen
@@ -97,6 +97,19 @@ def test_shares_of_zero_and_of_an_adapter() -> None:
     assert zero2["weights"] == alone["weights"] == pytest.approx(8 * zero3["weights"], abs=8)
     adapter = estimate.of_shapes(args, shape, [], wide=False, lora_r=16).items
     assert adapter["optimizer"] < alone["optimizer"] / 50 and adapter["weights"] < 0.52 * alone["weights"]
+
+
+def test_passes_by_tokens_are_as_large_as_their_budget() -> None:
+    shape = estimate.Shape.of_config(qwen3("1.7B"))
+
+    def activations(**settings: Any) -> int:
+        args = OPDConfig(output_dir="unused", rollouts=RolloutConfig(max_new_tokens=1000), **settings)
+        return estimate.of_shapes(args, shape, []).items["activations"]
+
+    four = activations(per_device_train_batch_size=4)
+    assert activations(per_device_train_batch_size=8, batch_tokens=4000) == four
+    assert activations(per_device_train_batch_size=2, gradient_accumulation_steps=8, batch_tokens=4000) == four / 2
+    assert activations(per_device_train_batch_size=4, batch_tokens=100) == four / 4  # a sequence is never cut
 
 
 def test_checkpointing_and_fused_kernels_take_less() -> None:

@@ -8,7 +8,7 @@ and of all key heads, L layers, V columns, w the bytes of a number in the maths 
     teacher       the same of every model in this process; nothing under ZeRO takes it apart
     optimizer     8 bytes a trained parameter, AdamW's two moments                                   / N from ZeRO-1 on
     gradients     w_P a trained parameter                                                            / N from ZeRO-2 on
-    activations   tokens of a micro-batch, padded, times
+    activations   tokens of a micro-batch, padded (objective.batch_tokens bounds them), times
                       L (24 h [16 h where the weights are 16 bits, and 2 h of casts] + 4 w (q + i) + w T)
                       + L (w + 4) (q + k) where queries and keys are normalised;
                   with checkpointing 4 h a layer and the whole of one layer; both with 4 w (i + h) that backward holds
@@ -50,7 +50,7 @@ LOWER = {  # what makes an item smaller
     "teacher": "teacher.url (a service elsewhere), or teacher.dtype bfloat16",
     "optimizer": "student.lora_r 16, or --config_file recipes/accelerate/zero2.yaml on several GPUs",
     "gradients": "student.lora_r 16, or --config_file recipes/accelerate/zero2.yaml on several GPUs",
-    "activations": "train.gradient_checkpointing true, or a smaller train.per_device_train_batch_size",
+    "activations": "train.gradient_checkpointing true, objective.batch_tokens, or a smaller batch of train",
     "logits chunk": "a smaller objective.chunk_tokens",
     "caches": "a smaller rollouts.batch_tokens or rollouts.gpu_memory_utilization",
     "teacher's pass": "a smaller teacher.batch_tokens",
@@ -185,15 +185,18 @@ def of_shapes(
     at_once = min(round_sequences, max(1, (r.batch_tokens or BATCH_TOKENS) // longest)) if r.engine == "hf" else 0
     chunk = args.chunk_tokens or _chunk(student.columns, device_bytes, gpu)
     head = 0 if lora_r or getattr(args, "freeze_embeddings", False) else 4 * student.columns * student.hidden
+    pass_tokens = sequences * longest  # of one forward pass of the student
+    if budget := getattr(args, "batch_tokens", 0):  # which bounds it: a round has more micro-batches then
+        pass_tokens = min(pass_tokens, max(longest, budget))
     items = {
         "weights": (student.parameters * (4 if wide else 2) + adapter * 4 + casts) // shared[2],
         "teacher": sum(shape.parameters * of_weight for shape, of_weight, _ in teachers),
         "optimizer": 8 * trained // shared[0],
         "gradients": of_trained * trained // shared[1],
         "activations": student.activations(
-            sequences * longest, longest, wide=wide, bf16=bool(args.bf16), checkpointing=args.gradient_checkpointing
+            pass_tokens, longest, wide=wide, bf16=bool(args.bf16), checkpointing=args.gradient_checkpointing
         ),
-        "logits chunk": min(chunk, sequences * longest)
+        "logits chunk": min(chunk, pass_tokens)
         * student.columns
         * (3 * w if gpu and estimator == "full" else 2 * w + 20)
         + head,
@@ -201,7 +204,7 @@ def of_shapes(
         "teacher's pass": max(passes, default=0),
         "evidence": here if estimator == "full" and teachers else 12 * listed * rows,
     }
-    together = args.gradient_accumulation_steps > 1 or processes > 1
+    together = pass_tokens < round_sequences * longest or processes > 1
     phases = {
         "sampling": items["caches"] - engine,
         "the teacher's pass": items["teacher's pass"] + items["evidence"],
