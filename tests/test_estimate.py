@@ -171,7 +171,7 @@ def test_too_much_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch:
     assert found is not None
     monkeypatch.setattr(foreseen, "device_memory", lambda device: found[0].peak - 1)
     assert "this run takes about" in str(foreseen.too_large(recipe))
-    assert "train.gradient_checkpointing true" in str(foreseen.too_large(recipe))
+    assert "--gradient_checkpointing true" in str(foreseen.too_large(recipe))
     monkeypatch.setattr(foreseen, "device_memory", lambda device: found[0].fixed - 1)
     with pytest.raises(UserError, match="weights and optimizer alone take about"):
         foreseen.too_large(recipe)

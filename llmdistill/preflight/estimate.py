@@ -50,7 +50,7 @@ LOWER = {  # what makes an item smaller
     "teacher": "teacher.url (a service elsewhere), or teacher.dtype bfloat16",
     "optimizer": "student.lora_r 16, or --config_file recipes/accelerate/zero2.yaml on several GPUs",
     "gradients": "student.lora_r 16, or --config_file recipes/accelerate/zero2.yaml on several GPUs",
-    "activations": "train.gradient_checkpointing true, objective.batch_tokens, or a smaller per_device_train_batch_size",
+    "activations": "--gradient_checkpointing true, objective.batch_tokens, or a lower per_device_train_batch_size",
     "logits chunk": "a smaller objective.chunk_tokens",
     "caches": "a smaller rollouts.batch_tokens or rollouts.gpu_memory_utilization",
     "teacher's pass": "a smaller teacher.batch_tokens",
