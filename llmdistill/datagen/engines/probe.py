@@ -3,7 +3,8 @@
 The same few prompts are asked when it is met, when it comes back after an outage, when all calls are answered, and when
 a dataset is gone on with: some 100 tokens, which no price counts.
 Rounding moves log-probs by thousandths (float32) to hundredths (16 bits, another company in the batch) and may tip a
-near tie; other weights move most of them by far more. :data:`NATS` is between the two.
+near tie; other weights move most of them by far more. :data:`NATS` is between the two: a checkpoint that is nearer to
+the one before than that is taken for it.
 """
 
 from __future__ import annotations
