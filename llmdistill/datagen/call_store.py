@@ -176,9 +176,11 @@ class CallStore:
     def _claim(self, identity: Mapping[str, Any]) -> None:
         file = self.folder / "config.json"
         before = read_json(file, f"remove {self.folder}, and with it the answers")
+        if not len(self.calls):  # of a command that failed before its first answer: there is nothing to be mixed up
+            before = None
+        elif before is None:
+            raise UserError(f"{self.folder} holds calls and no config.json says whose. Fix: another output.")
         if before is None:
-            if len(self.calls):
-                raise UserError(f"{self.folder} holds calls and no config.json says whose. Fix: another output.")
             atomic_write(file, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
             return
         for setting, then, now in differing(before, identity):
