@@ -129,8 +129,10 @@ ONE_OF = {
 
 _LOW_RANK = ("galore_", "apollo_")
 # Their handlers in transformers look into optim_args.
-_ARGUMENTS = (*_LOW_RANK, "sgd", "adagrad", "rmsprop", "ademamix", "grokadamw", "stable_adamw", "adamw_anyprecision")
-_ARGUMENTS += ("adamw_torch_4bit", "adamw_torch_8bit", "paged_ademamix", "ademamix_8bit")
+_ARGUMENTS = (
+    *(*_LOW_RANK, "sgd", "adagrad", "rmsprop", "ademamix", "grokadamw", "stable_adamw", "adamw_anyprecision"),
+    *("adamw_torch_4bit", "adamw_torch_8bit", "paged_ademamix", "ademamix_8bit"),
+)
 # What a tracker of transformers imports, where it has another name.
 _PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit", "kubeflow": "kubeflow_trainer"}
 _PACKAGES_OF_OPTIMIZERS = {"galore_": "galore_torch", "apollo_": "apollo_torch"}
