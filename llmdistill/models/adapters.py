@@ -172,8 +172,8 @@ def _not_to_adapt(model: PreTrainedModel) -> Iterator[str]:
 @torch.no_grad()
 def _is_plain(module: nn.Linear) -> bool:
     """Whether a layer computes x W^T + b: routers, for one, are subclasses that hand out the chosen experts."""
-    if type(module).forward is nn.Linear.forward:
-        return True
+    if type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes."):
+        return True  # the latter computes it with a rounded W
     if zero3.is_sharded(module.weight) or module.weight.device.type == "meta":
         return False
     x = torch.linspace(-1, 1, 3 * module.in_features, device=module.weight.device, dtype=module.weight.dtype)

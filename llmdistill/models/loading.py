@@ -7,8 +7,9 @@ import logging
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -39,6 +40,7 @@ def load_configured(
         revision=config.revision,
         tokenizer=config.tokenizer,
         trained_on=getattr(config, "adapter", "merge") == "continue",
+        quantised=getattr(config, "quantised", ""),
     )
 
 
@@ -52,6 +54,7 @@ def load_model(
     revision: str = "",
     tokenizer: str = "",
     trained_on: bool = False,
+    quantised: Literal["", "4bit", "8bit"] = "",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub name. The adapter of an adapter's folder is merged into its base, and that
     is said.
@@ -61,6 +64,7 @@ def load_model(
         revision: branch, tag or commit of a hub model; empty: its main branch.
         tokenizer: folder or hub name of another tokenizer than the model's; empty: the model's, or its adapter's.
         trained_on: an adapter is not merged but what will be trained.
+        quantised: its linear layers but the head in 4 bits (NF4, the scales quantised too; QLoRA) or in 8.
 
     Raises:
         UserError: nothing loadable there, an adapter that cannot be merged, or none where one is to be trained on; the
@@ -70,7 +74,14 @@ def load_model(
         raise UserError(f"{section}.model is empty; it must be a folder or a hub name. Fix: --{section}.model PATH.")
     hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision or None}
     options = {**hub, "dtype": torch_dtype(dtype), "attn_implementation": attn_implementation}
+    if quantised:
+        options |= {"quantization_config": _quantisation(quantised, options["dtype"])}
     base = adapter_base(path, section, revision)
+    if base and quantised:
+        raise UserError(
+            f"{section}.model {path!r} is an adapter, which is not merged into quantised weights. Fix: its base "
+            f"{base!r} as {section}.model, or leave {section}.load_in_{quantised} out."
+        )
     if trained_on and not base:
         raise UserError(
             f"{section}.adapter is continue, and {section}.model {path!r} is no adapter. "
@@ -103,6 +114,22 @@ def load_model(
         ) from error
 
 
+def _quantisation(bits: str, dtype: Any) -> Any:
+    """In the dtype that the layers compute in: that of the other weights."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        # Columns of outliers are found over all tokens, and computed apart: an earlier token would see the later ones.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
 def named_student(
     model: str | PreTrainedModel, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -124,6 +151,8 @@ def load_saved(folder: Path, like: Any) -> tuple[PreTrainedModel, list[str]]:
     saved from; and the weights of its that were not found there or did not fit. A folder may hold an adapter."""
     remote = type(like).__module__.startswith("transformers_modules")
     options: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
+    if (quantisation := getattr(like.config, "quantization_config", None)) is not None:
+        options["quantization_config"] = quantisation  # what an adapter was trained upon
     with _one_load_at_a_time, whole_models():
         loaded: Any = auto_class(like.config).from_pretrained(
             folder, trust_remote_code=remote, output_loading_info=True, **options

@@ -57,7 +57,7 @@ def check_savable(student: Any, tokenizer: Any, *, writes: bool = True) -> None:
         try:
             with without_writing_weights():
                 # Shards are gathered by all processes together, once there is an engine: only what is beside them here.
-                _write(student, folder, {} if sharded else _weights(student))
+                _write(student, folder, {} if sharded or quantised(student) else _weights(student))
                 tokenizer.save_pretrained(folder)
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
@@ -65,6 +65,11 @@ def check_savable(student: Any, tokenizer: Any, *, writes: bool = True) -> None:
                 f"the student {base_model(student).config.name_or_path or type(base_model(student)).__name__!r} cannot "
                 f"be saved: {type(error).__name__} {reason} Fix: mend that in its folder before it is trained."
             ) from error
+
+
+def quantised(student: Any) -> bool:
+    """Whether its weights are 4 or 8 bits each: only an adapter of it is saved."""
+    return getattr(base_model(student), "quantization_method", None) is not None
 
 
 def mend_generation_config(model: Any) -> None:

@@ -67,10 +67,14 @@ class StudentConfig:
     use_dora: bool = option(False, "DoRA: direction by the adapter, length of its own")
     use_rslora: bool = option(False, "rank-stabilised LoRA: alpha / sqrt(r)")
     init_lora_weights: str = option("true", "start: true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora")
-    load_in_4bit: bool = option(False, "QLoRA (refused)")
-    load_in_8bit: bool = option(False, "quantised weights below an adapter (refused)")
+    load_in_4bit: bool = option(False, "QLoRA: weights in 4 bits (NF4, bitsandbytes) below a LoRA adapter")
+    load_in_8bit: bool = option(False, "the same in 8 bits")
     attn_implementation: str | None = option(None, "transformers' attention implementation")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+    @property
+    def quantised(self) -> Literal["", "4bit", "8bit"]:
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else ""
 
     def __post_init__(self) -> None:
         check_lora(self)

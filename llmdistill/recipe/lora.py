@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -34,12 +35,37 @@ CONFLICTS: tuple[Conflict, ...] = (
         "--student.saved_as merged, or --student.init_lora_weights true",
     ),
     Conflict(
-        lambda s: s.load_in_4bit or s.load_in_8bit,
-        "student.load_in_4bit or load_in_8bit is true, and a student is sampled and saved in whole weights here: QLoRA "
-        "is not tried",
-        "--student.dtype bfloat16 with --student.lora_r 16, and train.gradient_checkpointing to save memory",
+        lambda s: s.load_in_4bit and s.load_in_8bit,
+        "student.load_in_4bit and student.load_in_8bit are both true",
+        "one of them",
+    ),
+    Conflict(
+        lambda s: _quantised(s) and s.lora_r == 0,
+        "student.load_in_4bit or load_in_8bit is true, and quantised weights are not trained but an adapter on them",
+        "--student.lora_r 16",
+    ),
+    Conflict(
+        lambda s: _quantised(s) and s.saved_as == "merged",
+        "student.load_in_4bit or load_in_8bit is true, and student.saved_as merged: an adapter is not merged into "
+        "weights that were rounded",
+        "--student.saved_as adapter, whose folder transformers and vLLM load upon the model as it was",
+    ),
+    Conflict(
+        lambda s: _quantised(s) and changes_base(s.init_lora_weights),
+        "student.init_lora_weights is {init_lora_weights}, which changes the weights below the adapter, and those are "
+        "quantised (student.load_in_4bit, load_in_8bit)",
+        "--student.init_lora_weights true",
+    ),
+    Conflict(
+        lambda s: _quantised(s) and not importlib.util.find_spec("bitsandbytes"),
+        "student.load_in_4bit or load_in_8bit is true, and bitsandbytes, which quantises, is not installed",
+        "pip install bitsandbytes, or --student.dtype bfloat16 with --student.lora_r 16",
     ),
 )
+
+
+def _quantised(student: Any) -> bool:
+    return bool(student.load_in_4bit or student.load_in_8bit)
 
 
 def check_lora(student: Any) -> None:

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.compat.models import generation_ready
 from llmdistill.compat.vllm import require_vllm
+from llmdistill.errors import UserError
 from llmdistill.models.generation import BATCH_TOKENS, HFRollouts
+from llmdistill.models.saving import quantised
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import RolloutConfig, bearer_token
 from llmdistill.rollouts.engine import RolloutEngine
@@ -56,6 +58,11 @@ def make_rollout_engine(
             ready=lambda model: generation_ready(model, accelerator),
             tokenizer=tokenizer,
             batch_tokens=config.batch_tokens or BATCH_TOKENS,
+        )
+    if quantised(student):
+        raise UserError(
+            f"rollouts.engine is {config.engine}, which is given whole weights, and the student's are quantised "
+            "(student.load_in_4bit, load_in_8bit). Fix: --rollouts.engine hf."
         )
     if config.engine == "remote":
         from llmdistill.rollouts.remote import RemoteRollouts

@@ -77,7 +77,9 @@ def test_target_modules(given: str, adapts: set[str], tmp_path: Any) -> None:
         ({"init_lora_weights": "loftq"}, "which peft prepares from data or other weights"),
         ({"init_lora_weights": "foo"}, "it must be one of true, false, gaussian"),
         ({"init_lora_weights": "olora", "saved_as": "adapter"}, "olora changes the weights below the adapter"),
-        ({"load_in_4bit": True}, "QLoRA is not tried. Fix: --student.dtype bfloat16"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "are both true. Fix: one of them"),
+        ({"load_in_4bit": True, "lora_r": 0}, "quantised weights are not trained but an adapter on them"),
+        ({"load_in_8bit": True}, "Fix: --student.saved_as adapter"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(settings: dict[str, Any], said: str) -> None:
