@@ -26,8 +26,18 @@ from llmdistill.texts.seam import behind, inner, text_ids
 from llmdistill.tokenization.align import SHOWN, Ends, Spelling, Units, align, behind_front, spell, substituted
 from llmdistill.tokenization.classes import shared_classes
 from llmdistill.tokenization.compare import special_ids
-from llmdistill.tokenization.marks import THINK_TAGS, think_tags
-from llmdistill.tokenization.token_bytes import END, END_THINK, MARK, THINK, UNKNOWN, TokenTable, table_of
+from llmdistill.tokenization.marks import THINK_TAGS, call_tags, think_tags
+from llmdistill.tokenization.token_bytes import (
+    CALL,
+    END,
+    END_CALL,
+    END_THINK,
+    MARK,
+    THINK,
+    UNKNOWN,
+    TokenTable,
+    table_of,
+)
 
 
 @dataclass
@@ -102,7 +112,13 @@ class Retokenizer:
         self.student_tags, self.judge_tags = own_tags or other_tags, other_tags or own_tags
         self.judge_thinks = bool(other_tags)
         self.unwritten = self._never_in_text()
-        self.other_tags = [THINK, END_THINK] if self.student_tags != self.judge_tags else []  # spelled unlike
+        own_calls, other_calls = call_tags(student), call_tags(judge)
+        calls = (own_calls, other_calls) if own_calls and other_calls else ((), ())
+        units = (THINK, END_THINK)[: len(self.student_tags)] + (CALL, END_CALL)[: len(calls[0])]
+        self.student_marks = dict(zip((*self.student_tags, *calls[0]), units, strict=True))
+        self.judge_marks = dict(zip((*self.judge_tags, *calls[1]), units, strict=True))
+        pairs = zip(self.student_marks, self.judge_marks, units, strict=True)
+        self.unlike = {unit for own, other, unit in pairs if own != other}  # marks that the two spell differently
 
     def student_ends_at(self, ids: Collection[int]) -> None:
         """Which ids end the student's turns."""
@@ -126,15 +142,15 @@ class Retokenizer:
         """What both sides can tell a next token to be (:func:`~llmdistill.tokenization.classes.shared_classes`):
         the class of every id of the student, of the judge, and [K] whether it is the same token."""
         if self._classes is None or self._classes[0] is not self.student_table:
-            own = self._with_tags(self.student_table, self.student_tags)
-            other = self._with_tags(self.judge_table, self.judge_tags)
+            own = self._with_tags(self.student_table, self.student_marks)
+            other = self._with_tags(self.judge_table, self.judge_marks)
             special = special_ids(self.student), special_ids(self.judge)
             self._classes = self.student_table, shared_classes(own, other, special)
         return self._classes[1]
 
-    def _with_tags(self, table: TokenTable, tags: tuple[str, ...]) -> TokenTable:
-        ids = (table.ids_by_units.get(tuple(tag.encode())) for tag in tags)
-        return table.marked({i: unit for i, unit in zip(ids, (THINK, END_THINK), strict=False) if i is not None})
+    def _with_tags(self, table: TokenTable, marks: dict[str, int]) -> TokenTable:
+        ids = {table.ids_by_units.get(tuple(tag.encode())): unit for tag, unit in marks.items()}
+        return table.marked({i: unit for i, unit in ids.items() if i is not None})
 
     @cached_property
     def lead(self) -> str:
@@ -209,8 +225,8 @@ class Retokenizer:
         judged = Spelling(judged.units, judged.ends[skip:])
         if closed and self.end is None:  # what the judge cannot say is in no chunk
             spelled = Spelling(spelled.units[:-1], spelled.ends[:-1])
-        marked = self._marked(spelled, self.student_tags)
-        found = align(marked, self._marked(judged, self.judge_tags))
+        marked = self._marked(spelled, self.student_marks)
+        found = align(marked, self._marked(judged, self.judge_marks))
         own, other = (np.full(n, -1, dtype=np.int64) for n in (len(ids), len(tail)))
         shares.template_tokens = len(head)
         if len(marks) and not closed and found.reason:
@@ -284,19 +300,18 @@ class Retokenizer:
         return [i if i is not None else unknown for i in single if i is not None or unknown is not None]
 
     def _are_tags(self, marked: Spelling, starts: Ends, stops: Ends) -> NDArray[np.bool_]:
-        """Of stretches of tokens, which spell a tag of thoughts that the judge spells in another way, [C]."""
+        """Of stretches of tokens, which spell a tag that the judge spells in another way, [C]."""
         places = np.concatenate([[0], marked.ends // 2])
-        return _within(np.isin(marked.units, self.other_tags), places[starts], places[stops]) > 0
+        return _within(np.isin(marked.units, sorted(self.unlike)), places[starts], places[stops]) > 0
 
     def _in_judges_tags(self, raw: bytes) -> bytes:
-        for own, other in zip(self.student_tags, self.judge_tags, strict=False):
+        for own, other in zip(self.student_marks, self.judge_marks, strict=True):
             raw = raw.replace(own.encode(), other.encode())
         return raw
 
-    def _marked(self, spelling: Spelling, tags: tuple[str, ...]) -> Spelling:
-        if not tags or self.student_tags == self.judge_tags:
-            return spelling
-        return substituted(spelling, {tags[0].encode(): THINK, tags[1].encode(): END_THINK})
+    def _marked(self, spelling: Spelling, marks: dict[str, int]) -> Spelling:
+        unlike = {tag.encode(): unit for tag, unit in marks.items() if unit in self.unlike}
+        return substituted(spelling, unlike) if unlike else spelling
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from llmdistill.errors import UserError
 Family = Literal["byte_level", "sentencepiece", "wordpiece", "bytes"]
 # Units past all characters: what a token means that is not text, however each side writes it.
 MARK = 0x110000
-END, START, THINK, END_THINK, UNKNOWN = range(MARK, MARK + 5)
+END, START, THINK, END_THINK, UNKNOWN, CALL, END_CALL = range(MARK, MARK + 7)
 SPACE = "▁"
 BLANKS = tuple(b" \t\n\r\v\f")
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}

@@ -143,6 +143,30 @@ def test_thoughts_are_between_the_judges_own_tags() -> None:
     assert chunks[len("[THINK]")] == chunks[0] + 1
 
 
+@pytest.mark.parametrize("thoughts", ["[THINK]\nadd[/THINK]\n", ""])
+def test_calls_are_between_the_judges_own_tags(thoughts: str) -> None:
+    own, other = student(), judge("thinking")
+    own.chat_template = STUDENT + "{# [THINK] [/THINK] <tool_call> </tool_call> #}"
+    other.chat_template += "{# <|tool_call|> <|/tool_call|> #}"
+    call = '{"name": "add", "arguments": {"a": 20}}'
+    text = f"{thoughts}201 <tool_call>{call}</tool_call>"
+    _, _, found = made(own, other, [[*encode(own, text), own.eos_token_id]])
+    _, content = written(other, found)
+    told = thoughts.replace("[THINK]", "<think>").replace("[/THINK]", "</think>")
+    lead = "" if thoughts else content.partition("201")[0]
+    assert content == f"{lead}{told}201 <|tool_call|>{call}<|/tool_call|><end>"
+    assert found.shares.inexact_sequences == 0 and found.shares.aligned_sequences == 1
+    assert found.shares.aligned_digits == 5 and found.shares.aligned_ends == 1
+
+
+def test_calls_of_a_side_that_has_no_pair_of_tags_are_words() -> None:
+    own, other = student(), judge("thinking")
+    own.chat_template = STUDENT + "{# <tool_call> </tool_call> #}"
+    text = "<tool_call>201</tool_call>"
+    _, _, found = made(own, other, [[*encode(own, text), own.eos_token_id]])
+    assert written(other, found)[1].endswith(f"{text}<end>") and found.shares.aligned_sequences == 1
+
+
 def test_a_text_that_cannot_be_aligned_is_left_out_and_counted() -> None:
     own, other = student(), vocabularies.wordpiece(["the", "cat"])
     encoder_rows = {"prompt": "the "}
