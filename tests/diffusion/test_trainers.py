@@ -76,6 +76,35 @@ def test_a_checkpoint_is_an_engine_of_eval(tmp_path: Path) -> None:
     assert len(samples) == 2 and all(0 < s.tokens <= 8 for s in samples)
 
 
+def test_samples_of_a_problem_are_pushed_apart_by_eval_too(tmp_path: Path) -> None:
+    """As by ``generate`` with the processor; other problems in the call, and their order, change nothing."""
+    model, tokenizer = MaskedDiffusionLM(tiny.llama(3), mask_token_id=262), tiny.tokenizer()
+
+    def asked(problem: str, first: int) -> list[Asked]:
+        return [Asked(problem, i, first + i, [], ids=[7, 8, 9], text="", room=6) for i in range(4)]
+
+    def drawn(settings: dict[str, Any], *problems: list[Asked]) -> dict[tuple[str, int], str]:
+        engine = DiffusionEngine(model, tokenizer, settings, batch_size=3)
+        found = engine.draw([one for of in problems for one in of], Sampling(6, temperature=0.1), ())
+        return {(s.problem, s.index): s.text for s in found}
+
+    alike, apart = drawn({}, asked("p", 3)), drawn({"repulsion": "odd", "repulsion_alpha": 30.0}, asked("p", 3))
+    assert len(set(apart.values())) > len(set(alike.values()))
+    assert apart["p", 0] == alike["p", 0]  # the first is left as it is
+    both = drawn({"repulsion": "odd", "repulsion_alpha": 30.0}, asked("q", 50), asked("p", 3))
+    assert {key: text for key, text in both.items() if key[0] == "p"} == apart
+    assert set(drawn({"repulsion": "dpp"}, asked("p", 3))) == set(apart)
+    for wrong, said in (
+        ({"repulsion": "foo"}, "diffusion.repulsion is 'foo'; there are none, odd, dpp"),
+        ({"repulsion_alpha": 3}, "repulsion_alpha and no repulsion"),
+        ({"repulsion": "odd", "repulsion_alpha": -1}, "diffusion.alpha is -1"),
+        ({"repulsion": "odd", "repulsion_pool": "sum"}, "there are max and mean"),
+        ({"repulsion": "odd", "repulsion_beta": 1}, "diffusion has 'repulsion_beta'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            list(DiffusionEngine(model, tokenizer, wrong).draw(asked("p", 3), Sampling(6), ()))
+
+
 def test_suites_during_training_are_written_by_denoising(tmp_path: Path) -> None:
     """And not by generate of transformers, from left to right, which a student that reads both ways cannot."""
     t = trainer(tmp_path, max_steps=2, block_size=4, writing={"order": "margin"})

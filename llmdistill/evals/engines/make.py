@@ -108,11 +108,13 @@ def _diffusion(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine
 
     from llmdistill.diffusion.backbone import MaskedDiffusionLM
     from llmdistill.diffusion.generation_config import generation_config
-    from llmdistill.evals.engines.diffusion import DiffusionEngine
+    from llmdistill.evals.engines.diffusion import DiffusionEngine, without_repulsion
     from llmdistill.recipe.config import torch_dtype
     from llmdistill.texts.rollout import Sampling
 
-    generation_config(config.diffusion, Sampling(1), 1)  # a wrong setting is said before the model is loaded
+    generation_config(
+        without_repulsion(config.diffusion)[0], Sampling(1), 1
+    )  # a wrong setting is said before the model is loaded
     model, _ = MaskedDiffusionLM.from_pretrained(
         config.model, trust_remote_code=config.trust_remote_code, dtype=torch_dtype(config.dtype)
     )
