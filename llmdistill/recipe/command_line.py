@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +173,7 @@ def run_front_door(main: Callable[[Sequence[str]], int | None], argv: Sequence[s
 def help_text(
     config_class: type[DistillationConfig], command: str, summary: str, *, without: Collection[str] = ()
 ) -> str:
-    """One screen: every section's keys with defaults, and where the rest is; not of sections that are not read."""
+    """Every section's keys with defaults, and where the rest is; not of sections that are not read."""
     lines = [
         f"usage: accelerate launch -m {command} --config recipes/NAME.yaml [--key value ...]",
         "",
@@ -198,7 +199,8 @@ def help_text(
         lines += ["", f"{name}:"]
         for key, fld in keys.items():
             text = str(fld.metadata.get("help", "")).split(". ")[0].strip().replace("%%", "%")
-            lines.append(f"  {key:<28} {text[:78]} [{_default(fld)}]")
+            shown = textwrap.shorten(text, 90, placeholder=" …")
+            lines.append(f"  {key:<28} {shown} [{_default(fld)}]")
     lines += ["", "train: also takes every other field of transformers.TrainingArguments."]
     return "\n".join(lines)
 

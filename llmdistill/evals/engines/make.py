@@ -112,9 +112,8 @@ def _diffusion(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> Engine
     from llmdistill.recipe.config import torch_dtype
     from llmdistill.texts.rollout import Sampling
 
-    generation_config(
-        without_repulsion(config.diffusion)[0], Sampling(1), 1
-    )  # a wrong setting is said before the model is loaded
+    settings, _ = without_repulsion(config.diffusion)
+    generation_config(settings, Sampling(1), 1)  # a wrong setting is said before the model is loaded
     model, _ = MaskedDiffusionLM.from_pretrained(
         config.model, trust_remote_code=config.trust_remote_code, dtype=torch_dtype(config.dtype)
     )
