@@ -36,6 +36,7 @@ those who train afresh every time, ``$round`` the number from 1, and ``$NAME`` w
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -182,10 +183,9 @@ def find_step(kind: str, where: str = "step") -> StepFunction:
     try:
         found = getattr(import_module(module), function) if colon else getattr(datagen, kind)
     except (ImportError, AttributeError) as error:
-        known = ", ".join(datagen.__all__)
-        raise UserError(
-            f"{where}: there is no step {kind!r}. Fix: one of {known}, or package.module:function."
-        ) from error
+        near = difflib.get_close_matches(kind, datagen.__all__, n=1)
+        fix = near[0] if near else f"one of {', '.join(datagen.__all__)}, or package.module:function"
+        raise UserError(f"{where}: there is no step {kind!r}. Fix: {fix}.") from error
     return found  # type: ignore[no-any-return]
 
 

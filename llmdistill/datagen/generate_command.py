@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--writer",
         default="plain",
-        help="plain, first_thought, privileged, capped, planned, debate, or module:function",
+        help="plain, first_thought, privileged, few_shot, capped, planned, debate, or module:function",
     )
     add("--options", type=_mapping, default={}, metavar="JSON", help="of the writer")
     add("--n", type=int, default=1, help="samples of every prompt [1]")

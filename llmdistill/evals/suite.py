@@ -17,6 +17,7 @@ object ``tests``, which :func:`llmdistill.verify.code.judge_program` describes.
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -187,7 +188,11 @@ def _find(given: str | Path) -> Path:
     bundled = bundled_suites()
     if str(given) in bundled:
         return bundled[str(given)]
-    raise UserError(f"suite {str(given)!r} is neither a file nor one of {', '.join(bundled) or 'none bundled'}.")
+    near = difflib.get_close_matches(str(given), bundled, n=1)
+    raise UserError(
+        f"suite {str(given)!r} is neither a file nor one of {', '.join(bundled) or 'none bundled'}."
+        + (f" Fix: {near[0]}." if near else "")
+    )
 
 
 def _only(values: Any, allowed: set[str], file: Path, prefix: str) -> None:

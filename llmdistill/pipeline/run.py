@@ -294,7 +294,11 @@ def _snapshot(trainer: DistillationTrainer, told: Sequence[str] | None = None) -
         return {}
     heldout: list[Prompt] = trainer.eval_dataset
     chosen = to_measure(heldout, trainer.args.heldout_sequences)
-    measured = trainer.measure_heldout(chosen)
+    trainer.heldout.tell = partial(say, trainer.args)
+    try:
+        measured = trainer.measure_heldout(chosen)
+    finally:
+        trainer.heldout.tell = lambda doing: None  # evaluations between the steps have a progress bar above them
     asked = heldout[: max(SHOWN_PROMPTS, min(len(chosen), COMPARED_ANSWERS))]
     greedy = Sampling(trainer.args.rollouts.max_new_tokens, temperature=0)
     say(trainer.args, f"greedy answers to {len(asked)} held-out prompts")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -176,6 +176,7 @@ class HeldOut:
 
     def __init__(self, trainer: Measurable) -> None:
         self.trainer = trainer
+        self.tell: Callable[[str], None] = lambda doing: None  # of what takes a while, to whoever waits for it
         self._prompts: list[list[int]] = []  # of all ranks; what is remembered is about these
         self._teacher_text: Rollout | None = None
         self._lacking: str | None = None  # what keeps them from being measured
@@ -195,6 +196,8 @@ class HeldOut:
             # Before train() there is no engine to gather what ZeRO-3 sharded while loading.
             sharded = list(t.model.parameters()) if t.model_wrapped is t.model else []
             teacher_rollout, has_context = self._in_context(rollout, local_prompts)
+            whose = {"student": "the student's own", "teacher": "the teacher's"}.get(name, "the dataset's")
+            self.tell(f"student and teacher side by side on {whose} {len(prompts)} texts")
             with t.accelerator.autocast(), gathered(sharded):
                 measured[name] = measure(
                     t.forward_model(),
@@ -226,10 +229,12 @@ class HeldOut:
         # At temperature 1, untruncated: the divergence is an expectation under the student itself.
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         sampling = Sampling(t.args.rollouts.max_new_tokens, seed=seed)
+        self.tell(f"the student writes answers to {len(self._prompts)} held-out prompts")
         student_samples = t.readable(on_every_rank(lambda: t.samples_of_now(prompts, sampling)), prompts)
         if not writes(t.teacher):
             return {"student": student_samples}
         if self._teacher_text is None:
+            self.tell("and so does the teacher")
             self._teacher_text = t.readable(on_every_rank(lambda: t.teacher.generate(prompts, sampling)), prompts)
         return {"student": student_samples, "teacher": self._teacher_text}
 

@@ -78,7 +78,7 @@ def test_a_changed_setting_of_a_step_is_refused_and_the_others_stand(recipe: Any
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        ([{"veryfy": {}}], "step 2: there is no step 'veryfy'"),
+        ([{"veryfy": {}}], "step 2: there is no step 'veryfy'. Fix: verify."),
         ([{"verify": {"judje": "math"}}], "step 2: verify takes no 'judje'. Fix: one of judge"),
         ([{"verify": {}}, {"verify": {}}], "step 3: a step before it is named 'verify' too"),
         ([{"verify": {"out": "x.jsonl"}}, {"split": {"out": "x.jsonl"}}], "is written to x.jsonl too"),

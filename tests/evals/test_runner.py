@@ -320,7 +320,7 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
     ("words", "said"),
     [
         ([], "given no suite"),
-        (["gsm9k", "--model", "x"], "neither a file nor one of"),
+        (["gsm9k", "--model", "x"], "Fix: gsm8k."),
         (["gsm8k"], "model is ''"),
         (["gsm8k", "--model", "x", "--engine", "openai"], "url is ''"),
         (["gsm8k", "--model", "x", "--tempratur", "1"], "did you mean --temperature"),
