@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llmdistill.errors import UserError
 from llmdistill.extras import how_to_install
+from llmdistill.files import atomic_write
 
 MENDABLE, FAULT, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
 # Of the system about a path: what there is to do about it is the user's.
@@ -109,12 +110,12 @@ def _written(argv: Sequence[str], folder: Callable[[], Path | None]) -> Path:
     try:
         place = folder()
         if place is not None and place.is_dir():
-            (place / name).write_text(text)
+            atomic_write(place / name, text)
             return place / name
     except Exception:  # what went wrong may be the folder: what is said of it must not
         pass
     file = Path(tempfile.mkdtemp(prefix="llmdistill-")) / name
-    file.write_text(text)
+    atomic_write(file, text)
     return file
 
 

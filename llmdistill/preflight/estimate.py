@@ -39,6 +39,7 @@ from transformers import AutoConfig
 from llmdistill.compat.models import auto_class
 from llmdistill.models.generation import BATCH_TOKENS
 from llmdistill.objectives.streaming import CPU_ROWS, GPU_BYTES
+from llmdistill.recipe.launches import whole_models
 from llmdistill.wire.bodies import chosen_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Shape:
 
     @classmethod
     def of_config(cls, config: Any) -> Shape:
-        with torch.device("meta"):
+        with whole_models(), torch.device("meta"):  # DeepSpeed would share out what has no weights
             model = auto_class(config).from_config(config)
         text = config.get_text_config()
         heads = text.num_attention_heads

@@ -110,7 +110,7 @@ def test_a_kept_connection_counts_as_idle_from_its_last_answer() -> None:
 
 def test_more_connections_than_files_are_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 1024))
-    with pytest.raises(UserError, match=r"--in-flight 256 means up to 2112 connections.*1024 files.*--in-flight 88"):
+    with pytest.raises(UserError, match=r"--in_flight 256 means up to 2112 connections.*1024 files.*--in_flight 88"):
         serve.allow_files(Limits())
     given = []
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: given.append(limits))

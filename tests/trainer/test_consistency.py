@@ -244,7 +244,8 @@ def test_no_step_is_no_success(tmp_path: Path, max_steps: int) -> None:
 def test_what_a_user_says_of_a_metric_holds(tmp_path: Path) -> None:
     args = OPDConfig(str(tmp_path), metric_for_best_model="student/reverse_kl", greater_is_better=True)
     assert args.greater_is_better is True
-    assert OPDConfig(str(tmp_path), metric_for_best_model="eval/gsm8k/avg@1").greater_is_better is True  # transformers'
+    with pytest.raises(UserError, match="it must be loss, or TEXT/METRIC"):  # no evaluation of the trainer's has it
+        OPDConfig(str(tmp_path), metric_for_best_model="eval/gsm8k/avg@1")
 
 
 def test_a_teacher_that_excludes_a_token_gives_no_nan() -> None:
