@@ -310,11 +310,11 @@ def check_made(args: Any) -> None:
 
 
 def _check_ranges(args: Any) -> None:
-    defaults = {f.name: f.default for f in dataclasses.fields(args)}
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(args)}
     for name, least in LEAST.items():
         value = getattr(args, name)
         sound = isinstance(value, int | float) and math.isfinite(value) and value >= least
-        usual = defaults[name] if isinstance(defaults[name], int | float) else least
+        usual: float = defaults[name] if isinstance(defaults[name], int | float) else least
         require(value is None or sound, f"train.{name}", value, f"a number >= {least}", f"--{name} {max(least, usual)}")
     for name, most in MOST.items():
         value = getattr(args, name)
