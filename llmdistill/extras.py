@@ -1,6 +1,8 @@
-"""Which extra of pyproject.toml brings a package that is not installed."""
+"""Packages: which version is installed, and which extra of pyproject.toml brings one that is not."""
 
 from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
 
 BROUGHT_BY = {
     **dict.fromkeys(("httpx",), "remote"),
@@ -12,6 +14,14 @@ BROUGHT_BY = {
     "vllm": "vllm",
 }
 BASE = ("trl", "peft", "datasets", "rich", "pyarrow", "mpmath")  # of the base, and left out of a lean environment
+
+
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def how_to_install(error: ModuleNotFoundError) -> str | None:

@@ -7,7 +7,6 @@ package: its traceback goes into a file, the line says where, and the status is 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 import platform
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmdistill.errors import UserError
-from llmdistill.extras import how_to_install
+from llmdistill.extras import how_to_install, installed_version
 from llmdistill.files import atomic_write
 
 MENDABLE, FAULT, INTERRUPTED, PIPE_CLOSED = 2, 1, 130, 141
@@ -101,7 +100,7 @@ def _written(argv: Sequence[str], folder: Callable[[], Path | None]) -> Path:
         [
             f"command: {sys.argv[0]} {' '.join(_without_secrets(argv))}\n",
             f"python {platform.python_version()}, {platform.platform()}\n",
-            *(f"{name} {version}\n" for name in PACKAGES if (version := _version(name))),
+            *(f"{name} {version}\n" for name in PACKAGES if (version := installed_version(name))),
             "\n",
             traceback.format_exc(),
         ]
@@ -127,10 +126,3 @@ def _without_secrets(argv: Sequence[str]) -> list[str]:
         shown.append("***" if hide and not word.startswith("--") else f"{name}=***" if secret and given else word)
         hide = secret and not given
     return shown
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -39,11 +39,13 @@ def saved_aside(trainer: Any, check: Callable[[], None]) -> None:
             raise
         finally:
             trainer._get_output_dir = own_place
-        if trainer.state.best_model_checkpoint == str(aside / name):
+        is_best = trainer.state.best_model_checkpoint == str(aside / name)
+        if is_best:
             trainer.state.best_model_checkpoint = str(run / name)
         trainer.accelerator.wait_for_everyone()  # the parts of all ranks are there
         if writes:
-            trainer.state.save_to_json(str(aside / name / "trainer_state.json"))  # which names the best one
+            if is_best:  # which that file names
+                trainer.state.save_to_json(str(aside / name / "trainer_state.json"))
             _put_in_place(aside / name, run / name)
             from transformers.trainer_utils import rotate_checkpoints  # not before: this package imports nothing heavy
 

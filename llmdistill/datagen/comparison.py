@@ -23,7 +23,7 @@ import numpy as np
 from llmdistill.datagen.schema import prompt_of
 from llmdistill.datagen.steps import Paths, Step, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row
-from llmdistill.datagen.teacher_choice import Trial, trial_lines
+from llmdistill.datagen.teacher_choice import Trial, difference_lines, trial_lines
 from llmdistill.errors import UserError
 from llmdistill.files import atomic_write
 from llmdistill.recipe.config import DType
@@ -176,11 +176,7 @@ def page(numbers: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Map
         nats = _with_interval(n.get("nats_per_byte"), "{:.3f}")
         lines.append(f"| {name} | {n['traces']:,} | {right} | {n['finished']:.1%} | {quantiles} | {typical} | {nats} |")
     if differences:
-        lines += ["", "| right, prompt by prompt | difference | 95 % interval | p |", "|---|---|---|---|"]
-        for pair, d in differences.items():
-            lines.append(
-                f"| {pair} | {d['difference']:+.1%} | {d['low']:+.1%} to {d['high']:+.1%} | {d['p_value']:.3f} |"
-            )
+        lines += ["", *difference_lines("right, prompt by prompt", differences)]
     return "\n".join(lines) + "\n"
 
 

@@ -145,9 +145,14 @@ def trial_lines(found: Mapping[str, Any]) -> Iterator[str]:
         low, high = right["interval"]
         yield f"| {name} | {right['mean']:.1%} [{low:.1%}, {high:.1%}] |"
     yield ""
-    yield "| prompt by prompt | difference | 95 % interval | p |"
+    yield from difference_lines("prompt by prompt", found["differences"])
+
+
+def difference_lines(title: str, differences: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """Paired differences of shares as a table in Markdown."""
+    yield f"| {title} | difference | 95 % interval | p |"
     yield "|---|---|---|---|"
-    for pair, d in found["differences"].items():
+    for pair, d in differences.items():
         yield f"| {pair} | {d['difference']:+.1%} | {d['low']:+.1%} to {d['high']:+.1%} | {d['p_value']:.3f} |"
 
 

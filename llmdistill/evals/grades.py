@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from llmdistill.evals.lines import Lines
 from llmdistill.evals.records import Appender, EvalFolder, Grade, Problem, Sample, json_rows
+from llmdistill.extras import installed_version
 
 
 class GradesSoFar:
@@ -74,8 +73,8 @@ def _key(row: dict[str, Any]) -> tuple[str, int] | None:
 def judges_code() -> str:
     """16 hex digits over whatever gives verdicts: grades of other code are made again."""
     parts = [(files("llmdistill.evals") / "grading.py").read_bytes(), *_sources(files("llmdistill.verify"))]
-    with suppress(PackageNotFoundError):
-        parts.append(version("mpmath").encode())
+    if mpmath := installed_version("mpmath"):
+        parts.append(mpmath.encode())
     return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 

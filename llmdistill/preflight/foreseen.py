@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from llmdistill.errors import UserError
 from llmdistill.preflight.estimate import GIB, Estimate, launched_zero, of_recipe
 from llmdistill.preflight.machine import device_memory
-from llmdistill.recipe.launches import launched_processes
+from llmdistill.recipe.launches import asks_for_fsdp, launched_processes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +49,7 @@ def too_large(recipe: Recipe) -> str | None:
         return None
     estimate, there = found
     place = "the GPU" if recipe.args.device.type == "cuda" else "this process"
-    shared = launched_zero() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    shared = launched_zero() or asks_for_fsdp()
     if estimate.fixed > there and not shared and "memory" not in recipe.flags.skip_checks:
         raise UserError(
             f"weights and optimizer alone take about {estimate.fixed / GIB:.1f} GiB, {place} has {there / GIB:.1f}. "

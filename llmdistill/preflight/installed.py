@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from packaging.version import Version
 
+from llmdistill.extras import installed_version
 from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
 
 # Oldest and newest that were run. pyproject.toml has upper bounds for vLLM only.
@@ -28,7 +28,7 @@ TESTED = {
 
 def versions(s: Subject) -> Iterator[Finding]:
     """Packages newer or older than what was tested: they may work, and what breaks will not say that it is this."""
-    yield from untested({name: version for name in TESTED if (version := _installed(name))})
+    yield from untested({name: version for name in TESTED if (version := installed_version(name))})
 
 
 def untested(there: Mapping[str, str]) -> Iterator[Finding]:
@@ -43,13 +43,6 @@ def untested(there: Mapping[str, str]) -> Iterator[Finding]:
             )
     core = [f"{name} {there[name]}" for name in ("torch", "transformers", "accelerate") if name in there]
     yield ok(", ".join(core))
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from llmdistill.errors import UserError
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
+from llmdistill.recipe.launches import asks_for_deepspeed, asks_for_fsdp
 from llmdistill.teachers.base import DenseTeacher, is_live
 
 GIB = 2**30
@@ -59,7 +60,7 @@ def memory(s: Subject) -> Iterator[Finding]:
     What fits may still be too much; what does not would be killed in its first step, after everything was loaded.
     """
     args, adam = s.args, str(getattr(s.args.optim, "value", s.args.optim)).startswith("adamw_torch")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if asks_for_deepspeed() or asks_for_fsdp():
         yield ok("not counted: DeepSpeed or FSDP shares weights and optimizer out")
         return
     models = {id(m): m for m in (s.student, *(side.model for side in s.sides if side.model is not None))}

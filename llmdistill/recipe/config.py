@@ -19,7 +19,13 @@ from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
 from llmdistill.recipe import train_fields
-from llmdistill.recipe.launches import bf16_here, check_cpu_launch, check_gpu_launch, launched_processes
+from llmdistill.recipe.launches import (
+    asks_for_deepspeed,
+    bf16_here,
+    check_cpu_launch,
+    check_gpu_launch,
+    launched_processes,
+)
 from llmdistill.recipe.lora import check_lora
 from llmdistill.recipe.settings import PENALISED, check_settings, require
 from llmdistill.record.metrics import GREATER_IS_BETTER
@@ -427,7 +433,7 @@ class DistillationConfig(TrainingArguments):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and says so
         # DeepSpeed on CPU starts on gloo only; a torch built with MPI would choose that. One process has no backend.
         self.ddp_backend = (self.ddp_backend or "gloo") if launched_processes() > 1 else None
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        if asks_for_deepspeed():
             os.environ.pop("ACCELERATE_USE_CPU", None)  # together they make accelerate leave DeepSpeed out, in silence
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,13 +20,23 @@ def launched_processes(env: Mapping[str, str] = os.environ) -> int:
     return max([int(env.get(name) or 1) for name in names])
 
 
+def asks_for_deepspeed(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether accelerate's launcher does."""
+    return env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def asks_for_fsdp(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether accelerate's launcher does."""
+    return env.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def check_cpu_launch(env: Mapping[str, str] = os.environ) -> None:
     """Refuses launches on a machine without a GPU that would run, and do something else than was asked for.
 
     Raises:
         UserError: FSDP, which accelerate leaves out on CPU: every process would hold and train a whole model.
     """
-    if env.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if asks_for_fsdp(env):
         raise UserError(
             "accelerate's FSDP does not shard on CPU: every process would hold the whole student. "
             "Fix: --config_file recipes/accelerate/zero3.yaml."
@@ -52,7 +62,7 @@ def check_gpu_launch(gpus: int, env: Mapping[str, str] = os.environ) -> None:
             processes on this machine than there are GPUs.
     """
     here = int(env.get("LOCAL_WORLD_SIZE") or 1)
-    alone = "LOCAL_RANK" not in env and env.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true"
+    alone = "LOCAL_RANK" not in env and not asks_for_deepspeed(env)
     if gpus > 1 and alone:
         raise UserError(
             f"one process sees {gpus} GPUs, and every GPU needs a process of its own. Fix: accelerate launch "

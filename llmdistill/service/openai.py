@@ -6,7 +6,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -100,16 +101,11 @@ def _work(data: bytes, service: Service) -> Work:
     adapter, listed = adapter_of(body, service), body.logprobs or 0
     check_listed("logprobs", listed, adapter, service)
     job = sampled_job(body, _prompt_ids(body.prompt, service), body.max_tokens, adapter, service)
-
-    async def work() -> Answer:
-        drawn, blocks = await samples(service, job, listed)
-        return await asyncio.to_thread(_answer, body, job, drawn, blocks, service)
-
-    return work
+    return work_of(service, job, listed, partial(_answer, body, job, service))
 
 
 def _answer(
-    body: CompletionBody, job: GenerateJob, drawn: list[list[Sample]], blocks: list[ScoreBlock], service: Service
+    body: CompletionBody, job: GenerateJob, service: Service, drawn: list[list[Sample]], blocks: list[ScoreBlock]
 ) -> Answer:
     """The whole answer. It is written choice by choice: one call for all would keep the loop's thread from running."""
     choices = []
@@ -210,20 +206,20 @@ def sampled_job(
     return bodies.generate_job(asked, settings, service.engine, service.limits)
 
 
-async def samples(service: Service, job: GenerateJob, listed: int) -> tuple[list[list[Sample]], list[ScoreBlock]]:
-    """Samples of every prompt, and of every sample in turn its ``listed`` likeliest tokens; none for 0.
+def work_of(
+    service: Service, job: GenerateJob, listed: int, answer: Callable[[list[list[Sample]], list[ScoreBlock]], Answer]
+) -> Work:
+    """Draws the samples of every prompt, and asks for the ``listed`` likeliest tokens of every sample in turn (none for
+    0); ``answer`` writes both down, on a thread. Raises Problem 409 when other weights came between the two."""
 
-    Raises:
-        Problem: 409, other weights came between the two.
-    """
-    drawn, fingerprint, _ = await service.samples(job)
-    if not listed:
-        return drawn, []
-    jobs = [
-        ScoreJob(prompt + sample.ids, len(prompt), len(prompt) + len(sample.ids), listed)
-        for prompt, sample in each(job, drawn)
-    ]
-    return drawn, await service.scored(jobs, fingerprint)
+    async def work() -> Answer:
+        drawn, fingerprint, _ = await service.samples(job)
+        behind = each(job, drawn) if listed else []
+        jobs = [ScoreJob(prompt + s.ids, len(prompt), len(prompt) + len(s.ids), listed) for prompt, s in behind]
+        blocks = await service.scored(jobs, fingerprint) if jobs else []
+        return await asyncio.to_thread(answer, drawn, blocks)
+
+    return work
 
 
 def each(job: GenerateJob, drawn: list[list[Sample]]) -> list[tuple[list[int], Sample]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -25,10 +25,10 @@ from llmdistill.service.openai import (
     response,
     rows_of,
     sampled_job,
-    samples,
     text_of,
     usage_of,
     whole,
+    work_of,
 )
 from llmdistill.service.problems import invalid
 from llmdistill.service.text import rendered, template_of
@@ -68,12 +68,7 @@ def _work(data: bytes, service: Service) -> Work:
     check_listed("top_logprobs", listed, adapter, service)
     ids = _ids(body, service)
     job = sampled_job(body, [ids], _new_tokens(body, len(ids), service), adapter, service)
-
-    async def work() -> Answer:
-        drawn, blocks = await samples(service, job, listed)
-        return await asyncio.to_thread(_answer, body, job, drawn, blocks, service)
-
-    return work
+    return work_of(service, job, listed, partial(_answer, body, job, service))
 
 
 def _ids(body: ChatBody, service: Service) -> list[int]:
@@ -93,7 +88,7 @@ def _new_tokens(body: ChatBody, prompt_tokens: int, service: Service) -> int:
 
 
 def _answer(
-    body: ChatBody, job: GenerateJob, drawn: list[list[Sample]], blocks: list[ScoreBlock], service: Service
+    body: ChatBody, job: GenerateJob, service: Service, drawn: list[list[Sample]], blocks: list[ScoreBlock]
 ) -> Answer:
     choices = []
     for index, (prompt, sample) in enumerate(each(job, drawn)):

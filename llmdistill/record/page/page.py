@@ -11,11 +11,11 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from llmdistill.extras import installed_version
 from llmdistill.files import atomic_write
 from llmdistill.record.page.load import RunData, as_dict, as_list, finite, load_run
 from llmdistill.record.page.numbers import curves, headline, spread, tables
@@ -60,12 +60,8 @@ def render(data: RunData) -> str:
 
 def environment() -> str:
     """What wrote the page, in one line."""
-    packages = []
-    for package in ("llmdistill", "torch", "transformers", "accelerate", "vllm"):
-        try:
-            packages.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    names = ("llmdistill", "torch", "transformers", "accelerate", "vllm")
+    packages = [f"{name} {version}" for name in names if (version := installed_version(name))]
     device = f"{os.cpu_count()} CPU cores"
     torch = sys.modules.get("torch")  # never imported for this line alone
     if torch is not None and torch.cuda.is_available():
