@@ -280,11 +280,13 @@ def micro_batches(
     bounds: Mapping[str, Sequence[tuple[int, int]]],
     pad_id: int,
     device: Any,
+    packed: bool = False,
 ) -> list[MicroBatch]:
     """Micro-batches of the given sequences of every text, with the rows of evidence that belong to them.
 
     Args:
         bounds: of each text, of every micro-batch: from which sequence to which, see ``composition/plan.py``.
+        packed: the student reads the sequences of each one behind another.
     """
     names, counted = list(texts), any(total > 0 for total in totals.values())
     starts = {name: torch.tensor([0, *texts[name].rollout.row_counts]).cumsum(0).tolist() for name in names}
@@ -294,7 +296,7 @@ def micro_batches(
             n: texts[n].reorder(range(*bounds[n][part])) for n in names if bounds[n][part][0] < bounds[n][part][1]
         }
         if not part_texts:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
-            rollout = uncounted(texts[names[0]].rollout).to(device)
+            rollout = replace(uncounted(texts[names[0]].rollout), packed=packed).to(device)
             batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name], counted))
             continue
         row_spans = dict(
@@ -324,6 +326,6 @@ def micro_batches(
             weights = None if inputs.weights_N is None else inputs.weights_N[rows].to(device)
             groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here), _tensors(evidence), weights)
             slices.append(Slice(term, evidence, span, weights, groups, totals[term.name]))
-        rollout = stacked([text.rollout for text in part_texts.values()], pad_id).to(device)
+        rollout = replace(stacked([text.rollout for text in part_texts.values()], pad_id), packed=packed).to(device)
         batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name], counted))
     return batches

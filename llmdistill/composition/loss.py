@@ -13,10 +13,10 @@ from llmdistill.compat.patching import random_state_kept
 from llmdistill.composition.batch import MicroBatch, Slice
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.models.layers import captured
+from llmdistill.models.packing import view_of
 from llmdistill.models.router import balance_loss, counting_tokens, router_inputs
 from llmdistill.objectives.rows import PairedRows, TensorRows
 from llmdistill.objectives.streaming import Part, streamed_metrics, streamed_parts
-from llmdistill.texts.views import student_view
 
 
 @dataclass
@@ -66,7 +66,7 @@ def loss_on(
         norms: measure the norms alone.
         keep: the metric whose values per row are handed back, where a term has it.
     """
-    view, result = student_view(batch.rollout), Result(torch.zeros(()))
+    view, result = view_of(model, batch.rollout), Result(torch.zeros(()))
     scaled_slices = [(s, s.term.weight_now / s.total) for s in batch.slices if s.total > 0]
     largest_scale = max((abs(scale_of_term) for _, scale_of_term in scaled_slices), default=1.0) or 1.0
     hidden_slices = [(s, scale_of_term) for s, scale_of_term in scaled_slices if s.term.hidden is not None]
@@ -111,7 +111,7 @@ def loss_on(
         return losses["loss"]
 
     layers = [layer for s, _ in hidden_slices if s.term.hidden is not None for layer in s.term.hidden.student]
-    with captured(model, layers) as states_by_layer, counting_tokens(model, view.attention_mask):
+    with captured(model, layers) as states_by_layer, counting_tokens(model, view.attention_mask, view.there):
         output = forward_to_head(model, head.linear, view, at_the_head, **router_inputs(model))
     # By way of the model's output too (see in_place_of): ZeRO-3 and DDP hang their backward hooks on that.
     loss = (losses["loss"] + 0 * output.logits.sum()) * (scale * largest_scale)

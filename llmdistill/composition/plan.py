@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from llmdistill.composition.batch import Text
 from llmdistill.composition.term import Term
-from llmdistill.texts.batches import needed, split_evenly, spread
+from llmdistill.texts.batches import Passes, split_evenly
 
 Bounds = dict[str, list[tuple[int, int]]]  # of each text, of every pass: its sequences from .. to ..
 
 
-def by_count(texts: Mapping[str, Text], parts: int) -> Bounds:
-    """Passes of (nearly) equally many sequences of every text."""
-    return {name: split_evenly(len(text), parts) for name, text in texts.items()}
-
-
-def by_tokens(
-    texts: Mapping[str, Text],
-    terms: Sequence[Term],
-    batch_tokens: int,
-    *,
-    at_least: int = 1,
-    most: Callable[[Callable[[], int]], int] = lambda count: count(),
-) -> Bounds:
-    """Passes of at most ``batch_tokens`` tokens, padding included, the largest of them as small as so many can be.
+def planned(texts: Mapping[str, Text], terms: Sequence[Term], passes: Passes, parts: int) -> Bounds:
+    """Passes of (nearly) equally many sequences of every text; or of at most ``passes.tokens`` tokens, padding included
+    or, where they are packed, their own. The largest is then as small as so many can be.
 
     Args:
         texts: each :func:`in_order`.
-        at_least: so many passes are made also where fewer would do.
-        most: of how many passes this rank needs, the most that any does; every rank calls it.
+        parts: how many there are; of those that tokens bound, at least so many.
 
     Raises:
         UserError: what has to be in one pass is larger.
     """
+    if not passes.tokens:
+        return {name: split_evenly(len(text), parts) for name, text in texts.items()}
     kept = kept_together(texts, terms)
-    items = sorted((length, k, i) for k, names in enumerate(kept) for i, length in enumerate(longest(texts, names)))
-    lengths, widths = [length for length, _, _ in items], [len(kept[k]) for _, k, _ in items]
-    parts = max(most(lambda: needed(lengths, batch_tokens, widths)), at_least)
+    sized = [_sizes(texts, names, passes.packed) for names in kept]
+    items = sorted((size, k, i) for k, sizes in enumerate(sized) for i, size in enumerate(sizes))
+    # Counterparts that are packed count as what they have together, which may be any number.
+    widths = None if passes.packed else [len(kept[k]) for _, k, _ in items]
     bounds: Bounds = {name: [] for name in texts}
     reached = [0] * len(kept)
-    for a, b in spread(lengths, parts, widths):
+    for a, b in passes.bounds([size for size, _, _ in items], widths, at_least=parts):
         for k, names in enumerate(kept):
             start = reached[k]
             reached[k] += sum(of == k for _, of, _ in items[a:b])
@@ -59,19 +50,19 @@ def kept_together(texts: Mapping[str, Text], terms: Sequence[Term]) -> list[tupl
     return [tuple(name for name in texts if name in names) for names in found if names]
 
 
-def longest(texts: Mapping[str, Text], names: Sequence[str]) -> list[int]:
-    """Tokens of the longest of every sequence and its counterparts."""
+def _sizes(texts: Mapping[str, Text], names: Sequence[str], packed: bool) -> list[int]:
+    """Tokens of the longest of every sequence and its counterparts; packed, of all of them."""
     lengths = [texts[name].rollout.attention_mask.sum(1).tolist() for name in names]
-    return [max(column) for column in zip(*lengths, strict=True)]
+    return [(sum if packed else max)(column) for column in zip(*lengths, strict=True)]
 
 
-def in_order(texts: Mapping[str, Text], terms: Sequence[Term]) -> dict[str, Text]:
+def in_order(texts: Mapping[str, Text], terms: Sequence[Term], packed: bool = False) -> dict[str, Text]:
     """Neighbours in length share a pass: less padding. Counterparts keep together.
 
     Ties keep their order, so a round is reproducible.
     """
     order = dict[str, list[int]]()
     for names in kept_together(texts, terms):
-        lengths = longest(texts, names)
+        lengths = _sizes(texts, names, packed)
         order.update(dict.fromkeys(names, sorted(range(len(lengths)), key=lambda i: lengths[i])))
     return {name: text.reorder(order[name]) for name, text in texts.items()}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmdistill.compat import zero3
+from llmdistill.compat.attention import sequence_by_sequence
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.few_tokens import few_tokens
@@ -219,7 +220,7 @@ def in_place_of(linear: nn.Linear, compute: Compute) -> AbstractContextManager[N
 
 def forward_to_head(model: nn.Module, linear: nn.Linear, view: View, compute: Compute, **inputs: Any) -> Any:
     """The model's output on ``view`` with ``compute(hidden_BTH)`` in place of its head; see :func:`in_place_of`."""
-    with in_place_of(linear, compute):
+    with in_place_of(linear, compute), sequence_by_sequence(view.lengths):
         return model(**view.inputs(), **inputs, use_cache=False)
 
 

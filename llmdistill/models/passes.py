@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from llmdistill.models.heads import Head, forward_to_head
 from llmdistill.models.modes import evaluating
+from llmdistill.models.packing import view_of
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.objectives.streaming import streamed_metrics
 from llmdistill.texts import Rollout
-from llmdistill.texts.views import View, student_view
+from llmdistill.texts.views import View
 
 Evidence = TypeVar("Evidence")
 Result = TypeVar("Result")
@@ -38,7 +39,7 @@ def at_head(
     results = list[Result]()
     with evaluating(model):
         for rollout, evidence in batches:
-            view = student_view(rollout)
+            view = view_of(model, rollout)
 
             def compute(hidden_BTH: Tensor, view: View = view, evidence: Evidence = evidence) -> Tensor:
                 results.append(read(view.rows(hidden_BTH), view, evidence))

@@ -38,13 +38,18 @@ def balance_loss(model: nn.Module, output: Any) -> Tensor | None:
 
 
 @contextmanager
-def counting_tokens(model: nn.Module, attention_mask: Tensor) -> Iterator[None]:
-    """Inside, balance losses are over the tokens that are there also where the mask [B, 1, Q, K] says who sees whom:
-    transformers reads it as one of tokens [B, T]. A token is there that sees itself."""
-    if attention_mask.dim() != 4 or not router_inputs(model):
+def counting_tokens(model: nn.Module, attention_mask: Tensor | None, there: Tensor | None = None) -> Iterator[None]:
+    """Inside, balance losses are over the tokens that are ``there`` [B, T] bool, or where that is not said, also where
+    the mask [B, 1, Q, K] says who sees whom, which transformers reads as one of tokens [B, T]: a token is there that
+    sees itself."""
+    biased = attention_mask is not None and attention_mask.dim() == 4
+    if (there is None and not biased) or not router_inputs(model):
         yield
         return
-    there_BT = (attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0).long()
+    if there is None:
+        assert attention_mask is not None
+        there = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0
+    there_BT = there.long()
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
     with ExitStack() as stack:
         for modelling in modules:

@@ -37,6 +37,8 @@ MAY_CHANGE = frozenset(
             "rollouts.gpu_memory_utilization",
             "rollouts.batch_tokens",
             "objective.chunk_tokens",
+            "objective.batch_tokens",
+            "objective.packing",
         ),
         *("train.bf16", "train.fp16", "train.tf32", "train.bf16_full_eval", "train.fp16_full_eval", "train.use_cpu"),
         *("train.gradient_checkpointing", "train.gradient_checkpointing_kwargs", "train.torch_empty_cache_steps"),

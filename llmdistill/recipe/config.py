@@ -362,6 +362,14 @@ class DistillationConfig(TrainingArguments):
             "at_least": 0,
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "the sequences of a pass one behind another, without padding, which batch_tokens then does not "
+            "count; refused for models whose states run from one into the next",
+            "section": "objective",
+        },
+    )
     freeze_embeddings: bool = field(
         default=False,
         metadata={"help": "do not train the token embeddings and output head", "section": "objective"},

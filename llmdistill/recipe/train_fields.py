@@ -391,7 +391,7 @@ def _check_accumulation(kwargs: Any) -> None:
 def _check_checkpointing(kwargs: Any) -> None:
     """torch's own would be missed at the first step only."""
     known = {"every_n_layers", "offload", *inspect.signature(torch.utils.checkpoint.checkpoint).parameters}
-    known |= {"context_fn", "determinism_check", "debug", "early_stop"}
+    known |= {"context_fn", "determinism_check", "debug", "early_stop", "preserve_rng_state"}
     known -= {"function", "args", "kwargs"}
     others = sorted(set(kwargs or {}) - known)
     if others:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmdistill.models.generation import generate
-from llmdistill.models.heads import head_of, hidden_states
+from llmdistill.models.heads import head_of
 from llmdistill.models.layers import captured, no_rows
 from llmdistill.models.loading import load_configured
+from llmdistill.models.passes import at_head
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.recipe.launches import whole_models
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.teachers.listing import blocks_of, refuse_wider
-from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
+from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.batches import by_length
+from llmdistill.texts.views import View
 from llmdistill.tokenization.special import context_length, eos_ids, pad_id
 from llmdistill.wire.blocks import ScoreBlock
 
@@ -48,6 +51,7 @@ class LocalTeacher:
         self.batch_tokens = batch_tokens
         self.chunk_tokens = chunk_tokens
         self.head = head_of(model)
+        self.packs = False  # told by the trainer, where sequences are packed and this model can read them so
         self._info: TeacherInfo | None = None
 
     @classmethod
@@ -60,32 +64,31 @@ class LocalTeacher:
     @torch.no_grad()
     def dense(self, rollout: Rollout) -> HiddenRows:
         """Hidden rows of the counted tokens, [N, H], with the head: logits are formed only in chunks, later."""
-        device = self.model.device
-        rows: list[Tensor | None] = [None] * len(rollout)
-        for index in by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
-            part = rollout.sequences(index).to(device)
-            hidden_BTH = hidden_states(self.model, part)
-            split = predicting_rows(hidden_BTH, part.completion_mask).split(part.row_counts)
-            for i, sequence_rows in zip(index, split, strict=True):
-                rows[i] = sequence_rows
+        index, batches = self._batches(rollout)
+        found = at_head(self.model, self.head, batches, lambda rows_NH, view, _: rows_NH)
         empty = self.head.linear.weight.new_zeros(0, self.head.linear.in_features)
-        hidden_NH = torch.cat([r for r in rows if r is not None] or [empty])
+        hidden_NH = _in_order(found, index, rollout.row_counts, empty)
         return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
 
     @torch.no_grad()
     def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
         """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
-        rows: list[list[Tensor]] = [[] for _ in range(len(rollout))]
-        for index in by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens):
-            part = rollout.sequences(index).to(self.model.device)
-            with captured(self.model, layers) as found:
-                hidden_states(self.model, part)
-            for layer in layers:
-                split = predicting_rows(found[layer], part.completion_mask).split(part.row_counts)
-                for i, sequence_rows in zip(index, split, strict=True):
-                    rows[i].append(sequence_rows)
+        index, batches = self._batches(rollout)
+        with captured(self.model, layers) as states:
+
+            def read(rows_NH: Tensor, view: View, _: None) -> list[Tensor]:  # the layers come before the head
+                return [view.rows(states[layer]) for layer in layers]
+
+            found = at_head(self.model, self.head, batches, read)
         empty = no_rows(self.model, layers)
-        return [torch.cat([of[k] for of in rows] or [empty[k]]) for k in range(len(layers))]
+        counts = rollout.row_counts
+        return [_in_order([rows[k] for rows in found], index, counts, empty[k]) for k in range(len(layers))]
+
+    def _batches(self, rollout: Rollout) -> tuple[list[list[int]], Iterator[tuple[Rollout, None]]]:
+        """Which sequences are read together, and these, clean."""
+        clean = replace(rollout, noise=None, packed=self.packs)
+        index = by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens, packed=self.packs)
+        return index, ((clean.sequences(group).to(self.model.device), None) for group in index)
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """One block per sequence. ``top_k`` up to the vocabulary size; any ids can be ``chosen``.
@@ -127,6 +130,15 @@ class LocalTeacher:
 
     def close(self) -> None:
         """Nothing to free: the model goes with its last reference."""
+
+
+def _in_order(found: Sequence[Tensor], index: Sequence[Sequence[int]], counts: Sequence[int], empty: Tensor) -> Tensor:
+    """The rows [N, H] of batches of sequences, sequence by sequence; ``counts`` of each, ``index`` of each batch."""
+    rows = [empty] * len(counts)
+    for group, rows_nH in zip(index, found, strict=True):
+        for i, of_sequence in zip(group, rows_nH.split([counts[i] for i in group]), strict=True):
+            rows[i] = of_sequence
+    return torch.cat(rows) if rows else empty
 
 
 class UnadaptedTeacher(LocalTeacher):

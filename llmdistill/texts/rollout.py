@@ -97,6 +97,7 @@ class Rollout:
     domain: tuple[str | None, ...] | None = None  # routes multi-teacher scoring
     step_map: Tensor | None = None  # [B, T] int64: the step of a denoiser's writing that revealed it; -1 where none did
     noise: Noise | None = None  # of a text that its student reads noised
+    packed: bool = False  # it is read with its sequences one behind another, and not padded
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape

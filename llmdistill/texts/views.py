@@ -18,27 +18,24 @@ class View:
     """What a model is given, and which of its states are rows. B sequences, T tokens, N rows."""
 
     input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] bool; or [B, 1, T, T] float, added to attention's logits
+    attention_mask: Tensor | None  # [B, T] bool; or [B, 1, T, T] float, added to attention's logits; None: causal
     position_ids: Tensor  # [B, T] int64
     at: Tensor  # [B, T] bool: a state here is a row
     targets: Tensor  # [N] int64: what every row should predict
     extras: Mapping[str, Any] = field(default_factory=dict)  # what else the model reads: images, token types
     order: Tensor | None = None  # [N] int64: which state, in the order of ``at``, is a row's; None: the same order
+    there: Tensor | None = None  # [B, T] bool: what is no padding, where attention_mask does not say it
+    lengths: Sequence[int] | None = None  # of the sequences that stand one behind another in the only row
 
     def rows(self, states_BTX: Tensor) -> Tensor:
         """[B, T, X] -> [N, X], sequence by sequence, position by position."""
         states = states_BTX[self.at]
         return states if self.order is None else states[self.order]
 
-    @property
-    def counts(self) -> list[int]:
-        """Rows of each sequence, [B]."""
-        return self.at.sum(1).tolist()
-
     def inputs(self) -> dict[str, Any]:
         """The arguments of the model's forward."""
-        tensors = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return {**tensors, "position_ids": self.position_ids, **self.extras}
+        mask = {} if self.attention_mask is None else {"attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, **mask, "position_ids": self.position_ids, **self.extras}
 
 
 def plain(rollout: Rollout) -> View:

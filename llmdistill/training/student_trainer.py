@@ -22,12 +22,15 @@ from llmdistill.models.adapters import adapted
 from llmdistill.models.causality import check_causal
 from llmdistill.models.heads import check_head
 from llmdistill.models.loading import named_student
+from llmdistill.models.packing import can_be_packed, layout_of
 from llmdistill.models.saving import check_savable
 from llmdistill.models.unused import freeze_unused
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
+from llmdistill.teachers.local import LocalTeacher
+from llmdistill.texts import Rollout
 from llmdistill.texts.batches import Passes, split_evenly
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.training.finite import FiniteTrainer
@@ -104,7 +107,7 @@ class StudentTrainer(FiniteTrainer):
         )
         self.remove_callback(PrinterCallback)  # RunFolderCallback shows the same, readably
         size = args.per_device_train_batch_size * args.rollouts.samples_per_prompt
-        self.passes = Passes(size, args.batch_tokens, self._most)
+        self.passes = Passes(size, args.batch_tokens, self._most, args.packing)
         self._run_folder_callback = RunFolderCallback(self.run_folder, self.meters)
         self.add_callback(self._run_folder_callback)
         self.add_callback(_AroundSteps(self))
@@ -120,9 +123,8 @@ class StudentTrainer(FiniteTrainer):
         found = []
         for a, b in split_evenly(len(batches), parts):
             first, *others = batches[a:b]
-            tokens = first.rollout.input_ids
-            if others:
-                tokens = torch.cat([tokens.flatten(), *(batch.rollout.input_ids.flatten() for batch in others)])
+            read = [_tokens_read(batch.rollout) for batch in batches[a:b]]
+            tokens = torch.cat([ids.flatten() for ids in read]) if others else read[0]
             # transformers counts tokens and FLOPs by the key "input_ids"
             found.append({"micro_batch": first, "others": others, "input_ids": tokens})
         return found
@@ -166,6 +168,11 @@ class StudentTrainer(FiniteTrainer):
         return list(islice(epoch_iterator, num_batches))
 
 
+def _tokens_read(rollout: Rollout) -> Tensor:
+    """Ids that go through the model: [B, T] with their padding, or where they are packed [T]."""
+    return rollout.input_ids[rollout.attention_mask] if rollout.packed else rollout.input_ids
+
+
 @contextmanager
 def _at_rate_zero(optimizer: Any) -> Iterator[None]:
     """An optimizer at whose steps no weight moves."""
@@ -188,11 +195,16 @@ class _AroundSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_head(self.trainer.model, self.trainer.forward_model())
-        if getattr(self.trainer, "denoiser", None) is None:  # which reads both ways
+        both_ways = getattr(self.trainer, "denoiser", None) is not None
+        if self.trainer.passes.packed:
+            layout_of(self.trainer.model, self.trainer.forward_model(), both_ways=both_ways)
+        if not both_ways:
             check_causal(self.trainer.model, self.trainer.forward_model())
             for judge in getattr(self.trainer, "judges", {}).values():
                 if isinstance(judged := getattr(judge, "model", None), PreTrainedModel):
                     check_causal(judged, judged)
+                if isinstance(judge, LocalTeacher):
+                    judge.packs = self.trainer.passes.packed and can_be_packed(judge.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.step_counts and not self.trainer.is_deepspeed_enabled:

@@ -206,7 +206,7 @@ class DistillationTrainer(RoundLog):
         texts[name] = self._in_new_contexts(texts[name])
         if self.args.rollouts.mask_truncated:
             texts = {n: replace(t, rollout=t.rollout.without_truncated()) for n, t in texts.items()}
-        texts = plan.in_order(texts, self.method.terms)
+        texts = plan.in_order(texts, self.method.terms, self.passes.packed)
         received = bytes_received(self.teacher) if self.judges else None
         batches = self.batches(texts, len(groups))
         if received is not None:
@@ -223,14 +223,11 @@ class DistillationTrainer(RoundLog):
         Args:
             parts: how many there are; where ``objective.batch_tokens`` bounds them, at least so many.
         """
-        terms, budget = self.method.terms, self.args.batch_tokens
-        if budget:  # before teachers are asked: what does not fit costs nothing
-            bounds = plan.by_tokens(texts, terms, budget, at_least=parts, most=self.passes.most)
-        else:
-            bounds = plan.by_count(texts, parts)
+        terms = self.method.terms
+        bounds = plan.planned(texts, terms, self.passes, parts)  # before teachers are asked: what is too large is cheap
         inputs = self.term_inputs(texts, judges)
         totals = self._totals(inputs, self.args.device)
-        return micro_batches(texts, terms, inputs, totals, bounds, self.pad_id, self.args.device)
+        return micro_batches(texts, terms, inputs, totals, bounds, self.pad_id, self.args.device, self.passes.packed)
 
     def term_inputs(
         self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None

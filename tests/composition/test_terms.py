@@ -243,10 +243,19 @@ def test_a_round_is_what_whole_logits_say_however_it_is_cut_up(tmp_path: Path, n
     same(found(t, turned, 3), expected)
     ordered = in_order(texts, t.method.terms)
     same(found(t, ordered, 3), expected)
-    t.args.batch_tokens = 24  # and by tokens, padding included
+    t.passes = replace(t.passes, tokens=24)  # and by tokens, padding included
     assert max(batch.rollout.input_ids.numel() for batch in t.batches(ordered, 1)) <= 24
     same(found(t, ordered, 1), expected)
     same(found(t, ordered, 12), expected)  # more than are needed: some have nothing
+    t.passes = replace(t.passes, packed=True)  # or of the sequences' own
+    ordered = in_order(texts, t.method.terms, packed=True)
+    batches = t.batches(ordered, 1)
+    assert max(int(batch.rollout.attention_mask.sum()) for batch in batches) <= 24
+    assert sum(batch.rollout.attention_mask.numel() for batch in batches) > sum(
+        int(batch.rollout.attention_mask.sum()) for batch in batches
+    )
+    same(found(t, ordered, 1), expected)
+    same(found(t, ordered, 12), expected)
 
 
 def replace_rollout(text: Text, rollout: Rollout) -> Text:

@@ -93,6 +93,7 @@ def make_trainer(folder: Path, tied: bool, on_policy: bool) -> DistillationTrain
         per_device_train_batch_size=GLOBAL_BATCH // (ACCUMULATION if tied else 1) // world,
         gradient_accumulation_steps=ACCUMULATION if tied else 1,
         batch_tokens=0 if tied else 48,
+        packing=world > 1 and not tied,  # padded or packed is the same
         per_device_eval_batch_size=2,
         heldout_sequences=5,  # not a multiple of the processes: one of them repeats a sequence that must not count
         rollouts=RolloutConfig(max_new_tokens=12, temperature=0),

@@ -1,4 +1,4 @@
-"""What holds of every method: padding, micro-batches and a student that says what its judge says."""
+"""What holds of every method: padding, packing, micro-batches and a student that says what its judge says."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from llmdistill import methods
 from llmdistill.recipe.config import DataConfig
+from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from tests import tiny
 from tests.methods import rounds
@@ -58,7 +59,7 @@ def texts(case: str, **padding: int) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_do_not_depend_on_micro_batches_or_padding(tmp_path: Path, case: str) -> None:
+def test_gradients_do_not_depend_on_micro_batches_padding_or_packing(tmp_path: Path, case: str) -> None:
     t = trainer(tmp_path, case)
     for schedule in t.method.schedules.values():  # a first round sets anchors
         schedule.load_state_dict(
@@ -67,6 +68,14 @@ def test_gradients_do_not_depend_on_micro_batches_or_padding(tmp_path: Path, cas
     loss, whole = rounds.gradients(t, texts(case))
     for parts, padding in ((2, {}), (4, {}), (1, {"left": 3, "right": 4}), (4, {"left": 2})):
         other, found = rounds.gradients(t, texts(case, **padding), parts)
+        assert other == pytest.approx(loss, rel=1e-5, abs=1e-7)
+        rounds.assert_same(found, whole, 5e-5)
+    t.passes = dataclasses.replace(t.passes, packed=True)
+    for judge in t.judges.values():
+        if isinstance(judge, LocalTeacher):
+            judge.packs = True
+    for parts in (1, 4):
+        other, found = rounds.gradients(t, texts(case), parts)
         assert other == pytest.approx(loss, rel=1e-5, abs=1e-7)
         rounds.assert_same(found, whole, 5e-5)
 
