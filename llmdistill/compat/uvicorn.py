@@ -38,7 +38,7 @@ def bounded_connections(most: int) -> Callable[..., asyncio.Protocol]:
 
 
 def _close_longest_idle(held: dict[Any, None]) -> None:
-    idle = [c for c in held if c.cycle is None or c.cycle.response_complete]
+    idle = [c for c in held if c.cycle is None or c.cycle.response_complete or c.transport.is_closing()]
     waiting = (c for c in idle if not c.transport.get_write_buffer_size())
     if closed := next(waiting, idle[0] if idle else None):  # of those that only leave an answer unread, one at last
         del held[closed]

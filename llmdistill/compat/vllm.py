@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from llmdistill.compat.patching import environment, patched, put_back, random_state_kept
+from llmdistill.compat.vllm_arrays import keep_arrays
 from llmdistill.compat.vllm_classes import classes_kept
+from llmdistill.compat.vllm_prompts import bound_prompt_scores
 from llmdistill.compat.vllm_scores import admit_chosen_ids, mend_first_runner
 from llmdistill.compat.vllm_weights import keeping_plain_weights
 from llmdistill.errors import UserError
@@ -116,6 +118,8 @@ def load_vllm(
                 reason = _last_line(error)
                 raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
             llm.collective_rpc(lambda worker: give_own_classes(worker.get_model()))
+    keep_arrays()
+    llm.collective_rpc(bound_prompt_scores)
     if admit_chosen_ids(llm.llm_engine):
         llm.collective_rpc(mend_first_runner)
     _owns_group = _owns_group or not had_group
@@ -147,6 +151,7 @@ def load_async_vllm(
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
+    keep_arrays()
     try:
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs(

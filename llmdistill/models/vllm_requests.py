@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmdistill.compat.vllm_arrays import asked_for
 from llmdistill.texts.rollout import Finish, Sampling
 from llmdistill.texts.stops import StopStrings
 from llmdistill.wire.listing import merged
@@ -76,6 +77,7 @@ def scoring_params(length: int, positions: np.ndarray, top_k: int, vocab_size: i
         temperature=0.0,
         max_tokens=1,
         prompt_logprobs=-1 if top_k == vocab_size else top_k,
+        extra_args=asked_for(int(positions[0]) - 1 if len(positions) else 0),
         prompt_logprob_token_ids=ids,
         prompt_logprob_start=start,
         flat_logprobs=True,
@@ -88,12 +90,10 @@ def scored_rows(
     output: Any, positions: np.ndarray, top_k: int, vocab_size: int, chosen_nC: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token log-probs [n], ids [n, K] and log-probs [n, K] of a scored prompt."""
-    logprobs = output.prompt_logprobs  # flat lists; per token itself and then the candidates in order
-    starts = np.asarray(logprobs.start_indices, dtype=np.int64)[positions]
-    cells = starts[:, None] + np.arange(top_k + 1)  # [n, 1 + K]
-    values_nK = torch.from_numpy(np.asarray(logprobs.logprobs, dtype=np.float32)[cells])
-    ids_nK = torch.from_numpy(np.asarray(logprobs.token_ids, dtype=np.int32)[cells])
-    token_n, ids_nK, values_nK = values_nK[:, 0].clone(), ids_nK[:, 1:].clone(), values_nK[:, 1:].clone()
+    length = len(output.prompt_token_ids)
+    values_nK = output.prompt_logprobs.values(length, positions)[:, : top_k + 1]  # the token itself comes first
+    ids_nK = output.prompt_logprobs.token_ids(length, positions)[:, 1 : top_k + 1]
+    token_n, values_nK = values_nK[:, 0], values_nK[:, 1:]
     if chosen_nC is not None:
         scores = output.prompt_token_id_logprobs
         first = int(positions[0]) if len(positions) else 0

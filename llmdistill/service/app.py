@@ -17,25 +17,25 @@ from fastapi import Request
 
 from llmdistill.service import requests as bodies
 from llmdistill.service.adapters import Adapters
-from llmdistill.service.answers import Answer, Answers
+from llmdistill.service.answers import Answer, Answers, Work, Writing
+from llmdistill.service.block_writer import BlockWriter
 from llmdistill.service.bodies import Bodies, content_type
-from llmdistill.service.engine import Engine, GenerateJob, Sample, ScoreJob
+from llmdistill.service.engine import Engine, EngineDead, GenerateJob, Sample, ScoreJob, cancelling
 from llmdistill.service.gate import Gate
 from llmdistill.service.gone import unless_gone
 from llmdistill.service.limits import Limits
 from llmdistill.service.metrics import Metrics
+from llmdistill.service.parts import Parts
 from llmdistill.service.problems import Problem, first_line, invalid
 from llmdistill.service.text import TokenizedText, template_of, tokenized
 from llmdistill.service.uploads import Uploads
 from llmdistill.service.weights import Weights
-from llmdistill.teachers.base import TeacherInfo
 from llmdistill.wire import protocol
-from llmdistill.wire.blocks import ScoreBlock, encode
+from llmdistill.wire.blocks import ScoreBlock
 from llmdistill.wire.bodies import Sequences, pack_completions
 from llmdistill.wire.tokens import secrets_of
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-Work = Callable[[], Awaitable[Answer]]
 Read = Callable[[bytes, str], Work]  # of a body and its content type, on a thread
 
 
@@ -78,7 +78,7 @@ class Service:
     def score(self, data: bytes, kind: str) -> Work:
         asked, dtype, teacher = bodies.score_request(data, kind, self.limits)
         jobs = bodies.score_jobs(asked, self.engine, self.limits)
-        return partial(self._blocks, jobs, dtype, teacher, None)
+        return Writing(protocol.BLOCKS_TYPE, partial(self._blocks, jobs, dtype, teacher, None))
 
     def score_text(self, data: bytes, kind: str) -> Work:
         body = bodies.read(bodies.TextBody, data)
@@ -92,33 +92,53 @@ class Service:
             np.asarray(spans, np.int64),
         )
         jobs = bodies.score_jobs(asked, self.engine, self.limits)
-        return partial(self._blocks, jobs, body.dtype, body.teacher, items)
+        return Writing(protocol.BLOCKS_TYPE, partial(self._blocks, jobs, body.dtype, body.teacher, items))
 
     async def _blocks(
-        self, jobs: list[ScoreJob], dtype: str, expected: str | None, texts: Sequence[TokenizedText] | None
-    ) -> Answer:
-        blocks, info, version = await self._scored(jobs, expected)
-        positions = sum(job.stop - job.start for job in jobs)
-        head = {
-            "protocol": protocol.PROTOCOL_VERSION,
-            "teacher": info.fingerprint,
-            "tokenizer": info.tokenizer,
-            "policy_version": version,
-            "positions": positions,
-        }
-        data = await asyncio.to_thread(_packed, head, texts, blocks, dtype)
-        self.metrics.evidence.inc(len(data))
-        return Answer(data, protocol.BLOCKS_TYPE)
+        self,
+        jobs: list[ScoreJob],
+        dtype: str,
+        expected: str | None,
+        texts: Sequence[TokenizedText] | None,
+        parts: Parts,
+    ) -> None:
+        """Writes the blocks in their order, each as soon as it and those before it are there."""
 
-    async def _scored(self, jobs: list[ScoreJob], expected: str | None) -> tuple[list[ScoreBlock], TeacherInfo, int]:
-        """Evidence, and the weights that gave it."""
+        def head() -> bytes:
+            about = {
+                "protocol": protocol.PROTOCOL_VERSION,
+                "teacher": self.engine.info.fingerprint,
+                "tokenizer": self.engine.info.tokenizer,
+                "policy_version": self.weights.policy_version,
+                "positions": sum(job.stop - job.start for job in jobs),
+            }
+            if texts is None:
+                return json.dumps(about).encode()
+            return _with(about, "items", [json.dumps(asdict(text)) for text in texts]).encode()
+
+        writer = BlockWriter(len(jobs), dtype, head, parts)
+        await self._scored(jobs, expected, writer)
+        self.metrics.evidence.inc(parts.bytes)
+
+    async def _scored(
+        self, jobs: list[ScoreJob], expected: str | None, writer: BlockWriter | None = None
+    ) -> list[ScoreBlock]:
+        """Evidence, of weights that do not change meanwhile."""
         listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
         async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
             self._expect(expected)
-            blocks = await self.engine.score(jobs)
-            info, version = self.engine.info, self.weights.policy_version
+            try:
+                if writer is None:
+                    blocks = await self.engine.score(jobs)
+                else:
+                    async with cancelling() as group:
+                        group.create_task(writer.write())
+                        blocks = await self.engine.score(jobs, writer.add)
+            except EngineDead:
+                self.died()  # an answer that has begun to go out cannot say so
+                raise
         self.metrics.positions.inc(sum(job.stop - job.start for job in jobs))
-        return blocks, info, version
+        return blocks
 
     async def scored(self, jobs: list[ScoreJob], expected: str) -> list[ScoreBlock]:
         """What the weights of that fingerprint say of the sequences.
@@ -126,8 +146,7 @@ class Service:
         Raises:
             Problem: 409, there are others now.
         """
-        blocks, _, _ = await self._scored(jobs, expected)
-        return blocks
+        return await self._scored(jobs, expected)
 
     def generate(self, data: bytes, kind: str) -> Work:
         asked, body = bodies.generate_request(data, kind)
@@ -285,13 +304,6 @@ def request_id(request: Request) -> str | None:
     if name is not None and not REQUEST_ID.fullmatch(name):
         raise invalid("X-Request-Id", "must be 1 to 128 letters, digits or _.:-")
     return name
-
-
-def _packed(
-    head: dict[str, Any], texts: Sequence[TokenizedText] | None, blocks: Sequence[ScoreBlock], dtype: str
-) -> bytes:
-    about = json.dumps(head) if texts is None else _with(head, "items", [json.dumps(asdict(text)) for text in texts])
-    return protocol.pack_frames([about.encode(), *(encode(block, dtype) for block in blocks)])
 
 
 def _drawn(head: dict[str, Any], drawn: list[list[Sample]], as_bytes: bool) -> Answer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +61,9 @@ class Sample:
     finish: Finish
 
 
+Done = Callable[[int, ScoreBlock], None]
+
+
 class EngineDead(RuntimeError):
     """The engine will not answer any more; the process has to be started again."""
 
@@ -88,7 +93,9 @@ class Engine(Protocol):
         """Raises EngineDead when the engine has died while nobody asked. Called every few seconds."""
         ...
 
-    async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]: ...
+    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[ScoreBlock]:
+        """One block per job; ``done`` is told of each as soon as it is there, on the loop."""
+        ...
 
     async def generate(self, job: GenerateJob) -> list[list[Sample]]: ...
 
@@ -112,3 +119,13 @@ class Engine(Protocol):
     async def remove_adapter(self, name: str) -> None: ...
 
     async def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def cancelling() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that ends with its first error, the other tasks cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from llmdistill.models.generation import generate
 from llmdistill.service.adapters import check_adapter
-from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
+from llmdistill.service.engine import Done, EngineDead, GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.local import LocalTeacher
@@ -86,7 +87,7 @@ class HFEngine:
             self._failed = False
             await self._look()
 
-    async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
+    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[ScoreBlock]:
         if self._dead:
             raise EngineDead(self._dead)
         if self._loop_task is None:
@@ -94,8 +95,10 @@ class HFEngine:
             self._loop_task.add_done_callback(self._ended)
         loop = asyncio.get_running_loop()
         answers: list[asyncio.Future[ScoreBlock]] = []
-        for job in jobs:
+        for i, job in enumerate(jobs):
             answers.append(loop.create_future())
+            if done is not None:
+                answers[-1].add_done_callback(partial(_tell, done, i))
             if job.start == job.stop:
                 answers[-1].set_result(job.block(self.info))
             else:
@@ -270,6 +273,11 @@ class HFEngine:
 
     async def _on_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+
+def _tell(done: Done, index: int, answer: asyncio.Future[ScoreBlock]) -> None:
+    if not answer.cancelled() and answer.exception() is None:
+        done(index, answer.result())
 
 
 def next_batch(waiting: Sequence[_Waiting], batch_tokens: int) -> list[_Waiting]:

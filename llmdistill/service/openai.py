@@ -6,26 +6,25 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 from llmdistill.service import requests as bodies
-from llmdistill.service.answers import Answer
-from llmdistill.service.app import Service, Work
+from llmdistill.service.answers import Answer, Work
+from llmdistill.service.app import Service
 from llmdistill.service.engine import GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import Problem, invalid
+from llmdistill.service.responses import response
 from llmdistill.wire.blocks import ScoreBlock
 from llmdistill.wire.bodies import Prompts
 from llmdistill.wire.protocol import JSON_TYPE
 
 EVENTS_TYPE = "text/event-stream"
-PART_BYTES = 1 << 16
 IMPOSSIBLE = -9999.0  # the log-prob of what cannot be: JSON has no infinity, and this is what others write
 Asked = TypeVar("Asked", bound="SampledBody")
 
@@ -84,14 +83,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         answer = await service.answered(request, "/v1/completions", lambda data, kind: _work(data, service))
-        return response(answer)
-
-
-def response(answer: Answer) -> Response:
-    """One body, or events."""
-    if answer.media_type != EVENTS_TYPE:
-        return Response(answer.body, media_type=answer.media_type)
-    return StreamingResponse(_parts(answer.body), media_type=EVENTS_TYPE)
+        return response(request, answer, service.limits)
 
 
 def _work(data: bytes, service: Service) -> Work:
@@ -293,8 +285,3 @@ def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
         else:
             raise invalid(field, "must be text or a list of token ids")
     return made
-
-
-async def _parts(body: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(body), PART_BYTES):
-        yield body[start : start + PART_BYTES]

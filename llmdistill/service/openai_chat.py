@@ -10,8 +10,8 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from llmdistill.service import requests as bodies
-from llmdistill.service.answers import Answer
-from llmdistill.service.app import Service, Work
+from llmdistill.service.answers import Answer, Work
+from llmdistill.service.app import Service
 from llmdistill.service.engine import GenerateJob, Sample
 from llmdistill.service.openai import (
     SampledBody,
@@ -22,7 +22,6 @@ from llmdistill.service.openai import (
     finite,
     head_of,
     read_body,
-    response,
     rows_of,
     sampled_job,
     text_of,
@@ -31,6 +30,7 @@ from llmdistill.service.openai import (
     work_of,
 )
 from llmdistill.service.problems import invalid
+from llmdistill.service.responses import response
 from llmdistill.service.text import rendered, template_of
 from llmdistill.texts.seam import text_ids
 from llmdistill.wire.blocks import ScoreBlock
@@ -55,7 +55,8 @@ class ChatBody(SampledBody):
 def add_routes(app: FastAPI, service: Service) -> None:
     @app.post(PATH)
     async def chat(request: Request) -> Response:
-        return response(await service.answered(request, PATH, lambda data, kind: _work(data, service)))
+        answer = await service.answered(request, PATH, lambda data, kind: _work(data, service))
+        return response(request, answer, service.limits)
 
 
 def _work(data: bytes, service: Service) -> Work:

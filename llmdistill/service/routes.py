@@ -19,6 +19,7 @@ from llmdistill.service.bodies import content_type
 from llmdistill.service.engine import EngineDead
 from llmdistill.service.gone import CallerGone
 from llmdistill.service.problems import Problem, first_line
+from llmdistill.service.responses import response
 from llmdistill.wire import protocol
 
 
@@ -26,10 +27,9 @@ def create_app(service: Service) -> ASGIApp:
     """The routes of ``service``."""
     app = FastAPI(title="llmdistill", docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def responded(answer: Awaitable[Answer]) -> Response:
+    async def responded(request: Request, answer: Awaitable[Answer]) -> Response:
         try:
-            found = await answer
-            return Response(found.body, media_type=found.media_type)
+            return response(request, await answer, service.limits)
         except Problem as problem:
             # the frames of its traceback hold the body, in a cycle with it
             traceback.clear_frames(problem.__traceback__)
@@ -37,7 +37,7 @@ def create_app(service: Service) -> ASGIApp:
 
     def posted(path: str, read: Read, *, kept: bool = True, waits: bool = False) -> None:
         async def endpoint(request: Request) -> Response:
-            return await responded(service.answered(request, path, read, kept=kept, waits=waits))
+            return await responded(request, service.answered(request, path, read, kept=kept, waits=waits))
 
         app.post(path)(endpoint)
 
@@ -50,12 +50,12 @@ def create_app(service: Service) -> ASGIApp:
     @app.post(protocol.WEIGHTS)
     async def weights(request: Request) -> Response:
         if content_type(request) == protocol.TENSORS_TYPE:
-            return await responded(service.load_upload(request))
-        return await responded(service.answered(request, protocol.WEIGHTS, service.load_folder, waits=True))
+            return await responded(request, service.load_upload(request))
+        return await responded(request, service.answered(request, protocol.WEIGHTS, service.load_folder, waits=True))
 
     @app.delete(protocol.ADAPTERS + "/{name}")
-    async def remove_adapter(name: str) -> Response:
-        return await responded(service.remove_adapter(name))
+    async def remove_adapter(request: Request, name: str) -> Response:
+        return await responded(request, service.remove_adapter(name))
 
     @app.get(protocol.INFO)
     async def info() -> dict[str, Any]:

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import itertools
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import drawn, generation_params, scored_rows, scoring_params
 from llmdistill.service.adapters import check_adapter
-from llmdistill.service.engine import EngineDead, GenerateJob, Sample, ScoreJob
+from llmdistill.service.engine import Done, EngineDead, GenerateJob, Sample, ScoreJob, cancelling
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import is_tied, stored_shapes, weights_fingerprint
@@ -104,8 +104,7 @@ class AsyncVLLMEngine:
 
     async def start(self) -> None:
         with _death_is_named():
-            if self._must_mend:
-                await self.engine.collective_rpc("llmdistill_mend")
+            await self.engine.collective_rpc("llmdistill_mend", args=(self._must_mend,))
             self.partial_weights = all(await self.engine.collective_rpc("llmdistill_takes_part"))
 
     async def check(self) -> None:
@@ -116,11 +115,17 @@ class AsyncVLLMEngine:
     def info(self) -> TeacherInfo:
         return self._info
 
-    async def score(self, jobs: Sequence[ScoreJob]) -> list[ScoreBlock]:
-        async with _cancelling() as group:
+    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[ScoreBlock]:
+        async def scored(i: int) -> ScoreBlock:
+            block = await self._score(jobs[i])
+            if done is not None:
+                done(i, block)
+            return block
+
+        async with cancelling() as group:
             # the longest first: what is left at the end is short
             order = sorted(range(len(jobs)), key=lambda i: -jobs[i].stop)
-            tasks = {i: group.create_task(self._score(jobs[i])) for i in order}
+            tasks = {i: group.create_task(scored(i)) for i in order}
         return [tasks[i].result() for i in range(len(jobs))]
 
     async def _score(self, job: ScoreJob) -> ScoreBlock:
@@ -137,7 +142,7 @@ class AsyncVLLMEngine:
     async def generate(self, job: GenerateJob) -> list[list[Sample]]:
         stops = stop_strings(self.tokenizer, job.sampling.stop)
         n, lora = job.sampling.samples_per_prompt, self._lora[job.adapter] if job.adapter else None
-        async with _cancelling() as group:
+        async with cancelling() as group:
             tasks = [
                 group.create_task(
                     self._ask(
@@ -236,13 +241,3 @@ def _death_is_named() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EngineDead("vLLM's engine process has died") from error
-
-
-@asynccontextmanager
-async def _cancelling() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that ends with its first error, the other tasks cancelled."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None

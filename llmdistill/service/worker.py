@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmdistill.compat.vllm_prompts import bound_prompt_scores, gives_hidden
 from llmdistill.compat.vllm_scores import mend_first_runner
 from llmdistill.compat.vllm_weights import keep_plain_weights, load_into_worker, worker_is_plain
 
@@ -34,8 +35,14 @@ class Worker:
         """Whether a push may hold only the weights that changed."""
         return worker_is_plain(self)
 
-    def llmdistill_mend(self) -> None:
-        mend_first_runner(self)
+    def llmdistill_mend(self, first_runner: bool) -> None:
+        bound_prompt_scores(self)
+        if first_runner:
+            mend_first_runner(self)
+
+    def llmdistill_gives_hidden(self) -> bool:
+        """Whether a request may have hidden states."""
+        return gives_hidden(self)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -9,9 +9,8 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-import httpx
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from llmdistill.tokenization import special
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode
 from llmdistill.wire.bodies import chosen_bits, chosen_bytes, pack_sequences
 from llmdistill.wire.listing import columns, support_of
-from llmdistill.wire.protocol import BLOCKS_TYPE, IDS_TYPE, INFO, SCORE, SCORE_TEXT, unpack_frames
+from llmdistill.wire.protocol import BLOCKS_TYPE, IDS_TYPE, INFO, SCORE, SCORE_TEXT, FrameReader
 from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 T = TypeVar("T")
@@ -190,11 +189,12 @@ class RemoteTeacher:
         for group in groups:
             body = f'{{"items": [{", ".join(texts[i] for i in group)}], {rest[1:]}'
             completions = [items[i][1] for i in group]
-            parse = self._reader(_scored_texts_of(completions, self.info().vocab_size), top_k)
+            reader = self._reader(_scored_texts_of(completions, self.info().vocab_size), top_k)
             # a token is at least a byte of text, and special ones beside it
             tokens = len(body.encode()) + 64 * len(group)
             most = HEAD_BYTES + TEXT_TOKEN_BYTES * tokens + self._evidence_bytes(len(group), tokens, top_k)
-            requests.append(Request(SCORE_TEXT, parse, body=body.encode(), answer_type=BLOCKS_TYPE, max_bytes=most))
+            asked = Request(SCORE_TEXT, reader=reader, body=body.encode(), answer_type=BLOCKS_TYPE, max_bytes=most)
+            requests.append(asked)
         return [text for answer in self._send(requests) for text in answer]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -341,7 +341,7 @@ class RemoteTeacher:
         rows = sum(p.stop - p.start for p in pieces)
         return Request(
             SCORE,
-            self._reader(parse, width),
+            reader=self._reader(parse, width),
             body=body,
             body_type=IDS_TYPE,
             answer_type=BLOCKS_TYPE,
@@ -354,27 +354,51 @@ class RemoteTeacher:
 
     def _reader(
         self, parse: Callable[[dict[str, Any], list[ScoreBlock]], T], width: int
-    ) -> Callable[[httpx.Response], T]:
+    ) -> Callable[[], _BlockReader[T]]:
         """Reads blocks of ``width`` columns, and of nothing else than what was asked for."""
         vocab = self.info().vocab_size
 
-        def read(response: httpx.Response) -> T:
-            first, *frames = unpack_frames(response.content)
-            head = json.loads(bytes(first))
-            self._same(head["teacher"], head["tokenizer"])
-            blocks = [decode(frame, max_bytes=4 * len(response.content) + 64) for frame in frames]
-            for block in blocks:
-                self._same(block.header.teacher, block.header.tokenizer)
-                if (block.header.top_k, block.header.vocab_size) != (width, vocab):
-                    raise ValueError(
-                        f"a block of K = {block.header.top_k} and V = {block.header.vocab_size}; asked for {width} of "
-                        f"{vocab}"
-                    )
-                if len(block.token_logprobs) != block.positions.stop - block.positions.start:
-                    raise ValueError(f"a block of {len(block.token_logprobs)} rows for {block.positions}")
-            return parse(head, blocks)
+        def head(found: dict[str, Any]) -> None:
+            self._same(found["teacher"], found["tokenizer"])
 
-        return read
+        def block(found: ScoreBlock) -> None:
+            self._same(found.header.teacher, found.header.tokenizer)
+            listed = (found.header.top_k, found.header.vocab_size)
+            if listed != (width, vocab):
+                raise ValueError(f"a block of K = {listed[0]} and V = {listed[1]}; asked for {width} of {vocab}")
+            if len(found.token_logprobs) != found.positions.stop - found.positions.start:
+                raise ValueError(f"a block of {len(found.token_logprobs)} rows for {found.positions}")
+
+        return lambda: _BlockReader(head, block, parse)
+
+
+class _BlockReader(Generic[T]):
+    """Score blocks out of an answer that is still being written; each is decoded when it is there."""
+
+    def __init__(
+        self,
+        check_head: Callable[[dict[str, Any]], None],
+        check_block: Callable[[ScoreBlock], None],
+        parse: Callable[[dict[str, Any], list[ScoreBlock]], T],
+    ) -> None:
+        self.check_head, self.check_block, self.parse = check_head, check_block, parse
+        self.frames, self.blocks = FrameReader(1 << 32), list[ScoreBlock]()
+        self.head: dict[str, Any] | None = None
+
+    def feed(self, part: bytes) -> None:
+        for frame in self.frames.feed(part):
+            if self.head is None:
+                self.head = json.loads(bytes(frame))
+                self.check_head(self.head)
+            else:
+                self.blocks.append(decode(frame, max_bytes=4 * len(frame) + 64))
+                self.check_block(self.blocks[-1])
+
+    def finish(self) -> T:
+        self.frames.end()
+        if self.head is None:
+            raise ValueError("it has no frames")
+        return self.parse(self.head, self.blocks)
 
 
 def connect(url: str | Sequence[str], **options: Any) -> Teacher:
@@ -429,12 +453,13 @@ def _joined(parts: list[ScoreBlock], mask_T: Tensor, empty: BlockHeader) -> Scor
     if not parts:
         rows = (torch.zeros(0), torch.zeros(0, empty.top_k, dtype=torch.int32), torch.zeros(0, empty.top_k))
         return ScoreBlock(slice(0, 0), *rows, empty)
-    keep = at - at[0]
-    token, ids, logprobs = (
-        torch.cat([getattr(part, name) for part in parts])[keep]
-        for name in ("token_logprobs", "topk_ids", "topk_logprobs")
-    )
-    return ScoreBlock(slice(int(at[0]), int(at[-1]) + 1), token, ids, logprobs, parts[0].header)
+    positions, names = slice(int(at[0]), int(at[-1]) + 1), ("token_logprobs", "topk_ids", "topk_logprobs")
+    columns = [[getattr(part, name) for part in parts] for name in names]
+    token, ids, logprobs = (found[0] if len(found) == 1 else torch.cat(found) for found in columns)
+    if len(at) < len(token):  # tokens between do not count
+        keep = at - at[0]
+        token, ids, logprobs = token[keep], ids[keep], logprobs[keep]
+    return ScoreBlock(positions, token, ids, logprobs, parts[0].header)
 
 
 def _scored_texts_of(

@@ -11,7 +11,7 @@ import ipaddress
 import json
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
@@ -72,8 +72,13 @@ class Exchange:
         content: bytes | Iterable[bytes] | None = None,
         params: Mapping[str, str] | None = None,
         timeout: Any = httpx.USE_CLIENT_DEFAULT,
+        read: Callable[[httpx.Response, Iterator[bytes]], None] | None = None,
     ) -> httpx.Response:
         """A 2xx of at most ``max_bytes``.
+
+        Args:
+            read: takes the body of a 2xx in parts, as they come; the answer that is returned has none then. What it
+                raises is raised here.
 
         Raises:
             Failed: another try may do better.
@@ -89,7 +94,12 @@ class Exchange:
                 params=params,
                 timeout=timeout,
             ) as answer:
-                body = _read(answer, path, max_bytes if answer.is_success else _ERROR_BYTES)
+                parts = _parts(answer, path, max_bytes if answer.is_success else _ERROR_BYTES)
+                body = b""
+                if read is None or not answer.is_success:
+                    body = b"".join(parts)
+                else:
+                    read(answer, parts)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Failed(f"cannot connect: {error or type(error).__name__}") from error
         except httpx.ReadTimeout as error:
@@ -162,23 +172,23 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _read(answer: httpx.Response, path: str, most: int) -> bytes:
-    """The body as it came over the wire.
+def _parts(answer: httpx.Response, path: str, most: int) -> Iterator[bytes]:
+    """The body as it comes over the wire.
 
     Raises:
         Failed: it is compressed, or larger than ``most``.
     """
     if (coding := answer.headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
         raise Failed(f"{path} answered compressed ({coding[:20]}), which was not asked for", may_be_done=True)
-    parts, size = list[bytes](), 0
+    size = 0
     for part in answer.iter_raw():
-        parts.append(part)
         size += len(part)
         if size > most:
             if not answer.is_success:  # enough of it to say what is wrong
-                break
+                yield part[: len(part) - (size - most)]
+                return
             raise Failed(f"answer to {path} is larger than {most} bytes, all that was asked for", may_be_done=True)
-    return b"".join(parts)[:most]
+        yield part
 
 
 def _plain(headers: httpx.Headers) -> dict[str, str]:

@@ -36,16 +36,20 @@ def packed_size(count: int, bits: int) -> int:
 def pack_bits(values: NDArray[Any], bits: int) -> bytes:
     """``values``, any shape, each in [0, 2**bits), bits in [1, 32]."""
     groups = -(-values.size // 8)
-    lanes_8G = np.zeros((groups, 8), np.uint32)
-    lanes_8G.reshape(-1)[: values.size] = values.reshape(-1)
-    lanes_8G = np.ascontiguousarray(lanes_8G.T)
-    packed = np.zeros((bits, groups), np.uint8)
-    for byte in range(bits):
-        for j in range(8 * byte // bits, min(7, (8 * byte + 7) // bits) + 1):  # the lanes with bits in this byte
-            shift = j * bits - 8 * byte
-            part = lanes_8G[j] << shift if shift >= 0 else lanes_8G[j] >> -shift
-            packed[byte] |= part.astype(np.uint8)  # keeps the lowest 8 bits
-    return packed.T.tobytes()[: packed_size(values.size, bits)]
+    flat = values.reshape(-1)
+    if values.size % 8:
+        flat = np.zeros(8 * groups, values.dtype)
+        flat[: values.size] = values.reshape(-1)
+    lanes_G8 = flat.reshape(groups, 8)
+    words = -(-bits // 8)  # of 64 bits, that hold a group
+    packed = np.zeros((groups, words), "<u8")
+    for j in range(8):
+        lane = lanes_G8[:, j].astype(np.uint64)
+        word, shift = divmod(j * bits, 64)
+        packed[:, word] |= lane << np.uint64(shift)
+        if shift + bits > 64:
+            packed[:, word + 1] |= lane >> np.uint64(64 - shift)
+    return packed.view(np.uint8)[:, :bits].tobytes()[: packed_size(values.size, bits)]
 
 
 def unpack_bits(data: memoryview, count: int, bits: int) -> NDArray[np.int32]:
@@ -68,26 +72,40 @@ def to_codes(logprobs_nK: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np
     tops, exponents = np.empty(n, np.float32), np.empty(n, np.uint8)
     codes = np.empty((n, k), np.uint16)
     for rows in row_chunks(n, k):
-        piece_nK = logprobs_nK[rows].astype(np.float64)
-        top_n1 = piece_nK[:, :1]
+        piece_nK = logprobs_nK[rows].astype(np.float32, copy=False)
+        top_n1, nothing_nK = piece_nK[:, :1], None
         with np.errstate(invalid="ignore"):
-            distance_nK = top_n1 - piece_nK  # NaN in rows that list nothing but -inf
-        nothing_nK = ~np.isfinite(distance_nK)
-        nothing_nK[:, 0] = False
-        distance_nK[nothing_nK | np.isnan(distance_nK)] = 0.0
-        np.minimum(distance_nK, MAX_DISTANCE, out=distance_nK)
-        spread_n1 = distance_nK.max(1, keepdims=True)
-        finest = np.floor(np.log2(MAX_CODE / np.maximum(spread_n1, 2.0**-MAX_EXPONENT)))
-        exponent_n1 = np.clip(finest, MIN_EXPONENT, MAX_EXPONENT)
-        code_nK = np.rint(distance_nK * 2.0**exponent_n1)
-        # The row's sum over its likeliest entry, before and after rounding: what the top makes up for.
-        exact_n, rounded_n = (
-            np.where(nothing_nK, 0.0, np.exp(-d))[:, 1:].sum(1) for d in (distance_nK, code_nK * 2.0**-exponent_n1)
-        )
-        tops[rows] = np.minimum(top_n1[:, 0] + np.log1p(exact_n) - np.log1p(rounded_n), 0.0)
-        exponents[rows] = exponent_n1[:, 0]
-        code_nK[nothing_nK] = NOTHING
+            below_nK = piece_nK - top_n1  # NaN in rows that list nothing but -inf
+        if not np.isfinite(below_nK[:, -1]).all():
+            nothing_nK = ~np.isfinite(below_nK)
+            nothing_nK[:, 0] = False
+            below_nK[nothing_nK | np.isnan(below_nK)] = 0.0
+        lowest_n1 = below_nK[:, -1:] if nothing_nK is None else below_nK.min(1, keepdims=True)
+        if lowest_n1.min() < -MAX_DISTANCE:
+            np.maximum(below_nK, np.float32(-MAX_DISTANCE), out=below_nK)
+            lowest_n1 = np.maximum(lowest_n1, np.float32(-MAX_DISTANCE))
+        finest_n1 = np.floor(np.log2(MAX_CODE / np.maximum(-lowest_n1.astype(np.float64), 2.0**-MAX_EXPONENT)))
+        exponent_n1 = np.clip(finest_n1, MIN_EXPONENT, MAX_EXPONENT)
+        code_nK = below_nK * (-(2.0**exponent_n1)).astype(np.float32)  # exact, as all that follows but exp
+        np.rint(code_nK, out=code_nK)
         codes[rows] = code_nK
+        if nothing_nK is not None:
+            codes[rows][nothing_nK] = NOTHING
+        # The row's sum over its likeliest entry, and what rounding adds to it: the top makes up for that. An entry
+        # moves by e**-moved, of which two terms are enough: moved is at most 2**-10.
+        moved_nK = code_nK
+        moved_nK *= (2.0**-exponent_n1).astype(np.float32)
+        moved_nK += below_nK
+        share_nK = np.exp(below_nK, out=below_nK)
+        if nothing_nK is not None:
+            share_nK[nothing_nK] = 0.0
+        sum_n = share_nK.sum(1, dtype=np.float32).astype(np.float64)
+        half_nK = moved_nK * np.float32(0.5)
+        half_nK -= np.float32(1.0)
+        half_nK *= moved_nK
+        added_n = np.einsum("nk,nk->n", share_nK, half_nK).astype(np.float64)
+        tops[rows] = np.minimum(top_n1[:, 0] - np.log1p(added_n / sum_n), 0.0)
+        exponents[rows] = exponent_n1[:, 0]
     return tops, exponents, codes
 
 

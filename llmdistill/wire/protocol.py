@@ -89,6 +89,43 @@ def pack_frames(frames: Sequence[bytes]) -> bytes:
     return b"".join(part for frame in frames for part in (_LENGTH.pack(len(frame)), frame))
 
 
+class FrameReader:
+    """Frames out of parts of an answer as they come over the wire, without waiting for its end.
+
+    Args:
+        max_bytes: of a frame.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.count = max_bytes, 0
+        self._held = bytearray()
+
+    def feed(self, part: bytes) -> Iterator[bytearray]:
+        """The frames that ``part`` completes.
+
+        Raises:
+            FrameError: a frame that is longer than it may be.
+        """
+        self._held += part
+        at = 0
+        while len(self._held) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._held, at)
+            if length > self.max_bytes:
+                raise FrameError(f"frame {self.count} declares {length} bytes; at most {self.max_bytes} are read")
+            if len(self._held) - at - _LENGTH.size < length:
+                break
+            start = at + _LENGTH.size
+            at, self.count = start + length, self.count + 1
+            yield self._held[start:at]
+        if at:
+            del self._held[:at]
+
+    def end(self) -> None:
+        """Raises FrameError where the last frame was cut off."""
+        if self._held:
+            raise FrameError(f"{len(self._held)} bytes after frame {self.count}; it was cut off")
+
+
 def unpack_frames(data: bytes | memoryview, *, max_frames: int = 1 << 16) -> Iterator[memoryview]:
     """The frames of ``data``, without copying them.
 

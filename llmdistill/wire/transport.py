@@ -14,9 +14,9 @@ import logging
 import threading
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import httpx
 
@@ -29,11 +29,20 @@ from llmdistill.wire.replicas import UNREADABLE, Cancelled, Replica, Replicas, S
 __all__ = ["Ask", "Counters", "Get", "Refused", "Request", "Transport", "json_object", "split_urls"]
 
 T = TypeVar("T")
+R = TypeVar("R", covariant=True)
 Ask = Callable[["Request[Any]"], Any]  # another request, to the same replica
 
 _PROBE_TIMEOUT_S = 10.0  # readiness and identity are answered from memory
 _DONE_IDS = 32  # in one header
 _logger = logging.getLogger(__name__)
+
+
+class Reader(Protocol[R]):
+    """Takes the body of an answer in parts, as they come, and makes something of it."""
+
+    def feed(self, part: bytes) -> None: ...
+
+    def finish(self) -> R: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Request(Generic[T]):
     Args:
         parse: reads the answer; a ValueError, LookupError or TypeError means that it came damaged and is fetched again,
             a UserError stops.
+        reader: instead of it, makes what reads an answer while it is being written; its errors mean the same.
         body: bytes, or a function that gives them anew for every try; then ``length`` is how many there are.
         answer_type: media type of an answer; another one counts as damage.
         max_bytes: of the answer, as much as the request can need.
@@ -51,7 +61,7 @@ class Request(Generic[T]):
     """
 
     path: str
-    parse: Callable[[httpx.Response], T]
+    parse: Callable[[httpx.Response], T] | None = None
     method: str = "POST"
     body: bytes | Callable[[], Iterable[bytes]] = b""
     length: int | Callable[[], int] | None = None
@@ -60,6 +70,7 @@ class Request(Generic[T]):
     params: Mapping[str, str] = field(default_factory=dict)
     max_bytes: int = JSON_BYTES
     already: Callable[[Ask], T | None] | None = None
+    reader: Callable[[], Reader[T]] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def size(self) -> int:
@@ -244,23 +255,34 @@ class Transport:
         headers = {"X-Request-Id": request.id, "Content-Type": request.body_type, "Content-Length": str(size)}
         if request.method == "POST" and (done := self._take_done(replica.url)):
             headers["X-Request-Done"] = ",".join(done)
-        response = self._exchange.send(
-            replica.url,
-            request.method,
-            request.path,
-            max_bytes=request.max_bytes,
-            content=request.body if isinstance(request.body, bytes) else request.body(),
-            params=request.params,
-            headers=headers,
-            timeout=self._timeout(doublings),
-        )
-        self._count(bytes_sent=size, bytes_received=len(response.content))
-        kind = response.headers.get("content-type", "").split(";")[0].strip()
-        if kind != request.answer_type:
-            raise Failed(f"{request.path} answered {kind or 'no content type'} instead of {request.answer_type}", True)
+        reader, received = request.reader() if request.reader is not None else None, 0
+
+        def read(answer: httpx.Response, parts: Iterator[bytes]) -> None:
+            nonlocal received
+            _check_type(answer, request)
+            for part in parts:
+                received += len(part)
+                reader.feed(part)  # type: ignore[union-attr]
+
         try:
+            response = self._exchange.send(
+                replica.url,
+                request.method,
+                request.path,
+                max_bytes=request.max_bytes,
+                content=request.body if isinstance(request.body, bytes) else request.body(),
+                params=request.params,
+                headers=headers,
+                timeout=self._timeout(doublings),
+                read=None if reader is None else read,
+            )
+            _check_type(response, request)
+            self._count(bytes_sent=size, bytes_received=len(response.content) + received)
+            if reader is not None:
+                return reader.finish()
+            assert request.parse is not None
             return request.parse(response)
-        except UserError:
+        except (UserError, Failed):
             raise
         except UNREADABLE as error:
             raise Failed(f"answer to {request.path} is damaged: {error or type(error).__name__}", True) from error
@@ -280,6 +302,12 @@ class Transport:
         with self._replicas.changed:
             for name, value in more.items():
                 setattr(self._counters, name, getattr(self._counters, name) + value)
+
+
+def _check_type(response: httpx.Response, request: Request[Any]) -> None:
+    kind = response.headers.get("content-type", "").split(";")[0].strip()
+    if kind != request.answer_type:
+        raise Failed(f"{request.path} answered {kind or 'no content type'} instead of {request.answer_type}", True)
 
 
 class _Sending(Generic[T]):

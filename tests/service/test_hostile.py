@@ -52,7 +52,7 @@ def test_work_of_a_caller_who_has_gone_is_cancelled(path: str, named: bool) -> N
         engine: Any = service.engine
         began, gone, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-        async def never(_: Any) -> Any:
+        async def never(*_: Any) -> Any:
             began.set()
             try:
                 await asyncio.Event().wait()
@@ -115,7 +115,7 @@ def test_an_answer_that_has_arrived_is_not_kept() -> None:
         engine: Any = service.engine
         began = asyncio.Event()
 
-        async def never(_: Any) -> Any:
+        async def never(*_: Any) -> Any:
             began.set()
             await asyncio.Event().wait()
 

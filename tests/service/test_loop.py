@@ -145,8 +145,10 @@ def test_answers_of_megabytes_are_not_made_on_the_loops_thread() -> None:
 
         samples = [[Sample([5] * 15_000, [-0.5] * 15_000, "length")] * 2]
 
-        async def scored(jobs: Any) -> Any:
-            return [wide]
+        async def scored(jobs: Any, done: Any) -> Any:
+            for i in range(len(jobs)):
+                done(i, wide)
+            return [wide] * len(jobs)
 
         async def drawn(job: Any) -> Any:
             return samples

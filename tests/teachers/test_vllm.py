@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmdistill.compat import vllm_prompts
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
@@ -74,6 +75,36 @@ def test_chosen_ids_survive_prompts_that_are_scored_in_chunks(folder, reference)
             torch.testing.assert_close(block.token_logprobs, wanted.token_logprobs, rtol=0, atol=1e-4)
     finally:
         small.close()
+
+
+def test_no_more_logits_exist_at_one_time_than_fit_and_none_that_nobody_asks_for(folder, reference, monkeypatch):
+    """Room for 4 rows, prompts of 3 to 40 tokens before what is scored, pieces of 16 tokens: vLLM's own path makes the
+    logits of a whole piece, of prompts too."""
+    made = rollout()
+    monkeypatch.setattr(vllm_prompts, "CHUNK_BYTES", 4 * vllm_prompts.CELL_BYTES * VOCAB)
+    small = VLLMTeacher(
+        folder, dtype="float32", max_top_k=8, max_model_len=LONGEST, kv_cache_gib=0.05, max_num_batched_tokens=16
+    )
+    rows = []
+
+    def watch(worker):
+        model, compute = worker.model_runner.model, worker.model_runner.model.compute_logits
+
+        def computed(hidden):
+            rows.append(len(hidden))
+            return compute(hidden)
+
+        model.compute_logits = computed
+
+    try:
+        small.engine.llm.collective_rpc(watch)
+        for block, wanted in zip(small.score(made, 5), reference.score(made, 5), strict=True):
+            torch.testing.assert_close(block.topk_logprobs, wanted.topk_logprobs, rtol=0, atol=1e-4)
+            torch.testing.assert_close(block.token_logprobs, wanted.token_logprobs, rtol=0, atol=1e-4)
+    finally:
+        small.close()
+    sampled = 5 + 4  # a row for the token that vLLM draws behind each, and behind pieces of a prompt
+    assert max(rows) <= 5 and made.num_rows <= sum(rows) <= made.num_rows + 4 * sampled
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB])
