@@ -132,6 +132,12 @@ def test_domains_that_yaml_reads_as_numbers_are_names(tmp_path: Path) -> None:
         (None, ["--rollouts.url", "http://x"], "rollouts.url is 'http://x'; it must be empty for engine hf"),
         (None, ["--push_folder", "x"], "rollouts.push_folder is 'x'; it must be empty for engine hf"),
         (None, ["--push_every", "0"], "rollouts.push_every is 0; it must be >= 1"),
+        (
+            None,
+            ["--rollouts.tensor_parallel_size", "2"],
+            "rollouts.tensor_parallel_size is 2; it must be 1 for engine hf",
+        ),
+        (None, ["--rollouts.lora", "adapter"], "rollouts.lora is 'adapter'; it must be merged for engine hf"),
         (None, ["--push_every", "2"], "rollouts.push_every is 2; it must be 1 for engine hf"),
         (None, ["--url", "http://x"], "--teacher.url or --rollouts.url"),
         (None, ["--sequences", "dataset", "--estimator", "sampled"], "objective.sequences is dataset, and"),

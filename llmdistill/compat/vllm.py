@@ -25,9 +25,10 @@ import torch
 from llmdistill.compat.patching import environment, patched, put_back, random_state_kept
 from llmdistill.compat.vllm_arrays import keep_arrays
 from llmdistill.compat.vllm_classes import classes_kept
+from llmdistill.compat.vllm_plain import keeping_plain_weights
 from llmdistill.compat.vllm_prompts import bound_prompt_scores
 from llmdistill.compat.vllm_scores import admit_chosen_ids, mend_first_runner
-from llmdistill.compat.vllm_weights import keeping_plain_weights
+from llmdistill.compat.vllm_transfer import can_transfer, transfer_options
 from llmdistill.errors import UserError
 
 # Read by launchers, by torch's children and by sandboxed programs: what vLLM writes there must not leak to them.
@@ -65,6 +66,8 @@ def load_vllm(
     gpu_memory_utilization: float = 0.3,
     enforce_eager: bool | None = None,
     updatable: bool = False,
+    transfer: bool | None = None,
+    sleeps: bool = False,
     **options: Any,
 ) -> Any:
     """A token-in, token-out ``vllm.LLM`` in this process, which is otherwise left as it was found.
@@ -76,6 +79,8 @@ def load_vllm(
         kv_cache_bytes: size of the key-value cache on CPU; on a GPU ``gpu_memory_utilization`` rules.
         enforce_eager: None: eager on CPU (compiling does not pay there), compiled on a GPU.
         updatable: whether :func:`push_weights` will be called.
+        transfer: by vLLM's weight-transfer API; None: of an updatable engine on a GPU, where vLLM has it.
+        sleeps: on a GPU: whether it may be put to sleep (`LLM.sleep`), which gives its memory back meanwhile.
         options: further arguments of ``vllm.LLM``.
 
     Raises:
@@ -88,6 +93,8 @@ def load_vllm(
     memory: dict[str, Any] = (
         {"gpu_memory_utilization": gpu_memory_utilization} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}
     )
+    if sleeps and on_gpu:
+        memory["enable_sleep_mode"] = True
     backend: dict[str, Any] = {"distributed_executor_backend": "external_launcher"} if _world_size() > 1 else {}
     had_group = torch.distributed.is_initialized()
     # a sequence may be one token longer than the model's context when that token is never read (teachers that score)
@@ -96,6 +103,8 @@ def load_vllm(
             import vllm
         except ImportError as error:
             raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
+        if updatable and (on_gpu and can_transfer() if transfer is None else transfer):
+            options |= transfer_options()
         with classes_kept() as give_own_classes, keeping_plain_weights() if updatable else nullcontext():
             try:
                 llm: Any = vllm.LLM(
@@ -177,6 +186,7 @@ def completions(
     requests: Iterable[tuple[str, list[int], Any]],
     in_flight: int,
     stopped: Callable[[list[int]], bool] | None = None,
+    adapter: Any = None,
 ) -> Iterator[tuple[str, Any]]:
     """Drives the engine of :func:`load_vllm` step by step: (name, CompletionOutput) as each request is finished.
 
@@ -185,13 +195,14 @@ def completions(
     Args:
         requests: name, prompt ids and ``SamplingParams``; at most ``in_flight`` are taken at one time.
         stopped: told the ids so far of a request whose output kind is cumulative, says whether to end it there.
+        adapter: what :func:`llmdistill.compat.vllm_adapters.put_adapter` returned.
     """
     engine, waiting, running = llm.llm_engine, iter(requests), set[str]()
     try:
         while True:
             while len(running) < in_flight and (request := next(waiting, None)) is not None:
                 name, ids, params = request
-                engine.add_request(name, {"prompt_token_ids": ids}, params)
+                engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=adapter)
                 running.add(name)
             if not running:
                 return

@@ -9,20 +9,24 @@ trained. The student's side of a push is in :mod:`llmdistill.models.weights`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmdistill.compat.patching import patched
+from llmdistill.compat.vllm_plain import cast_for, keeping_plain_weights, packer, without_a_head_it_lacks
+from llmdistill.compat.vllm_transfer import takes_transfer, transfer
 
 RESETS, RESET_S = 50, 0.1
 
 
 def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool = False) -> None:
     """Makes the engine use these weights, named as in a checkpoint, and forget what it cached of the old ones.
+
+    By vLLM's weight-transfer API where the engine was loaded for it (:mod:`llmdistill.compat.vllm_transfer`).
 
     Args:
         partial: ``pairs`` holds only the weights that changed. Where :func:`takes_partial_push` is false vLLM would
@@ -31,7 +35,10 @@ def push_weights(llm: Any, pairs: Iterable[tuple[str, Tensor]], *, partial: bool
     Raises:
         RuntimeError: weights of the engine's model are missing from a push that is not partial, or the cache stays.
     """
-    llm.collective_rpc(load_into_worker, args=(iter(pairs), partial))
+    if takes_transfer(llm):
+        transfer(llm, pairs)
+    else:
+        llm.collective_rpc(load_into_worker, args=(iter(pairs), partial))
     forget_prefixes(llm)
 
 
@@ -50,7 +57,7 @@ def forget_prefixes(llm: Any) -> None:
 
 def takes_partial_push(llm: Any) -> bool:
     """Whether weights are loaded in place: plain linear layers and embeddings on a CPU, loaded as updatable."""
-    return all(llm.collective_rpc(worker_is_plain))
+    return not takes_transfer(llm) and all(llm.collective_rpc(worker_is_plain))
 
 
 def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bool) -> None:
@@ -64,12 +71,11 @@ def load_into_worker(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: 
     elif partial:
         raise ValueError("this engine takes complete sets of weights only")
     else:
-        dtype, model = worker.model_config.dtype, worker.get_model()
-        cast = ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in pairs)
+        model, cast = worker.get_model(), cast_for(worker.model_config.dtype, pairs)
         _forget_packed_experts(model)
         # As they were loaded: vLLM copies what it made of the new weights into what it had made of the old ones.
         with keeping_plain_weights() if _has_plain_weights(model) else nullcontext():
-            worker.reload_weights(weights_iterator=_without_a_head_it_lacks(model, cast))
+            worker.reload_weights(weights_iterator=without_a_head_it_lacks(model, cast))
 
 
 def _has_plain_weights(model: nn.Module) -> bool:
@@ -86,40 +92,6 @@ def _forget_packed_experts(model: nn.Module) -> None:
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
-
-
-def _without_a_head_it_lacks(model: nn.Module, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The pairs without the output head, where the model reads its embeddings for that (Gemma) and has none."""
-    heads = any(name.endswith("lm_head.weight") for name, _ in model.named_parameters(remove_duplicate=False))
-    return ((name, tensor) for name, tensor in pairs if heads or not name.endswith("lm_head.weight"))
-
-
-def keep_plain_weights() -> None:
-    """For good, in a process that only holds an engine: what an updatable engine needs (see the module's docstring)."""
-    from vllm.model_executor.layers import utils
-
-    utils.dispatch_cpu_unquantized_gemm = _packer(utils.dispatch_cpu_unquantized_gemm)
-
-
-@contextmanager
-def keeping_plain_weights() -> Iterator[None]:
-    """Layers packed meanwhile keep their plain weights; an embedding that is no output head is not packed at all."""
-    from vllm.model_executor.layers import utils
-
-    with patched(utils, "dispatch_cpu_unquantized_gemm", _packer(utils.dispatch_cpu_unquantized_gemm)):
-        yield
-
-
-def _packer(dispatch: Callable[..., None]) -> Callable[..., None]:
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    def pack(layer: Any, remove_weight: bool = False) -> None:
-        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
-            layer.cpu_linear = nn.functional.linear  # type: ignore[assignment]
-        else:
-            dispatch(layer, remove_weight=False)
-
-    return pack
 
 
 def worker_is_plain(worker: Any) -> bool:
@@ -141,12 +113,12 @@ def _load_in_place(worker: Any, pairs: Iterator[tuple[str, Tensor]], partial: bo
     from vllm.model_executor.layers import utils
     from vllm.model_executor.models import utils as loading
 
-    model, pack = worker.get_model(), _packer(utils.dispatch_cpu_unquantized_gemm)
+    model, pack = worker.get_model(), packer(utils.dispatch_cpu_unquantized_gemm)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = set(parameters) - {name for name, _ in model.named_parameters()}
     # copy_ converts the dtype on the way, which is faster than a converted copy; vLLM would warn of every one
     with patched(loading.logger, "warning", lambda *args, **kwargs: None):
-        kept = _without_a_head_it_lacks(model, pairs)
+        kept = without_a_head_it_lacks(model, pairs)
         loaded = model.load_weights((name, tensor) for name, tensor in kept if name not in tied)
     missing = set(parameters) - tied - set(loaded)
     if missing and not partial:

@@ -53,7 +53,7 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
     if hasattr(module, "token_adapter"):  # peft: an embedding of which some rows are trained
         rows = module.token_adapter
         with torch.no_grad(), gathered(list(module.parameters())):
-            yield f"{prefix}weight", _whole(rows.get_merged_weights([] if rows.merged else rows.active_adapters))
+            yield f"{prefix}weight", whole(rows.get_merged_weights([] if rows.merged else rows.active_adapters))
         return
     if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # peft: a copy that is trained
         copies = module.modules_to_save
@@ -72,7 +72,7 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad or not trainable_only:
             with gathered([parameter]):
-                yield _clean(prefix + name), _whole(parameter)
+                yield _clean(prefix + name), whole(parameter)
     yield from () if trainable_only else _buffers(module, prefix)
     for name, child in module.named_children():
         if name == HELPERS:  # trained beside the student, and no part of it
@@ -92,7 +92,7 @@ def _merged(layer: Any) -> dict[str, Tensor]:
     if hasattr(layer, "parameter_name"):
         return _merged_parameters(layer)
     base = layer.get_base_layer()
-    tensors = {name: _whole(p) for name, p in base.named_parameters(recurse=False)}
+    tensors = {name: whole(p) for name, p in base.named_parameters(recurse=False)}
     if layer.merged or layer.disable_adapters:
         return tensors
     plain = hasattr(layer, "lora_A") and set(layer.active_adapters) <= set(layer.lora_A)
@@ -108,7 +108,7 @@ def _merged(layer: Any) -> dict[str, Tensor]:
 def _merged_parameters(layer: Any) -> dict[str, Tensor]:
     """Of a module whose parameters are adapted one by one (fused experts, routers): peft nests a layer for each."""
     base = layer.get_base_layer()
-    tensors = {name: _whole(p) for name, p in base.named_parameters(recurse=False)}
+    tensors = {name: whole(p) for name, p in base.named_parameters(recurse=False)}
     while hasattr(layer, "parameter_name"):
         name = layer.parameter_name
         for adapter in () if layer.merged or layer.disable_adapters else layer.active_adapters:
@@ -150,7 +150,7 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """The parameter's values: of all shards under FSDP2, a copy under ZeRO-3 (the gathered storage is freed)."""
     value = parameter.detach()
     if hasattr(value, "full_tensor"):

@@ -17,10 +17,11 @@ and of all key heads, L layers, V columns, w the bytes of a number in the maths 
     caches        2 L k w a token of what is generated at one time, and 12 V bytes a sequence; vLLM's share of the GPU
     evidence      of a whole round: w h_T a token of a teacher here, else 12 bytes a listed token
 
-Not all of it is there at one time. The peak is weights, teacher, optimizer and vLLM, and the largest of: the caches;
-the teacher's forward pass with the evidence; the evidence, activations and chunk, with the gradients where they outlive
-a micro-batch (accumulation, several processes); the gradients. Of a round every sequence is taken for as long as
-`data.max_prompt_tokens` and `rollouts.max_new_tokens` allow, so the estimate is of the fullest step.
+Not all of it is there at one time. The peak is weights, teacher, optimizer and vLLM where it does not sleep, and the
+largest of: the caches; the teacher's forward pass with the evidence; the evidence, activations and chunk, with the
+gradients where they outlive a micro-batch (accumulation, several processes); the gradients. Of a round every sequence
+is taken for as long as `data.max_prompt_tokens` and `rollouts.max_new_tokens` allow, so the estimate is of the fullest
+step.
 
 Simplified away: the allocator's rounding and fragments (on GPUs some 5 %), CUDA's context (about 0.5 GiB), helper
 modules, offloading, FSDP. Held against measured memory by tests/test_estimate.py.
@@ -183,6 +184,7 @@ def of_shapes(
         for shape, of_weight, batch_tokens in teachers
     ]
     engine = _engine(args, student, device_bytes) if r.engine == "vllm" else 0
+    there = 0 if gpu and r.sleep else engine  # while it sleeps its weights are on the host
     at_once = min(round_sequences, max(1, (r.batch_tokens or BATCH_TOKENS) // longest)) if r.engine == "hf" else 0
     chunk = args.chunk_tokens or _chunk(student.columns, device_bytes, gpu)
     head = 0 if lora_r or getattr(args, "freeze_embeddings", False) else 4 * student.columns * student.hidden
@@ -207,14 +209,14 @@ def of_shapes(
     }
     together = pass_tokens < round_sequences * longest or processes > 1
     phases = {
-        "sampling": items["caches"] - engine,
+        "sampling": items["caches"] - there,
         "the teacher's pass": items["teacher's pass"] + items["evidence"],
         "the student's pass": items["evidence"] + items["activations"] + items["logits chunk"]
         + (items["gradients"] if together else 0),
         "the optimizer's step": items["gradients"],
     }  # fmt: skip
     at = max(phases, key=lambda name: phases[name])
-    fixed = items["weights"] + items["teacher"] + items["optimizer"] + engine
+    fixed = items["weights"] + items["teacher"] + items["optimizer"] + there
     return Estimate(
         items, fixed + phases[at], at, _wire(recipe, args, rows, round_sequences * longest, student.columns)
     )

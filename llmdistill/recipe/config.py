@@ -24,6 +24,7 @@ from llmdistill.recipe.launches import (
     bf16_here,
     check_cpu_launch,
     check_gpu_launch,
+    check_parallelism,
     launched_processes,
 )
 from llmdistill.recipe.lora import check_lora
@@ -260,6 +261,11 @@ class RolloutConfig:
     dtype: DType = option("bfloat16", "dtype of the vllm engine's copy of the student")
     kv_cache_gib: float = option(0.5, "memory for vllm's key-value cache on CPU")
     gpu_memory_utilization: float = option(0.3, "share of the GPU given to vllm's copy and cache")
+    sleep: bool = option(True, "vllm on a GPU: its memory is given back while teacher and student compute")
+    lora: Literal["merged", "adapter"] = option(
+        "merged", "vllm with student.lora_r: weights with the adapter merged in; adapter: it alone, over the checkpoint"
+    )
+    tensor_parallel_size: int = option(1, "processes that hold one vllm engine together")
     url: str = option("", "rollout service of the remote engine; replicas with commas")
     token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
     push_every: int = option(1, "steps between pushes of the student's weights; more: staler samples, fewer pushes")
@@ -290,6 +296,12 @@ class RolloutConfig:
         require(self.kv_cache_gib > 0, "rollouts.kv_cache_gib", self.kv_cache_gib, "> 0", "use 0.5")
         share = self.gpu_memory_utilization
         require(0 < share <= 1, "rollouts.gpu_memory_utilization", share, "in (0, 1]", "use 0.3")
+        merged = self.engine == "vllm" or self.lora == "merged"
+        require(merged, "rollouts.lora", self.lora, f"merged for engine {self.engine}", "engine vllm")
+        size = self.tensor_parallel_size
+        require(size >= 1, "rollouts.tensor_parallel_size", size, ">= 1", "use 1")
+        needed = f"1 for engine {self.engine}, which has no parts"
+        require(self.engine == "vllm" or size == 1, "rollouts.tensor_parallel_size", size, needed, "engine vllm")
         require(self.samples_per_prompt >= 1, "rollouts.samples_per_prompt", self.samples_per_prompt, ">= 1", "use 1")
 
 
@@ -406,6 +418,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_parallelism()
         if torch.cuda.is_available() and not self.use_cpu:
             check_gpu_launch(torch.cuda.device_count())
         else:

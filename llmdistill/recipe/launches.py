@@ -30,6 +30,25 @@ def asks_for_fsdp(env: Mapping[str, str] = os.environ) -> bool:
     return env.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def check_parallelism(env: Mapping[str, str] = os.environ) -> None:
+    """Refuses what accelerate's launcher was asked for beyond shards and copies.
+
+    Raises:
+        UserError: a sequence, or a layer, is to be parted among processes.
+    """
+    if env.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() != "true":
+        return
+    for name, what in (("CP", "context"), ("SP", "sequence"), ("TP", "tensor")):
+        size = int(env.get(f"PARALLELISM_CONFIG_{name}_SIZE") or 1)
+        if size > 1:
+            raise UserError(
+                f"the launcher's parallelism_config_{name.lower()}_size is {size}: {what} parallelism would part the "
+                "rows of a text among processes that each sample and score texts of their own. docs/training.md says "
+                "what was tried. Fix: leave it out; recipes/accelerate/zero3.yaml, --gradient_checkpointing true and "
+                "objective.batch_tokens are what long texts fit by."
+            )
+
+
 def check_cpu_launch(env: Mapping[str, str] = os.environ) -> None:
     """Refuses launches on a machine without a GPU that would run, and do something else than was asked for.
 

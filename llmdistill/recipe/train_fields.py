@@ -76,7 +76,9 @@ REFUSED: dict[str, Refused] = {
     ),
     "length_column_name": Refused(("length",), "no column with lengths is read"),
     "parallelism_config": Refused(
-        (None,), "tensor and context parallelism are not tried here", "recipes/accelerate/zero3.yaml"
+        (None,),
+        "tensor and context parallelism part the rows of a text (docs/training.md)",
+        "recipes/accelerate/zero3.yaml",
     ),
     "do_predict": Refused((False,), "there is no prediction loop", "llmdistill eval SUITE --model RUN/student"),
     "local_rank": Refused((-1,), "the launcher says it"),

@@ -7,6 +7,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -92,5 +93,8 @@ def make_rollout_engine(
             seed=seed,
             tokenizer=tokenizer,
             batch_tokens=config.batch_tokens,
+            sleeps=config.sleep and torch.cuda.is_available(),
+            tensor_parallel_size=config.tensor_parallel_size,
+            as_adapter=config.lora == "adapter",
         )
     return LazyEngine(make) if lazy else on_every_rank(make)  # the service may not be there yet

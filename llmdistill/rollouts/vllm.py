@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from llmdistill.errors import UserError
+from llmdistill.models.adapter_files import adapter_rank, peft_model, write_adapter
 from llmdistill.models.vllm_engine import InProcessVLLM
 from llmdistill.models.weights import base_model
 from llmdistill.rollouts.probe import check_engine
+from llmdistill.rollouts.tensor_parallel import RanksOfAnEngine
 from llmdistill.texts.rollout import Prompt, Rollout, Sampling
+
+_SHARED_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class VLLMRollouts:
@@ -31,6 +37,9 @@ class VLLMRollouts:
         seed: of the engine itself; requests carry their own seeds.
         tokenizer: of the student, for stop strings.
         batch_tokens: tokens that may be in the engine at one time; 0: as many as its cache holds.
+        tensor_parallel_size: processes that hold an engine together; every rank of the launch makes its part of one.
+        as_adapter: the student's LoRA is handed over alone, over the checkpoint that the student was loaded from.
+        options: of :class:`~llmdistill.models.vllm_engine.InProcessVLLM`.
 
     Raises:
         UserError: vLLM is missing or refuses the model.
@@ -49,6 +58,8 @@ class VLLMRollouts:
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_tokens: int = 0,
+        tensor_parallel_size: int = 1,
+        as_adapter: bool = False,
         **options: Any,
     ) -> None:
         self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
@@ -61,9 +72,16 @@ class VLLMRollouts:
             "kv_cache_gib": kv_cache_gib,
             "gpu_memory_utilization": gpu_memory_utilization,
             "seed": seed,
+            "tensor_parallel": RanksOfAnEngine(tensor_parallel_size) if tensor_parallel_size > 1 else None,
             **options,
         }
-        if isinstance(student, str):
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
+        if as_adapter:
+            assert not isinstance(student, str)
+            checkpoint = _checkpoint_below(student)
+            self._adapter_folder = tempfile.TemporaryDirectory(dir=_SHARED_MEMORY)
+            self.engine = InProcessVLLM(checkpoint, "rollouts", adapter_rank=adapter_rank(student), **needs)
+        elif isinstance(student, str):
             self.engine = InProcessVLLM(student, "rollouts", **needs)
         else:
             with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +99,11 @@ class VLLMRollouts:
             UserError: after the first push the engine's log-probs are not the student's.
         """
         first = not self.engine.pushed
-        self.engine.push(model)
+        if self._adapter_folder is None:
+            self.engine.push(model)
+        else:
+            write_adapter(model, Path(self._adapter_folder.name))
+            self.engine.put_adapter(Path(self._adapter_folder.name))
         self.policy_version, self._has_weights = policy_version, True
         if first:
             check_engine(self, model, float32=self.engine.dtype == torch.float32)
@@ -102,3 +124,24 @@ class VLLMRollouts:
 
     def close(self) -> None:
         self.engine.close()
+        if self._adapter_folder is not None:
+            self._adapter_folder.cleanup()
+
+
+def _checkpoint_below(student: nn.Module) -> str:
+    """Folder or hub name of the model that the adapter is on.
+
+    Raises:
+        UserError: there is no adapter, or the model below it is in memory alone.
+    """
+    if peft_model(student) is None:
+        raise UserError(
+            "rollouts.lora is adapter, and the student has none. Fix: student.lora_r 16, or rollouts.lora merged."
+        )
+    name = base_model(student).config.name_or_path
+    if not name:
+        raise UserError(
+            "rollouts.lora is adapter, which vLLM adds to the student's checkpoint, and the student was made in "
+            "memory. Fix: load it from a folder, or rollouts.lora merged."
+        )
+    return str(name)

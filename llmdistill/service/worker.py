@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from llmdistill.compat.vllm_plain import keep_plain_weights
 from llmdistill.compat.vllm_prompts import bound_prompt_scores, gives_hidden
 from llmdistill.compat.vllm_scores import mend_first_runner
-from llmdistill.compat.vllm_weights import keep_plain_weights, load_into_worker, worker_is_plain
+from llmdistill.compat.vllm_weights import load_into_worker, worker_is_plain
 
 UPDATABLE = "LLMDISTILL_UPDATABLE"  # set by the service for the processes it starts
 PARENT = "LLMDISTILL_PARENT"

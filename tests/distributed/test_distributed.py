@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.launches import check_cpu_launch, launched_processes, whole_models
+from llmdistill.recipe.launches import check_cpu_launch, check_parallelism, launched_processes, whole_models
 from tests.distributed import worker
 from tests.distributed.launching import launch, launched_once
 
@@ -150,8 +150,22 @@ def test_a_launch_that_silently_starts_one_process_is_named() -> None:
         check_cpu_launch(set_by_it)
 
 
+@pytest.mark.parametrize("kind", ["cp", "sp", "tp"])
+def test_a_launch_that_would_part_a_text_among_processes_is_refused(kind: str) -> None:
+    """A contract with accelerate: what its launcher sets for ``parallelism_config_cp_size: 2``."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_extend_env_parallelism_config
+
+    args = launch_command_parser().parse_args([f"--parallelism_config_{kind}_size", "2", "x.py"])
+    env = prepare_extend_env_parallelism_config(args, {})
+    with pytest.raises(UserError, match=f"parallelism_config_{kind}_size is 2.*docs/training.md"):
+        check_parallelism(env)
+    check_parallelism({**env, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE": "1"})
+
+
 def test_an_ordinary_launch_passes(recwarn: pytest.WarningsRecorder) -> None:
     check_cpu_launch({})
+    check_parallelism({})
     check_cpu_launch({"ACCELERATE_DYNAMO_BACKEND": "NO", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"})
     with whole_models():  # without ZeRO-3: nothing
         pass

@@ -19,8 +19,9 @@ TOLERANCE = 2e-4  # float32 log-probs of random tiny models; the two differ by u
 PROMPTS = [Prompt(list(range(5, 5 + n)), str(n), domain=f"d{n}") for n in (3, 40, 12, 7)]
 
 
-def engine_for(model):
-    return VLLMRollouts(model, eos_ids=(1,), pad_id=0, dtype="float32", max_model_len=128, kv_cache_gib=0.05)
+def engine_for(model, **options):
+    settings = dict(eos_ids=(1,), pad_id=0, dtype="float32", max_model_len=128, kv_cache_gib=0.05)
+    return VLLMRollouts(model, **settings, **options)
 
 
 @pytest.fixture(scope="module")

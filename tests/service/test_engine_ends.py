@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,8 @@ def test_a_problem_without_room_names_the_setting(tmp_path: Path) -> None:
 
 class Clinging:
     """What vLLM's engines do while a block of their prefix cache is in use: they say no, so many times."""
+
+    llm_engine = SimpleNamespace(vllm_config=None)
 
     def __init__(self, times: int) -> None:
         self.times, self.asked, self.loaded = times, 0, 0
