@@ -3,6 +3,8 @@
 What a rank does alone may take as long as an outage of a service, or the grading of an evaluation. In a collective the
 others would be timed out (torch: 30 minutes), and where that rank fails they would wait for what never comes. Here they
 look into the launch's key-value store, for as long as it takes, and an error reaches them all.
+
+Calls are matched by their order. A thread beside the main one has an order of its own: it works inside :func:`channel`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -22,12 +25,34 @@ from llmdistill.errors import UserError
 T = TypeVar("T")
 SHORTEST_NAP_S, LONGEST_NAP_S = 0.001, 0.2
 NAP_SHARE = 0.02  # of the time waited so far: no step becomes longer by more
-_numbers = itertools.count()
-_own_keys = list[str]()  # that this rank has set, and that somebody may still read
+
+
+class _Channel:
+    """The calls of one thread of every rank, in their order."""
+
+    def __init__(self, name: str) -> None:
+        self.prefix = f"llmdistill/{name}/" if name else "llmdistill/"
+        self.numbers = itertools.count()
+        self.own_keys = list[str]()  # that this rank has set, and that somebody may still read
+
+
+_main = _Channel("")
+_current: ContextVar[_Channel] = ContextVar("llmdistill_channel", default=_main)
+_channels: dict[str, _Channel] = {"": _main}
 
 
 class RankFailed(RuntimeError):
     """On the other ranks, when one failed for another reason than the user's input."""
+
+
+@contextmanager
+def channel(name: str) -> Iterator[None]:
+    """Inside, calls are matched with those of the other ranks' threads on the channel of this name, and no others."""
+    token = _current.set(_channels.setdefault(name, _Channel(name)))
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def is_first() -> bool:
@@ -46,7 +71,7 @@ def from_first_rank(work: Callable[[], T]) -> T:
     store = launch_store()
     if store is None:
         return work()
-    key = f"llmdistill/first/{next(_numbers)}"
+    key = _next_key("first")
     if not is_first():
         _wait(store, key, [key])
         return json.loads(store.get(key))  # type: ignore[no-any-return]
@@ -69,16 +94,16 @@ def on_every_rank(work: Callable[[], T]) -> T:
     store = launch_store()
     if store is None:
         return work()
-    key = f"llmdistill/every/{next(_numbers)}"
+    key, own_keys = _next_key("every"), _current.get().own_keys
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with _failure_told(store, key):
         value = work()
-    read = list(_own_keys)
+    read = list(own_keys)
     _tell(store, f"{key}/{rank}", "")
     _wait(store, key, [f"{key}/{other}" for other in range(world)])
     for old in read:  # by all: they have come here
         store.delete_key(old)
-        _own_keys.remove(old)
+        own_keys.remove(old)
     return value
 
 
@@ -95,7 +120,12 @@ def _failure_told(store: Any, key: str) -> Iterator[None]:
 
 def _tell(store: Any, key: str, content: str) -> None:
     store.set(key, content)
-    _own_keys.append(key)
+    _current.get().own_keys.append(key)
+
+
+def _next_key(what: str) -> str:
+    current = _current.get()
+    return f"{current.prefix}{what}/{next(current.numbers)}"
 
 
 def _wait(store: Any, key: str, told: list[str]) -> None:

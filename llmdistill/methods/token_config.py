@@ -43,6 +43,10 @@ def _reader(*divergences: str) -> dict[str, tuple[str, ...]]:
     return {"divergence": divergences}
 
 
+def _has_reward(settings: Any) -> bool:
+    return bool(getattr(settings, "reward_weight", 0.0))
+
+
 @dataclass
 class TokenConfig(DistillationConfig):
     """Settings of a per-token divergence on sequences from anywhere, over ``DistillationConfig``."""
@@ -104,7 +108,8 @@ class TokenConfig(DistillationConfig):
     )
     importance_cap: float | None = setting(
         None,
-        "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled, else 0",
+        "weigh sampled tokens by min(student/sampler, cap); 0: no. Unset: 5 for estimator sampled and for a reward on "
+        "stale text, else 0",
         at_least=0,
     )
     mean: Mean = setting(
@@ -159,6 +164,12 @@ class TokenConfig(DistillationConfig):
             "leave it out, or --estimator sampled",
         ),
         Conflict(
+            lambda s: s.rollouts.staleness and not s.cap and (s.estimator == "sampled" or _has_reward(s)),
+            "objective.importance_cap is {cap} and rollouts.staleness {rollouts.staleness}: tokens that older weights "
+            "drew have no gradient of the student's own without their importance weights",
+            "leave importance_cap out",
+        ),
+        Conflict(
             lambda s: s.rollouts.temperature == 0 and (s.estimator == "sampled" or s.cap),
             "rollouts.temperature is 0, and sampled tokens are weighed by the probability they were drawn with",
             "--rollouts.temperature 1, or estimator full without importance_cap",
@@ -185,7 +196,8 @@ class TokenConfig(DistillationConfig):
     def cap(self) -> float:
         """The cap of the importance weights that is in force; 0: none."""
         if self.importance_cap is None:
-            return 5.0 if self.estimator == "sampled" else 0.0
+            on_stale_text = self.rollouts.staleness and _has_reward(self)
+            return 5.0 if self.estimator == "sampled" or on_stale_text else 0.0
         return self.importance_cap
 
     @property

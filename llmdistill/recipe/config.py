@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
@@ -28,7 +28,7 @@ from llmdistill.recipe.launches import (
     launched_processes,
 )
 from llmdistill.recipe.lora import check_lora
-from llmdistill.recipe.settings import PENALISED, check_settings, require
+from llmdistill.recipe.settings import PENALISED, Conflict, check_settings, require
 from llmdistill.record.metrics import GREATER_IS_BETTER
 
 DType = Literal["float32", "bfloat16", "float16", "auto"]
@@ -269,6 +269,9 @@ class RolloutConfig:
     url: str = option("", "rollout service of the remote engine; replicas with commas")
     token_env: str = option(TOKEN_ENV, "environment variable that holds the service's bearer token")
     push_every: int = option(1, "steps between pushes of the student's weights; more: staler samples, fewer pushes")
+    staleness: int = option(
+        0, "steps that engine remote and teacher services work ahead; 0: text is by the weights it trains"
+    )
     push_folder: str = option("", "folder the service can read: weights go there and not through HTTP")
 
     def __post_init__(self) -> None:
@@ -280,6 +283,12 @@ class RolloutConfig:
         require(self.push_every >= 1, "rollouts.push_every", self.push_every, ">= 1", "use 1")
         needed = "1 for engine hf, which samples from the student itself"
         require(self.engine != "hf" or self.push_every == 1, "rollouts.push_every", self.push_every, needed, "use 1")
+        require(self.staleness >= 0, "rollouts.staleness", self.staleness, ">= 0", "use 0")
+        needed = f"0 for engine {self.engine}, which works in this process"
+        fix = "--rollouts.engine remote, with a service (llmdistill serve), or 0"
+        require(remote or self.staleness == 0, "rollouts.staleness", self.staleness, needed, fix)
+        needed = "1 beside rollouts.staleness, which says how old text is"
+        require(self.push_every == 1 or not self.staleness, "rollouts.push_every", self.push_every, needed, "use 1")
         require(self.temperature >= 0, "rollouts.temperature", self.temperature, ">= 0", "use 0 for greedy")
         require(0 < self.top_p <= 1, "rollouts.top_p", self.top_p, "in (0, 1]", "use 1 for no nucleus")
         require(self.top_k >= 0, "rollouts.top_k", self.top_k, ">= 0", "use 0 for the whole vocabulary")
@@ -415,6 +424,15 @@ class DistillationConfig(TrainingArguments):
     heldout_sequences: int = field(
         default=64,
         metadata={"help": "held-out prompts measured at each evaluation", "section": "objective", "at_least": 0},
+    )
+
+    conflicts: ClassVar[tuple[Conflict, ...]] = (
+        Conflict(
+            lambda s: s.rollouts.staleness and s.mixture_every,
+            "rollouts.staleness is {rollouts.staleness}, and objective.mixture_every {mixture_every} chooses the rows "
+            "of a step by the one before it",
+            "staleness 0, or leave mixture_every out",
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,16 +17,18 @@ ROOT = "root of "  # before the names of sums of squares
 
 
 class Meters:
-    """Collects sums between two log lines."""
+    """Collects sums between two log lines. Threads may share it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
+        self._lock = threading.Lock()
 
     def add(self, name: str, total: float, count: float = 1.0) -> None:
         """Adds ``total``, the sum of ``count`` observations."""
-        pair = self.sums.setdefault(name, [0.0, 0.0])
-        pair[0] += float(total)
-        pair[1] += float(count)
+        with self._lock:
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(total)
+            pair[1] += float(count)
 
     def add_all(self, totals: Mapping[str, object], count: float, prefix: str = "") -> None:
         for name, total in totals.items():
@@ -44,7 +47,8 @@ class Meters:
 
     def flush(self, accelerator: Any = None) -> dict[str, float]:
         """The means since the last flush; over all processes, which flush together, where an accelerator is given."""
-        parts = [self.sums]
+        with self._lock:
+            parts, self.sums = [self.sums], {}
         if accelerator is not None and accelerator.num_processes > 1:
             parts = gather_object(parts)
         pairs: dict[str, list[float]] = {}
@@ -53,7 +57,6 @@ class Meters:
                 pair = pairs.setdefault(name, [0.0, 0.0])
                 pair[0] += total
                 pair[1] += count
-        self.sums.clear()
         roots = {name.removeprefix(ROOT): math.sqrt(pairs[name][0]) for name in pairs if name.startswith(ROOT)}
         return {name: total / count for name, (total, count) in pairs.items() if count} | roots
 

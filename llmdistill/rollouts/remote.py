@@ -8,7 +8,6 @@ one pushes while the others wait there.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -16,12 +15,10 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import httpx
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,13 +26,11 @@ from llmdistill.errors import UserError
 from llmdistill.files import full_disk_is_said
 from llmdistill.models.weights import base_model, named_weights
 from llmdistill.ranks import from_first_rank, is_first
+from llmdistill.rollouts.asking import sample
+from llmdistill.rollouts.engine import Hear
 from llmdistill.rollouts.probe import check_engine
-from llmdistill.texts.rollout import Prompt, Rollout, Sampling, collate
-from llmdistill.wire.bodies import Completions, pack_prompts, unpack_completions
+from llmdistill.texts.rollout import Prompt, Rollout, Sampling
 from llmdistill.wire.protocol import (
-    COMPLETIONS_TYPE,
-    GENERATE,
-    IDS_TYPE,
     INFO,
     OFFER,
     PROTOCOL_VERSION,
@@ -47,12 +42,18 @@ from llmdistill.wire.tensors import safetensors_stream
 from llmdistill.wire.transport import Ask, Get, Refused, Request, Transport, json_object
 
 PUSHES_PER_CALL = 3  # a service that forgets its weights more often shares them with another run
-SAMPLE_BYTES, TOKEN_BYTES = 64, 8  # of an answer: for a sample, and for each of its tokens
-ANSWER_BYTES = 1 << 16  # and for the rest of it
-PROMPT_BYTES, FRAME_BYTES = 12, 64  # of a request, beside ids and settings: for a prompt, and for the rest of it
-LOGPROB_ROUNDING = 1e-3  # an engine in 16 bits may report so much above 0
 
 T = TypeVar("T")
+Weights = Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The student's weights of one step, under the names of a checkpoint."""
+
+    policy_version: int
+    weights: Mapping[str, Tensor]
+    trained_only: bool  # the others are not in it
 
 
 class RemoteRollouts:
@@ -93,6 +94,7 @@ class RemoteRollouts:
         self._admitting = threading.Lock()
         self._info: dict[str, Any] = {}  # what every replica can do
         self._written: Path | None = None  # the weights of the last push
+        self._snapshot: Snapshot | None = None  # that was pushed, where it was not the model as it is now
         settings = {"token": token, "section": "rollouts", "timeout_s": timeout_s, "admit": self._admit, **options}
         self.transport = Transport(url, **settings)
         self._each = [self.transport]
@@ -115,10 +117,10 @@ class RemoteRollouts:
             UserError: the service does not take them, or after the first push says other log-probs than the student; on
                 every rank.
         """
-        self._model = model
+        self._model, self._snapshot = model, None
         if self.policy_version is not None and 0 <= policy_version - self.policy_version < self.push_every:
             return
-        trained_only = self.folder is None and not all(p.requires_grad for p in base_model(model).parameters())
+        trained_only = self._pushes_trained_only(model)
         # a service that was started again has not got the weights that the trained ones belong to
         plan = from_first_rank(lambda: self._plan(trained_only))
         partial, digest = bool(plan["partial"]), str(plan["digest"])
@@ -130,9 +132,41 @@ class RemoteRollouts:
         if first:
             check_engine(self, model, float32=self._info["dtype"] == "float32")
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+    def snapshot(self, model: nn.Module, policy_version: int) -> Snapshot:
+        """The weights of ``model`` as they are now, for :meth:`install` to push while training goes on.
+
+        Every rank of a launch calls it, between steps: shards are gathered by all together. Of what is never trained
+        there is no copy. The copies are on the host, no wider than the service holds them; of sharded weights on rank 0
+        alone.
+        """
+        self._model = model
+        trained_only = self._pushes_trained_only(model)
+        keep = is_first() or not _is_sharded(model)
+        return Snapshot(policy_version, self._weights(model, trained_only, keep=keep, copy=True), trained_only)
+
+    def install(self, snapshot: Snapshot) -> None:
+        """Pushes a snapshot, unless the service has the weights of that step. Every rank calls it, as :meth:`sync`,
+        which comes before.
+
+        Raises:
+            UserError: as :meth:`sync`.
+        """
+        if self.policy_version == snapshot.policy_version:
+            return
+        plan = from_first_rank(lambda: self._plan(snapshot.trained_only))
+        partial, digest, version = bool(plan["partial"]), str(plan["digest"]), snapshot.policy_version
+        self._snapshot = snapshot
+        whole = not snapshot.trained_only
+        weights = (lambda: snapshot.weights) if partial or whole else self._whole
+        self._fingerprint = from_first_rank(lambda: self._push(weights, version, partial, digest))
+        self.policy_version, self._digest = version, f"{digest}-whole" if partial else digest
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, hear: Hear | None = None) -> Rollout:
         """Completions with the eos that ended them, their log-probs in the distribution sampled from, and the version
         of the weights that the service says it used.
+
+        Args:
+            hear: of :func:`sample`.
 
         Raises:
             UserError: a prompt leaves no room for ``max_new_tokens``; the service keeps losing the student's weights.
@@ -150,6 +184,7 @@ class RemoteRollouts:
                     eos_ids=self.eos_ids,
                     teacher=self._fingerprint,
                     batch_tokens=self.batch_tokens,
+                    hear=hear,
                 )
             except Refused as refusal:
                 if refusal.status != 409:
@@ -189,28 +224,43 @@ class RemoteRollouts:
         asking = Request(INFO, json_object, method="GET")
         return all(info["teacher"] == self._fingerprint for info in self._at_each(lambda t: t.send(asking)))
 
+    def _pushes_trained_only(self, model: nn.Module) -> bool:
+        return self.folder is None and not all(p.requires_grad for p in base_model(model).parameters())
+
     def _push_again(self, model: nn.Module) -> None:
-        if any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+        if _is_sharded(model):
             raise UserError(
                 f"rollouts {', '.join(self.transport.urls)} was started again and lost the student's weights; sharded "
                 f"ones are pushed between steps only. Fix: --resume."
             )
         assert self.policy_version is not None
-        weights, version = lambda: self._weights(model, False, keep=True), self.policy_version
-        self._fingerprint = self._push(weights, version, False, self._digest)
+        self._fingerprint = self._push(self._whole, self.policy_version, False, self._digest)
 
-    def _weights(self, model: nn.Module, partial: bool, keep: bool) -> dict[str, Tensor]:
-        """What is sent, on the CPU and no wider than the service holds it."""
+    def _whole(self) -> Mapping[str, Tensor]:
+        """All weights of the last push. What is trained has gone on since a snapshot; the rest is as it always was."""
+        assert self._model is not None
+        if self._snapshot is not None and not self._snapshot.trained_only:
+            return self._snapshot.weights
+        if self._snapshot is not None and _is_sharded(self._model):
+            raise UserError(
+                f"rollouts {', '.join(self.transport.urls)} was started again and lost the student's weights; sharded "
+                "ones are gathered between steps only. Fix: --resume."
+            )
+        weights = self._weights(self._model, False, keep=True)
+        return weights if self._snapshot is None else {**weights, **self._snapshot.weights}
+
+    def _weights(self, model: nn.Module, partial: bool, keep: bool, copy: bool = False) -> dict[str, Tensor]:
+        """What is sent, on the CPU and no wider than the service holds it; a ``copy`` outlives the next step."""
         dtype = getattr(torch, self._info["dtype"], torch.float32)
         tied = getattr(base_model(model).config, "tie_word_embeddings", False)
         kept: dict[str, Tensor] = {}
         for name, tensor in named_weights(model, trainable_only=partial):  # every rank: it gathers shards
             if keep and not (tied and name == "lm_head.weight"):
                 narrower = tensor.is_floating_point() and dtype.itemsize < tensor.dtype.itemsize
-                kept[name] = tensor.to("cpu", dtype if narrower else tensor.dtype)
+                kept[name] = tensor.to("cpu", dtype if narrower else tensor.dtype, copy=copy)
         return kept
 
-    def _push(self, weights: Callable[[], dict[str, Tensor]], policy_version: int, partial: bool, digest: str) -> str:
+    def _push(self, weights: Weights, policy_version: int, partial: bool, digest: str) -> str:
         """The fingerprint that the services give the weights. All are sent to at one time, those that lack them."""
         made = _Once(weights)
         found = self._at_each(lambda t: t.send(self._pushing(made, policy_version, partial, digest)))
@@ -223,7 +273,7 @@ class RemoteRollouts:
         return fingerprints.pop()
 
     def _pushing(
-        self, weights: _Once[dict[str, Tensor]], policy_version: int, partial: bool, digest: str
+        self, weights: _Once[Mapping[str, Tensor]], policy_version: int, partial: bool, digest: str
     ) -> Request[dict[str, Any]]:
         named: dict[str, Any] = {"policy_version": policy_version, "digest": digest}
 
@@ -253,7 +303,7 @@ class RemoteRollouts:
         with ThreadPoolExecutor(len(self._each)) as threads:
             return list(threads.map(work, self._each))
 
-    def _write(self, weights: dict[str, Tensor], policy_version: int) -> Path:
+    def _write(self, weights: Mapping[str, Tensor], policy_version: int) -> Path:
         """A folder of its own for every push: another rank may be writing too."""
         assert self.folder is not None
         self._forget_written()
@@ -271,6 +321,10 @@ class RemoteRollouts:
         self._written = None
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+
+
 class _Once(Generic[T]):
     """What a function returns, called when that is first asked for; by several threads once."""
 
@@ -282,87 +336,6 @@ class _Once(Generic[T]):
             if not self._made:
                 self._made.append(self._make())
             return self._made[0]
-
-
-def sample(
-    transport: Transport,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    limits: Mapping[str, int],
-    vocab_size: int,
-    pad_id: int,
-    eos_ids: Sequence[int] | None = None,
-    teacher: str | None = None,
-    batch_tokens: int = 0,
-) -> Rollout:
-    """Completions of every prompt from a service, split into requests that stay within its limits.
-
-    Args:
-        batch_tokens: of this caller, prompts and room for completions that are generated at one time by each replica;
-            0: as the service likes. Samples of a prompt that are more go in parts.
-
-    Raises:
-        UserError: ``max_new_tokens``, or a prompt with it, is above the service's limits.
-    """
-    n, where = sampling.samples_per_prompt, f"the service at {transport.urls[0]}"
-    longest = max((len(p.ids) for p in prompts), default=0) + sampling.max_new_tokens
-    for found, limit, what in (
-        (sampling.max_new_tokens, limits["new_tokens"], "generates at most {} tokens"),
-        (longest, limits["sequence_tokens"], f"the longest prompt makes that {longest} tokens, it holds {{}}"),
-    ):
-        if found > limit:
-            raise UserError(
-                f"rollouts.max_new_tokens is {sampling.max_new_tokens}; {where} {what.format(limit)}. "
-                f"Fix: lower it or data.max_prompt_tokens, or raise the service's limit."
-            )
-    settings: dict[str, Any] = {
-        "sampling": dataclasses.asdict(sampling),
-        "eos_ids": None if eos_ids is None else list(eos_ids),
-        "adapter": None,
-        "teacher": teacher,
-    }
-    share = -(-len(prompts) * n // len(transport.urls))  # every replica gets some; one engine likes one large batch
-    room = (limits["sequences"], limits["body_bytes"] - len(json.dumps(settings)) - FRAME_BYTES, share)
-    requests, asked = [], list[tuple[int, int]]()  # and the prompt and number of every sample in the answers
-    for part in _parts(sampling, batch_tokens // longest if batch_tokens else n):
-        k = part.samples_per_prompt
-        costs = [(k, 4 * len(p.ids) + PROMPT_BYTES, k, k * longest) for p in prompts]
-        for rows in pack(costs, (*room, batch_tokens or sum(cost[-1] for cost in costs))):
-            ids = [np.asarray(prompts[i].ids, np.int32) for i in rows]
-            parse = _completions_of(len(rows), part, vocab_size)
-            most = ANSWER_BYTES + len(rows) * k * (SAMPLE_BYTES + TOKEN_BYTES * sampling.max_new_tokens)
-            body = pack_prompts({**settings, "sampling": dataclasses.asdict(part)}, ids, rows)
-            requests.append(
-                Request(GENERATE, parse, body=body, body_type=IDS_TYPE, answer_type=COMPLETIONS_TYPE, max_bytes=most)
-            )
-            asked += [(i, j) for i in rows for j in part.numbers]
-    # with a bound every replica works at one request
-    answers = transport.send_all(requests, len(transport.urls) if batch_tokens else None)
-    drawn = [
-        (ids.tolist(), logprobs.tolist(), finish)
-        for given in answers
-        for ids, logprobs, finish in zip(given.ids, given.logprobs, given.finish, strict=True)
-    ]
-    order = sorted(range(len(asked)), key=asked.__getitem__)
-    return collate(
-        [p.ids for p in prompts for _ in range(n)],
-        [drawn[i][0] for i in order],
-        pad_id=pad_id,
-        behavior_logprobs=[drawn[i][1] for i in order],
-        finish=[drawn[i][2] for i in order],
-        domain=[p.domain for p in prompts for _ in range(n)],
-        policy_version=min((given.settings["policy_version"] for given in answers), default=0),
-    )
-
-
-def _parts(sampling: Sampling, most: int) -> list[Sampling]:
-    """The samples of every prompt, at most so many of each in one call."""
-    n, each = sampling.samples_per_prompt, max(most, 1)
-    return [
-        replace(sampling, first_sample=sampling.first_sample + start, samples_per_prompt=min(each, n - start))
-        for start in range(0, n, each)
-    ]
 
 
 def service_info(get: Get, section: str) -> dict[str, Any]:
@@ -379,40 +352,3 @@ def service_info(get: Get, section: str) -> dict[str, Any]:
             f"Fix: run the same release of llmdistill on both sides."
         )
     return info
-
-
-def pack(costs: Sequence[Sequence[int]], room: Sequence[int]) -> list[list[int]]:
-    """Indices in order, in groups whose summed costs stay within ``room``; one that is above it is alone."""
-    groups: list[list[int]] = []
-    used: list[int] = []
-    for i, cost in enumerate(costs):
-        summed = [u + c for u, c in zip(used, cost, strict=True)] if groups else []
-        if groups and all(s <= r for s, r in zip(summed, room, strict=True)):
-            groups[-1].append(i)
-            used = summed
-        else:
-            groups.append([i])
-            used = list(cost)
-    return groups
-
-
-def _completions_of(count: int, sampling: Sampling, vocab_size: int) -> Callable[[httpx.Response], Completions]:
-    """Reads the samples of ``count`` prompts and makes sure that nothing is missing, and nothing is there that no
-    engine draws: an id outside the vocabulary would be looked up in the student's embeddings."""
-
-    def parse(response: httpx.Response) -> Completions:
-        given = unpack_completions(response.content)
-        if len(given.ids) != count * sampling.samples_per_prompt:
-            raise ValueError(f"{len(given.ids)} samples of {count} x {sampling.samples_per_prompt}")
-        for ids, logprobs in zip(given.ids, given.logprobs, strict=True):
-            if len(ids) > sampling.max_new_tokens:
-                raise ValueError(f"a completion of {len(ids)} tokens; at most {sampling.max_new_tokens} were asked for")
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-                raise ValueError(f"a completion has ids {ids.min()} to {ids.max()}; the vocabulary has {vocab_size}")
-            if not bool((logprobs <= LOGPROB_ROUNDING).all()):  # a NaN is not
-                raise ValueError("a log-prob of a completion is positive or not a number")
-        if type(given.settings.get("policy_version")) is not int:
-            raise ValueError("an answer without the version of the policy")
-        return given
-
-    return parse

@@ -358,7 +358,7 @@ def _ask_all(jobs: Sequence[tuple[Teacher, Callable[[], T]]]) -> list[T]:
 
     The models in this process share its cores or its GPU: several at a time would only need more memory.
     """
-    apart = [i for i, (teacher, _) in enumerate(jobs) if _is_elsewhere(teacher)]
+    apart = [i for i, (teacher, _) in enumerate(jobs) if is_elsewhere(teacher)]
     if not apart or len(jobs) == 1:
         return [job() for _, job in jobs]
     answers: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
@@ -380,7 +380,8 @@ def _ask_all(jobs: Sequence[tuple[Teacher, Callable[[], T]]]) -> list[T]:
     return [found[i] for i in range(len(jobs))]
 
 
-def _is_elsewhere(teacher: Teacher) -> bool:
+def is_elsewhere(teacher: Teacher) -> bool:
+    """No part of it is in this process."""
     return all(bytes_received(leaf) is not None for _, leaf in leaves(teacher, "-"))
 
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
-from llmdistill.rollouts.remote import LOGPROB_ROUNDING, pack
+from llmdistill.rollouts.asking import LOGPROB_ROUNDING, pack
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.vllm import describe

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
-from llmdistill.rollouts.remote import pack, sample, service_info
+from llmdistill.rollouts.asking import pack, sample
+from llmdistill.rollouts.remote import service_info
 from llmdistill.teachers.base import Teacher, TeacherInfo
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.tokenization import special

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
+from llmdistill.teachers.asked import Asked, on_cpu
 from llmdistill.teachers.base import Teacher, TeacherInfo, max_top_k
-from llmdistill.teachers.block_store import KEY_BYTES, BlockStore
+from llmdistill.teachers.block_store import BlockStore
 from llmdistill.texts import Prompt, Rollout, Sampling
-from llmdistill.texts.rollout import span
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock, encode
 
 
@@ -87,7 +83,7 @@ class StoredTeacher:
         vocab = self._info.vocab_size
         if top_k > vocab:
             raise UserError(f"objective.top_k is {top_k}; the teacher has {vocab} logit columns. Fix: at most {vocab}.")
-        asked = [_Asked.of(*row) for row in zip(*_on_cpu(rollout), strict=True)]
+        asked = [Asked.of(*row) for row in zip(*on_cpu(rollout), strict=True)]
         blocks = [self._find(sequence, top_k) for sequence in asked]
         if any(block is None for block in blocks) and self.store.refresh():
             blocks = [block or self._find(sequence, top_k) for block, sequence in zip(blocks, asked, strict=True)]
@@ -110,7 +106,7 @@ class StoredTeacher:
         if self.teacher is not None:
             self.teacher.close()
 
-    def _find(self, sequence: _Asked, top_k: int) -> ScoreBlock | None:
+    def _find(self, sequence: Asked, top_k: int) -> ScoreBlock | None:
         """The sequence's block, cut to ``top_k``; None if nothing that is stored holds as much."""
         if not sequence.count:
             return self._nothing(top_k)
@@ -139,12 +135,12 @@ class StoredTeacher:
                 warnings.warn(f"{damaged} It is scored anew here.", stacklevel=2)
                 self.store.forget(key)
 
-    def _found(self, sequence: _Asked, top_k: int) -> ScoreBlock:
+    def _found(self, sequence: Asked, top_k: int) -> ScoreBlock:
         block = self._find(sequence, top_k)
         assert block is not None, "just appended"
         return block
 
-    def _fill(self, rollout: Rollout, missing: dict[int, _Asked], top_k: int) -> None:
+    def _fill(self, rollout: Rollout, missing: dict[int, Asked], top_k: int) -> None:
         """Has the teacher score the sequences ``missing`` by their index, each distinct one once, and appends that."""
         if self.teacher is None:
             i, first = next(iter(missing.items()))
@@ -162,7 +158,7 @@ class StoredTeacher:
             block = replace(block, positions=missing[i].unpadded)
             self.store.append(missing[i].key(self.dtype), encode(block, self.dtype))
 
-    def _instead(self, sequence: _Asked) -> str:
+    def _instead(self, sequence: Asked) -> str:
         """What there is of a sequence that is missing."""
         stored = [b.header for d in ("float16", "float32") if (b := self.store.get(sequence.key(d)))]
         return "".join(f", stored at top_k {header.top_k} in {header.dtype}" for header in stored)
@@ -187,36 +183,3 @@ class StoredTeacher:
                 "Fix: give it the teacher that scored it."
             )
         return self.teacher
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One sequence of a rollout up to its last counted token, without padding."""
-
-    ids: NDArray[np.int64]
-    counted: NDArray[np.bool_]
-    positions: slice  # in the rollout's row
-    count: int
-
-    @classmethod
-    def of(cls, ids_T: Tensor, real_T: Tensor, counted_T: Tensor) -> _Asked:
-        positions = span(counted_T)
-        real = real_T[: positions.stop]
-        counted = counted_T[: positions.stop].clone()
-        counted[:1] = False  # nothing before it to be predicted from
-        return cls(ids_T[: positions.stop][real].numpy(), counted[real].numpy(), positions, int(counted.sum()))
-
-    @property
-    def unpadded(self) -> slice:
-        """The positions as they are in a row without padding on its left."""
-        return slice(int(self.counted.argmax()), len(self.ids))
-
-    def key(self, dtype: str) -> bytes:
-        """Equal for equal tokens before and at the same counted ones, however padded, in whatever batch."""
-        parts = (struct.pack("<QQ", self.unpadded.start, len(self.ids)), self.ids.astype("<i8").tobytes())
-        content = b"".join((*parts, np.packbits(self.counted).tobytes(), dtype.encode()))
-        return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
-
-
-def _on_cpu(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    return rollout.input_ids.cpu(), rollout.attention_mask.cpu(), rollout.completion_mask.cpu()

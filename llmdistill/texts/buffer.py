@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmdistill.texts.rollout import Finish, Prompt, Rollout, collate
+from llmdistill.texts.rollout import Finish, Prompt, Reading, Rollout, collate
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ReplayBuffer:
             "drawn": [s.logprobs is not None for s in samples],
             "finish": [s.finish for s in samples],
             "policy_version": [s.policy_version for s in samples],
-            "prompts": [asdict(replace(s.prompt, ids=[], record=None)) for s in samples],
+            "prompts": [prompt_state(replace(s.prompt, ids=[])) for s in samples],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class ReplayBuffer:
             logprobs_offset += completion if behavior_logprobs is not None else 0
             self.samples.append(
                 Sample(
-                    _prompt({**state["prompts"][k], "ids": ids[offset : offset + prompt]}),
+                    prompt_of({**state["prompts"][k], "ids": ids[offset : offset + prompt]}),
                     completion_ids,
                     behavior_logprobs,
                     state["finish"][k],
@@ -113,14 +113,20 @@ class ReplayBuffer:
             offset += prompt + completion
 
 
-def _prompt(entry: dict[str, Any]) -> Prompt:
-    weight = entry.get("weight", 1.0)
-    contexts = {name: tuple(ids) for name, ids in entry.get("contexts", {}).items()}
+def prompt_state(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as plain data, without the row it was read from."""
+    return asdict(replace(prompt, record=None))
+
+
+def prompt_of(state: dict[str, Any]) -> Prompt:
+    """The prompt of :func:`prompt_state`."""
+    weight = state.get("weight", 1.0)
     return Prompt(
         **{
-            **entry,
-            "completion": tuple(entry["completion"]),
+            **state,
+            "completion": tuple(state["completion"]),
             "weight": tuple(weight) if isinstance(weight, list) else weight,
-            "contexts": contexts,
+            "contexts": {name: tuple(ids) for name, ids in state.get("contexts", {}).items()},
+            "readings": {name: Reading(**reading) for name, reading in state.get("readings", {}).items()},
         }
     )

@@ -12,9 +12,10 @@ from llmdistill.composition.method import Method
 from llmdistill.errors import UserError
 from llmdistill.models.adapters import refuse_changed_base
 from llmdistill.models.layers import check_layers, hidden_size
+from llmdistill.rollouts.engine import LaterEngine
 from llmdistill.teachers.base import HiddenTeacher, Teacher, is_live
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
-from llmdistill.teachers.mixture import UNKNOWN_FIX, RoutedTeacher
+from llmdistill.teachers.mixture import UNKNOWN_FIX, RoutedTeacher, is_elsewhere
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt
 from llmdistill.texts.streams import at_hand
@@ -32,6 +33,7 @@ class Parts(Protocol):
     data_config: Any
     train_dataset: Any
     vocab_size: int
+    rollout_engine: Any
 
 
 def check_heldout(args: TrainingArguments, heldout: Any) -> None:
@@ -79,6 +81,32 @@ def check_parts(trainer: Parts) -> None:
             raise UserError(
                 f"term {term.name!r} needs tokens that the student drew, and its text is of {text}. "
                 "Fix: sequences student, or a term that hears whole distributions."
+            )
+    if trainer.args.rollouts.staleness:
+        check_ahead(trainer)
+
+
+def check_ahead(trainer: Parts) -> None:
+    """Raises:
+    UserError: a part that cannot work while a step trains, or a term that takes old text for the student's of now.
+    """
+    staleness, uses = trainer.args.rollouts.staleness, trainer.method.uses
+    if "student" in uses and not isinstance(trainer.rollout_engine, LaterEngine):
+        raise UserError(
+            f"rollouts.staleness is {staleness}, and a {type(trainer.rollout_engine).__name__} samples in this "
+            "process, from the weights that are being trained. Fix: rollouts.engine remote, or staleness 0."
+        )
+    if "teacher" in uses and (judge := trainer.judges.get("teacher")) is not None and not is_elsewhere(judge):
+        raise UserError(
+            f"rollouts.staleness is {staleness}, and teacher {judge.info().name!r} writes text in this process, where "
+            "the student is trained. Fix: teacher.url, or staleness 0."
+        )
+    for term in trainer.method.terms:
+        if term.on_student and "behavior" not in term.reads:
+            raise UserError(
+                f"rollouts.staleness is {staleness}, and term {term.name!r} takes its tokens for ones that the student "
+                "of now drew: without their importance weights its gradient is none of a divergence. Fix: "
+                "--importance_cap 5 where the method has it, an estimator full or top_k, or staleness 0."
             )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from llmdistill.composition.batch import MicroBatch, Text
 from llmdistill.composition.loss import Result
 from llmdistill.composition.term import Term
-from llmdistill.training.rounds import RoundTexts
+from llmdistill.training.making import MadeRounds
 
 
-class RoundLog(RoundTexts):
+class RoundLog(MadeRounds):
     """The part of a trainer that says what a round came to."""
 
     def _prefix(self, term: Term) -> str:
@@ -69,7 +69,7 @@ class RoundLog(RoundTexts):
             ("teacher/positions_per_second", "time/teacher"),
         ):  # of all processes together: flush() adds up tokens and seconds
             sums, processes = self.meters.sums, self.accelerator.num_processes
-            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums[timer][0]]
+            sums[rate] = [sums.get(rate, [0.0])[0] + tokens * processes, sums.get(timer, [0.0])[0]]
 
     def _log_completions(self, text: Text, reverse_kl_N: Tensor | None) -> None:
         if not self.is_world_process_zero():  # only that one writes; elsewhere they would pile up

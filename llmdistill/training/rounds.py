@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from llmdistill.errors import UserError
 from llmdistill.models.generation import BATCH_TOKENS, HFRollouts
 from llmdistill.ranks import on_every_rank
 from llmdistill.rollouts.choose import sampling_of
-from llmdistill.rollouts.engine import RolloutEngine
+from llmdistill.rollouts.engine import Hear, LaterEngine, RolloutEngine
 from llmdistill.teachers.base import Teacher
 from llmdistill.texts import Prompt, Rollout, Sampling, request_seed
 from llmdistill.texts.prompts import completed
@@ -27,6 +27,9 @@ from llmdistill.texts.sources import Drawn, Round
 from llmdistill.training.contexts import ContextFunction, build_contexts
 from llmdistill.training.rewards import Reward, group_advantages, task_rewards
 from llmdistill.training.student_trainer import StudentTrainer
+
+Sample = Callable[[Sequence[Prompt], Sampling], Rollout]
+SampleLater = Callable[[Sequence[Prompt], Sampling, Hear], Rollout]
 
 
 class RoundTexts(StudentTrainer):
@@ -57,9 +60,15 @@ class RoundTexts(StudentTrainer):
             )
         return judge
 
-    def draw(self, examples: Sequence[Any]) -> dict[str, Text]:
-        """The texts of a round."""
-        step, sampling = self.state.global_step, self._sampling(self.state.global_step)
+    def draw(self, examples: Sequence[Any], step: int | None = None, sample: Sample | None = None) -> dict[str, Text]:
+        """The texts of a round.
+
+        Args:
+            step: optimizer steps done when they are trained on; None: as many as now.
+            sample: how the student writes; None: with the weights of now.
+        """
+        step, sample = self.state.global_step if step is None else step, sample or self._student_samples
+        sampling = self._sampling(step)
         places, prompts_everywhere = self._places(len(examples))
 
         def with_prompts(rollout: Rollout, of: Sequence[Prompt]) -> Drawn:
@@ -79,7 +88,7 @@ class RoundTexts(StudentTrainer):
             self.args.rollouts.samples_per_prompt,
             self.pad_id,
             {
-                "student": lambda of: with_prompts(self._student_samples(of, sampling), of),
+                "student": lambda of: with_prompts(sample(of, sampling), of),
                 "dataset": lambda of: off_policy(completed(of, self.pad_id), of),
                 "teacher": lambda of: off_policy(self.teacher.generate(of, sampling), of),
             },
@@ -88,6 +97,25 @@ class RoundTexts(StudentTrainer):
         )
         # one by one: a service may be down to one rank while the others' next text is made by all together
         return {name: on_every_rank(partial(self._text, round_, source)) for name, source in self.method.texts.items()}
+
+    def sampler_of_now(self) -> SampleLater:
+        """Has the student write with the weights of now, also when training has gone on."""
+        if not self.on_policy:
+            return lambda prompts, sampling, hear: self.rollout_engine.generate(prompts, sampling)
+        engine = self.rollout_engine
+        assert isinstance(engine, LaterEngine)  # others are refused before the first step
+        snapshot = engine.snapshot(self.forward_model(), self.state.global_step)
+
+        def sample(prompts: Sequence[Prompt], sampling: Sampling, hear: Hear) -> Rollout:
+            engine.install(snapshot)
+            return engine.generate(prompts, sampling, hear)
+
+        return sample
+
+    @property
+    def on_policy(self) -> bool:
+        """The student may be sampled."""
+        return "student" in self.method.uses
 
     def _places(self, prompts: int) -> tuple[list[int], int]:
         """Where the prompts of this process stand in the global batch, and how many places that has.
@@ -139,8 +167,12 @@ class RoundTexts(StudentTrainer):
 
     def sync_engine(self) -> None:
         """Puts the weights of now into the rollout engine for a measurement, unless they are there."""
+        self.wait_for_rounds()
         if self._pushed[1] != self.state.global_step:
             self._push(-1)
+
+    def wait_for_rounds(self) -> None:
+        """Until no round is being made ahead: engine and judges are free, and nothing changes what is looked at."""
 
     def samples_of_now(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
         """What the student writes with the weights of now, for a measurement."""

@@ -53,6 +53,7 @@ from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
+from llmdistill.training.ahead import RoundsAhead
 from llmdistill.training.consistency import check_heldout, check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
 from llmdistill.training.layout import named_checkpoint
@@ -175,6 +176,8 @@ class DistillationTrainer(RoundLog):
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
         self.add_callback(_FirstValidation(self))
         self.context_functions = load_functions(encode.built_later)
+        self.ahead = RoundsAhead(self) if args.rollouts.staleness else None
+        trainers.beside_random_states(self, lambda folder: self.save_rounds(folder))
         trainers.beside_random_states(self, lambda folder: self._method_state().save(folder))
         if len(self.helpers):
             trainers.save_without(self, helpers.own, HELPERS_FILE)
@@ -184,23 +187,16 @@ class DistillationTrainer(RoundLog):
 
     # ---------------------------------------------------------------- the parts
 
-    @property
-    def on_policy(self) -> bool:
-        """The student may be sampled."""
-        return "student" in self.method.uses
-
     # ---------------------------------------------------------------- a round
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """One round: all micro-batches of the next optimizer step, and the global number of counted tokens."""
-        groups = self._groups(epoch_iterator, num_batches)
-        if not groups or self.control.should_training_stop:  # resumed where a guard had stopped: nothing is trained
+        made = self.made(epoch_iterator, num_batches)
+        if made is None:
             return [], None
-        examples = self._of_mixture([example for group in groups for example in group])
-        with self.meters.timed("time/rollout"):
-            texts = self.draw(examples)
+        texts, judges = dict(made.texts), made.judges
         name = next(iter(texts))
         texts[name] = self._rewards(texts[name])  # of what was written, whatever the loss then leaves out
         texts[name] = self._in_new_contexts(texts[name])
@@ -208,12 +204,13 @@ class DistillationTrainer(RoundLog):
             texts = {n: replace(t, rollout=t.rollout.without_truncated()) for n, t in texts.items()}
         texts = plan.in_order(texts, self.method.terms, self.passes.packed)
         received = bytes_received(self.teacher) if self.judges else None
-        batches = self.batches(texts, len(groups))
+        batches = self.batches(texts, made.parts, judges)
         if received is not None:
             rows = sum(text.rollout.num_rows for text in texts.values())
-            self.meters.add("teacher/bytes_per_token", (bytes_received(self.teacher) or 0) - received, rows)
+            more = (bytes_received(self.teacher) or 0) - received
+            self.meters.add("teacher/bytes_per_token", more if made.received is None else made.received, rows)
         self._note_round(texts)
-        return self.as_inputs(batches, len(groups)), torch.tensor(batches[0].total, device=device)
+        return self.as_inputs(batches, made.parts), torch.tensor(batches[0].total, device=device)
 
     def batches(
         self, texts: Mapping[str, Text], parts: int, judges: Mapping[str, Teacher] | None = None
@@ -336,6 +333,7 @@ class DistillationTrainer(RoundLog):
         Keys: ``{prefix}_student/reverse_kl`` … and ``{prefix}_teacher/…``, with the bounds of the 95 % interval as
         ``…_low`` and ``…_high``. ``{prefix}_dataset/…`` instead, or nothing, where the teacher is only stored.
         """
+        self.wait_for_rounds()
         prompts = self._to_evaluate(eval_dataset, "prompts")
         results: dict[str, float] = {}
         for name, found in self.measure_heldout(to_measure(prompts, self.args.heldout_sequences)).items():
@@ -368,12 +366,15 @@ class DistillationTrainer(RoundLog):
             self._method_state().load(str(checkpoint))
         else:  # again, or after a run that broke off: from where the method starts
             self._method_state().restore(copy.deepcopy(self._method_start))
+        self.restart_rounds(checkpoint)
         check_ready(self)
         self._preflight()
         self.progress.forget()  # nothing of a run that broke off
         self._pushed = (-1, -1)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.wait_for_rounds()  # a guard may have stopped it with some under way
+            return result
         finally:
             self.encode.warn("the rows trained on")  # of a stream, what was noted since its first rows
 
@@ -394,6 +395,7 @@ class DistillationTrainer(RoundLog):
 
     def close(self) -> None:
         """Frees what engine and judges hold. The trainer is not used afterwards."""
+        self.close_rounds()
         self.rollout_engine.close()
         for judge in self.judges.values():
             judge.close()

@@ -13,7 +13,8 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.models.generation import HFRollouts
-from llmdistill.rollouts.remote import RemoteRollouts, pack
+from llmdistill.rollouts.asking import pack
+from llmdistill.rollouts.remote import RemoteRollouts
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Sampling

@@ -1,0 +1,183 @@
+"""Rounds that are made ahead: while a step trains, the texts of later ones are written and their teachers asked.
+
+With ``rollouts.staleness`` S the texts of step n are written by the weights before step n - S, in a service, and judges
+that are services too score every sequence as soon as it is finished. A thread does that, round after round. What it
+makes is what a round without it is made of: the texts as they were drawn, and judges that remember what they said
+(:class:`~llmdistill.teachers.prescored.Prescored`). Rewards, contexts built from samples, judges in this process and
+lists of the student's choice are made when the step is, by its weights.
+
+Rounds that are under way are part of a checkpoint: a resumed run trains on the same texts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from llmdistill.compat.patching import random_state_kept
+from llmdistill.ranks import channel, on_every_rank
+from llmdistill.teachers.base import Teacher, bytes_received
+from llmdistill.teachers.prescored import Prescored
+from llmdistill.training.listening import Listening, asked_ahead
+from llmdistill.training.made import Made
+from llmdistill.training.rounds import RoundTexts
+
+T = TypeVar("T")
+
+
+class RoundsAhead:
+    """Makes the rounds of ``trainer`` up to ``args.rollouts.staleness`` steps ahead.
+
+    Every rank has one, and all call its methods alike.
+    """
+
+    def __init__(self, trainer: RoundTexts) -> None:
+        self.trainer = trainer
+        self._worker = _Worker()
+        self._rounds: dict[int, Future[Made]] = {}  # by step
+        self._stored: dict[int, Mapping[str, Any]] = {}  # rounds of a checkpoint, until their prompts are read again
+        self._examples: dict[int, list[list[Any]]] = {}  # by step, of each micro-batch
+        self._iterator: Iterator[list[Any]] | None = None  # over the rows, ahead of the trainer's own
+        self._epoch = self._reached = 0  # of that iterator, and the step whose rows come next
+
+    def restart(self, stored: Mapping[int, Mapping[str, Any]] | None = None) -> None:
+        """A run begins, with the ``stored`` rounds of a checkpoint."""
+        self.wait(failed=False)  # for what a run left that was broken off
+        self._rounds, self._examples, self._iterator = {}, {}, None
+        self._stored = dict(stored or {})
+
+    def next(self, epoch_iterator: Iterator[list[Any]]) -> Made | None:
+        """The round of the next step; those after it are put in hand first. None: the rows have ended.
+
+        Raises:
+            UserError: whatever a service or a source raised, on every rank.
+        """
+        t, step = self.trainer, self.trainer.state.global_step
+        if self._iterator is None:
+            self._iterator, self._epoch, self._reached = epoch_iterator, step // self._steps_of_epoch(), step
+            if t.on_policy:
+                t.sync_engine()
+        last = min(step + t.args.rollouts.staleness, t.state.max_steps - 1)
+        with random_state_kept():
+            self._read(last)
+        missing = [n for n in range(step, last + 1) if n not in self._rounds and n in self._examples]
+        if missing:
+            sample = t.sampler_of_now()
+            for n in missing:
+                groups = self._examples.pop(n)
+                examples = [example for group in groups for example in group]
+                if n in self._stored:
+                    work: Callable[[], Made] = partial(self._restored, n, len(groups), examples, self._stored.pop(n))
+                else:
+                    work = partial(self._made, n, len(groups), examples, sample)
+                self._rounds[n] = self._worker.submit(work)
+        if step not in self._rounds:
+            return None
+        with t.meters.timed("time/waited"):
+            made = on_every_rank(self._rounds[step].result)
+        self._rounds = {n: future for n, future in self._rounds.items() if n >= step}
+        return made
+
+    def wait(self, failed: bool = True) -> None:
+        """Until no round is under way.
+
+        Raises:
+            UserError: one of them ``failed``; on every rank.
+        """
+
+        def results() -> None:
+            for future in self._rounds.values():
+                if failed:
+                    future.result()
+                else:
+                    future.exception()
+
+        on_every_rank(results)
+
+    def state_dict(self) -> dict[int, dict[str, Any]]:
+        """The rounds from the next step on, by step."""
+        self.wait()
+        step = self.trainer.state.global_step
+        return {n: future.result().state_dict() for n, future in self._rounds.items() if n >= step}
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def _steps_of_epoch(self) -> int:
+        """Optimizer steps of an epoch; rows without a length have one epoch."""
+        t = self.trainer
+        try:
+            batches = len(t.callback_handler.train_dataloader)  # type: ignore[arg-type]
+        except TypeError:
+            return max(t.state.max_steps, 1)
+        return max(-(-batches // t.args.gradient_accumulation_steps), 1)
+
+    def _read(self, last: int) -> None:
+        """The examples of every step up to ``last``, epoch after epoch, as the trainer's own loop would read them."""
+        assert self._iterator is not None
+        t = self.trainer
+        while self._reached <= last:
+            groups = list(islice(self._iterator, t.args.gradient_accumulation_steps))
+            if not groups:
+                self._epoch += 1
+                loader: Any = t.callback_handler.train_dataloader
+                if hasattr(loader, "set_epoch"):
+                    loader.set_epoch(self._epoch)
+                self._iterator = iter(loader)
+                groups = list(islice(self._iterator, t.args.gradient_accumulation_steps))
+            if not groups:
+                return
+            self._examples[self._reached] = groups
+            self._reached += 1
+
+    def _judges(self) -> dict[str, Teacher]:
+        """The judges of one round; those that are asked ahead remember what they say."""
+        asked = asked_ahead(self.trainer)
+        return {name: asked.remembering(name, judge) for name, judge in self.trainer.judges.items()}
+
+    def _made(self, step: int, parts: int, examples: Sequence[Any], sample: Any) -> Made:
+        t, judges = self.trainer, self._judges()
+        is_asked = bool(judges) and isinstance(judges.get("teacher", next(iter(judges.values()))), Prescored)
+        before = bytes_received(t.teacher) if is_asked else None
+        with Listening(t, judges) as listening:
+            with t.meters.timed("time/rollout"):
+                texts = t.draw(examples, step, partial(sample, hear=listening.hear))
+            listening.hear_all(texts)
+        received = None if before is None else (bytes_received(t.teacher) or 0) - before
+        return Made(step, parts, list(examples), texts, judges, received)
+
+    def _restored(self, step: int, parts: int, examples: Sequence[Any], state: Mapping[str, Any]) -> Made:
+        return Made.restored(step, parts, list(examples), self._judges(), state)
+
+
+class _Worker:
+    """One thread that works through what it is given, in order. A daemon: Ctrl-C does not wait for a service."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((work, future))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="rounds-ahead", daemon=True)
+            self._thread.start()
+        return future
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        with channel("ahead"):
+            while (job := self._jobs.get()) is not None:
+                work, future = job
+                try:
+                    future.set_result(work())
+                except BaseException as error:  # raised by whoever waits for the round
+                    future.set_exception(error)
