@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from llmdistill.composition.method import Method, Schedule
 from llmdistill.composition.term import Ask, Mean, Support, Term
 from llmdistill.objectives import divergences, policy, sparse
+from llmdistill.objectives.clipped import clipped_samples, given_advantage, kl_advantage
 from llmdistill.objectives.labels import cross_entropy, mixed_target
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.settings import PENALISED, Conflict, setting
@@ -112,6 +113,14 @@ class TokenConfig(DistillationConfig):
         "stale text, else 0",
         at_least=0,
     )
+    clip: float | None = setting(
+        None,
+        "sampled tokens, in place of importance_cap: PPO's loss, ratios to the sampler up to 1 + clip and down to "
+        "1 - clip; 0: no. Unset: 0.2 where num_iterations is above 1, else 0",
+        at_least=0,
+        below=1,
+    )
+    dual_clip: float = setting(3.0, "clip: the loss of a token with advantage A < 0 is at most -A dual_clip", above=1)
     mean: Mean = setting(
         "token", "token: mean over all counted tokens; sequence: over sequences of their means; batch: of their sums"
     )
@@ -164,9 +173,25 @@ class TokenConfig(DistillationConfig):
             "leave it out, or --estimator sampled",
         ),
         Conflict(
-            lambda s: s.rollouts.staleness and not s.cap and (s.estimator == "sampled" or _has_reward(s)),
-            "objective.importance_cap is {cap} and rollouts.staleness {rollouts.staleness}: tokens that older weights "
-            "drew have no gradient of the student's own without their importance weights",
+            lambda s: s.clip and s.estimator != "sampled" and not _has_reward(s),
+            "objective.clip is {clip}, and objective.estimator {estimator} weighs no sampled tokens",
+            "leave it out, or --estimator sampled",
+        ),
+        Conflict(
+            lambda s: s.dual_clip != 3 and not s.clipped,
+            "objective.dual_clip is {dual_clip}, and nothing is clipped",
+            "leave it out, or --clip 0.2",
+        ),
+        Conflict(
+            lambda s: s.clip and s.importance_cap,
+            "objective.clip is {clip} and objective.importance_cap {importance_cap}; both bound the same ratio",
+            "leave one out",
+        ),
+        Conflict(
+            lambda s: s.old_text and not (s.cap or s.clipped) and (s.estimator == "sampled" or _has_reward(s)),
+            "objective.importance_cap is {cap}, with rollouts.staleness {rollouts.staleness} and "
+            "objective.num_iterations {num_iterations}: tokens that older weights drew have no gradient of the "
+            "student's own without their importance weights",
             "leave importance_cap out",
         ),
         Conflict(
@@ -196,9 +221,20 @@ class TokenConfig(DistillationConfig):
     def cap(self) -> float:
         """The cap of the importance weights that is in force; 0: none."""
         if self.importance_cap is None:
-            on_stale_text = self.rollouts.staleness and _has_reward(self)
-            return 5.0 if self.estimator == "sampled" or on_stale_text else 0.0
+            return 5.0 if self.estimator == "sampled" or (self.old_text and _has_reward(self)) else 0.0
         return self.importance_cap
+
+    @property
+    def clipped(self) -> float:
+        """The bound of PPO's ratio that is in force; 0: none."""
+        sampled = self.estimator == "sampled" or _has_reward(self)
+        default = 0.2 if sampled and self.num_iterations > 1 and self.importance_cap is None else 0.0
+        return default if self.clip is None else self.clip
+
+    @property
+    def old_text(self) -> bool:
+        """Text is trained on that older weights wrote."""
+        return self.rollouts.staleness > 0 or self.num_iterations > 1
 
     @property
     def listed(self) -> int:
@@ -227,7 +263,19 @@ class TokenConfig(DistillationConfig):
             on_student=sampled,
             **term_options,
         )
-        return term.importance_weighted(self.cap, **self.sampler) if sampled else term
+        scale = getattr(self, "reward_scale", 1.0)
+        return self.of_old_text(term, partial(kl_advantage, scale=scale, **self._tau)) if sampled else term
+
+    def of_old_text(self, term: Term, advantage: Callable[..., Tensor]) -> Term:
+        """The term on sampled tokens, with the ratio of the student of now to the policy that drew them."""
+        if not self.clipped:
+            return term.importance_weighted(self.cap, **self.sampler)
+        loss = clipped_samples(advantage, clip=self.clipped, dual_clip=self.dual_clip, **self.sampler)
+        return replace(term, loss=loss, reads=(*term.reads, "tokens", "behavior"))
+
+    @property
+    def _tau(self) -> dict[str, float]:
+        return {"temperature": self.sampler["temperature"]}
 
     def composition(
         self, divergence: Term, source: Source | None = None, schedules: Mapping[str, Schedule] | None = None
@@ -250,7 +298,7 @@ class TokenConfig(DistillationConfig):
         """The task reward as policy gradient on the sampled tokens, weighed as they are."""
         loss = partial(policy.policy_gradient, **self.sampler)
         term = Term("reward", loss, (), ("tokens", "advantage"), weight=weight, on_student=True)
-        return term.importance_weighted(self.cap, **self.sampler)
+        return self.of_old_text(term, given_advantage)
 
     def source(self, source: Source | None = None) -> Source:
         """Where the text comes from: what the settings name, or a source of one's ``own`` instead.

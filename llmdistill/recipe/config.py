@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import yaml
 from transformers import TrainingArguments
 
 from llmdistill.errors import UserError
@@ -28,6 +27,7 @@ from llmdistill.recipe.launches import (
     launched_processes,
 )
 from llmdistill.recipe.lora import check_lora
+from llmdistill.recipe.rows import sources
 from llmdistill.recipe.settings import PENALISED, Conflict, check_settings, require
 from llmdistill.record.metrics import GREATER_IS_BETTER
 
@@ -208,7 +208,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        self.train, self.heldout = _sources(self.train, "data.train"), _sources(self.heldout, "data.heldout")
+        self.train, self.heldout = sources(self.train, "data.train"), sources(self.heldout, "data.heldout")
         require(not isinstance(self.train, dict), "data.train", self.train, "files or a dataset", "a list of them")
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1", "use 1024")
         for name in ("shuffle_buffer", "max_answer_tokens", "limit"):
@@ -391,6 +391,14 @@ class DistillationConfig(TrainingArguments):
             "section": "objective",
         },
     )
+    num_iterations: int = field(
+        default=1,
+        metadata={
+            "help": "optimizer steps on the texts of every round, whose rows are then read so many times slower",
+            "section": "objective",
+            "at_least": 1,
+        },
+    )
     freeze_embeddings: bool = field(
         default=False,
         metadata={"help": "do not train the token embeddings and output head", "section": "objective"},
@@ -428,10 +436,10 @@ class DistillationConfig(TrainingArguments):
 
     conflicts: ClassVar[tuple[Conflict, ...]] = (
         Conflict(
-            lambda s: s.rollouts.staleness and s.mixture_every,
-            "rollouts.staleness is {rollouts.staleness}, and objective.mixture_every {mixture_every} chooses the rows "
-            "of a step by the one before it",
-            "staleness 0, or leave mixture_every out",
+            lambda s: (s.rollouts.staleness or s.num_iterations > 1) and s.mixture_every,
+            "objective.mixture_every is {mixture_every} and chooses the rows of every step by the one before it, with "
+            "rollouts.staleness {rollouts.staleness} and objective.num_iterations {num_iterations}",
+            "staleness 0 and num_iterations 1, or leave mixture_every out",
         ),
     )
 
@@ -478,23 +486,6 @@ class DistillationConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         return {**values, "rollouts": dataclasses.asdict(self.rollouts)}
-
-
-def _sources(given: Any, setting: str) -> Any:
-    """Files of a recipe: a name, a list of names, or of held-out sets a mapping; on the command line as YAML."""
-    if isinstance(given, str) and given.startswith(("[", "{")):
-        try:
-            given = yaml.safe_load(given)
-        except yaml.YAMLError:
-            raise UserError(f"{setting} is {given!r}, which is no list. Fix: --{setting} '[A, B]'.") from None
-    entries = given.values() if isinstance(given, dict) else [given]
-    for entry in entries:
-        names = entry if isinstance(entry, list | tuple) else [entry]
-        good = bool(names) and all(isinstance(name, str | os.PathLike) for name in names)
-        require(good, setting, given, "a file or dataset, or a list of files", f"--{setting} FILE")
-    if isinstance(given, dict):
-        return {str(name): _sources(entry, setting) for name, entry in given.items()}
-    return [os.fspath(name) for name in given] if isinstance(given, list | tuple) else os.fspath(given)
 
 
 def torch_dtype(name: DType) -> torch.dtype | Literal["auto"]:

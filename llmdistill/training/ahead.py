@@ -6,6 +6,8 @@ makes is what a round without it is made of: the texts as they were drawn, and j
 (:class:`~llmdistill.teachers.prescored.Prescored`). Rewards, contexts built from samples, judges in this process and
 lists of the student's choice are made when the step is, by its weights.
 
+With ``objective.num_iterations`` K a round is trained on K times, and S counts rounds.
+
 Rounds that are under way are part of a checkpoint: a resumed run trains on the same texts.
 """
 
@@ -25,25 +27,25 @@ from llmdistill.teachers.base import Teacher, bytes_received
 from llmdistill.teachers.prescored import Prescored
 from llmdistill.training.listening import Listening, asked_ahead
 from llmdistill.training.made import Made
-from llmdistill.training.rounds import RoundTexts
+from llmdistill.training.rounds import RoundTexts, SampleLater
 
 T = TypeVar("T")
 
 
 class RoundsAhead:
-    """Makes the rounds of ``trainer`` up to ``args.rollouts.staleness`` steps ahead.
+    """Makes the rounds of ``trainer``, of K steps each, up to S of them ahead; with S = 0 in the thread that asks.
 
-    Every rank has one, and all call its methods alike.
+    Every rank has one, and all call its methods alike. Rounds count from 0.
     """
 
     def __init__(self, trainer: RoundTexts) -> None:
         self.trainer = trainer
         self._worker = _Worker()
-        self._rounds: dict[int, Future[Made]] = {}  # by step
+        self._rounds: dict[int, Future[Made]] = {}
         self._stored: dict[int, Mapping[str, Any]] = {}  # rounds of a checkpoint, until their prompts are read again
-        self._examples: dict[int, list[list[Any]]] = {}  # by step, of each micro-batch
+        self._examples: dict[int, list[list[Any]]] = {}  # of each micro-batch of a round
         self._iterator: Iterator[list[Any]] | None = None  # over the rows, ahead of the trainer's own
-        self._epoch = self._reached = 0  # of that iterator, and the step whose rows come next
+        self._epoch = self._reached = 0  # of that iterator, and the round whose rows come next
 
     def restart(self, stored: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """A run begins, with the ``stored`` rounds of a checkpoint."""
@@ -57,30 +59,29 @@ class RoundsAhead:
         Raises:
             UserError: whatever a service or a source raised, on every rank.
         """
-        t, step = self.trainer, self.trainer.state.global_step
+        t, now, every = self.trainer, self._round_of(self.trainer.state.global_step), self.trainer.args.num_iterations
         if self._iterator is None:
-            self._iterator, self._epoch, self._reached = epoch_iterator, step // self._steps_of_epoch(), step
-            if t.on_policy:
+            self._begin(now, epoch_iterator)
+            if t.on_policy and t.args.rollouts.staleness:
                 t.sync_engine()
-        last = min(step + t.args.rollouts.staleness, t.state.max_steps - 1)
+        last = min(now + t.args.rollouts.staleness, self._round_of(t.state.max_steps - 1))
         with random_state_kept():
             self._read(last)
-        missing = [n for n in range(step, last + 1) if n not in self._rounds and n in self._examples]
-        if missing:
-            sample = t.sampler_of_now()
-            for n in missing:
-                groups = self._examples.pop(n)
-                examples = [example for group in groups for example in group]
-                if n in self._stored:
-                    work: Callable[[], Made] = partial(self._restored, n, len(groups), examples, self._stored.pop(n))
-                else:
-                    work = partial(self._made, n, len(groups), examples, sample)
-                self._rounds[n] = self._worker.submit(work)
-        if step not in self._rounds:
+        missing = [n for n in range(now, last + 1) if n not in self._rounds and n in self._examples]
+        sample = t.sampler_of_now() if missing and t.args.rollouts.staleness else None
+        for n in missing:
+            groups = self._examples.pop(n)
+            examples = [example for group in groups for example in group]
+            if n in self._stored:
+                work: Callable[[], Made] = partial(self._restored, n, len(groups), examples, self._stored.pop(n))
+            else:
+                work = partial(self._made, n * every, len(groups), examples, sample)
+            self._rounds[n] = self._worker.submit(work) if sample is not None else _done(work)
+        if now not in self._rounds:
             return None
         with t.meters.timed("time/waited"):
-            made = on_every_rank(self._rounds[step].result)
-        self._rounds = {n: future for n, future in self._rounds.items() if n >= step}
+            made = on_every_rank(self._rounds[now].result)
+        self._rounds = {n: future for n, future in self._rounds.items() if n >= now}
         return made
 
     def wait(self, failed: bool = True) -> None:
@@ -100,16 +101,37 @@ class RoundsAhead:
         on_every_rank(results)
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
-        """The rounds from the next step on, by step."""
+        """The rounds that the next step and those after it are of."""
         self.wait()
-        step = self.trainer.state.global_step
-        return {n: future.result().state_dict() for n, future in self._rounds.items() if n >= step}
+        now = self._round_of(self.trainer.state.global_step)
+        return {n: future.result().state_dict() for n, future in self._rounds.items() if n >= now}
 
     def close(self) -> None:
         self._worker.close()
 
-    def _steps_of_epoch(self) -> int:
-        """Optimizer steps of an epoch; rows without a length have one epoch."""
+    def _round_of(self, step: int) -> int:
+        return step // self.trainer.args.num_iterations
+
+    def _begin(self, now: int, epoch_iterator: Iterator[list[Any]]) -> None:
+        """With the rows of round ``now``: where the trainer's own iterator stands, which counts one for every step."""
+        t = self.trainer
+        self._epoch, passed = divmod(now, self._rounds_of_epoch())
+        self._reached = now
+        if t.args.num_iterations == 1:
+            self._iterator = epoch_iterator
+            return
+        self._iterator = self._rows_of(self._epoch)
+        for _ in islice(self._iterator, passed * t.args.gradient_accumulation_steps):
+            pass
+
+    def _rows_of(self, epoch: int) -> Iterator[list[Any]]:
+        loader: Any = self.trainer.callback_handler.train_dataloader
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        return iter(loader)
+
+    def _rounds_of_epoch(self) -> int:
+        """Rows without a length have one epoch."""
         t = self.trainer
         try:
             batches = len(t.callback_handler.train_dataloader)  # type: ignore[arg-type]
@@ -118,17 +140,14 @@ class RoundsAhead:
         return max(-(-batches // t.args.gradient_accumulation_steps), 1)
 
     def _read(self, last: int) -> None:
-        """The examples of every step up to ``last``, epoch after epoch, as the trainer's own loop would read them."""
+        """The examples of every round up to ``last``, epoch after epoch, as the trainer's own loop would read them."""
         assert self._iterator is not None
         t = self.trainer
         while self._reached <= last:
             groups = list(islice(self._iterator, t.args.gradient_accumulation_steps))
             if not groups:
                 self._epoch += 1
-                loader: Any = t.callback_handler.train_dataloader
-                if hasattr(loader, "set_epoch"):
-                    loader.set_epoch(self._epoch)
-                self._iterator = iter(loader)
+                self._iterator = self._rows_of(self._epoch)
                 groups = list(islice(self._iterator, t.args.gradient_accumulation_steps))
             if not groups:
                 return
@@ -140,7 +159,10 @@ class RoundsAhead:
         asked = asked_ahead(self.trainer)
         return {name: asked.remembering(name, judge) for name, judge in self.trainer.judges.items()}
 
-    def _made(self, step: int, parts: int, examples: Sequence[Any], sample: Any) -> Made:
+    def _made(self, step: int, parts: int, examples: Sequence[Any], sample: SampleLater | None) -> Made:
+        if sample is None:
+            with self.trainer.meters.timed("time/rollout"):
+                return Made(step, parts, list(examples), self.trainer.draw(examples, step), self._judges())
         t, judges = self.trainer, self._judges()
         is_asked = bool(judges) and isinstance(judges.get("teacher", next(iter(judges.values()))), Prescored)
         before = bytes_received(t.teacher) if is_asked else None
@@ -149,10 +171,17 @@ class RoundsAhead:
                 texts = t.draw(examples, step, partial(sample, hear=listening.hear))
             listening.hear_all(texts)
         received = None if before is None else (bytes_received(t.teacher) or 0) - before
-        return Made(step, parts, list(examples), texts, judges, received)
+        return Made(step, parts, list(examples), texts, judges, received=received)
 
     def _restored(self, step: int, parts: int, examples: Sequence[Any], state: Mapping[str, Any]) -> Made:
         return Made.restored(step, parts, list(examples), self._judges(), state)
+
+
+def _done(work: Callable[[], T]) -> Future[T]:
+    """What ``work()`` comes to here and now."""
+    future: Future[T] = Future()
+    future.set_result(work())
+    return future
 
 
 class _Worker:

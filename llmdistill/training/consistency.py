@@ -82,13 +82,15 @@ def check_parts(trainer: Parts) -> None:
                 f"term {term.name!r} needs tokens that the student drew, and its text is of {text}. "
                 "Fix: sequences student, or a term that hears whole distributions."
             )
+    if trainer.args.rollouts.staleness or trainer.args.num_iterations > 1:
+        check_old_text(trainer)
     if trainer.args.rollouts.staleness:
         check_ahead(trainer)
 
 
 def check_ahead(trainer: Parts) -> None:
     """Raises:
-    UserError: a part that cannot work while a step trains, or a term that takes old text for the student's of now.
+    UserError: a part that cannot work while a step trains.
     """
     staleness, uses = trainer.args.rollouts.staleness, trainer.method.uses
     if "student" in uses and not isinstance(trainer.rollout_engine, LaterEngine):
@@ -101,12 +103,20 @@ def check_ahead(trainer: Parts) -> None:
             f"rollouts.staleness is {staleness}, and teacher {judge.info().name!r} writes text in this process, where "
             "the student is trained. Fix: teacher.url, or staleness 0."
         )
+
+
+def check_old_text(trainer: Parts) -> None:
+    """Raises:
+    UserError: a term that takes what the student of some steps ago drew for the student's of now.
+    """
+    staleness, iterations = trainer.args.rollouts.staleness, trainer.args.num_iterations
+    setting = f"rollouts.staleness is {staleness}" if staleness else f"objective.num_iterations is {iterations}"
     for term in trainer.method.terms:
         if term.on_student and "behavior" not in term.reads:
             raise UserError(
-                f"rollouts.staleness is {staleness}, and term {term.name!r} takes its tokens for ones that the student "
-                "of now drew: without their importance weights its gradient is none of a divergence. Fix: "
-                "--importance_cap 5 where the method has it, an estimator full or top_k, or staleness 0."
+                f"{setting}, and term {term.name!r} takes its tokens for ones that the student of now drew: without "
+                "their importance weights its gradient is none of a divergence. Fix: --importance_cap 5 where the "
+                "method has it, an estimator full or top_k, or staleness 0 and num_iterations 1."
             )
 
 

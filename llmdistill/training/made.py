@@ -29,6 +29,7 @@ class Made:
     examples: list[Any]  # that were drawn for
     texts: dict[str, Text]
     judges: Mapping[str, Teacher]
+    inputs: int | None = None  # of transformers' loop, where they are not one for each micro-batch
     received: int | None = None  # bytes of the teacher's answers, where it was asked ahead
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Made:
             others = iter(of["others"])
             prompts: list[Prompt] = [examples[i] if i >= 0 else prompt_of(next(others)) for i in of["prompts"]]
             texts[name] = Text(Rollout(**of["rollout"]), prompts, author=of["author"])
-        return cls(step, parts, list(examples), texts, judges, state["received"])
+        return cls(step, parts, list(examples), texts, judges, received=state["received"])
 
 
 def save_rounds(checkpoint: str | Path, rounds: Mapping[int, Mapping[str, Any]], args: Any) -> None:
@@ -77,7 +78,7 @@ def rounds_of(checkpoint: str | Path, args: Any) -> dict[int, Mapping[str, Any]]
         UserError: the file is damaged.
     """
     file = _file(checkpoint, args)
-    if not args.rollouts.staleness or not file.is_file():
+    if not file.is_file():
         return {}
     try:
         stored = torch.load(file, weights_only=True)

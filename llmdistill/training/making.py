@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from llmdistill.training.ahead import RoundsAhead
@@ -13,14 +14,16 @@ from llmdistill.training.rounds import RoundTexts
 class MadeRounds(RoundTexts):
     """The part of a trainer that has rounds made, and keeps those under way in its checkpoints."""
 
-    ahead: RoundsAhead | None = None  # where rollouts.staleness is above 0
+    ahead: RoundsAhead | None = None  # where rounds are made ahead, or last longer than a step
 
     def made(self, epoch_iterator: Iterator[list[Any]], num_batches: int) -> Made | None:
         """What the next optimizer step is made of; None: there is no such step."""
         if self.control.should_training_stop:  # resumed where a guard had stopped: nothing is trained
             return None
         if self.ahead is not None:
-            return None if self._all_steps_done() else self.ahead.next(epoch_iterator)
+            made = None if self._all_steps_done() else self.ahead.next(epoch_iterator)
+            # transformers counts a step's micro-batches by its own place in the rows, which K steps on a round are not
+            return made if made is None or self.args.num_iterations == 1 else replace(made, inputs=num_batches)
         groups = self._groups(epoch_iterator, num_batches)
         if not groups:
             return None

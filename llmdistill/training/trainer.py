@@ -176,7 +176,7 @@ class DistillationTrainer(RoundLog):
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
         self.add_callback(_FirstValidation(self))
         self.context_functions = load_functions(encode.built_later)
-        self.ahead = RoundsAhead(self) if args.rollouts.staleness else None
+        self.ahead = RoundsAhead(self) if args.rollouts.staleness or args.num_iterations > 1 else None
         trainers.beside_random_states(self, lambda folder: self.save_rounds(folder))
         trainers.beside_random_states(self, lambda folder: self._method_state().save(folder))
         if len(self.helpers):
@@ -198,19 +198,21 @@ class DistillationTrainer(RoundLog):
             return [], None
         texts, judges = dict(made.texts), made.judges
         name = next(iter(texts))
-        texts[name] = self._rewards(texts[name])  # of what was written, whatever the loss then leaves out
+        if texts[name].rewards is None:  # of what was written, whatever the loss then leaves out
+            texts[name] = made.texts[name] = self._rewards(texts[name])
         texts[name] = self._in_new_contexts(texts[name])
         if self.args.rollouts.mask_truncated:
             texts = {n: replace(t, rollout=t.rollout.without_truncated()) for n, t in texts.items()}
         texts = plan.in_order(texts, self.method.terms, self.passes.packed)
         received = bytes_received(self.teacher) if self.judges else None
-        batches = self.batches(texts, made.parts, judges)
+        inputs = made.inputs or made.parts
+        batches = self.batches(texts, max(made.parts, inputs), judges)
         if received is not None:
             rows = sum(text.rollout.num_rows for text in texts.values())
             more = (bytes_received(self.teacher) or 0) - received
             self.meters.add("teacher/bytes_per_token", more if made.received is None else made.received, rows)
         self._note_round(texts)
-        return self.as_inputs(batches, made.parts), torch.tensor(batches[0].total, device=device)
+        return self.as_inputs(batches, inputs), torch.tensor(batches[0].total, device=device)
 
     def batches(
         self, texts: Mapping[str, Text], parts: int, judges: Mapping[str, Teacher] | None = None
