@@ -263,8 +263,10 @@ class TokenConfig(DistillationConfig):
             on_student=sampled,
             **term_options,
         )
-        scale = getattr(self, "reward_scale", 1.0)
-        return self.of_old_text(term, partial(kl_advantage, scale=scale, **self._tau)) if sampled else term
+        if not sampled:
+            return term
+        scale, tau = getattr(self, "reward_scale", 1.0), float(self.sampler["temperature"])
+        return self.of_old_text(term, partial(kl_advantage, scale=scale, temperature=tau))
 
     def of_old_text(self, term: Term, advantage: Callable[..., Tensor]) -> Term:
         """The term on sampled tokens, with the ratio of the student of now to the policy that drew them."""
@@ -272,10 +274,6 @@ class TokenConfig(DistillationConfig):
             return term.importance_weighted(self.cap, **self.sampler)
         loss = clipped_samples(advantage, clip=self.clipped, dual_clip=self.dual_clip, **self.sampler)
         return replace(term, loss=loss, reads=(*term.reads, "tokens", "behavior"))
-
-    @property
-    def _tau(self) -> dict[str, float]:
-        return {"temperature": self.sampler["temperature"]}
 
     def composition(
         self, divergence: Term, source: Source | None = None, schedules: Mapping[str, Schedule] | None = None

@@ -168,7 +168,7 @@ class RoundsAhead:
         before = bytes_received(t.teacher) if is_asked else None
         with Listening(t, judges) as listening:
             with t.meters.timed("time/rollout"):
-                texts = t.draw(examples, step, partial(sample, hear=listening.hear))
+                texts = t.draw(examples, step, lambda of, sampling: sample(of, sampling, listening.hear))
             listening.hear_all(texts)
         received = None if before is None else (bytes_received(t.teacher) or 0) - before
         return Made(step, parts, list(examples), texts, judges, received=received)
