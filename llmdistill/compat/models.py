@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmdistill.compat import fsdp
 from llmdistill.compat.patching import patched
 
 
@@ -56,14 +57,14 @@ def not_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
-    """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3, without gradient checkpointing.
+    """The model to call ``generate`` on: unwrapped, gathered under ZeRO-3 and FSDP2, without gradient checkpointing.
 
     Every rank enters and leaves together, and may run as many forward passes in between as it likes: DeepSpeed's check
     that all ranks are at the same one, which TRL leaves in place, is set aside. Checkpointing is switched off here, at
     the modules' own switches: TRL would switch it on again with default arguments.
     """
-    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) != 3:  # nothing to gather: TRL need not be there
-        with not_checkpointing(model):
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) != 3:  # TRL need not be there
+        with not_checkpointing(model), fsdp.whole_for_passes(model):
             yield accelerator.unwrap_model(model)
         return
     from trl.models import unwrap_model_for_generation

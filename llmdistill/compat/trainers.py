@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmdistill.compat.patching import patched
+
 
 def beside_random_states(trainer: Any, write: Callable[[str], None]) -> None:
     """``write(folder)`` where transformers' trainer writes the random states of a checkpoint.
@@ -47,6 +49,63 @@ def resume_at_present_rate(trainer: Any) -> None:
         scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]  # what the log shows
 
     trainer._load_optimizer_and_scheduler = loaded
+
+
+def lay_out_anew(trainer: Any, wanted: Callable[[], bool], put: Callable[[str], None]) -> None:
+    """Where ``wanted()``, a checkpoint's weights, optimizer and schedule are not loaded by transformers' trainer but by
+    ``put(checkpoint)``, once the model is wrapped. ``trainer.optimizer_order`` has the names of the weights as the
+    optimizer was given them, which DeepSpeed puts flat ones in the place of.
+    """
+    create, prepare = trainer.create_optimizer, trainer._prepare_for_training
+    load_weights, load_optimizer = trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler
+
+    def created(*args: Any, **kwargs: Any) -> Any:
+        optimizer = create(*args, **kwargs)
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        given = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(id(p) in names for p in given):
+            trainer.optimizer_order = [names[id(p)] for p in given]
+        return optimizer
+
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        if not wanted():
+            return prepare(*args, **kwargs)
+        from transformers import trainer as module  # not before: this package imports nothing heavy
+
+        with patched(module, "deepspeed_load_checkpoint", lambda *args, **kwargs: None):
+            return prepare(*args, **kwargs)
+
+    def weights(checkpoint: str, model: Any = None) -> None:
+        if not wanted():
+            load_weights(checkpoint, model)
+
+    def optimizer(checkpoint: str | None) -> None:
+        if checkpoint is None or not wanted():
+            load_optimizer(checkpoint)
+        else:
+            put(checkpoint)
+
+    trainer.create_optimizer, trainer._prepare_for_training = created, prepared
+    trainer._load_from_checkpoint, trainer._load_optimizer_and_scheduler = weights, optimizer
+
+
+def derive_random_states(trainer: Any) -> None:
+    """Resumed by another number of processes: random states are derived from seed, step and rank. transformers would
+    leave them, of the ranks without a file, as they were at the start.
+    """
+    load = trainer._load_rng_state
+
+    def loaded(checkpoint: str | None) -> None:
+        files = 0 if checkpoint is None else len(list(Path(checkpoint).glob("rng_state*.pth")))
+        if files in (0, trainer.args.world_size):
+            load(checkpoint)
+            return
+        from transformers import set_seed  # not before: this package imports nothing heavy
+
+        args = trainer.args
+        set_seed((args.seed * 1_000_003 + trainer.state.global_step * 1_009 + args.process_index) % 2**32)
+
+    trainer._load_rng_state = loaded
 
 
 def save_without(trainer: Any, part: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], file: str) -> None:

@@ -7,7 +7,8 @@ log-probs before and after are of the same states.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -58,6 +59,11 @@ class Repeated(Around):
             "finish": list(rollout.finish),
             "prompts": [[list(p.ids), p.text, p.domain, p.row] for p in prompts],
         }
+
+    def shared(self, states: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+        """Nothing: resumed by another number of ranks, the next step draws a text of its own."""
+        warnings.warn("the text that was trained on is drawn anew: another number of processes resumed", stacklevel=2)
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not state:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from llmdistill.compat import zero3
+from llmdistill.compat import fsdp, zero3
 from llmdistill.compat.models import generation_settings_in, without_writing_weights
 from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.adapters import refuse_unmergeable
 from llmdistill.models.few_tokens import few_tokens
+from llmdistill.models.helpers import NAME as HELPERS
 from llmdistill.models.loading import load_saved
 from llmdistill.models.modes import evaluating
 from llmdistill.models.weights import base_model, named_weights
@@ -117,6 +118,20 @@ def save_student(model: Any, folder: Path, tokenizer: Any, *, main_process: bool
             weights[name] = tensor.cpu()
     if main_process:
         _write(model, folder, weights)
+        tokenizer.save_pretrained(folder)
+
+
+def save_in_parts(model: Any, folder: Path, tokenizer: Any, *, main_process: bool = True) -> None:
+    """What ``save_model`` writes of a model that FSDP2 shards: whole weights, or the adapter alone. Every process calls
+    it; the main one writes."""
+    if not hasattr(model, "peft_config"):
+        save_student(model, folder, tokenizer, main_process=main_process)
+        return
+    fsdp.shard_again(model)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad and f"{HELPERS}." not in name)
+    state = {name: fsdp.whole(p).cpu() for name, p in trained}
+    if main_process:
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 

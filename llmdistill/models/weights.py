@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmdistill.compat import zero3
+from llmdistill.compat import fsdp, zero3
 from llmdistill.compat.models import as_stored
 from llmdistill.errors import UserError
 from llmdistill.models.helpers import NAME as HELPERS
@@ -34,6 +34,7 @@ def named_weights(
     Raises:
         UserError: an adapter on one of two tied matrices, which no checkpoint can hold.
     """
+    fsdp.shard_again(model)
     model = base_model(model)
     refuse_adapted_ties(model)
     weights = _walk(model, "", trainable_only)
@@ -52,7 +53,7 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
     """Own parameters and persistent buffers of ``module``, then those of its children, adapters merged."""
     if hasattr(module, "token_adapter"):  # peft: an embedding of which some rows are trained
         rows = module.token_adapter
-        with torch.no_grad(), gathered(list(module.parameters())):
+        with torch.no_grad(), gathered(list(module.parameters())), fsdp.whole_inside(module):
             yield f"{prefix}weight", whole(rows.get_merged_weights([] if rows.merged else rows.active_adapters))
         return
     if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # peft: a copy that is trained
@@ -61,7 +62,7 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
         yield from _walk(active, prefix, trainable_only)
         return
     if hasattr(module, "base_layer") and hasattr(module, "merge"):  # peft: a layer with adapters
-        with gathered(list(module.parameters())):
+        with gathered(list(module.parameters())), fsdp.whole_inside(module):
             merged = _merged(module)
         yield from ((prefix + name, tensor) for name, tensor in merged.items())
         base = module.get_base_layer()  # a router's has a buffer
@@ -152,9 +153,7 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
 def whole(parameter: Tensor) -> Tensor:
     """The parameter's values: of all shards under FSDP2, a copy under ZeRO-3 (the gathered storage is freed)."""
-    value = parameter.detach()
-    if hasattr(value, "full_tensor"):
-        return value.full_tensor()  # type: ignore[no-any-return]
+    value = fsdp.whole(parameter)
     return value.clone() if hasattr(parameter, "ds_id") else value
 
 

@@ -40,7 +40,7 @@ from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.loading import load_rows, load_sets
 from llmdistill.texts.streams import to_measure
 from llmdistill.training.consistency import check_heldout
-from llmdistill.training.layout import check_layout
+from llmdistill.training.layout import check_layout, written_layout
 from llmdistill.training.measure import Measurement
 from llmdistill.training.streamed_rows import check_streaming
 from llmdistill.training.trainer import DistillationTrainer
@@ -340,11 +340,11 @@ def checkpoint_to_resume(recipe: Recipe, folder: RunFolder, console: Console) ->
     if recipe.flags.resume:
         named = recipe.args.resume_from_checkpoint
         checkpoint = _named_checkpoint(named, recipe, folder) if isinstance(named, str) else folder.newest_checkpoint()
-        if checkpoint:
-            check_layout(checkpoint, recipe.args)  # before anything is written about this run
+        relaid = checkpoint and check_layout(checkpoint, recipe.args)  # before anything is written about this run
         nothing = f"no complete checkpoint in {folder.path}: from the start"
         if recipe.args.process_index == 0:
-            console.print(f"resuming from {checkpoint}" if checkpoint else nothing)
+            anew = f", written {written_layout(checkpoint)}: laid out anew" if checkpoint and relaid else ""
+            console.print(f"resuming from {checkpoint}{anew}" if checkpoint else nothing)
         return checkpoint
     with recipe.args.main_process_first(local=False, desc="an earlier run is moved aside"):
         aside = folder.move_aside() if recipe.args.process_index == 0 else None

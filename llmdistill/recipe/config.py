@@ -22,6 +22,7 @@ from llmdistill.recipe.launches import (
     asks_for_deepspeed,
     bf16_here,
     check_cpu_launch,
+    check_fsdp_launch,
     check_gpu_launch,
     check_parallelism,
     launched_processes,
@@ -104,6 +105,11 @@ class TeacherConfig:
     engine: Literal["hf", "vllm"] = option("hf", "hf: embedded, exact full distribution; vllm: top-k evidence at speed")
     dtype: DType = option("bfloat16", "dtype of its weights")
     batch_tokens: int = option(16384, "tokens (padding included) of one forward pass when scoring")
+    placement: Literal["whole", "sharded", "offload"] = option(
+        "whole",
+        "of an embedded one; whole: on every device; sharded: in parts over all processes, each layer put together as "
+        "it runs; offload: in the host's memory between uses",
+    )
     attn_implementation: str | None = option(None, "transformers' attention implementation")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     url: str = option("", "teacher service instead of a model in this process; replicas with commas")
@@ -147,6 +153,9 @@ class TeacherConfig:
             "empty beside teacher.stored, which holds one text of a row",
             "leave one out",
         )
+        alone = bool(self.model) and self.engine == "hf" and not self.domains
+        needed = "whole, but for an embedded model (teacher.model, engine hf) without domains"
+        require(alone or self.placement == "whole", "teacher.placement", self.placement, needed, "leave it out")
         require(not (self.model and self.url), "teacher.url", self.url, "empty beside teacher.model", "leave one out")
         for name, needed in (("tokenizer", self.url or self.model or self.stored), ("revision", self.model)):
             value, of = getattr(self, name), "a model" if name == "revision" else "a model, a url or a store"
@@ -364,7 +373,11 @@ class DistillationConfig(TrainingArguments):
     )
 
     restart_optimizer: bool = field(
-        default=False, metadata={"help": "resume from a checkpoint without optimizer (save_only_model) with a new one"}
+        default=False,
+        metadata={
+            "help": "resume with a new optimizer where the checkpoint has none (save_only_model), or that of another "
+            "launch which cannot be laid out anew"
+        },
     )
     rollouts: RolloutConfig = field(default_factory=RolloutConfig, metadata={"section": "rollouts"})
     chunk_tokens: int = field(
@@ -445,6 +458,7 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_parallelism()
+        check_fsdp_launch()
         if torch.cuda.is_available() and not self.use_cpu:
             check_gpu_launch(torch.cuda.device_count())
         else:

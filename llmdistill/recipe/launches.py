@@ -50,22 +50,34 @@ def check_parallelism(env: Mapping[str, str] = os.environ) -> None:
 
 
 def check_cpu_launch(env: Mapping[str, str] = os.environ) -> None:
-    """Refuses launches on a machine without a GPU that would run, and do something else than was asked for.
-
-    Raises:
-        UserError: FSDP, which accelerate leaves out on CPU: every process would hold and train a whole model.
-    """
-    if asks_for_fsdp(env):
-        raise UserError(
-            "accelerate's FSDP does not shard on CPU: every process would hold the whole student. "
-            "Fix: --config_file recipes/accelerate/zero3.yaml."
-        )
+    """Says where a launch on a machine without a GPU does something else than was asked for."""
     # `accelerate launch --num_processes 2` without a GPU, or with --cpu, prepares for two processes and starts one.
     if "ACCELERATE_DYNAMO_BACKEND" in env and "MASTER_ADDR" in env and launched_processes(env) == 1:
         warnings.warn(
             "accelerate launch was asked for several processes and started one: without a GPU it needs --multi_gpu "
             "(also on CPU), as in recipes/accelerate/two_processes.yaml",
             stacklevel=2,
+        )
+
+
+def check_fsdp_launch(env: Mapping[str, str] = os.environ) -> None:
+    """Refuses settings of accelerate's FSDP that a student cannot be trained with here.
+
+    Raises:
+        UserError: FSDP1; or weights that only the first process reads, while every one looks at its student first.
+    """
+    if not asks_for_fsdp(env):
+        return
+    if (version := env.get("FSDP_VERSION", "1")) != "2":
+        raise UserError(
+            f"fsdp_version is {version} in the launch file: FSDP1 puts weights together by whole units, and is not "
+            "tried here. Fix: fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml."
+        )
+    if env.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading is true in the launch file: the other processes would begin with empty "
+            "weights, and every one looks at its student before it is trained. Fix: false, as in "
+            "recipes/accelerate/fsdp2.yaml."
         )
 
 

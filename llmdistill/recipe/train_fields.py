@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llmdistill.errors import UserError
+from llmdistill.recipe.launches import asks_for_deepspeed, asks_for_fsdp, launched_processes
 from llmdistill.recipe.settings import Conflict, check_conflicts, require
 from llmdistill.record.metrics import HELDOUT_TEXTS, METRICS, OTHER_METRICS
 
@@ -38,6 +39,7 @@ class Refused:
 
 
 _NO_PREDICTIONS = "held-out rows are measured by our own metrics, sequence by sequence: no predictions are collected"
+_NO_LIGER = "Liger's layers were not proven here, and the loss is computed in chunks, by kernels on a GPU, anyway"
 _NO_PUSH = "what would be uploaded is the run folder, with the prompts and completions in it"
 _PUSH_FIX = "leave it out, and `hf upload NAME RUN/student` when you have looked at it"
 
@@ -80,6 +82,8 @@ REFUSED: dict[str, Refused] = {
         "tensor and context parallelism part the rows of a text (docs/training.md)",
         "recipes/accelerate/zero3.yaml",
     ),
+    "use_liger_kernel": Refused((False,), _NO_LIGER),
+    "liger_kernel_config": Refused((None,), _NO_LIGER),
     "do_predict": Refused((False,), "there is no prediction loop", "llmdistill eval SUITE --model RUN/student"),
     "local_rank": Refused((-1,), "the launcher says it"),
     "push_to_hub": Refused((False,), _NO_PUSH, _PUSH_FIX),
@@ -95,7 +99,7 @@ READ = frozenset(
         *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules"),
         *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps", "max_grad_norm"),
         *("bf16", "fp16", "tf32", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile"),
-        *("torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config"),
+        *("torch_compile_backend", "torch_compile_mode"),
         *("neftune_noise_alpha", "torch_empty_cache_steps", "logging_strategy", "logging_steps"),
         *("logging_first_step", "log_on_each_node", "include_num_input_tokens_seen", "log_level", "log_level_replica"),
         *("disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
@@ -129,6 +133,9 @@ ONE_OF = {
     "dataloader_multiprocessing_context": (None, "fork", "spawn", "forkserver"),
 }
 
+# Optimizers whose memory is a number, or two, for every element of a weight: it can be kept in parts of any cut.
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+_IN_BLOCKS = ("8bit", "4bit", "bnb", "paged")
 _LOW_RANK = ("galore_", "apollo_")
 # Their handlers in transformers look into optim_args.
 _ARGUMENTS = (
@@ -189,6 +196,18 @@ READ_WITH: tuple[Conflict, ...] = (
         "--optim adamw_torch with --lr_scheduler_type constant_with_warmup",
     ),
     Conflict(
+        lambda s: any(word in _optim(s) for word in _IN_BLOCKS),
+        "train.optim is {optim}, whose memory is in blocks of few bits, or paged, on a GPU alone: it was not proven "
+        "here to train, or to go on, as AdamW does",
+        "--optim adamw_torch; ZeRO and FSDP2 share its memory out, and can keep it in the host's (recipes/accelerate)",
+    ),
+    Conflict(
+        lambda s: (s.deepspeed or asks_for_deepspeed() or s.fsdp or asks_for_fsdp()) and _optim(s) not in ELEMENTWISE,
+        "train.optim is {optim}, and ZeRO and FSDP cut weights into parts, of which it would remember other things "
+        "than of the weights",
+        f"--optim {ELEMENTWISE[0]} (or {', '.join(ELEMENTWISE[1:])})",
+    ),
+    Conflict(
         lambda s: s.dataloader_num_workers == 0 and s.dataloader_persistent_workers,
         "train.dataloader_persistent_workers is true and train.dataloader_num_workers 0: there are none to be kept",
         "leave it out, or --dataloader_num_workers 1",
@@ -198,16 +217,6 @@ READ_WITH: tuple[Conflict, ...] = (
         "train.dataloader_multiprocessing_context is {dataloader_multiprocessing_context} and "
         "train.dataloader_num_workers 0: there are none to be started",
         "leave it out, or --dataloader_num_workers 1",
-    ),
-    Conflict(
-        lambda s: s.liger_kernel_config and not s.use_liger_kernel,
-        "train.liger_kernel_config is {liger_kernel_config}, and train.use_liger_kernel false",
-        "leave it out, or --use_liger_kernel true",
-    ),
-    Conflict(
-        lambda s: s.use_liger_kernel and not _installed("liger_kernel"),
-        "train.use_liger_kernel is true, and the package liger-kernel is not installed",
-        "pip install liger-kernel, or leave it out",
     ),
     Conflict(
         lambda s: s.fp16 and not torch.cuda.is_available(),
@@ -220,9 +229,14 @@ READ_WITH: tuple[Conflict, ...] = (
         "leave out fp16, which needs its loss scaled",
     ),
     Conflict(
-        lambda s: s.fsdp and not torch.cuda.is_available(),
-        "train.fsdp is {fsdp}, and without a GPU it does not shard: every process would hold the whole student",
-        "--config_file recipes/accelerate/zero3.yaml, of accelerate launch",
+        lambda s: s.fsdp and launched_processes() == 1,
+        "train.fsdp is {fsdp}, and no launcher started several processes to share the student",
+        "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m llmdistill.opd ..., without train.fsdp",
+    ),
+    Conflict(
+        lambda s: s.save_only_model and (s.fsdp or asks_for_fsdp()),
+        "train.save_only_model is true, and FSDP's checkpoints hold weights in parts, which only a resumed run reads",
+        "leave it out; RUN/student has the whole student at the end",
     ),
     Conflict(
         lambda s: s.deepspeed and not os.environ.get("MASTER_ADDR"),

@@ -107,6 +107,7 @@ class _Loading:
         key = (
             *(config.model, config.engine, config.dtype, config.batch_tokens),
             *(config.attn_implementation, config.trust_remote_code, config.revision, config.tokenizer),
+            config.placement,
         )
         if key not in self.models:
             self.models[key] = self._load(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,17 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmdistill.errors import UserError
+from llmdistill.models.few_tokens import few_tokens
 from llmdistill.models.generation import generate
 from llmdistill.models.heads import head_of
 from llmdistill.models.layers import captured, no_rows
 from llmdistill.models.loading import load_configured
 from llmdistill.models.passes import at_head
 from llmdistill.objectives.rows import HiddenRows
+from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.recipe.launches import whole_models
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.teachers.listing import blocks_of, refuse_wider
+from llmdistill.teachers.placement import Whole, placed
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.batches import by_length
 from llmdistill.texts.views import View
@@ -36,6 +41,7 @@ class LocalTeacher:
         tokenizer: its tokenizer.
         batch_tokens: tokens, padding included, of one forward pass.
         chunk_tokens: rows whose logits exist at one time in :meth:`score`.
+        placement: where its weights are; None: where they were.
     """
 
     def __init__(
@@ -45,27 +51,38 @@ class LocalTeacher:
         *,
         batch_tokens: int = 16384,
         chunk_tokens: int = 256,
+        placement: Whole | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.placement = tokenizer, placement
+        self.writes = placement is None or placement.writes
         self.batch_tokens = batch_tokens
         self.chunk_tokens = chunk_tokens
-        self.head = head_of(model)
+        with self.present():
+            self.head = head_of(model)
         self.packs = False  # told by the trainer, where sequences are packed and this model can read them so
         self._info: TeacherInfo | None = None
+        if placement is not None:
+            self.info()  # while all processes are here: weights in parts are put together for it
 
     @classmethod
     def load(cls, config: TeacherConfig, device: torch.device | str = "cpu") -> LocalTeacher:
-        """Loads the model and tokenizer a recipe names."""
+        """Loads the model and tokenizer a recipe names, on every rank or on none.
+
+        Raises:
+            UserError: it cannot be loaded, on one of them, or not be placed as ``teacher.placement`` says.
+        """
         with whole_models():
-            model, tokenizer = load_configured(config, "teacher")
-        return cls(model.to(device), tokenizer, batch_tokens=config.batch_tokens)  # type: ignore[arg-type]
+            model, tokenizer = on_every_rank(lambda: load_configured(config, "teacher"))
+        placement = placed(model.eval().requires_grad_(False), torch.device(device), config.placement)
+        return cls(model, tokenizer, batch_tokens=config.batch_tokens, placement=placement)
 
     @torch.no_grad()
     def dense(self, rollout: Rollout) -> HiddenRows:
         """Hidden rows of the counted tokens, [N, H], with the head: logits are formed only in chunks, later."""
         index, batches = self._batches(rollout)
-        found = at_head(self.model, self.head, batches, lambda rows_NH, view, _: rows_NH)
+        with self.present():
+            found = at_head(self.model, self.head, batches, lambda rows_NH, view, _: rows_NH)
         empty = self.head.linear.weight.new_zeros(0, self.head.linear.in_features)
         hidden_NH = _in_order(found, index, rollout.row_counts, empty)
         return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
@@ -74,7 +91,7 @@ class LocalTeacher:
     def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
         """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
         index, batches = self._batches(rollout)
-        with captured(self.model, layers) as states:
+        with self.present(), captured(self.model, layers) as states:
 
             def read(rows_NH: Tensor, view: View, _: None) -> list[Tensor]:  # the layers come before the head
                 return [view.rows(states[layer]) for layer in layers]
@@ -88,7 +105,16 @@ class LocalTeacher:
         """Which sequences are read together, and these, clean."""
         clean = replace(rollout, noise=None, packed=self.packs)
         index = by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens, packed=self.packs)
-        return index, ((clean.sequences(group).to(self.model.device), None) for group in index)
+        if self.placement is not None:
+            index = self.placement.passes(index)
+        nothing = few_tokens(self.model, 4)  # is read in an empty pass, for other processes' sake
+        nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
+        parts = (clean.sequences(group) if group else nothing for group in index)
+        device = self.head.linear.weight.device  # where it runs
+        return index, ((part.to(device), None) for part in parts)
+
+    def present(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.placement is None else self.placement.present()
 
     def score(self, rollout: Rollout, top_k: int, chosen: Tensor | None = None) -> list[ScoreBlock]:
         """One block per sequence. ``top_k`` up to the vocabulary size; any ids can be ``chosen``.
@@ -100,15 +126,26 @@ class LocalTeacher:
         return blocks_of(self.dense(rollout), rollout, top_k, chosen, self.info(), self.chunk_tokens)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
-        return generate(
-            self.model,
-            prompts,
-            sampling,
-            eos_ids=self.info().eos_ids,
-            pad_id=pad_id(self.tokenizer),
-            tokenizer=self.tokenizer,
-            batch_tokens=self.batch_tokens,
-        )
+        """Completions of its own.
+
+        Raises:
+            UserError: its weights are in parts over processes, which end their texts at different lengths.
+        """
+        if not self.writes:
+            raise UserError(
+                "teacher.placement is sharded: the teacher reads texts, and writes none. Fix: --sequences student or "
+                "dataset, or a teacher that is whole or served."
+            )
+        with self.present():
+            return generate(
+                self.model,
+                prompts,
+                sampling,
+                eos_ids=self.info().eos_ids,
+                pad_id=pad_id(self.tokenizer),
+                tokenizer=self.tokenizer,
+                batch_tokens=self.batch_tokens,
+            )
 
     def info(self) -> TeacherInfo:
         if self._info is None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmdistill.compat import zero3
+from llmdistill.compat import fsdp, zero3
+from llmdistill.compat.placing import local_part
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import NAME as HELPERS
@@ -110,7 +111,8 @@ class StudentTeacher:
         """As :meth:`~llmdistill.teachers.local.LocalTeacher.score`."""
         refuse_wider(top_k, self.head.vocab_size)
         rows = self.dense(rollout)
-        with gathered(list(rows.lm_head.parameters())):  # not before: a forward pass lets go of what it has gathered
+        # Not before: a forward pass lets go of what it has gathered.
+        with gathered(list(rows.lm_head.parameters())), fsdp.whole_inside(rows.lm_head):
             return blocks_of(rows, rollout, top_k, chosen, self.info(), self.chunk_tokens)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
@@ -175,8 +177,7 @@ class StudentTeacher:
         if state.get("sizes", {}) != self._sizes() or given.keys() != self.average.keys():
             raise ValueError("its average of the student is of other weights")
         self.average = {name: value.to(self.average[name], copy=True) for name, value in given.items()}
-        if self.sharded:
-            self._fit()
+        self._fit()
 
     def _sizes(self) -> dict[str, int]:
         """Elements of every whole weight that the average has."""
@@ -188,15 +189,18 @@ class StudentTeacher:
         Raises:
             UserError: it is of other shards.
         """
+        sharded = self.sharded
         for name, parameter in self._trained() if self.average else ():
-            if self.average[name].shape != _own(parameter).shape:
-                try:
-                    self.average[name] = zero3.shard_like(self.average[name], parameter)
-                except ValueError as error:
-                    raise UserError(
-                        f"the checkpoint's average of the student cannot be read: {error}. Fix: resume with as many "
-                        "processes, and the launch file, that wrote it."
-                    ) from error
+            value, whole = self.average[name], getattr(parameter, "ds_numel", parameter.numel())
+            if value.shape == _own(parameter).shape:
+                continue
+            if value.numel() == whole:
+                self.average[name] = local_part(value, parameter).clone()
+            elif sharded:
+                raise UserError(
+                    "the checkpoint's average of the student cannot be read: it is made of other shards than these "
+                    "weights. Fix: resume with as many processes, and the launch file, that wrote it."
+                )
 
     @property
     def _bound(self) -> PreTrainedModel:
@@ -204,6 +208,7 @@ class StudentTeacher:
         return self.model
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        fsdp.shard_again(self._bound)
         named = self._bound.named_parameters()
         return [(name, p) for name, p in named if p.requires_grad and f"{HELPERS}." not in name]
 
@@ -242,6 +247,16 @@ class StudentTeacher:
             if linear.bias is not None:
                 copy.bias = nn.Parameter(_whole(linear.bias), requires_grad=False)
         return copy
+
+
+def whole_average(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of all ranks' :meth:`StudentTeacher.state_dict`, with the average put together of the ranks' parts."""
+    first = states[0]
+    average, sizes = first.get("average", {}), first.get("sizes", {})
+    if all(value.numel() >= sizes[name] for name, value in average.items()):
+        return dict(first)
+    parts = {name: [state["average"][name].flatten() for state in states] for name in average}
+    return {**first, "average": {name: torch.cat(each)[: sizes[name]] for name, each in parts.items()}}
 
 
 def _own(parameter: Tensor) -> Tensor:

@@ -112,6 +112,17 @@ class ReplayBuffer:
             )
             offset += prompt + completion
 
+    def take_share(self, states: Sequence[dict[str, Any]], rank: int, world: int) -> None:
+        """Of what several buffers held, from the oldest on, every ``world``-th sample beginning with the ``rank``-th;
+        the newest of them where they are more than this one holds."""
+        every = list[Sample]()
+        for state in states:
+            held = ReplayBuffer(self.capacity)
+            held.load_state_dict(state)
+            every += held.samples
+        every.sort(key=lambda sample: sample.policy_version)  # stable: of one step by rank
+        self.samples = every[rank::world][-self.capacity :]
+
 
 def prompt_state(prompt: Prompt) -> dict[str, Any]:
     """A prompt as plain data, without the row it was read from."""

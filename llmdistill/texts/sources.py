@@ -116,6 +116,11 @@ class Around:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.source.load_state_dict(state)
 
+    @property
+    def shared(self) -> Any:
+        """Of the other, where it can share out its state among another number of ranks."""
+        return getattr(self.source, "shared", None)
+
 
 class Only(Stateless):
     """Always the same author.
@@ -186,6 +191,12 @@ class Adaptive:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.phi, self.last_loss = state["phi"], state["last_loss"]
         self.buffer.load_state_dict(state["buffer"])
+
+    def shared(self, states: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+        """What one of ``world`` ranks goes on with, of the states of those that there were: its share."""
+        buffer = ReplayBuffer(self.buffer.capacity)
+        buffer.take_share([state["buffer"] for state in states], rank, world)
+        return {**states[0], "buffer": buffer.state_dict()}
 
 
 def checked_source(source: Source | str, config: str, of_student: str) -> Source:

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
-from llmdistill.compat import checkpoints, trainers, zero3
+from llmdistill.compat import checkpoints, fsdp, trainers, zero3
 from llmdistill.errors import UserError
+from llmdistill.recipe.launches import asks_for_fsdp
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.training.layout import check_layout, named_checkpoint
+from llmdistill.training.relayout import lay_out
 
 LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # 1.8e19: the square of more is inf, in every norm of a model
 
@@ -32,18 +35,26 @@ class FiniteTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         checkpoints.saved_aside(self, self._refuse_lost_weights)
+        self.relaid = False  # resumed from a checkpoint that another launch wrote
+        trainers.lay_out_anew(self, lambda: self.relaid, lambda checkpoint: lay_out(self, Path(checkpoint)))
+        trainers.derive_random_states(self)
         trainers.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        fsdp.prepare(self, asks_for_fsdp() or bool(self.args.fsdp))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own.
 
         Raises:
-            UserError: the checkpoint is of another launch; there was nothing to train on; or the last update
-                destroyed the weights (a loss or an earlier checkpoint would have said so before).
+            UserError: the checkpoint is of another launch and cannot be laid out anew; there was nothing to train on;
+                or the last update destroyed the weights (a loss or an earlier checkpoint would have said so before).
         """
         resume_from_checkpoint = named_checkpoint(resume_from_checkpoint, self.args)
-        if isinstance(resume_from_checkpoint, str | Path) and resume_from_checkpoint:
-            check_layout(resume_from_checkpoint, self.args)
+        last = get_last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint is True else None
+        named = last or resume_from_checkpoint
+        self.relaid = isinstance(named, str | Path) and bool(named) and check_layout(named, self.args)
         rows, size = self.train_dataset, self.args.per_device_train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < size:
             raise self._no_step(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from llmdistill.models.causality import check_causal
 from llmdistill.models.heads import check_head
 from llmdistill.models.loading import named_student
 from llmdistill.models.packing import can_be_packed, layout_of
-from llmdistill.models.saving import check_savable
+from llmdistill.models.saving import check_savable, save_in_parts
 from llmdistill.models.unused import freeze_unused
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import DistillationConfig
@@ -118,6 +119,14 @@ class StudentTrainer(FiniteTrainer):
         finally:
             self._run_folder_callback.stop()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' own; of a student that FSDP2 shards, whole weights where it would write nothing."""
+        if not self.is_fsdp_enabled or _internal_call:  # a checkpoint has the parts
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        save_in_parts(self.model, folder, self.processing_class, main_process=self.is_world_process_zero())
+
     def as_inputs(self, batches: Sequence[MicroBatch], parts: int) -> list[dict[str, Any]]:
         """What transformers' loop takes for a micro-batch, ``parts`` times; each may be several of ours in a row."""
         found = []
@@ -202,9 +211,10 @@ class _AroundSteps(TrainerCallback):
             check_causal(self.trainer.model, self.trainer.forward_model())
             for judge in getattr(self.trainer, "judges", {}).values():
                 if isinstance(judged := getattr(judge, "model", None), PreTrainedModel):
-                    check_causal(judged, judged)
-                if isinstance(judge, LocalTeacher):
-                    judge.packs = self.trainer.passes.packed and can_be_packed(judge.model)
+                    with getattr(judge, "present", nullcontext)():
+                        check_causal(judged, judged)
+                        if isinstance(judge, LocalTeacher):
+                            judge.packs = self.trainer.passes.packed and can_be_packed(judge.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.step_counts and not self.trainer.is_deepspeed_enabled:

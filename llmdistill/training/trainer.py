@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from llmdistill.compat import trainers
+from llmdistill.compat import fsdp, trainers
+from llmdistill.compat.placing import put_weights
 from llmdistill.composition import plan
 from llmdistill.composition.batch import (
     MicroBatch,
@@ -56,7 +57,7 @@ from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
 from llmdistill.training.ahead import RoundsAhead
 from llmdistill.training.consistency import check_heldout, check_hidden, check_parts, check_ready
 from llmdistill.training.contexts import load_functions
-from llmdistill.training.layout import named_checkpoint
+from llmdistill.training.layout import is_relaid, named_checkpoint
 from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
@@ -182,6 +183,8 @@ class DistillationTrainer(RoundLog):
         if len(self.helpers):
             trainers.save_without(self, helpers.own, HELPERS_FILE)
             trainers.after_weights_are_loaded(self, self._load_helpers)
+            if self.is_fsdp_enabled:  # which saves no more than the adapter beside them
+                trainers.beside_random_states(self, self._save_helpers)
         self._method_start = copy.deepcopy(self._method_state().values())
         check_parts(self)
 
@@ -365,7 +368,7 @@ class DistillationTrainer(RoundLog):
         if checkpoint is True:  # transformers says so where there is none
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
         if checkpoint:
-            self._method_state().load(str(checkpoint))
+            self._method_state().load(str(checkpoint), relaid=is_relaid(checkpoint, self.args))
         else:  # again, or after a run that broke off: from where the method starts
             self._method_state().restore(copy.deepcopy(self._method_start))
         self.restart_rounds(checkpoint)
@@ -412,11 +415,16 @@ class DistillationTrainer(RoundLog):
 
     def _load_helpers(self, checkpoint: str) -> None:
         file = Path(checkpoint) / HELPERS_FILE
-        if file.is_file():  # DeepSpeed keeps them in its own files
-            self.helpers.load_state_dict(load_file(file))
+        if file.is_file() and not self.relaid:  # DeepSpeed keeps them in its own files
+            put_weights(self.helpers, load_file(file))
+
+    def _save_helpers(self, checkpoint: str) -> None:
+        state = {name: fsdp.whole(p).cpu() for name, p in self.helpers.named_parameters()}
+        if self.args.should_save:
+            save_file(state, Path(checkpoint) / HELPERS_FILE)
 
     def _method_state(self) -> MethodState:
-        return MethodState(self.method, self.judges, self.args.process_index)
+        return MethodState(self.method, self.judges, self.args.process_index, self.args.world_size)
 
     def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
         if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):

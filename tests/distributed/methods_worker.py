@@ -1,8 +1,9 @@
 """One launch of the distribution test of methods: what a composition can hold, trained by however many processes.
 
-    accelerate launch --config_file recipes/accelerate/zero3.yaml -m tests.distributed.methods_worker FOLDER [CASE ...]
+    accelerate launch --config_file recipes/accelerate/zero3.yaml -m tests.distributed.methods_worker FOLDER [ONE CASES]
 
-Each case trains four steps undisturbed, and again from the checkpoint after two. Every rank writes what it saw to
+Each case trains four steps undisturbed, and again from the checkpoint after two; some also from that of one process, of
+whose launch ONE is the folder (-: of none). Every rank writes what it saw to
 ``FOLDER/rank-N.json``; the first also writes weights, helpers and averages, whole, as ``FOLDER/CASE.pt``.
 """
 
@@ -160,6 +161,9 @@ CASES: dict[str, Case] = {
 }
 
 
+# Gone on with in another launch: an average of the student; an adapter, with helpers.
+CROSSED = ("ema", "mi_alpha_lora")
+
 # ---------------------------------------------------------------- how they are run
 
 
@@ -217,6 +221,17 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
+def weighed(method: Method) -> list[dict[str, Any]]:
+    """The rows as a method can read them."""
+    data = [dict(row) for row in rows()]
+    if method.uses == {"student"}:  # weights of tokens are those of a completion that is there
+        data = [{**row, "weight": 1.0 if isinstance(row["weight"], list) else row["weight"]} for row in data]
+    if any(getattr(source, "optional", False) for source in method.texts.values()):
+        for i in (3, 4, 9):
+            data[i]["completion"], data[i]["weight"] = "", 1.0
+    return data
+
+
 def make_trainer(name: str, folder: Path) -> DistillationTrainer:
     case, world = CASES[name], int(os.environ.get("WORLD_SIZE", 1))
     args = DistillationConfig(
@@ -248,18 +263,12 @@ def make_trainer(name: str, folder: Path) -> DistillationTrainer:
                 student.save_pretrained(folder / "start")
         student = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
     judge = Watched(case.judge, 0.5) if case.judge else LocalTeacher(make_model(1, hidden=48, tied=False), tokenizer)
-    data = [dict(row) for row in rows()]
-    if method.uses == {"student"}:  # weights of tokens are those of a completion that is there
-        data = [{**row, "weight": 1.0 if isinstance(row["weight"], list) else row["weight"]} for row in data]
-    if any(getattr(source, "optional", False) for source in method.texts.values()):
-        for i in (3, 4, 9):
-            data[i]["completion"], data[i]["weight"] = "", 1.0
     trainer = DistillationTrainer(
         student,
         args,
         judge,
         method=method,
-        train_dataset=data,
+        train_dataset=weighed(method),
         processing_class=tokenizer,
         peft_config=LORA if case.lora else None,
         data=DATA,
@@ -299,38 +308,53 @@ def lines(trainer: DistillationTrainer) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if not k.startswith(skipped)} for line in logged]
 
 
-def run(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is JSON, tensors) of a case, of this rank."""
-    case = CASES[name]
-    numbers: dict[str, Any] = {}
-    tensors: dict[str, Any] = {}
-    for which in ("undisturbed", "resumed") if case.resumed else ("undisturbed",):
-        trainer = make_trainer(name, folder / name)
-        begun = Start()
-        trainer.add_callback(begun)
-        trainer.train(str(folder / name / f"checkpoint-{STEPS // 2}") if which == "resumed" else None)
-        judge = trainer.judges["teacher"]
-        heard = trainer.method.schedules.get("heard")
-        plugin = trainer.accelerator.state.deepspeed_plugin
-        numbers[which] = {
-            "processes": trainer.accelerator.num_processes,
-            "zero_stage": None if plugin is None else plugin.zero_stage,
-            "began": begun.step,
-            "lines": lines(trainer),
-            "moved": judge.moved if isinstance(judge, Watched) else 0,
-            "judged": judge.judged if isinstance(judge, Watched) else 0,
-            "heard": heard.told if isinstance(heard, Heard) else [],
-            "schedules": {n: _plain(s.state_dict()) for n, s in trainer.method.schedules.items() if n != "heard"},
-        }
-        tensors[which] = {
-            "weights": {n: t.clone() for n, t in named_weights(trainer.model)},
-            "average": whole_average(judge) if isinstance(judge, StudentTeacher) else {},
-            "helpers": whole_helpers(trainer),
-        }
-        if which == "undisturbed" and len(trainer.helpers):
-            trainer.save_model(str(folder / name / "final"))
-            trainer.accelerator.wait_for_everyone()
-            numbers[which]["saved"] = saved(trainer, folder / name / "final", case.lora)
+def run(name: str, folder: Path, one: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is JSON, tensors) of a case, of this rank.
+
+    Args:
+        one: where one process trained it.
+    """
+    middle = f"checkpoint-{STEPS // 2}"
+    runs: dict[str, Path | None] = {"undisturbed": None}
+    if CASES[name].resumed:
+        runs["resumed"] = folder / name / middle
+    if name in CROSSED and one is not None:
+        runs["from one process"] = one / name / middle
+    numbers, tensors = dict[str, Any](), dict[str, Any]()
+    for which, checkpoint in runs.items():
+        into = folder / (f"{name}-from-one" if which == "from one process" else name)
+        numbers[which], tensors[which] = trained(name, into, checkpoint)
+    return numbers, tensors
+
+
+def trained(name: str, folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is JSON, tensors) of a case that is trained from its start, or from a checkpoint."""
+    trainer = make_trainer(name, folder)
+    begun = Start()
+    trainer.add_callback(begun)
+    trainer.train(None if checkpoint is None else str(checkpoint))
+    judge = trainer.judges["teacher"]
+    heard = trainer.method.schedules.get("heard")
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    numbers = {
+        "processes": trainer.accelerator.num_processes,
+        "zero_stage": None if plugin is None else plugin.zero_stage,
+        "began": begun.step,
+        "lines": lines(trainer),
+        "moved": judge.moved if isinstance(judge, Watched) else 0,
+        "judged": judge.judged if isinstance(judge, Watched) else 0,
+        "heard": heard.told if isinstance(heard, Heard) else [],
+        "schedules": {n: _plain(s.state_dict()) for n, s in trainer.method.schedules.items() if n != "heard"},
+    }
+    tensors = {
+        "weights": {n: t.clone() for n, t in named_weights(trainer.model)},
+        "average": whole_average(judge) if isinstance(judge, StudentTeacher) else {},
+        "helpers": whole_helpers(trainer),
+    }
+    if checkpoint is None and len(trainer.helpers):
+        trainer.save_model(str(folder / "final"))
+        trainer.accelerator.wait_for_everyone()
+        numbers["saved"] = saved(trainer, folder / "final", CASES[name].lora)
     return numbers, tensors
 
 
@@ -353,7 +377,7 @@ def _plain(state: Any) -> Any:
     return json.loads(json.dumps(state, default=lambda x: x.tolist()))
 
 
-def main(folder: Path, chosen: Sequence[str]) -> None:
+def main(folder: Path, one: Path | None, chosen: Sequence[str]) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
@@ -361,12 +385,12 @@ def main(folder: Path, chosen: Sequence[str]) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rank, found = int(os.environ.get("RANK", 0)), {}
     for name in chosen or CASES:
-        found[name], tensors = run(name, folder)
+        found[name], tensors = run(name, folder, one)
         if rank == 0:
             torch.save(tensors, folder / f"{name}.pt")
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2:3] not in ([], ["-"]) else None, sys.argv[3:])
     leave_group()

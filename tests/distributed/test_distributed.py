@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP, ZeRO-2 and ZeRO-3 over gloo, with the launch files the recipes come with."""
+"""Two processes train as one does: DDP, ZeRO-2, ZeRO-3 and FSDP2 over gloo, with the recipes' launch files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ import pytest
 import yaml
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.launches import check_cpu_launch, check_parallelism, launched_processes, whole_models
+from llmdistill.recipe.launches import (
+    check_cpu_launch,
+    check_fsdp_launch,
+    check_parallelism,
+    launched_processes,
+    whole_models,
+)
 from tests.distributed import worker
 from tests.distributed.launching import launch, launched_once
 
-SEVERAL = ("two_processes", "zero2", "zero3")
-RUNS = ("tied/dataset", "tied/student", "untied/dataset", "untied/student")
+SEVERAL = ("two_processes", "zero2", "zero3", "fsdp2")
+CELLS = [(c, run) for c in SEVERAL for run in (worker.RUNS if c != "fsdp2" else (worker.RUNS[0], worker.RUNS[3]))]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Launch file -> what its worker wrote."""
+    """Launch file -> what its worker wrote, and ``folder``."""
 
     def of(config: str) -> dict[str, Any]:
-        folder = launched_once(tmp_path_factory, config, "tests.distributed.worker", "{folder}/out.json", "{folder}")
+        words = ["{folder}/out.json", "{folder}"]
+        if config != "one_process":
+            words.append(of("one_process")["folder"])  # to go on from
+        folder = launched_once(tmp_path_factory, config, "tests.distributed.worker", *words)
         found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-        return found
+        return {**found, "folder": str(folder)}
 
     return of
 
@@ -35,19 +44,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SEVERAL)
 def test_as_many_processes_as_asked_for_and_really_sharded(results: Any, config: str) -> None:
-    stage = {"two_processes": None, "zero2": 2, "zero3": 3}[config]
-    for run in RUNS:
+    stage = {"zero2": 2, "zero3": 3}.get(config)
+    for run in (run for c, run in CELLS if c == config):
         alone, found = results("one_process")[run], results(config)[run]
         assert (alone["processes"], found["processes"]) == (1, 2)
         assert found["zero_stage"] == stage
-        share = 2 if stage == 3 else 1
+        share = 2 if config in ("zero3", "fsdp2") else 1
         # Every parameter has an even number of elements, so no shard is padded.
         assert found["local_parameters"] * share == alone["local_parameters"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("config", SEVERAL)
+@pytest.mark.parametrize(("config", "run"), CELLS)
 def test_the_numbers_do_not_depend_on_how_many_processes_share_the_batch(results: Any, config: str, run: str) -> None:
     alone, found = results("one_process")[run], results(config)[run]
     assert len(alone["losses"]) == worker.STEPS
@@ -63,8 +71,7 @@ def test_the_numbers_do_not_depend_on_how_many_processes_share_the_batch(results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("config", SEVERAL)
+@pytest.mark.parametrize(("config", "run"), CELLS)
 def test_a_resumed_run_goes_on_as_the_undisturbed_one(results: Any, config: str, run: str) -> None:
     found = results(config)[run]
     assert found["resumed_at"] == worker.STEPS // 2
@@ -73,8 +80,23 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(results: Any, config: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("direction", ("from one process", "to one process"))
 @pytest.mark.parametrize("config", SEVERAL)
+def test_a_run_goes_on_in_another_launch(results: Any, config: str, direction: str, tmp_path: Path) -> None:
+    """With its weights, the optimizer's moments and the schedule: losses and norms of gradients, step by step."""
+    whole, half = results("one_process")["tied/dataset"], worker.STEPS // 2
+    if direction == "from one process":
+        found = results(config)[direction]
+    else:
+        found = worker.gone_on(tmp_path, Path(results(config)["folder"]) / "tied-dataset")
+    assert found["resumed_at"] == half
+    for name in ("loss", "grad_norm", "learning_rate"):
+        expected = [step[name] for step in whole["logged"][half:]]
+        assert [step[name] for step in found["logged"]] == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "run"), CELLS)
 def test_the_saved_student_is_the_trained_one(results: Any, config: str, run: str) -> None:
     assert results(config)[run]["saved_difference"] == 0
 
@@ -131,9 +153,10 @@ def write_recipe(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def test_fsdp_on_cpu_is_refused_because_accelerate_would_not_shard() -> None:
-    with pytest.raises(UserError, match="zero3.yaml"):
-        check_cpu_launch({"ACCELERATE_USE_FSDP": "true"})
+@pytest.mark.parametrize("settings", ({}, {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}))
+def test_fsdp_that_would_train_something_else_is_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"Fix: .*recipes/accelerate/fsdp2.yaml"):
+        check_fsdp_launch({"ACCELERATE_USE_FSDP": "true", **settings})
 
 
 def test_a_launch_that_silently_starts_one_process_is_named() -> None:

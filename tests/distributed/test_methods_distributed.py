@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.distributed import worker
 from tests.distributed.launching import begin, end, kill, launched_once
-from tests.distributed.methods_worker import CASES, GLOBAL_BATCH, STEPS
+from tests.distributed.methods_worker import CASES, CROSSED, GLOBAL_BATCH, STEPS, trained
 
 SEVERAL = ("two_processes", "zero2", "zero3")
 STAGE = {"one_process": None, "two_processes": None, "zero2": 2, "zero3": 3}
@@ -58,8 +58,10 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def of(config: str) -> Layout:
         if config not in known:
-            worker = "tests.distributed.methods_worker"
-            known[config] = Layout(launched_once(tmp_path_factory, config, worker, "{folder}", time_limit=TIME_LIMIT))
+            words = ["tests.distributed.methods_worker", "{folder}"]
+            if config != "one_process":
+                words.append(str(of("one_process").folder))  # to go on from
+            known[config] = Layout(launched_once(tmp_path_factory, config, *words, time_limit=TIME_LIMIT))
         return known[config]
 
     return of
@@ -111,6 +113,23 @@ def test_a_resumed_run_is_the_undisturbed_one(layouts: Any, config: str, case: s
         assert resumed[what] == whole[what], what
     for kind, tensors in found.tensors(case).items():
         close_tensors(found.tensors(case, "resumed")[kind], tensors, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ("from one process", "to one process"))
+@pytest.mark.parametrize("case", CROSSED)
+@pytest.mark.parametrize("config", SEVERAL)
+def test_a_run_goes_on_in_another_launch(layouts: Any, config: str, case: str, direction: str, tmp_path: Path) -> None:
+    """With what the method remembers, the adapter, the helpers, and the optimizer's memory of them."""
+    alone, found = layouts("one_process"), layouts(config)
+    if direction == "from one process":
+        numbers, tensors = found.numbers(case, direction), found.tensors(case, direction)
+    else:
+        numbers, tensors = trained(case, tmp_path, found.folder / case / f"checkpoint-{STEPS // 2}")
+    assert numbers["began"] == STEPS // 2
+    close(numbers["lines"], alone.numbers(case)["lines"])
+    for kind, expected in alone.tensors(case).items():
+        close_tensors(tensors[kind], expected)
 
 
 @pytest.mark.slow
@@ -295,20 +314,3 @@ def test_an_averaged_student_goes_on_with_another_number_of_ranks(tmp_path: Path
 def averaged(checkpoint: Path) -> dict[str, torch.Tensor]:
     state = torch.load(checkpoint / "method_state_0.pt", weights_only=True)
     return state["judges"]["teacher"]["average"]  # type: ignore[no-any-return]
-
-
-@pytest.mark.slow
-def test_what_deepspeed_keeps_in_parts_is_refused_by_another_launch(tmp_path: Path) -> None:
-    """Before anything is written: without DeepSpeed the optimizer would be a new one, in silence."""
-    recipe, run = write_recipe(tmp_path, 1, {"sequences": "dataset"}), tmp_path / "run"
-    end(start("zero2", recipe, run), TIME_LIMIT)
-    before = {file: file.read_bytes() for file in run.glob("*.*")}
-    for other, layout in (("one_process", "without DeepSpeed"), ("zero3", "with DeepSpeed ZeRO-3 over 2 processes")):
-        share = "4" if other == "one_process" else "2"
-        process = start(other, recipe, run, "--per_device_train_batch_size", share, "--resume")
-        said = process.communicate(timeout=TIME_LIMIT)[0]
-        assert process.returncode != 0
-        assert f"was written with DeepSpeed ZeRO-2 over 2 processes, and this is a launch {layout}" in said, said[
-            -3000:
-        ]
-    assert {file: file.read_bytes() for file in run.glob("*.*")} == before

@@ -1,9 +1,10 @@
 """One launch of the distribution test: trains tiny students and writes what it saw as JSON, for the test to compare.
 
-    accelerate launch --config_file recipes/accelerate/zero3.yaml -m tests.distributed.worker OUT.json FOLDER
+    accelerate launch --config_file recipes/accelerate/zero3.yaml -m tests.distributed.worker OUT.json FOLDER [ONE]
 
 The same four runs (tied or untied embeddings; the dataset's completions, or the student's own greedy ones) at the same
-global batch, however many processes share it. Everything is drawn from seeds; nothing is read from disk.
+global batch, however many processes share it. Everything is drawn from seeds; nothing is read from disk. ONE is the
+folder of the launch of one process, which one run also goes on from.
 """
 
 from __future__ import annotations
@@ -20,26 +21,29 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, RolloutConfig, Term
+from llmdistill.compat import fsdp
 from llmdistill.models.weights import named_weights
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.recipe.launches import leave_group, whole_models
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts.sources import Only
 
+RUNS = ("tied/dataset", "tied/student", "untied/dataset", "untied/student")  # of them FSDP2 has the first and the last
 VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
 
 
-def main(out: Path, folder: Path) -> None:
+def main(out: Path, folder: Path, one: Path | None = None) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
         # Its shared-memory all-reduce would be compiled first, for a minute; gloo's sums are the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    results = {
-        f"{'tied' if tied else 'untied'}/{'student' if on_policy else 'dataset'}": one_run(folder, tied, on_policy)
-        for tied in (True, False)
-        for on_policy in (False, True)
-    }
+    results: dict[str, Any] = {}
+    for run in RUNS[:1] + RUNS[3:] if os.environ.get("ACCELERATE_USE_FSDP") == "true" else RUNS:
+        tied, on_policy = run.startswith("tied/"), run.endswith("/student")
+        results[run] = one_run(folder, tied, on_policy)
+    if one is not None:
+        results["from one process"] = gone_on(folder / "from-one", one / "tied-dataset")
     if int(os.environ.get("RANK", 0)) == 0:
         out.write_text(json.dumps(results))
 
@@ -50,7 +54,9 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
     trainer = make_trainer(folder, tied, on_policy)
     before = trainer.evaluate()
     trainer.train()
-    numel = [getattr(p, "ds_tensor", p).numel() for p in trainer.model.parameters()]
+    fsdp.shard_again(trainer.model)
+    parts = [p.to_local() if fsdp.is_shard(p) else getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
+    numel = [part.numel() for part in parts]
     evaluated = trainer.evaluate()
     trainer.save_model(str(folder / "final"))
     difference = saved_difference(trainer, folder / "final")
@@ -72,6 +78,15 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
         "saved_difference": difference,
         "steps_in_file": [line["step"] for line in lines if "loss" in line],
     }
+
+
+def gone_on(folder: Path, run: Path) -> dict[str, Any]:
+    """The run ``tied/dataset``, resumed in the middle of what may have been another launch's."""
+    resumed, start = make_trainer(folder, True, False), Start()
+    resumed.add_callback(start)
+    resumed.train(resume_from_checkpoint=str(run / f"checkpoint-{STEPS // 2}"))
+    logged = [line for line in resumed.state.log_history if "loss" in line and line["step"] > start.step]
+    return {"resumed_at": start.step, "logged": logged}
 
 
 class Start(TrainerCallback):
@@ -177,5 +192,5 @@ def saved_difference(trainer: DistillationTrainer, folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
     leave_group()
