@@ -82,6 +82,11 @@ class REDIConfig(PairConfig):
             "leave guard_stop out",
         ),
         Conflict(
+            lambda s: s.rejected_tokens != "all" and s.method == "dpo",
+            "objective.rejected_tokens is {rejected_tokens}, and TRL's dpo reads whole completions",
+            "leave it out, or --method redi, symmetric or simpo",
+        ),
+        Conflict(
             lambda s: s.method == "sft" and not s.has_stage1,
             "objective.method sft is stage 1 alone, and objective.stage1_epochs 0 skips it",
             "use 3",

@@ -33,13 +33,13 @@ from llmdistill.pipeline.run import (
     check_saved,
     checkpoint_to_resume,
     load_student,
-    quiet,
     save_student,
 )
 from llmdistill.pipeline.stage import Stage
 from llmdistill.pipeline.tables import stages_table
 from llmdistill.preflight import preflight
 from llmdistill.preflight.pairs import PairRun
+from llmdistill.quiet import quiet
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig
 from llmdistill.recipe.launches import leave_group
@@ -49,7 +49,7 @@ from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.texts.loading import Rows, load_rows, load_sets
-from llmdistill.texts.pairs import Pair, PairEncoder, pair_encoder
+from llmdistill.texts.pairs import Pair, PairEncoder
 from llmdistill.texts.streams import HeldOutSets
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.consistency import check_heldout
@@ -78,15 +78,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     tuned = replace(recipe.student, adapter="merge", model=str(first.path / "student"), revision="")
     skip = not args.has_stage1 or (recipe.flags.resume and args.method != "sft" and _finished(first))
     model, tokenizer = load_student(tuned if skip and args.has_stage1 else recipe.student)
-    encoder = pair_encoder(
-        tokenizer,
-        recipe.data,
-        chosen_column=args.chosen_column,
-        rejected_column=args.rejected_column,
-        max_completion_tokens=args.max_completion_tokens,
-        context=context_length(model.config),
-        bad_pairs=args.bad_pairs,
-    )
+    encoder = args.encoder(tokenizer, recipe.data, context_length(model.config))
     # All of it before anything is trained or an earlier run is moved: a bad row costs no stage 1.
     pairs, positives, heldout, inputs = _data(recipe, encoder)
     also_end_at(model, tokenizer, encoder.prompts.ends)

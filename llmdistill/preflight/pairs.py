@@ -126,6 +126,8 @@ def likelihood(s: Subject) -> Iterator[Finding]:
             prompt=replace(p.prompt, ids=p.prompt.ids[-TOKENS:]),
             chosen=p.chosen[:TOKENS],
             rejected=p.rejected[:TOKENS],
+            chosen_counts=(),  # all of them, whatever the loss reads
+            rejected_counts=(),
         )
         for p in shortest
     ]

@@ -23,6 +23,7 @@ from llmdistill.texts.turns import Turn, is_empty
 logger = logging.getLogger(__name__)
 
 BadPairs = Literal["error", "skip"]
+RejectedTokens = Literal["all", "after_divergence", "first_divergent"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class PairEncoder:
         context: tokens the student was built for.
         bad_pairs: what to do with rows that have an empty side or two sides alike. Rows that are too long are
             ``data.overlong``'s.
+        rejected_tokens: which of the rejected side count, in the loss and in |y|: all; those from where it parts from
+            the chosen side; or the one token where it parts.
     """
 
     prompts: PromptEncoder
@@ -86,6 +89,7 @@ class PairEncoder:
     max_completion_tokens: int = 0
     context: int = 1 << 30
     bad_pairs: BadPairs = "error"
+    rejected_tokens: RejectedTokens = "all"
     skipped: dict[str, int] = field(default_factory=dict)  # rows left out so far, by reason
 
     def __call__(self, row: Mapping[str, Any], index: int = 0, *, positive: bool = False) -> Pair:
@@ -123,7 +127,7 @@ class PairEncoder:
                 "compared. Fix: data.assistant_turns last."
             )
         prompt = self._prompt(sides[0], row, index)
-        counts = (chosen.counts, rejected.counts)
+        counts = (chosen.counts, self._penalised(chosen.ids, rejected, index) if other else rejected.counts)
         pair = Pair(prompt, chosen.ids, rejected.ids, cut_chosen + cut_rejected, *counts)
         if pair.num_tokens > self.context:
             raise _Unfit(
@@ -201,6 +205,23 @@ class PairEncoder:
         skipped.setdefault(error.kind, []).append(index)
         return []
 
+    def _penalised(self, chosen: Sequence[int], rejected: Completion, index: int) -> tuple[bool, ...]:
+        """Which tokens of the rejected side count."""
+        if self.rejected_tokens == "all":
+            return rejected.counts
+        shared = common_prefix(chosen, rejected.ids)
+        end = len(rejected.ids) if self.rejected_tokens == "after_divergence" else shared + 1
+        given = rejected.counts or (True,) * len(rejected.ids)
+        counts = tuple(counts and shared <= i < end for i, counts in enumerate(given))
+        if not any(counts):
+            raise _Unfit(
+                "without a divergence",
+                f"row {index}: {self.rejected_column} is the beginning of {self.chosen_column}, and "
+                f"objective.rejected_tokens {self.rejected_tokens} counts what it says otherwise. "
+                "Fix: remove the row, --bad_pairs skip, or --rejected_tokens all.",
+            )
+        return counts
+
     def _unfit_apart(self, encode: Callable[[Any, int], list[Pair]]) -> Callable[[Any, int], list[Pair]]:
         """``encode`` with what settings of their own decide about as another kind of error."""
 
@@ -270,6 +291,11 @@ def pair_encoder(
         )
     prompts = PromptEncoder(tokenizer, data)
     return PairEncoder(prompts, max_completion_tokens=max_completion_tokens, context=context, **names)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:

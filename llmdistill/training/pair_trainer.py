@@ -17,7 +17,7 @@ from llmdistill.composition.term import Term
 from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.recipe.settings import Conflict, setting
-from llmdistill.texts.pairs import BadPairs, Pair, Side, pair_encoder
+from llmdistill.texts.pairs import BadPairs, Pair, PairEncoder, RejectedTokens, Side, pair_encoder
 from llmdistill.texts.streams import ExampleStream, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard
@@ -37,6 +37,11 @@ class PairConfig(DistillationConfig):
     rejected_column: str = setting("rejected", "column with the wrong completion, likewise")
     max_completion_tokens: int = setting(0, "cut completions after so many tokens; 0: never", at_least=0)
     bad_pairs: BadPairs = setting("error", "skip leaves out rows with an empty side or two sides alike")
+    rejected_tokens: RejectedTokens = setting(
+        "all",
+        "of the rejected side the loss reads: all, after_divergence (from where it parts from the chosen one), or "
+        "first_divergent (that token alone)",
+    )
     guard_drop: float = setting(
         0.5, "nats per token log p(chosen) may fall before a warning; 0: not watched", at_least=0
     )
@@ -58,6 +63,11 @@ class PairConfig(DistillationConfig):
             "leave it out",
         ),
     )
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, context: int) -> PairEncoder:
+        """What reads rows as these settings say."""
+        names = ("chosen_column", "rejected_column", "max_completion_tokens", "bad_pairs", "rejected_tokens")
+        return pair_encoder(tokenizer, data, context=context, **{name: getattr(self, name) for name in names})
 
 
 def pair_method(loss: PairLoss, pad: int) -> Method:
@@ -92,15 +102,7 @@ class PairTrainer(DistillationTrainer):
         **kwargs: Any,
     ) -> None:
         model, processing_class = named_student(model, processing_class)
-        self.encoder = pair_encoder(
-            processing_class,
-            data or DataConfig(),
-            chosen_column=args.chosen_column,
-            rejected_column=args.rejected_column,
-            max_completion_tokens=args.max_completion_tokens,
-            context=context_length(model.config),
-            bad_pairs=args.bad_pairs,
-        )
+        self.encoder = args.encoder(processing_class, data or DataConfig(), context_length(model.config))
         self.guard = Guard(args.guard_drop or math.inf, args.guard_window, args.guard_rejected_drop or math.inf)
         self.step_sums = [0.0, 0.0, 0.0]  # chosen, rejected, pairs of this process since the last optimizer step
         method = pair_method(loss, pad_id(processing_class))
