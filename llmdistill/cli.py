@@ -44,10 +44,11 @@ def doctor(words: argparse.Namespace, rest: Sequence[str]) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from llmdistill.pipeline.run import build, quiet
+    from llmdistill.pipeline.run import build
     from llmdistill.preflight import STYLE, examine
     from llmdistill.preflight.foreseen import foreseen
     from llmdistill.preflight.foreseen import table as table_of_memory
+    from llmdistill.quiet import quiet
     from llmdistill.recipe.command_line import named, parse
 
     if words.method == "diffusion":

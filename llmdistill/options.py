@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, NoReturn
@@ -26,7 +27,16 @@ class OptionParser(argparse.ArgumentParser):
         return super().parse_known_args(as_declared(words, self._option_string_actions), namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}. Fix: {self.prog} --help lists the settings.")
+        raise UserError(f"{self.prog}: {in_our_words(message)}. Fix: {self.prog} --help lists the settings.")
+
+
+def in_our_words(message: str) -> str:
+    """What argparse says of a value that is no number."""
+    found = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL)
+    if found is None:
+        return message
+    name, kind, value = found.groups()
+    return f"{name} is {value}; it must be a {'whole ' * (kind == 'int')}number"
 
 
 def as_declared(words: Iterable[str], declared: Container[str]) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +53,23 @@ def test_a_training_door(tmp_path: Path) -> None:
     assert recipe.teachers[0].batch_tokens == 7
     with pytest.raises(UserError, match="unknown option --max_new_token; did you mean 'max_new_tokens'"):
         parse(OPDConfig, ["--max-new-token", "5"])
+
+
+@pytest.mark.parametrize(
+    ("refused", "words", "said"),
+    [
+        (
+            eval_parser().parse_args,
+            ["gsm8k", "--model", "m", "--limit", "ten"],
+            "--limit is 'ten'; it must be a whole number",
+        ),
+        (generate_parser().parse_args, ["--top_p", "x"], "--top_p is 'x'; it must be a number"),
+        (serve.parsed, ["--model", "m", "--port", "http"], "--port is 'http'; it must be a whole number"),
+    ],
+)
+def test_what_is_no_number_is_said_in_our_words(refused: Any, words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        refused(words)
 
 
 def test_values_stay_as_they_are() -> None:

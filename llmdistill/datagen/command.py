@@ -17,6 +17,7 @@ from llmdistill import datagen
 from llmdistill.datagen.chain import Link, StepFunction, find_step, run_chain
 from llmdistill.datagen.tell import summary
 from llmdistill.options import OptionParser
+from llmdistill.quiet import quiet
 from llmdistill.record.manifest import Manifest
 
 STEPS = tuple(name for name in datagen.__all__ if name != "generate")  # that one is a command of its own
@@ -84,7 +85,9 @@ def _chain(argv: Sequence[str]) -> int:
         first, *more = summary(manifest)
         print(f"{link.name}: finished before, {link.out}" if done_before else "\n".join([first, *more]), flush=True)
 
-    run_chain(parser.parse_args(argv).recipe, told)
+    recipe = parser.parse_args(argv).recipe
+    quiet()
+    run_chain(recipe, told)
     return 0
 
 

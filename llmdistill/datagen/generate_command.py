@@ -25,6 +25,7 @@ from llmdistill.datagen.tables import MOST_REJECTED
 from llmdistill.datagen.tell import summary
 from llmdistill.errors import UserError
 from llmdistill.options import OptionParser, underscored
+from llmdistill.quiet import quiet
 
 ROLES = ("teacher", "student", "judge", "opponent")  # others as --NAME.model
 
@@ -35,6 +36,7 @@ def run(argv: Sequence[str]) -> int:
     roles = roles_of(rest)
     if not roles:
         raise UserError("llmdistill generate was given no model. Fix: --teacher FOLDER_OR_HUB_NAME_OR_URL.")
+    quiet()
     shard = shard_of(words.shard)
     out = words.out if shard[1] == 1 else str(beside(words.out, f"{shard[0]:05d}-of-{shard[1]:05d}"))
     prompts = Prompts(

@@ -26,6 +26,7 @@ from llmdistill.evals.runner import Evaluation, evaluate, launch, regrade
 from llmdistill.evals.suite import bundled_suites
 from llmdistill.evals.summary import drawn_with
 from llmdistill.options import OptionParser
+from llmdistill.quiet import quiet
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,6 +53,7 @@ def run(argv: Sequence[str]) -> int:
     else:
         if not words.suites:
             raise UserError("llmdistill eval was given no suite. Fix: a YAML file, or a name such as gsm8k.")
+        quiet()
         found = evaluate(words.suites, config=EvalConfig(**given), rank=rank, world=world)
         assert isinstance(found, list)
         done = found

@@ -27,6 +27,7 @@ from llmdistill.errors import UserError
 from llmdistill.models.loading import load_model
 from llmdistill.models.missing import why_not_loaded
 from llmdistill.options import OptionParser
+from llmdistill.quiet import quiet
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.tokenization.align import spell
 from llmdistill.tokenization.compare import compare_tokenizers
@@ -165,6 +166,7 @@ def run(argv: Sequence[str]) -> int:
     words = parser.parse_args(list(argv))
     if words.out.is_file() or (words.out.is_dir() and any(words.out.iterdir())):
         raise UserError(f"--out {words.out} is there already, and is not written over. Fix: another folder.")
+    quiet()
     try:
         model, tokenizer = load_model(words.model, "float32", "--model")
     except UserError as error:

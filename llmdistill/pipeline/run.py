@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import transformers
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +21,7 @@ from llmdistill.pipeline.resumed import check_inputs, check_settings, given_star
 from llmdistill.pipeline.tables import difference, interval
 from llmdistill.preflight import preflight
 from llmdistill.preflight.foreseen import too_large
+from llmdistill.quiet import quiet
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.recipe.config import DataConfig, DistillationConfig, EvalsConfig, StudentConfig
@@ -132,18 +130,6 @@ def say(args: DistillationConfig, doing: str) -> None:
     """A line, once a run, on what takes a while and shows no progress of its own."""
     if args.process_index == 0:
         Console(stderr=True, markup=False, highlight=False).print(f"…      {doing}")
-
-
-def quiet() -> None:
-    """One progress bar is ours; those of the libraries (loading, writing, tokenising) would bury it."""
-    if importlib.util.find_spec("datasets"):
-        import datasets
-
-        datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    # DeepSpeed calls what torch renamed: a line for every collective.
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
 
 
 def load_data(recipe: Recipe) -> dict[str, Any]:

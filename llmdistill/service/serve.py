@@ -21,6 +21,8 @@ from transformers import HfArgumentParser
 
 from llmdistill.compat.uvicorn import bounded_connections
 from llmdistill.errors import UserError
+from llmdistill.options import in_our_words
+from llmdistill.quiet import quiet
 from llmdistill.recipe.config import DType, TeacherConfig, option
 from llmdistill.service.app import Service
 from llmdistill.service.engine import Engine, EngineDead
@@ -78,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
     config = parsed(argv)
     token = os.environ.get(config.token_env) or None
     check(config, token)
+    quiet()
     return asyncio.run(serve(config, token))
 
 
@@ -90,7 +93,9 @@ def parsed(argv: Sequence[str]) -> ServeConfig:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise UserError(f"llmdistill serve: {message}. Fix: llmdistill serve --help lists the options.")
+            raise UserError(
+                f"llmdistill serve: {in_our_words(message)}. Fix: llmdistill serve --help lists the options."
+            )
 
     parser = Parser(ServeConfig, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
     config, unknown = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
