@@ -22,14 +22,16 @@ Score = Callable[[PreTrainedModel], dict[str, float]]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a cell trains: until both are used up. ``marks``: into how many parts the curve divides each."""
+    """How long a cell trains: until both are used up. ``marks``: into how many parts the curve divides each; or
+    ``points``: at which shares of them it is read."""
 
     tokens: int
     cpu_seconds: float
     marks: int = 4
+    points: tuple[float, ...] = ()
 
     def shares(self, whole: float) -> list[float]:
-        return [whole * (i + 1) / self.marks for i in range(self.marks)]
+        return [whole * point for point in self.points or [(i + 1) / self.marks for i in range(self.marks)]]
 
 
 @dataclass

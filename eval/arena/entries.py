@@ -2,5 +2,6 @@
 
 import across
 import methods
+import recovery_methods
 
-METHODS = {**methods.METHODS, **across.METHODS}
+METHODS = {**methods.METHODS, **across.METHODS, **recovery_methods.METHODS}

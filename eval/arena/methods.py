@@ -49,6 +49,7 @@ class Data:
     labelled: Sequence[Row] = ()
     fresh: Sequence[Row] = ()
     fixed: Sequence[Row] = ()  # few of the fresh ones: an offline set
+    mistakes: Sequence[Row] = ()  # true text into which mistakes were put, with their repairs
     right: Sequence[Row] = ()  # samples of the teacher whose answer is right
     pairs: Sequence[Row] = ()  # prompt, chosen (right), rejected (wrong)
 
@@ -67,7 +68,8 @@ class Setting:
     batch: int
     steps: int  # about as many as the token budget takes: schedules over training end there
     tokenizer: PreTrainedTokenizerBase = TOKENIZER  # the student's
-    same: Teacher | None = None  # across tokenizers: another teacher, of the student's
+    same: Teacher | None = None  # another teacher: across tokenizers of the student's own, else of a control
+    longest: int = longest()  # tokens of a completion
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """Settings of transformers that all trainers share. The curve ends the run, long before ``max_steps``."""
@@ -93,14 +95,14 @@ class Setting:
         return {**shared, **changes}
 
     def ours(self) -> dict[str, Any]:
-        rollouts = RolloutConfig(max_new_tokens=longest())
-        return self.arguments(rollouts=rollouts, chunk_tokens=8192)  # all rows at once: 16 columns are few
+        rollouts = RolloutConfig(max_new_tokens=self.longest)
+        return self.arguments(rollouts=rollouts, chunk_tokens=8192)  # all rows at once: there are few columns
 
 
 @dataclass(frozen=True)
 class Method:
     title: str
-    prompts: Literal["labelled", "fresh", "fixed", "pairs"]
+    prompts: Literal["labelled", "fresh", "fixed", "pairs", "mistakes"]
     text: Literal["labels", "teacher", "student", "verified"]
     build: Callable[[Setting], Trainer] = field(repr=False)
 
@@ -212,7 +214,7 @@ def answered(prompts: Sequence[str], completions: Sequence[str], answer: Sequenc
 def sdpo(samples: int) -> Callable[[Setting], Trainer]:
     def build(s: Setting) -> Trainer:
         ours = {**s.ours(), "per_device_train_batch_size": max(1, s.batch // samples)}
-        ours["rollouts"] = RolloutConfig(max_new_tokens=longest(), samples_per_prompt=samples)
+        ours["rollouts"] = RolloutConfig(max_new_tokens=s.longest, samples_per_prompt=samples)
         data = DataConfig(contexts={"sibling": "methods:sibling"}, answer_column="completion")
         return built(
             MethodTrainer,
@@ -269,7 +271,7 @@ class ScheduleEnd(TrainerCallback):
 
 def trl_distillation(s: Setting) -> Trainer:
     """TRL's on-policy distillation with the reverse KL: the peer of ``opd``."""
-    args = TRLDistillationConfig(**s.arguments(max_completion_length=longest(), beta=1.0, top_p=1.0, top_k=0))
+    args = TRLDistillationConfig(**s.arguments(max_completion_length=s.longest, beta=1.0, top_p=1.0, top_k=0))
     data = Dataset.from_list([{"prompt": r["prompt"]} for r in s.data.fresh])
     return built(TRLDistillationTrainer, s, s.model, s.teacher.model, args=args, train_dataset=data)  # type: ignore[attr-defined]
 
@@ -332,6 +334,8 @@ METHODS = {
     "selected": Method("prefix OPD, 15 tokens", "fresh", "student", composed("selected", first=15)),
     "layers": Method("OPD and last layer, cosine", "fresh", "student", composed("layers")),
     "context": Method("OPD, teacher told the truth", "labelled", "student", told("context_distillation")),
+    "returns": Method("OPD with returns, γ = 0.9", "fresh", "student", composed("returns")),
+    "opsa": Method("fixed −c, no teacher (OPSA)", "fresh", "student", composed("opsa")),
     "opsd": Method("OPSD", "labelled", "student", opsd),
     "sdpo": Method("SDPO, 8 samples", "labelled", "student", sdpo(8)),
     "trl": Method("TRL DistillationTrainer", "fresh", "student", trl_distillation),

@@ -67,7 +67,7 @@ def commit() -> str:
 # ------------------------------------------------------------------------------------------------------- the workers
 
 
-def work(jobs: Any, events: Any, number: int, out: str, share: float) -> None:
+def work(jobs: Any, events: Any, number: int, out: str, share: float, lr: float) -> None:
     """A worker: takes jobs until there is none: ("teacher", name) or ("cell", track, method, seed, only_prepare)."""
     import datasets
     import torch
@@ -82,7 +82,7 @@ def work(jobs: Any, events: Any, number: int, out: str, share: float) -> None:
     while (job := next_job(jobs, parent)) is not None:
         began = time.perf_counter()
         try:
-            done_of_it = one(job, lambda text: events.put(("note", number, text)), Path(out), share)
+            done_of_it = one(job, lambda text: events.put(("note", number, text)), Path(out), share, lr)
             events.put(("done", number, job, time.perf_counter() - began, done_of_it))
         except Exception:
             events.put(("failed", number, job, traceback.format_exc()))
@@ -98,7 +98,7 @@ def next_job(jobs: Any, parent: int) -> Any:
     return None
 
 
-def one(job: tuple[Any, ...], note: Any, out: Path, share: float) -> str:
+def one(job: tuple[Any, ...], note: Any, out: Path, share: float, lr: float = 0.0) -> str:
     """Does one job; returns a line about it."""
     from across import aligned_share
     from entries import METHODS
@@ -114,6 +114,8 @@ def one(job: tuple[Any, ...], note: Any, out: Path, share: float) -> str:
     if only_prepare:
         about = prepared.start
         return f"exact match {about['exact']:.3f}, attempt {about['attempts']}, {about['cpu_seconds']:.0f} CPU-s"
+    if lr:
+        prepared.setting.lr = lr
     trainer = METHODS[cell.method].build(prepared.setting)
     trainer.train()
     points = prepared.setting.curve.points
@@ -123,6 +125,7 @@ def one(job: tuple[Any, ...], note: Any, out: Path, share: float) -> str:
         "track": cell.track,
         "method": cell.method,
         "seed": cell.seed,
+        "lr": prepared.setting.lr,
         "key": track.key(),
         "commit": commit(),
         "machine": machine(),
@@ -175,7 +178,7 @@ def weight(job: tuple[Any, ...]) -> float:
     return 110.0 if job[0] == "teacher" else 25.0 if job[4] else 1.3 * TRACKS[job[1]].budget.cpu_seconds
 
 
-def run(cells: list[Any], workers: int, out: Path, share: float) -> int:
+def run(cells: list[Any], workers: int, out: Path, share: float, lr: float = 0.0) -> int:
     """Runs the cells; returns how many failed."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -184,7 +187,7 @@ def run(cells: list[Any], workers: int, out: Path, share: float) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the `finally` below: no worker stays behind
     context = multiprocessing.get_context("spawn")
     jobs, events = context.Queue(), context.Queue()
-    crew = [context.Process(target=work, args=(jobs, events, i, str(out), share)) for i in range(workers)]
+    crew = [context.Process(target=work, args=(jobs, events, i, str(out), share, lr)) for i in range(workers)]
     for process in crew:
         process.start()
     todo = rounds(cells, share)
@@ -241,20 +244,25 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run cells anew that have a result")
     parser.add_argument("--table", action="store_true", help="run nothing; write the tables of what there is")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--lr", type=float, default=0.0, help="a sweep: another learning rate, results under sweeps/")
     options = parser.parse_args()
     if options.quick:
         options.tracks, options.methods, options.seeds = ["main"], options.methods or QUICK_METHODS, [0]
         options.out, share = HERE.parents[1] / "runs" / "arena" / "quick", QUICK_SHARE
     else:
         share = 1.0
+    if options.lr:
+        options.out = HERE / "sweeps" / f"{options.lr:g}"
     wanted = [
         cell
         for cell in cells(tuple(options.tracks), options.seeds)
         if not options.methods or cell.method in options.methods
     ]
-    todo = [c for c in wanted if options.again or not current(options.out, c, share)]
+    todo = [c for c in wanted if options.again or not current(options.out, c, share, options.lr)]
     print(f"{len(wanted)} cells, {len(wanted) - len(todo)} of them done already", file=sys.stderr)
-    failed = run(todo, min(options.workers, len(todo)), options.out, share) if todo and not options.table else 0
+    failed = (
+        run(todo, min(options.workers, len(todo)), options.out, share, options.lr) if todo and not options.table else 0
+    )
     if options.quick:
         print(table_of("main", options.out, share))
     elif options.out == RESULTS:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models import EOS_ID, PAD_ID, accuracy, answers, as_prompt
-from task import VOCABULARY, Problem, heldout, longest
+from task import Problem, heldout, longest
 from transformers import PreTrainedModel
 
 from llmdistill.models.generation import generate
@@ -44,8 +44,9 @@ class Sampled:
 
 def distance(student: PreTrainedModel, other: Teacher, text: Rollout) -> Measurement:
     """KL of every sequence of ``text``, both directions, summed over its tokens."""
+    columns = student.config.vocab_size
     return measure(
-        student, head_of(student), other, text, vocab_size=VOCABULARY, chunk_tokens=4096, batch_sequences=len(text)
+        student, head_of(student), other, text, vocab_size=columns, chunk_tokens=4096, batch_sequences=len(text)
     )
 
 

@@ -19,13 +19,15 @@ from clock import at
 from entries import METHODS
 from methods import Method
 from plot import write_plot
-from tracks import TRACKS, Cell, Track
+from tracks import TRACKS, Cell, Track, rate
 
 # 97.5 % quantile of Student's t by degrees of freedom, 1 to 9.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 REFERENCE = {
     **{"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"},
     **{"digits": "sft_teacher", "groups": "sft_teacher"},
+    **dict.fromkeys(("recovery", "recovery_long", "recovery_six"), "fkl_teacher"),
+    "recovery_negatives": "sft_right",
 }
 
 Point = dict[str, float]
@@ -72,10 +74,13 @@ def load(folder: Path, cell: Cell) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def current(folder: Path, cell: Cell, share: float = 1.0) -> bool:
-    """Whether the cell has a result under the settings of today."""
+def current(folder: Path, cell: Cell, share: float = 1.0, lr: float = 0.0) -> bool:
+    """Whether the cell has a result under the settings of today, or with another learning rate in a sweep."""
     result = load(folder, cell)
-    return result is not None and result["key"] == track_of(cell.track, share).key()
+    if result is None:
+        return False
+    track = track_of(cell.track, share)
+    return result["key"] == track.key() and result.get("lr", track.lr) == (lr or rate(track, cell.method))
 
 
 def curves(folder: Path, name: str, share: float = 1.0) -> Curves:
@@ -100,10 +105,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def described(method: Method) -> tuple[str, str, str, str]:
     """Prompts, text, needs more labels?, on-policy?"""
-    prompts = {"labelled": "labelled", "fresh": "fresh", "fixed": "few", "pairs": "few"}[method.prompts]
+    named = {"fixed": "few", "pairs": "few", "mistakes": "fresh"}
+    prompts = named.get(method.prompts, method.prompts)
     text = {"labels": "truth", "teacher": "teacher", "student": "student", "verified": "teacher, verified"}[method.text]
     labels = "yes" if method.text == "labels" else "answers only" if method.text == "verified" else "no"
     return prompts, text, labels, "yes" if method.on_policy else "no"
+
+
+def said(metric: str) -> str:
+    """A share as the head of its column says it."""
+    return metric.removeprefix("exact").replace("_t", "sampled at ").replace("_", " ")
 
 
 def table_of(name: str, folder: Path, share: float = 1.0) -> str:
@@ -113,10 +124,11 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     reference = REFERENCE[name]
     extra = [f"exact{o}" for o in track.operations] if len(track.operations) > 1 else []
     extra += ["exact_t0.6", "exact_t1"] if name == "negatives" else []
-    kl = ["forward_kl", "reverse_kl"] if name in ("main", "capacity") else []
+    extra += ["exact_t1", "steps_right", "corrected"] if track.size else []
+    kl = ["forward_kl", "reverse_kl"] if name in ("main", "capacity") or track.size else []
     header = ["method", "prompts", "text", "labels?", "on-policy?", f"at {tokens // 1000}k tokens, %"]
     header += [f"at {seconds:g} CPU-s, %", f"minus {METHODS[reference].title}, tokens", "tokens/CPU-s"]
-    header += [f"{e.removeprefix('exact').replace('_t', 'sampled at ')} at tokens, %" for e in extra]
+    header += [f"{said(e)} at tokens, %" for e in extra]
     header += [f"{k.replace('_kl', ' KL')} at tokens" for k in kl] + ["aligned, %"] * bool(track.group)
     rows, base = [], read(found, reference, "tokens", tokens, "exact")
     starts = {seed: points[0]["exact"] for by_seed in found.values() for seed, points in by_seed.items()}

@@ -6,6 +6,7 @@ subtraction  the second expert
 weak         addition broken off early: about 60 % of its samples are right
 grouped      ``addition`` with a vocabulary of numerals of two digits
 imitator     a smaller model trained on samples of ``addition``, which it does not quite reach
+recovery...  those of another task, see recovery_models.py
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from clock import Charge
 from models import CACHE, GROUPED, TOKENIZER, Size, accuracy, answers, as_prompt, cached, shuffled, train
+from recovery_models import TEACHERS as RECOVERY
+from recovery_models import make_teacher
 from task import VOCABULARY, Problem, draw, heldout, problems
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -132,6 +136,7 @@ MAKERS: dict[str, Callable[[Callable[[str], None]], Any]] = {
     "quick": expert("+", 1, steps=450),
     "weak": weak,
     "imitator": imitator,
+    **{name: partial(make_teacher, *settings) for name, settings in RECOVERY.items()},
 }
 
 

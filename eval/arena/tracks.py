@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import recovery_models
+import recovery_task
 from clock import Budget, Charge, Curve, Score
 from entries import METHODS
 from methods import Data, Setting
 from models import CACHE, GROUPED, TOKENIZER, Size, as_prompt, tokenizer_of
+from recovery_methods import RATES
+from recovery_scores import Recovery
 from scores import Exact, Hacking, Sampled, ToTeacher
 from task import GROUP, heldout, longest, problems
 from teachers import RECIPE, sample, start, teacher
@@ -52,12 +56,19 @@ class Track:
     seeds: tuple[int, ...] = (0, 1, 2)
     metric: str = "exact"
     group: int = 0  # across tokenizers: digits of the student's longest token, and the other for the teacher
+    size: int = 0  # of the task "recovery": its digits; 0: the task of columns
+    pairs: int = 0  # of that task: right traces beside wrong ones
 
     def key(self) -> str:
         """Changes with anything that a result depends on; a result of another key is measured again."""
-        settings = {**asdict(self), "recipe": RECIPE, "methods": None, "seeds": None, "title": None}
-        if not self.group:  # results from before there were two tokenizers
-            del settings["group"]
+        recipe = recovery_models.RECIPE if self.size else RECIPE
+        settings = {**asdict(self), "recipe": recipe, "methods": None, "seeds": None, "title": None}
+        # results from before there were two tokenizers, or two tasks
+        for name in ("group", "size", "pairs"):
+            if not settings[name]:
+                del settings[name]
+        if not self.budget.points:
+            del settings["budget"]["points"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def start_key(self, seed: int) -> str:
@@ -79,6 +90,18 @@ class Track:
         )
         return replace(self, budget=budget, needs=("quick",), fresh=4000)
 
+
+RECOVERY = Track(
+    "Recovery",
+    (),
+    Budget(300_000, 15.0, points=(1 / 3, 1.0)),
+    student=recovery_models.STUDENT,
+    labels=0,
+    batch=16,
+    seeds=(0, 1, 2, 3, 4),
+    size=recovery_task.SIZE,
+    fresh=6000,
+)
 
 ACROSS = ("sft_teacher", "same_kl", "alm", "p_kl", "h_kl", "simct", "chunk_opd", "uld", "gold", "dskd", "mined")
 
@@ -112,6 +135,8 @@ TRACKS = {
             "context",
             "opsd",
             "sdpo",
+            "returns",
+            "opsa",
             "trl",
         ),
         Budget(200_000, 20.0),
@@ -163,6 +188,39 @@ TRACKS = {
     "groups": Track(
         "Groups of digits from digits", ACROSS, Budget(150_000, 30.0), needs=("addition", "grouped"), group=GROUP
     ),
+    # The task "recovery": long traces, mistakes that stay, a teacher who repairs them.
+    "recovery": replace(
+        RECOVERY,
+        methods=(
+            *("sft_teacher", "fkl_teacher", "jsd_teacher", "rkl_teacher", "taid"),
+            *("opd", "gkd", "opd_fkl", "gkd_half", "gkd_half_rkl", "gkd_half_fkl"),
+            *("opd_sampled", "vopd", "returns", "distillm2", "sampled_f", "tip", "entropy_aware"),
+            *("opsa", "opd_blind", "sft_mistakes", "fkl_mistakes", "rkl_mistakes"),
+        ),
+        needs=("recovery", "recovery_blind"),
+    ),
+    "recovery_long": replace(
+        RECOVERY,
+        title="Recovery, 900k tokens",
+        methods=("opd", "fkl_teacher", "fkl_mistakes", "opd_blind"),
+        budget=Budget(900_000, 45.0, points=(1 / 9, 1 / 3, 1.0)),
+        needs=("recovery", "recovery_blind"),
+    ),
+    "recovery_negatives": replace(
+        RECOVERY,
+        title="Negatives with long right prefixes",
+        methods=("sft_right", "redi_all", "redi_after", "redi_first", "dpo_traces"),
+        needs=("recovery",),
+        pairs=2000,
+    ),
+    "recovery_six": replace(
+        RECOVERY,
+        title="Recovery where the guess can be learned, n = 6",
+        methods=("opd", "fkl_teacher", "fkl_mistakes"),
+        needs=("recovery_six",),
+        size=6,
+        seeds=tuple(range(8)),
+    ),
 }
 
 
@@ -199,6 +257,8 @@ def prepare(
     report: Callable[[float], None] = lambda share: None,
 ) -> Prepared:
     """Teachers, text, start and curve of a cell; what is not cached yet is made."""
+    if track.size:
+        return prepare_recovery(track, cell, note, report)
     models = {name: teacher(name, note)[0] for name in track.needs}
     locals_ = {name: LocalTeacher(model, tokenizer_of(model)) for name, model in models.items()}
     first = locals_[track.needs[0]]
@@ -267,6 +327,46 @@ def prepare(
         same=locals_[track.needs[1]] if track.group else None,
     )
     return Prepared(about, setting, charges)
+
+
+def prepare_recovery(
+    track: Track, cell: Cell, note: Callable[[str], None], report: Callable[[float], None]
+) -> Prepared:
+    """The same of the task "recovery"."""
+    models = {name: teacher(name, note)[0] for name in track.needs}
+    locals_ = [LocalTeacher(model, recovery_models.TOKENIZER) for model in models.values()]
+    first, method = track.needs[0], METHODS[cell.method]
+    note("preparing")
+    text = recovery_models.sampled(first, models[first], track.size, track.fresh, 77)
+    mistakes = recovery_models.with_mistakes(track.size, track.fresh, 78)
+    pairs = recovery_models.pairs(track.size, track.pairs, 79)
+    right = [{"prompt": p["prompt"], "completion": p["chosen"], "domain": "recovery"} for p in pairs]
+    data = Data(fresh=text.rows, mistakes=mistakes.rows, right=right, pairs=pairs)
+    charges = {"fresh": Charge(text.cpu_seconds / track.fresh, track.fresh)}
+    charge = charges.get(method.prompts, Charge()) if method.text == "teacher" else Charge()
+    curve = Curve(track.budget, Recovery(locals_[0], track.size), charge, report)
+    assert isinstance(track.student, recovery_models.LongSize)
+    model, about = recovery_models.start(track.size, cell.seed, track.student, note)
+    setting = Setting(
+        model=model,
+        teacher=locals_[0],
+        data=data,
+        curve=curve,
+        folder=CACHE / "runs" / cell.name,
+        seed=cell.seed,
+        lr=rate(track, cell.method),
+        batch=track.batch,
+        steps=track.budget.tokens // (track.batch * recovery_task.TOKENS),
+        tokenizer=recovery_models.TOKENIZER,
+        same=locals_[-1],
+        longest=recovery_task.TOKENS,
+    )
+    return Prepared(about, setting, charges)
+
+
+def rate(track: Track, method: str) -> float:
+    """The learning rate of a cell: the track's, or the method's own on the task "recovery"."""
+    return RATES.get(method, track.lr) if track.size else track.lr
 
 
 def _together(*scores: Score) -> Score:

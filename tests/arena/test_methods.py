@@ -17,7 +17,20 @@ from transformers import TrainerCallback
 from llmdistill import methods as compositions
 from llmdistill.teachers.local import LocalTeacher
 
-CELLS = ["distillm2", "sampled_f", "vopd", "tip", "entropy_aware", "selected", "layers", "context", "opsd", "sdpo"]
+CELLS = [
+    "distillm2",
+    "sampled_f",
+    "vopd",
+    "tip",
+    "entropy_aware",
+    "selected",
+    "layers",
+    "context",
+    "opsd",
+    "sdpo",
+    "returns",
+    "opsa",
+]
 # They need a track with two tokenizers, and are nothing new on one.
 ACROSS_TOKENIZERS = {"alm", "chunk_opd", "p_kl", "h_kl", "simct"}
 
