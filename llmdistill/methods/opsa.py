@@ -60,8 +60,12 @@ class Unlikely:
         logprob, unsure = rows.everywhere["logprob"], rows.everywhere["entropy"]
         if not len(logprob):  # every completion was cut off, and those are left out
             return {"weight": logprob, "fixed_advantage": logprob}
-        of_entropy = () if self.strongest is None else (unsure,)
-        strengths = {"weakest": self.weakest, "strongest": self.strongest or self.weakest}
-        advantages = opsa_advantages(logprob, *of_entropy, fraction=self.fraction, **strengths)
+        advantages = opsa_advantages(
+            logprob,
+            None if self.strongest is None else unsure,
+            fraction=self.fraction,
+            weakest=self.weakest,
+            strongest=self.strongest or self.weakest,
+        )
         own = advantages[rows.first : rows.first + len(rows.values["logprob"])]
         return {"weight": (own != 0).to(own.dtype), "fixed_advantage": own}
