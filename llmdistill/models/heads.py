@@ -67,7 +67,7 @@ def head_of(model: nn.Module) -> Head:
     found = _transforms.get(linear)
     if found is None:
         if any(zero3.is_sharded(p) for p in model.parameters()):
-            found = _named_transform(model.config.get_text_config())  # type: ignore[operator,union-attr]
+            found = named_transform(model.config.get_text_config())  # type: ignore[operator,union-attr]
         else:
             found = _transforms[linear] = tried_transform(model, linear, model.config)
     return Head(linear, found.logit_scale, found.softcap)
@@ -131,7 +131,7 @@ def _shown(x_BTV: Tensor) -> str:
     return "[" + ", ".join(f"{value:.4g}" for value in x_BTV.flatten()[:6].tolist()) + ", …]"
 
 
-def _named_transform(config: Any) -> Transform:
+def named_transform(config: Any) -> Transform:
     """By the usual names: Cohere multiplies its logits, Granite divides them; Gemma-2 and -3 cap them softly."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Transform(scale, getattr(config, "final_logit_softcapping", None))

@@ -59,8 +59,17 @@ def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> 
     )
 
 
-def scoring_params(length: int, positions: np.ndarray, top_k: int, vocab_size: int, chosen_nC: Tensor | None) -> Any:
-    """``SamplingParams`` that score the tokens at ``positions`` of a prompt of ``length`` tokens.
+def scoring_params(
+    length: int,
+    positions: np.ndarray,
+    top_k: int,
+    vocab_size: int,
+    chosen_nC: Tensor | None,
+    *,
+    hidden: bool = False,
+) -> Any:
+    """``SamplingParams`` that score the tokens at ``positions`` of a prompt of ``length`` tokens, or with ``hidden``
+    ask for the hidden states that they are predicted from.
 
     Log-probs of a prompt are vLLM's only way to score; they ignore temperature, so they are at 1, and do not use the
     prefix cache. One token is generated because at least one must be.
@@ -77,13 +86,19 @@ def scoring_params(length: int, positions: np.ndarray, top_k: int, vocab_size: i
         temperature=0.0,
         max_tokens=1,
         prompt_logprobs=-1 if top_k == vocab_size else top_k,
-        extra_args=asked_for(int(positions[0]) - 1 if len(positions) else 0),
+        extra_args=asked_for(int(positions[0]) - 1 if len(positions) else 0, hidden),
         prompt_logprob_token_ids=ids,
         prompt_logprob_start=start,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def hidden_rows(output: Any, positions: np.ndarray) -> Tensor:
+    """Hidden states [n, H] in the model's dtype that the tokens at ``positions`` were predicted from."""
+    found: Tensor = output.prompt_logprobs.values(len(output.prompt_token_ids), positions)
+    return found
 
 
 def scored_rows(

@@ -119,6 +119,10 @@ class TeacherConfig:
     max_outage_s: float = option(3600.0, "seconds without any answer until the run gives up")
     in_flight: int = option(8, "requests to the service at one time")
     lossless: bool = option(False, "float32 evidence from the service, twice the bytes of float16")
+    hidden: Literal["", "bfloat16", "int8"] = option(
+        "",
+        "a service or a store gives final hidden states in this form, of which the full distribution is rebuilt here",
+    )
     stored: str = option("", "folder of score blocks: alone, training runs from disk; else a read-through cache")
     name: str = option("", "what messages and --teachers.NAME.key call it")
     domains: list[str] = option([], "rows of these domains are its own; empty: all that no other teacher has")
@@ -160,6 +164,13 @@ class TeacherConfig:
         for name, needed in (("tokenizer", self.url or self.model or self.stored), ("revision", self.model)):
             value, of = getattr(self, name), "a model" if name == "revision" else "a model, a url or a store"
             require(bool(needed) or not value, f"teacher.{name}", value, f"empty without {of}", "leave it out")
+        needed, fix = (
+            "empty without teacher.url or teacher.stored",
+            "leave it out: a teacher that is here gives all it has",
+        )
+        require(bool(self.url or self.stored) or not self.hidden, "teacher.hidden", self.hidden, needed, fix)
+        needed, fix = "false beside teacher.hidden, which says how much is kept of its states", "leave one out"
+        require(not (self.hidden and self.lossless), "teacher.lossless", self.lossless, needed, fix)
         require(self.timeout_s > 0, "teacher.timeout_s", self.timeout_s, "> 0", "use 120")
         require(self.max_outage_s >= 0, "teacher.max_outage_s", self.max_outage_s, ">= 0", "use 3600")
         require(self.batch_tokens >= 1, "teacher.batch_tokens", self.batch_tokens, ">= 1", "use 16384")

@@ -20,7 +20,7 @@ from llmdistill.service.adapters import Adapters
 from llmdistill.service.answers import Answer, Answers, Work, Writing
 from llmdistill.service.block_writer import BlockWriter
 from llmdistill.service.bodies import Bodies, content_type
-from llmdistill.service.engine import Engine, EngineDead, GenerateJob, Sample, ScoreJob, cancelling
+from llmdistill.service.engine import Engine, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, cancelling
 from llmdistill.service.gate import Gate
 from llmdistill.service.gone import unless_gone
 from llmdistill.service.limits import Limits
@@ -33,6 +33,7 @@ from llmdistill.service.weights import Weights
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import ScoreBlock
 from llmdistill.wire.bodies import Sequences, pack_completions
+from llmdistill.wire.hidden import pack_head
 from llmdistill.wire.tokens import secrets_of
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -122,7 +123,7 @@ class Service:
 
     async def _scored(
         self, jobs: list[ScoreJob], expected: str | None, writer: BlockWriter | None = None
-    ) -> list[ScoreBlock]:
+    ) -> list[Evidence]:
         """Evidence, of weights that do not change meanwhile."""
         listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
         async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
@@ -146,7 +147,8 @@ class Service:
         Raises:
             Problem: 409, there are others now.
         """
-        return await self._scored(jobs, expected)
+        found = await self._scored(jobs, expected)
+        return [block for block in found if isinstance(block, ScoreBlock)]
 
     def generate(self, data: bytes, kind: str) -> Work:
         asked, body = bodies.generate_request(data, kind)
@@ -211,6 +213,23 @@ class Service:
             self.adapters.drop(name)
             return _json({"adapters": list(self.engine.adapters)})
 
+    def head(self, data: bytes, kind: str) -> Work:
+        return self._head
+
+    async def _head(self) -> Answer:
+        """Of what is served now. The next to ask for the same is given it without it being read again."""
+        head = await asyncio.to_thread(self.engine.head)
+        if head is None:
+            raise Problem(404, "head", "this engine gives no hidden states, so there is no output head for them")
+        return Answer(await asyncio.to_thread(pack_head, head), protocol.TENSORS_TYPE)
+
+    def _head_info(self) -> dict[str, Any] | None:
+        head = self.engine.head()
+        if head is None:
+            return None
+        size = head.weight.nbytes + (0 if head.bias is None else head.bias.nbytes)
+        return {"fingerprint": head.fingerprint, "width": head.weight.shape[1], "bytes": size}
+
     # ---------------------------------------------------------------- a request
 
     async def answered(
@@ -258,6 +277,7 @@ class Service:
             "weights": self.weights.accepts,
             "partial_weights": engine.partial_weights,
             "adapters": list(engine.adapters),
+            "head": self._head_info(),
             "limits": {
                 "top_k": min(limits.top_k, engine.max_top_k),
                 "sequence_tokens": min(limits.sequence_tokens, engine.max_model_len),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from llmdistill.service.engine import Evidence
 from llmdistill.service.parts import Parts
 from llmdistill.wire.blocks import ScoreBlock, encode
+from llmdistill.wire.hidden import encode_hidden
 from llmdistill.wire.protocol import pack_frames
 
 SHARE_CELLS = 1 << 18  # of listed tokens that are encoded in one go: some milliseconds, after which the loop has a turn
@@ -22,11 +24,11 @@ class BlockWriter:
 
     def __init__(self, count: int, dtype: str, head: Callable[[], bytes], parts: Parts) -> None:
         self.count, self.dtype, self.head, self.parts = count, dtype, head, parts
-        self._ready: dict[int, ScoreBlock] = {}
+        self._ready: dict[int, Evidence] = {}
         self._next = 0
         self._more = asyncio.Event()
 
-    def add(self, index: int, block: ScoreBlock) -> None:
+    def add(self, index: int, block: Evidence) -> None:
         """A block is there."""
         self._ready[index] = block
         if index == self._next:
@@ -44,14 +46,18 @@ class BlockWriter:
                 self.parts.write(await asyncio.to_thread(_encoded, head, share, self.dtype))
                 head = []
 
-    def _share(self) -> list[ScoreBlock]:
-        share, cells = list[ScoreBlock](), 0
+    def _share(self) -> list[Evidence]:
+        share, cells = list[Evidence](), 0
         while self._next in self._ready and cells < SHARE_CELLS:
             share.append(self._ready.pop(self._next))
-            cells += share[-1].topk_ids.numel()
+            cells += (share[-1].topk_ids if isinstance(share[-1], ScoreBlock) else share[-1].hidden).numel()
             self._next += 1
         return share
 
 
-def _encoded(head: list[bytes], blocks: list[ScoreBlock], dtype: str) -> bytes:
-    return pack_frames([*head, *(encode(block, dtype) for block in blocks)])
+def _encoded(head: list[bytes], blocks: list[Evidence], dtype: str) -> bytes:
+    return pack_frames([*head, *(_bytes(block, dtype) for block in blocks)])
+
+
+def _bytes(block: Evidence, dtype: str) -> bytes:
+    return encode(block, dtype) if isinstance(block, ScoreBlock) else encode_hidden(block)

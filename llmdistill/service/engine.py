@@ -17,6 +17,7 @@ from llmdistill.teachers.base import TeacherInfo
 from llmdistill.texts import Sampling
 from llmdistill.texts.rollout import Finish
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock
+from llmdistill.wire.hidden import Form, HeadWeights, HiddenBlock, HiddenHeader
 from llmdistill.wire.listing import columns, support_of
 
 
@@ -29,6 +30,7 @@ class ScoreJob:
     stop: int
     top_k: int
     chosen: Tensor | None = None  # [stop - start, C] int64, -1 where a row has fewer
+    hidden: Form | None = None  # hidden states in this form instead of log-probs
 
     def block(self, info: TeacherInfo, rows: tuple[Tensor, Tensor, Tensor] | None = None) -> ScoreBlock:
         """The evidence as a block; None where there is nothing to score."""
@@ -39,6 +41,15 @@ class ScoreJob:
             info.fingerprint, info.tokenizer, width, info.vocab_size, support=support_of(self.top_k, self.chosen)
         )
         return ScoreBlock(slice(self.start, self.stop), *rows, header)
+
+    def states(self, info: TeacherInfo, head: HeadWeights, hidden_nH: Tensor | None = None) -> HiddenBlock:
+        """Hidden states as a block; None where there is nothing to score."""
+        assert self.hidden is not None
+        rows = torch.zeros(0, head.weight.shape[1]) if hidden_nH is None else hidden_nH
+        header = HiddenHeader(
+            info.fingerprint, info.tokenizer, head.fingerprint, rows.shape[1], head.weight.shape[0], self.hidden
+        )
+        return HiddenBlock(slice(self.start, self.stop), rows, header)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,8 @@ class Sample:
     finish: Finish
 
 
-Done = Callable[[int, ScoreBlock], None]
+Evidence = ScoreBlock | HiddenBlock
+Done = Callable[[int, Evidence], None]
 
 
 class EngineDead(RuntimeError):
@@ -93,8 +105,12 @@ class Engine(Protocol):
         """Raises EngineDead when the engine has died while nobody asked. Called every few seconds."""
         ...
 
-    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[ScoreBlock]:
+    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[Evidence]:
         """One block per job; ``done`` is told of each as soon as it is there, on the loop."""
+        ...
+
+    def head(self) -> HeadWeights | None:
+        """The output head that goes with hidden states; None where there are none. May read a file."""
         ...
 
     async def generate(self, job: GenerateJob) -> list[list[Sample]]: ...

@@ -22,24 +22,24 @@ from safetensors.torch import load_file
 
 from llmdistill.models.generation import generate
 from llmdistill.service.adapters import check_adapter
-from llmdistill.service.engine import Done, EngineDead, GenerateJob, Sample, ScoreJob
+from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Rollout, Sampling, collate
 from llmdistill.tokenization.special import pad_id
-from llmdistill.wire.blocks import ScoreBlock
+from llmdistill.wire.hidden import HeadWeights
 
 
 @dataclass
 class _Waiting:
     job: ScoreJob
-    answer: asyncio.Future[ScoreBlock]
+    answer: asyncio.Future[Evidence]
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> tuple[int, int, bool]:
         """What may share a batch: blocks of one call have one width."""
-        return self.job.top_k, -1 if self.job.chosen is None else self.job.chosen.shape[1]
+        return self.job.top_k, -1 if self.job.chosen is None else self.job.chosen.shape[1], self.job.hidden is not None
 
 
 class HFEngine:
@@ -69,6 +69,7 @@ class HFEngine:
         self._loop_task: asyncio.Task[None] | None = None
         self._more = asyncio.Event()
         self._peft: Any = None
+        self._head: tuple[str, HeadWeights] | None = None  # and whose it is
         self._failed = False  # something, since the last look
         self._dead = ""  # why
 
@@ -77,7 +78,7 @@ class HFEngine:
         return self.teacher.info()
 
     async def start(self) -> None:
-        pass
+        await self._on_thread(self.head)  # takes a fingerprint of all of it
 
     async def check(self) -> None:
         """Whatever failed, a few tokens have to go through: an error of the GPU that sticks would fail for ever."""
@@ -87,20 +88,21 @@ class HFEngine:
             self._failed = False
             await self._look()
 
-    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[ScoreBlock]:
+    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[Evidence]:
         if self._dead:
             raise EngineDead(self._dead)
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
             self._loop_task.add_done_callback(self._ended)
         loop = asyncio.get_running_loop()
-        answers: list[asyncio.Future[ScoreBlock]] = []
+        answers: list[asyncio.Future[Evidence]] = []
         for i, job in enumerate(jobs):
             answers.append(loop.create_future())
             if done is not None:
                 answers[-1].add_done_callback(partial(_tell, done, i))
             if job.start == job.stop:
-                answers[-1].set_result(job.block(self.info))
+                empty = job.block(self.info) if job.hidden is None else job.states(self.info, self.head())
+                answers[-1].set_result(empty)
             else:
                 self._waiting.append(_Waiting(job, answers[-1]))
         self._more.set()
@@ -184,15 +186,28 @@ class HFEngine:
             self._dead = f"the model no longer scores two tokens: {first_line(error)}"
             raise EngineDead(self._dead) from error
 
-    def _score(self, jobs: list[ScoreJob]) -> list[ScoreBlock]:
+    def head(self) -> HeadWeights:
+        info, found = self.info, self.teacher.head
+        if self._head is None or self._head[0] != info.fingerprint:
+            linear = found.linear
+            bias = None if linear.bias is None else linear.bias.detach()
+            made = HeadWeights(linear.weight.detach(), bias, found.logit_scale, found.softcap)
+            self._head = (info.fingerprint, made)
+        return self._head[1]
+
+    def _score(self, jobs: list[ScoreJob]) -> list[Evidence]:
         rollout: Rollout = collate(
             [j.ids[: j.start] for j in jobs],
             [j.ids[j.start : j.stop] for j in jobs],
             pad_id=pad_id(self.teacher.tokenizer),
         )
+        if jobs[0].hidden is not None:
+            with self._as(None):
+                states = self.teacher.dense(rollout).hidden_NH.split(rollout.row_counts)
+            return [job.states(self.info, self.head(), rows) for job, rows in zip(jobs, states, strict=True)]
         chosen = None if jobs[0].chosen is None else torch.cat([j.chosen for j in jobs])  # type: ignore[misc]
         with self._as(None):
-            return self.teacher.score(rollout, jobs[0].top_k, chosen)
+            return list(self.teacher.score(rollout, jobs[0].top_k, chosen))
 
     # ---------------------------------------------------------------- generation, weights, adapters
 
@@ -235,6 +250,7 @@ class HFEngine:
         for name, tensor in found.items():
             own[name].copy_(tensor)
         self.teacher.forget_info()
+        self.head()
 
     def _add_adapter(self, name: str, folder: Path) -> None:
         from peft import PeftConfig, PeftModel
@@ -275,7 +291,7 @@ class HFEngine:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
 
-def _tell(done: Done, index: int, answer: asyncio.Future[ScoreBlock]) -> None:
+def _tell(done: Done, index: int, answer: asyncio.Future[Evidence]) -> None:
     if not answer.cancelled() and answer.exception() is None:
         done(index, answer.result())
 

@@ -52,6 +52,7 @@ class ScoreSettings(_Body):
     temperature: Annotated[float, Field(ge=1.0, le=1.0)] = 1.0  # log-softmax at 1 is all that engines give
     dtype: Literal["float16", "float32"] = "float16"
     teacher: str | None = None
+    hidden: Literal["", "bfloat16", "int8"] = ""
 
 
 class ScoreBody(ScoreSettings):
@@ -168,7 +169,9 @@ def score_request(data: bytes, kind: str, limits: Limits) -> tuple[Sequences, st
         spans = np.asarray(_in_range(given.positions), np.int64).reshape(-1, 2)
         asked = Sequences({}, [_as_ids(ids) for ids in given.sequences], spans, _tables(given))
         body = given
-    return replace(asked, settings={"top_k": body.top_k}), body.dtype, body.teacher
+    if body.hidden and (body.top_k or asked.chosen is not None):
+        raise invalid("hidden", f"is {body.hidden}; hidden states go without top_k and chosen ids")
+    return replace(asked, settings={"top_k": body.top_k, "hidden": body.hidden or None}), body.dtype, body.teacher
 
 
 def score_jobs(asked: Sequences, engine: Engine, limits: Limits) -> list[ScoreJob]:
@@ -194,9 +197,11 @@ def score_jobs(asked: Sequences, engine: Engine, limits: Limits) -> list[ScoreJo
     if wide > most:
         own = f"is {top_k}" if asked.chosen is None else f"and the chosen ids make {wide}"
         raise invalid("top_k", f"{own}; at most {most}", most)
-    chosen = _chosen(asked, engine)
+    chosen, hidden = _chosen(asked, engine), asked.settings.get("hidden")
+    if hidden and engine.head() is None:
+        raise Problem(400, "unsupported", "this engine does not give hidden states", field="hidden")
     return [
-        ScoreJob(ids[:stop].tolist(), start, stop, top_k, mine)
+        ScoreJob(ids[:stop].tolist(), start, stop, top_k, mine, hidden)
         for ids, (start, stop), mine in zip(asked.ids, asked.positions.tolist(), chosen, strict=True)
     ]
 

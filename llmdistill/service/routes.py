@@ -57,6 +57,10 @@ def create_app(service: Service) -> ASGIApp:
     async def remove_adapter(request: Request, name: str) -> Response:
         return await responded(request, service.remove_adapter(name))
 
+    @app.get(protocol.HEAD)
+    async def head(request: Request) -> Response:
+        return await responded(request, service.answered(request, protocol.HEAD, service.head, kept=False))
+
     @app.get(protocol.INFO)
     async def info() -> dict[str, Any]:
         return service.info()

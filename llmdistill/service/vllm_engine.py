@@ -17,16 +17,17 @@ import numpy as np
 from llmdistill.compat.vllm import load_async_vllm
 from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.errors import UserError
-from llmdistill.models.vllm_requests import drawn, generation_params, scored_rows, scoring_params
+from llmdistill.models.vllm_requests import drawn, generation_params, hidden_rows, scored_rows, scoring_params
 from llmdistill.service.adapters import check_adapter
-from llmdistill.service.engine import Done, EngineDead, GenerateJob, Sample, ScoreJob, cancelling
+from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, cancelling
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import is_tied, stored_shapes, weights_fingerprint
+from llmdistill.teachers.heads import stored_head
 from llmdistill.teachers.vllm import describe
 from llmdistill.texts import request_seed
 from llmdistill.texts.stops import StopStrings, stop_strings
-from llmdistill.wire.blocks import ScoreBlock
+from llmdistill.wire.hidden import HeadWeights, HiddenBlock
 
 FEW_CELLS = 1 << 14  # of evidence, that cost less than handing them to a thread
 GPU_ADAPTERS = 4  # that are computed with at one time
@@ -76,6 +77,8 @@ class AsyncVLLMEngine:
             )
         self.weights_bytes = 4 * sum(map(math.prod, self._shapes.values()))
         self._tied = is_tied(model_path)
+        self._head: HeadWeights | None = None  # one that is pushed to is another after each push
+        self._updatable, self._trust_remote_code = updatable, trust_remote_code
         self.max_lora_rank = max_lora_rank
         vocab = self._info.vocab_size
         self.max_top_k = min(max_top_k, vocab)
@@ -105,6 +108,8 @@ class AsyncVLLMEngine:
     async def start(self) -> None:
         with _death_is_named():
             await self.engine.collective_rpc("llmdistill_mend", args=(self._must_mend,))
+            if not self._updatable and all(await self.engine.collective_rpc("llmdistill_gives_hidden")):
+                self._head = await asyncio.to_thread(stored_head, self._info.name, self._trust_remote_code)
             self.partial_weights = all(await self.engine.collective_rpc("llmdistill_takes_part"))
 
     async def check(self) -> None:
@@ -115,8 +120,8 @@ class AsyncVLLMEngine:
     def info(self) -> TeacherInfo:
         return self._info
 
-    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[ScoreBlock]:
-        async def scored(i: int) -> ScoreBlock:
+    async def score(self, jobs: Sequence[ScoreJob], done: Done | None = None) -> list[Evidence]:
+        async def scored(i: int) -> Evidence:
             block = await self._score(jobs[i])
             if done is not None:
                 done(i, block)
@@ -128,7 +133,19 @@ class AsyncVLLMEngine:
             tasks = {i: group.create_task(scored(i)) for i in order}
         return [tasks[i].result() for i in range(len(jobs))]
 
-    async def _score(self, job: ScoreJob) -> ScoreBlock:
+    def head(self) -> HeadWeights | None:
+        return self._head
+
+    async def _hidden(self, job: ScoreJob, head: HeadWeights) -> HiddenBlock:
+        if job.start == job.stop:
+            return job.states(self._info, head)
+        at = np.arange(job.start, job.stop)
+        params = scoring_params(len(job.ids), at, 0, self._info.vocab_size, None, hidden=True)
+        return job.states(self._info, head, hidden_rows(await self._ask(job.ids, params), at))
+
+    async def _score(self, job: ScoreJob) -> Evidence:
+        if job.hidden is not None and self._head is not None:
+            return await self._hidden(job, self._head)
         if job.start == job.stop:
             return job.block(self._info)
         vocab, at = self._info.vocab_size, np.arange(job.start, job.stop)

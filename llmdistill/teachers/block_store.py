@@ -2,7 +2,8 @@
 
 A store is a folder::
 
-    info.json              the teacher: every field of TeacherInfo
+    info.json              the teacher: every field of TeacherInfo, and "evidence": "hidden" where these are its states
+    head.safetensors       then, its output head
     shard-00000.blocks     records one after another: magic, key, length, CRC-32 of these, the encoded block
     shard-00000.index      where they lie, so that opening a store does not read it; only a help, may be lost
 
@@ -25,14 +26,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from llmdistill.errors import UserError
 from llmdistill.files import atomic_write, full_disk_is_said, read_json, sync
 from llmdistill.teachers.base import TeacherInfo
-from llmdistill.wire.blocks import BlockError, ScoreBlock, decode
+from llmdistill.wire.blocks import BlockError, ScoreBlock
+from llmdistill.wire.hidden import HiddenBlock, decode_any
 
 KEY_BYTES = 16
+Kind = Literal["logprobs", "hidden"]  # of the blocks in a store: all are of one
 _HEAD = struct.Struct("<4s16sQI")  # magic, key, bytes of the block, CRC-32 of the three
 _ENTRY = struct.Struct("<16sQQI")  # key, offset of the record, bytes of the block, CRC-32 of the three
 _CRC_BYTES = 4
@@ -106,11 +109,30 @@ class BlockStore:
         return key in self._places
 
     def get(self, key: bytes) -> ScoreBlock | None:
-        """The block under ``key``, or None.
+        """The block of log-probs under ``key``, or None.
 
         Raises:
-            UserError: it is damaged, or its file is gone; the message names file and byte.
+            UserError: it is damaged, or its file is gone; the message names file and byte. Or it holds hidden states.
         """
+        found = self._read(key)
+        if isinstance(found, HiddenBlock):
+            raise self._other_kind("hidden states", "log-probs")
+        return found
+
+    def states(self, key: bytes) -> HiddenBlock | None:
+        """As :meth:`get`, of hidden states."""
+        found = self._read(key)
+        if isinstance(found, ScoreBlock):
+            raise self._other_kind("log-probs", "hidden states")
+        return found
+
+    def _other_kind(self, found: str, needed: str) -> UserError:
+        return UserError(
+            f"{self.folder} holds a block of {found} where {needed} are needed; a store holds blocks of one kind. Fix: "
+            "another folder for this kind of evidence, or leave out the shards that are another store's."
+        )
+
+    def _read(self, key: bytes) -> ScoreBlock | HiddenBlock | None:
         place = self._places.get(key)
         if place is None:
             return None
@@ -130,7 +152,7 @@ class BlockStore:
         try:
             if _read_head(record) != (key, place.length):
                 raise BlockError("its head is not the one that was written")
-            return decode(memoryview(record)[_HEAD.size :], max_positions=_UNLIMITED, max_bytes=_UNLIMITED)
+            return decode_any(memoryview(record)[_HEAD.size :], max_positions=_UNLIMITED, max_bytes=_UNLIMITED)
         except BlockError as error:
             raise _damaged(file, place.offset, error) from error
 
@@ -196,16 +218,31 @@ class BlockStore:
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is no description of a teacher ({error!r}). Fix: put the file back.") from error
 
-    def claim(self, info: TeacherInfo) -> TeacherInfo:
-        """Says whose blocks will be appended, for good. Returns what the store says from then on.
+    def kind(self) -> Kind:
+        """Of the blocks in it, as it was claimed for."""
+        content = read_json(self.folder / "info.json", "put the file back") or {}
+        return "hidden" if content.get("evidence") == "hidden" else "logprobs"
+
+    def check_kind(self, kind: Kind) -> None:
+        """Raises UserError where it was claimed for blocks of the other kind."""
+        if (self.folder / "info.json").exists() and (found := self.kind()) != kind:
+            words = {"hidden": "hidden states", "logprobs": "log-probs"}
+            hint = "set teacher.hidden" if found == "hidden" else "leave teacher.hidden out"
+            raise UserError(
+                f"{self.folder} holds {words[found]} of a teacher, and {words[kind]} are asked of it; a store holds "
+                f"blocks of one kind. Fix: {hint}, or another folder."
+            )
+
+    def claim(self, info: TeacherInfo, kind: Kind = "logprobs") -> TeacherInfo:
+        """Says whose blocks will be appended, and of which kind, for good. Returns what the store says from then on.
 
         Of several that claim an empty store at one time the first wins. An info.json that was damaged is written anew
         where the blocks are this teacher's.
 
         Raises:
-            UserError: it holds another teacher's, or of another vocabulary.
+            UserError: it holds another teacher's, or of another vocabulary, or blocks of another kind.
         """
-        content = json.dumps(asdict(info), indent=1)
+        content = json.dumps(asdict(info) | ({"evidence": "hidden"} if kind == "hidden" else {}), indent=1)
         try:
             found = self.info()
         except UserError as damaged:
@@ -217,6 +254,7 @@ class BlockStore:
         if found is None:
             atomic_write(self.folder / "info.json", content, exclusive=True)
             found = self.info() or info
+        self.check_kind(kind)
         if (found.fingerprint, found.tokenizer) != (info.fingerprint, info.tokenizer):
             raise UserError(
                 f"{self.folder} holds evidence of teacher {found.name!r} (weights {found.fingerprint}, tokenizer "
@@ -238,12 +276,12 @@ class BlockStore:
     def _all_of(self, info: TeacherInfo) -> bool:
         """Whether the newest block of every shard, as far as it can be read, is of that teacher and vocabulary."""
         newest = {place.shard: key for key, place in sorted(self._places.items(), key=lambda item: item[1].offset)}
-        headers = []
+        headers = list[tuple[str, str]]()
         for key in newest.values():
             with suppress(UserError):
-                block = self.get(key)
-                headers += [block.header] if block is not None else []
-        return all((h.teacher, h.tokenizer) == (info.fingerprint, info.tokenizer) for h in headers)
+                block = self._read(key)
+                headers += [(block.header.teacher, block.header.tokenizer)] if block is not None else []
+        return all(found == (info.fingerprint, info.tokenizer) for found in headers)
 
     def _add(self, key: bytes, place: _Place) -> None:
         if key == _VOID:
@@ -344,7 +382,7 @@ def _inspect(file: Path) -> Iterator[tuple[bytes, int, int]]:
                 if at + _HEAD.size + length > len(data):  # cut off
                     return
                 block = data[at + _HEAD.size : at + _HEAD.size + length]
-                decode(block, max_positions=_UNLIMITED, max_bytes=_UNLIMITED)
+                decode_any(block, max_positions=_UNLIMITED, max_bytes=_UNLIMITED)
             except BlockError:
                 key, length = _VOID, _next_head(data, at + _HEAD.size) - at - _HEAD.size
             yield key, at, length

@@ -34,13 +34,13 @@ def weights_fingerprint(source: str | Path | nn.Module, revision: str = "") -> s
         base = base_model(source)
         tied, tensors = _is_tied(getattr(base, "config", None)), named_weights(source)
     else:
-        folder = _local_folder(str(source), revision)
+        folder = local_folder(str(source), revision)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*"))]
             return hashlib.blake2b(repr((str(source), stats)).encode(), digest_size=8).hexdigest()
         tied = is_tied(folder)
-        tensors = (pair for file in files for pair in _stored_tensors(file))
+        tensors = (pair for file in files for pair in stored_tensors(file))
     entries = {name: entry for name, tensor in tensors if (entry := _entry(name, tensor))}
     if tied:  # some checkpoints store the second name of the same matrix, some do not
         entries.pop("lm_head.weight", None)
@@ -51,22 +51,22 @@ def weights_fingerprint(source: str | Path | nn.Module, revision: str = "") -> s
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a folder's (or cached hub model's) safetensors files; empty without any."""
-    files = sorted(_local_folder(str(folder)).glob("*.safetensors"))
-    return {name: tuple(tensor.shape) for file in files for name, tensor in _stored_tensors(file)}
+    files = sorted(local_folder(str(folder)).glob("*.safetensors"))
+    return {name: tuple(tensor.shape) for file in files for name, tensor in stored_tensors(file)}
 
 
 def stored_dtype(folder: str | Path) -> str | None:
     """Of the first weight in a folder's (or cached hub model's) safetensors files, as "bfloat16"; None without any. It
     is what transformers loads with where the config names no dtype."""
-    files = sorted(_local_folder(str(folder)).glob("*.safetensors"))
-    tensors = (tensor for file in files for _, tensor in _stored_tensors(file) if tensor.is_floating_point())
+    files = sorted(local_folder(str(folder)).glob("*.safetensors"))
+    tensors = (tensor for file in files for _, tensor in stored_tensors(file) if tensor.is_floating_point())
     first = next(tensors, None)
     return None if first is None else str(first.dtype).removeprefix("torch.")
 
 
 def is_tied(folder: str | Path) -> bool:
     """Whether the checkpoint's output head is its embedding matrix."""
-    config = _local_folder(str(folder)) / "config.json"
+    config = local_folder(str(folder)) / "config.json"
     return bool(json.loads(config.read_text()).get("tie_word_embeddings")) if config.exists() else False
 
 
@@ -95,7 +95,7 @@ def _entry(name: str, tensor: Tensor) -> bytes:
     return f"{name}{list(tensor.shape)}".encode() + values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a safetensors file, mapped rather than read: only the sampled pages are touched."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -119,7 +119,8 @@ def _is_tied(config: Any) -> bool:
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
-def _local_folder(source: str, revision: str = "") -> Path:
+def local_folder(source: str, revision: str = "") -> Path:
+    """A folder, or where a hub model lies in the local cache."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

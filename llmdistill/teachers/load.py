@@ -76,6 +76,12 @@ class _Loading:
         from llmdistill.teachers.stored import StoredTeacher
 
         tokenizer = tokenizer_named(config.tokenizer) if config.tokenizer and live is None else None
+        if config.hidden:
+            from llmdistill.teachers.stored_hidden import HiddenStoredTeacher
+
+            kept = HiddenStoredTeacher(config.stored, live, form=config.hidden, device=self.device, tokenizer=tokenizer)
+            self.opened.append(kept)
+            return kept
         dtype = "float32" if config.lossless else "float16"
         self.opened.append(StoredTeacher(config.stored, live, dtype, tokenizer))
         return self.opened[-1]
@@ -99,6 +105,8 @@ class _Loading:
                     in_flight=config.in_flight,
                     lossless=config.lossless,
                     tokenizer=config.tokenizer or None,
+                    hidden=config.hidden,
+                    device=self.device,
                 )
             )
             return self.opened[-1]

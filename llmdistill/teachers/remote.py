@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from llmdistill.tokenization import special
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode
 from llmdistill.wire.bodies import chosen_bits, chosen_bytes, pack_sequences
 from llmdistill.wire.listing import columns, support_of
-from llmdistill.wire.protocol import BLOCKS_TYPE, IDS_TYPE, INFO, SCORE, SCORE_TEXT, FrameReader
+from llmdistill.wire.protocol import BLOCKS_TYPE, IDS_TYPE, INFO, SCORE, SCORE_TEXT
+from llmdistill.wire.reading import BlockReader
 from llmdistill.wire.transport import Get, Refused, Request, Transport, json_object
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ class ScoredText:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Counted span of one sequence, or a part of it where it is longer than a request may be."""
 
     sequence: int
@@ -290,7 +291,7 @@ class RemoteTeacher:
             )
         return columns(top_k, chosen, info.vocab_size)
 
-    def _pieces(self, rollout: Rollout, chosen: Tensor | None) -> list[_Piece]:
+    def _pieces(self, rollout: Rollout, chosen: Tensor | None) -> list[Piece]:
         """Spans to ask for. Sequences without counted tokens have none."""
         most, vocab = max(self._limits["positions"], 1), self.info().vocab_size
         rows = chosen.split(rollout.row_counts) if chosen is not None else None
@@ -299,7 +300,7 @@ class RemoteTeacher:
             zip(rollout.input_ids, rollout.attention_mask, rollout.completion_mask, strict=True)
         ):
             ids = ids_T[real_T].numpy().astype(np.int32)
-            at = _counted(mask_T)[real_T].nonzero().flatten().numpy()
+            at = counted(mask_T)[real_T].nonzero().flatten().numpy()
             if not len(at):
                 continue
             if len(ids) > self._limits["sequence_tokens"]:
@@ -316,7 +317,7 @@ class RemoteTeacher:
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 own = None if table is None else table[first - start : last - start]
-                pieces.append(_Piece(b, first, last, ids, own, vocab))
+                pieces.append(Piece(b, first, last, ids, own, vocab))
         return pieces
 
     def _room(self, tokens: int, rest: int) -> tuple[int, int, int, int]:
@@ -325,7 +326,7 @@ class RemoteTeacher:
         limits = self._limits
         return limits["sequences"], limits["positions"], limits["body_bytes"] - rest, -(-tokens // max(wanted, 1))
 
-    def _scoring(self, pieces: list[_Piece], top_k: int, width: int) -> Request[list[ScoreBlock]]:
+    def _scoring(self, pieces: list[Piece], top_k: int, width: int) -> Request[list[ScoreBlock]]:
         info = self.info()
         settings = {"top_k": top_k, "dtype": self.dtype, "teacher": info.fingerprint}
         chosen = None if pieces[0].chosen is None else [p.chosen for p in pieces if p.chosen is not None]
@@ -355,7 +356,7 @@ class RemoteTeacher:
 
     def _reader(
         self, parse: Callable[[dict[str, Any], list[ScoreBlock]], T], width: int
-    ) -> Callable[[], _BlockReader[T]]:
+    ) -> Callable[[], BlockReader[ScoreBlock, T]]:
         """Reads blocks of ``width`` columns, and of nothing else than what was asked for."""
         vocab = self.info().vocab_size
 
@@ -370,36 +371,7 @@ class RemoteTeacher:
             if len(found.token_logprobs) != found.positions.stop - found.positions.start:
                 raise ValueError(f"a block of {len(found.token_logprobs)} rows for {found.positions}")
 
-        return lambda: _BlockReader(head, block, parse)
-
-
-class _BlockReader(Generic[T]):
-    """Score blocks out of an answer that is still being written; each is decoded when it is there."""
-
-    def __init__(
-        self,
-        check_head: Callable[[dict[str, Any]], None],
-        check_block: Callable[[ScoreBlock], None],
-        parse: Callable[[dict[str, Any], list[ScoreBlock]], T],
-    ) -> None:
-        self.check_head, self.check_block, self.parse = check_head, check_block, parse
-        self.frames, self.blocks = FrameReader(1 << 32), list[ScoreBlock]()
-        self.head: dict[str, Any] | None = None
-
-    def feed(self, part: bytes) -> None:
-        for frame in self.frames.feed(part):
-            if self.head is None:
-                self.head = json.loads(bytes(frame))
-                self.check_head(self.head)
-            else:
-                self.blocks.append(decode(frame, max_bytes=4 * len(frame) + 64))
-                self.check_block(self.blocks[-1])
-
-    def finish(self) -> T:
-        self.frames.end()
-        if self.head is None:
-            raise ValueError("it has no frames")
-        return self.parse(self.head, self.blocks)
+        return lambda: BlockReader(head, block, parse, lambda frame: decode(frame, max_bytes=4 * len(frame) + 64))
 
 
 def connect(url: str | Sequence[str], **options: Any) -> Teacher:
@@ -407,7 +379,8 @@ def connect(url: str | Sequence[str], **options: Any) -> Teacher:
 
     Args:
         options: of :class:`RemoteTeacher` or :class:`~llmdistill.teachers.openai.PlainVLLMTeacher`, whichever it is;
-            what only the other one has is ignored.
+            what only the other one has is ignored. With ``hidden``, a form of states, and ``device`` it is a
+            :class:`~llmdistill.teachers.remote_hidden.HiddenRemoteTeacher`.
 
     Raises:
         UserError: neither is there within ``max_outage_s``.
@@ -426,22 +399,32 @@ def connect(url: str | Sequence[str], **options: Any) -> Teacher:
             get("/v1/models")
             kinds.append(PlainVLLMTeacher)
 
+    hidden, device = options.pop("hidden", ""), options.pop("device", "cpu")
     own = {name: value for name, value in options.items() if name not in ("lossless", "tokenizer", "model")}
     probe = Transport(url, admit=look, **own)
     try:
         probe.wait_ready()
     finally:
         probe.close()
+    if hidden and kinds[0] is PlainVLLMTeacher:
+        raise UserError(
+            f"teacher.hidden is {hidden}; at {url} is a plain OpenAI server, which has no hidden states to give. "
+            "Fix: llmdistill serve, or leave teacher.hidden out."
+        )
     if kinds[0] is PlainVLLMTeacher:
         options.pop("lossless", None)  # JSON is
     else:  # this one says what its tokenizer is; whoever sends it ids of its own needs the tokenizer itself
         options.pop("model", None)
         if isinstance(options.get("tokenizer"), str):
             options["tokenizer"] = tokenizer_named(options["tokenizer"])
+    if hidden:
+        from llmdistill.teachers.remote_hidden import HiddenRemoteTeacher
+
+        return HiddenRemoteTeacher(url, form=hidden, device=device, **options)
     return kinds[0](url, **options)
 
 
-def _counted(mask_T: Tensor) -> Tensor:
+def counted(mask_T: Tensor) -> Tensor:
     """Marks that have a token before them; those of one sequence, as ``Rollout.token_rows`` counts them."""
     counted_T = mask_T.clone()
     counted_T[:1] = False
@@ -450,7 +433,7 @@ def _counted(mask_T: Tensor) -> Tensor:
 
 def _joined(parts: list[ScoreBlock], mask_T: Tensor, empty: BlockHeader) -> ScoreBlock:
     """The parts of one sequence as one block of its counted rows."""
-    at = _counted(mask_T).nonzero().flatten()
+    at = counted(mask_T).nonzero().flatten()
     if not parts:
         rows = (torch.zeros(0), torch.zeros(0, empty.top_k, dtype=torch.int32), torch.zeros(0, empty.top_k))
         return ScoreBlock(slice(0, 0), *rows, empty)

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.errors import UserError
 from llmdistill.teachers.asked import Asked, on_cpu
 from llmdistill.teachers.base import Teacher, TeacherInfo, max_top_k
-from llmdistill.teachers.block_store import BlockStore
+from llmdistill.teachers.block_store import BlockStore, Kind
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock, encode
+from llmdistill.wire.hidden import HiddenHeader
 
 
 class StoredTeacher:
@@ -35,6 +36,8 @@ class StoredTeacher:
         UserError: no store in ``folder`` and no teacher, the store is another teacher's, or it is damaged.
     """
 
+    kind: Kind = "logprobs"  # of the blocks in its store
+
     def __init__(
         self,
         folder: str | Path,
@@ -48,7 +51,9 @@ class StoredTeacher:
         self.teacher, self.tokenizer = teacher, tokenizer
         self.dtype = dtype
         self.hits = self.misses = 0  # sequences read from the store, and not found there
-        info = self.store.info() if teacher is None else self.store.claim(teacher.info())
+        if teacher is None:
+            self.store.check_kind(self.kind)
+        info = self.store.info() if teacher is None else self.store.claim(teacher.info(), self.kind)
         if info is None:
             raise UserError(f"{folder} holds no stored teacher (no info.json). Fix: the folder it was stored in.")
         self._info = info
@@ -163,7 +168,7 @@ class StoredTeacher:
         stored = [b.header for d in ("float16", "float32") if (b := self.store.get(sequence.key(d)))]
         return "".join(f", stored at top_k {header.top_k} in {header.dtype}" for header in stored)
 
-    def _check(self, header: BlockHeader) -> None:
+    def _check(self, header: BlockHeader | HiddenHeader) -> None:
         if (header.teacher, header.tokenizer) != (self._info.fingerprint, self._info.tokenizer):
             raise UserError(
                 f"a block of teacher {header.teacher} (tokenizer {header.tokenizer}); {self.store.folder} holds "

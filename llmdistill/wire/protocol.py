@@ -10,8 +10,9 @@ one it expects. Below are the JSON forms; as bytes the same fields that are no i
 
     {"sequences": [[id, ...], ...], "positions": [[start, stop], ...],      tokens start..stop-1 of each, start >= 1
      "top_k": 64, "chosen": null | [[[id, ...] per position] per sequence], "temperature": 1.0,
-     "dtype": "float16" | "float32", "teacher": fp | null}
-    -> frames: {"protocol", "teacher", "tokenizer", "policy_version", "positions"}, then a score block per sequence
+     "dtype": "float16" | "float32", "teacher": fp | null, "hidden": "" | "bfloat16" | "int8"}
+    -> frames: {"protocol", "teacher", "tokenizer", "policy_version", "positions"}, then a score block per sequence,
+    or with "hidden", which goes without top_k and chosen, a block of hidden states (:mod:`llmdistill.wire.hidden`)
 
 ``POST /v1/generate``::
 
@@ -42,8 +43,12 @@ them now, ``{"needed": false, "teacher", "policy_version"}`` where they are. It 
 
     {"protocol", "name", "teacher", "tokenizer", "vocab_size", "eos_ids", "context_length", "template", "engine",
      "dtype", "policy_version", "chosen_ids", "weights", "partial_weights", "adapters": [name, ...],
+     "head": {"fingerprint", "width", "bytes"} | null,
      "limits": {"top_k", "sequence_tokens", "sequences", "positions", "new_tokens", "body_bytes", "json_bytes",
                 "in_flight", "adapters"}}
+
+``GET /v1/head``: the output head that goes with hidden states, as :data:`TENSORS_TYPE`, where ``head`` of the info is
+not null.
 
 ``GET /health`` (the process lives), ``/ready`` (200 when it takes work, else 503), ``/metrics`` (Prometheus).
 
@@ -69,6 +74,7 @@ from collections.abc import Iterator, Sequence
 
 SCORE, GENERATE, SCORE_TEXT = "/v1/score", "/v1/generate", "/v1/score_text"
 WEIGHTS, OFFER, ADAPTERS = "/v1/weights", "/v1/weights/offer", "/v1/adapters"
+HEAD = "/v1/head"
 INFO, HEALTH, READY, METRICS = "/v1/info", "/health", "/ready", "/metrics"
 
 BLOCKS_TYPE = "application/x-llmdistill-blocks"

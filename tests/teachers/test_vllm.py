@@ -1,12 +1,17 @@
 """The vLLM teacher against transformers' log-softmax."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from llmdistill.compat import vllm_prompts
 from llmdistill.errors import UserError
+from llmdistill.models.vllm_requests import hidden_rows, scored_rows, scoring_params
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
+from llmdistill.teachers.heads import stored_head
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Sampling, collate
 from tests.tiny import llama, tokenizer
@@ -105,6 +110,47 @@ def test_no_more_logits_exist_at_one_time_than_fit_and_none_that_nobody_asks_for
         small.close()
     sampled = 5 + 4  # a row for the token that vLLM draws behind each, and behind pieces of a prompt
     assert max(rows) <= 5 and made.num_rows <= sum(rows) <= made.num_rows + 4 * sampled
+
+
+def test_hidden_states_are_those_that_the_head_is_applied_to(folder, reference):
+    """In pieces of 16 tokens, beside requests for log-probs in the same steps."""
+    made = rollout()
+    small = VLLMTeacher(
+        folder, dtype="float32", max_top_k=8, max_model_len=LONGEST, kv_cache_gib=0.05, max_num_batched_tokens=16
+    )
+    try:
+        assert all(small.engine.llm.collective_rpc(vllm_prompts.gives_hidden))
+        ids = [row[real].tolist() for row, real in zip(made.input_ids, made.attention_mask, strict=True)]
+        at = [np.arange(max(1, len(one) - 9), len(one)) for one in ids]
+        params = [
+            scoring_params(len(one), places, 0 if hidden else 3, VOCAB, None, hidden=hidden)
+            for one, places in zip(ids, at, strict=True)
+            for hidden in (True, False)
+        ]
+        outputs = small.engine.score([one for one in ids for _ in range(2)], params)
+        found = torch.cat([hidden_rows(out, places) for out, places in zip(outputs[::2], at, strict=True)])
+        listed = [scored_rows(out, places, 3, VOCAB, None)[2] for out, places in zip(outputs[1::2], at, strict=True)]
+    finally:
+        small.close()
+    whole = made.sequences(range(len(made)))
+    whole.completion_mask[:] = False
+    for mask, places in zip(whole.completion_mask, at, strict=True):
+        mask[places] = True
+    exact = reference.dense(whole)
+    torch.testing.assert_close(found, exact.hidden_NH, rtol=1e-4, atol=1e-4)
+    (logits,) = exact.chunk(slice(0, len(exact)), None)
+    torch.testing.assert_close(torch.cat(listed), logits.log_softmax(-1).topk(3).values, rtol=0, atol=1e-4)
+
+
+def test_the_head_in_a_checkpoint_is_the_models(folder, reference, tmp_path):
+    for path, tied in ((Path(folder), False), (tmp_path, True)):
+        if tied:
+            llama(1, hidden=64, tied=True).save_pretrained(path)
+            tokenizer().save_pretrained(path)
+        model = LocalTeacher.load(TeacherConfig(model=str(path), dtype="float32"))
+        head = stored_head(str(path))
+        assert torch.equal(head.weight, model.head.linear.weight) and head.bias is None
+        assert (head.logit_scale, head.softcap) == (model.head.logit_scale, model.head.softcap)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB])
