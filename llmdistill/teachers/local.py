@@ -169,6 +169,14 @@ class LocalTeacher:
         """Nothing to free: the model goes with its last reference."""
 
 
+def embedded(judge: Any) -> list[LocalTeacher]:
+    """The models of this process that a judge asks: itself, or those behind a cache, an alignment or a mixture."""
+    if isinstance(judge, LocalTeacher):
+        return [judge]
+    asked = [getattr(judge, "teacher", None), *getattr(judge, "members", {}).values()]
+    return [teacher for each in asked if each is not None for teacher in embedded(each)]
+
+
 def _in_order(found: Sequence[Tensor], index: Sequence[Sequence[int]], counts: Sequence[int], empty: Tensor) -> Tensor:
     """The rows [N, H] of batches of sequences, sequence by sequence; ``counts`` of each, ``index`` of each batch."""
     rows = [empty] * len(counts)

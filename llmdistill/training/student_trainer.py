@@ -30,7 +30,7 @@ from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
-from llmdistill.teachers.local import LocalTeacher
+from llmdistill.teachers.local import embedded
 from llmdistill.texts import Rollout
 from llmdistill.texts.batches import Passes, split_evenly
 from llmdistill.texts.prompts import PromptEncoder
@@ -213,8 +213,9 @@ class _AroundSteps(TrainerCallback):
                 if isinstance(judged := getattr(judge, "model", None), PreTrainedModel):
                     with getattr(judge, "present", nullcontext)():
                         check_causal(judged, judged)
-                        if isinstance(judge, LocalTeacher):
-                            judge.packs = self.trainer.passes.packed and can_be_packed(judge.model)
+                for teacher in embedded(judge) if self.trainer.passes.packed else ():
+                    with teacher.present():
+                        teacher.packs = can_be_packed(teacher.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.trainer.step_counts and not self.trainer.is_deepspeed_enabled:
