@@ -170,7 +170,7 @@ def load_async_vllm(
                 logprobs_mode="processed_logprobs",
                 skip_tokenizer_init=True,
                 generation_config="vllm",
-                disable_log_stats=True,
+                disable_log_stats=False,  # they are at /metrics beside ours
                 use_tqdm_on_load=False,
                 worker_extension_cls="llmdistill.service.worker.Worker",
                 **options,
@@ -179,6 +179,12 @@ def load_async_vllm(
     except (ValueError, OSError, RuntimeError) as error:
         reason = _last_line(error)
         raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+
+
+def kv_cache_tokens(engine: Any) -> int | None:
+    """Tokens that the key-value cache of an ``AsyncLLM`` holds; None where vLLM does not say."""
+    found: int | None = engine.vllm_config.cache_config.kv_cache_size_tokens
+    return found
 
 
 def completions(

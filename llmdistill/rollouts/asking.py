@@ -91,7 +91,8 @@ def sample(
         "adapter": None,
         "teacher": teacher,
     }
-    share = -(-len(prompts) * n // len(transport.urls))  # every replica gets some; one engine likes one large batch
+    # every replica gets some; one engine likes one large batch
+    share = -(-len(prompts) * n // len(transport.replicas()))
     room = (limits["sequences"], limits["body_bytes"] - len(json.dumps(settings)) - FRAME_BYTES, share)
     requests, asked = [], list[tuple[int, int]]()  # and the prompt and number of every sample in the answers
     for part in _parts(sampling, batch_tokens // longest if batch_tokens else n):
@@ -107,7 +108,7 @@ def sample(
             )
             asked += [(i, j) for i in rows for j in part.numbers]
     # with a bound every replica works at one request
-    answers = transport.send_all(requests, len(transport.urls) if batch_tokens else None)
+    answers = transport.send_all(requests, len(transport.replicas()) if batch_tokens else None)
     drawn = [each for given in answers for each in _drawn(given)]
     order = sorted(range(len(asked)), key=asked.__getitem__)
     version = min((given.settings["policy_version"] for given in answers), default=0)

@@ -39,7 +39,7 @@ from llmdistill.wire.protocol import (
     WEIGHTS,
 )
 from llmdistill.wire.tensors import safetensors_stream
-from llmdistill.wire.transport import Ask, Get, Refused, Request, Transport, json_object
+from llmdistill.wire.transport import Ask, Get, Gone, Refused, Request, Transport, json_object
 
 PUSHES_PER_CALL = 3  # a service that forgets its weights more often shares them with another run
 
@@ -97,9 +97,7 @@ class RemoteRollouts:
         self._snapshot: Snapshot | None = None  # that was pushed, where it was not the model as it is now
         settings = {"token": token, "section": "rollouts", "timeout_s": timeout_s, "admit": self._admit, **options}
         self.transport = Transport(url, **settings)
-        self._each = [self.transport]
-        if len(self.transport.urls) > 1:
-            self._each = [Transport(one, **settings) for one in self.transport.urls]
+        self._each: dict[str, Transport] = {}  # to one replica each
         try:
             self.transport.wait_ready()
         except BaseException:
@@ -196,7 +194,7 @@ class RemoteRollouts:
         )
 
     def close(self) -> None:
-        for transport in {id(t): t for t in [self.transport, *self._each]}.values():
+        for transport in (self.transport, *self._each.values()):
             transport.close()
         self._forget_written()
 
@@ -297,11 +295,25 @@ class RemoteRollouts:
         return Request(WEIGHTS, json_object, body=lambda: [path()], length=lambda: len(path()), already=already)
 
     def _at_each(self, work: Callable[[Transport], T]) -> list[T]:
-        """``work`` with every replica, all at one time."""
-        if len(self._each) == 1:
-            return [work(self._each[0])]
-        with ThreadPoolExecutor(len(self._each)) as threads:
-            return list(threads.map(work, self._each))
+        """``work`` with every replica there is now, all at one time."""
+        urls = self.transport.replicas()
+        for url in self._each.keys() - set(urls):
+            self._each.pop(url).close()
+        if len(urls) == 1:
+            return [work(self.transport)]
+        for url in urls:
+            if url not in self._each:
+                self._each[url] = self.transport.only(url)
+
+        def there(url: str) -> list[T]:
+            try:
+                return [work(self._each[url])]
+            except Gone:
+                return []
+
+        with ThreadPoolExecutor(len(urls)) as threads:
+            found = [one for answer in threads.map(there, urls) for one in answer]
+        return found or self._at_each(work)  # all of them went meanwhile
 
     def _write(self, weights: Mapping[str, Tensor], policy_version: int) -> Path:
         """A folder of its own for every push: another rank may be writing too."""

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from llmdistill.service.engine import Engine
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.service.uploads import Held, Uploads
+from llmdistill.service.waiters import Waiters
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -65,6 +68,30 @@ def check_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], max_rank:
     if max_rank is not None and rank > max_rank:
         raise ValueError(f"its rank is {rank}; at most {max_rank} (--max_lora_rank)")
     return rank
+
+
+class Uses:
+    """Adapters that requests under way are drawn with: one goes when its last request is answered."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[object] = Counter()
+        self._waiters = Waiters()
+
+    @contextmanager
+    def of(self, adapter: object) -> Iterator[None]:
+        """A request uses it."""
+        self._counts[adapter] += 1
+        try:
+            yield
+        finally:
+            self._counts[adapter] -= 1
+            if not self._counts[adapter]:
+                del self._counts[adapter]
+                self._waiters.wake()
+
+    async def ended(self, adapter: object) -> None:
+        """Returns when no request uses it."""
+        await self._waiters.until(lambda: adapter not in self._counts)
 
 
 class Adapters:

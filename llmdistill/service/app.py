@@ -23,12 +23,14 @@ from llmdistill.service.bodies import Bodies, content_type
 from llmdistill.service.engine import Engine, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, cancelling
 from llmdistill.service.gate import Gate
 from llmdistill.service.gone import unless_gone
+from llmdistill.service.lengths import Lengths
 from llmdistill.service.limits import Limits
-from llmdistill.service.metrics import Metrics
+from llmdistill.service.metrics import Metrics, engine_metrics
 from llmdistill.service.parts import Parts
 from llmdistill.service.problems import Problem, first_line, invalid
 from llmdistill.service.text import TokenizedText, template_of, tokenized
 from llmdistill.service.uploads import Uploads
+from llmdistill.service.versions import Versions
 from llmdistill.service.weights import Weights
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import ScoreBlock
@@ -37,6 +39,7 @@ from llmdistill.wire.hidden import pack_head
 from llmdistill.wire.tokens import secrets_of
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+COMING_S = 0.5  # until a replica may have loaded what another one has
 Read = Callable[[bytes, str], Work]  # of a body and its content type, on a thread
 
 
@@ -48,6 +51,7 @@ class Service:
         weight_folders: where weights and adapters may be read from.
         accept_weights: whether weights may be uploaded.
         upload_folder: where they are written to on their way; None: memory.
+        versions: where they are shared with other replicas; None: with none.
         on_dead: called once when the engine will not answer any more.
     """
 
@@ -60,17 +64,20 @@ class Service:
         weight_folders: Sequence[Path] = (),
         accept_weights: bool = False,
         upload_folder: Path | None = None,
+        versions: Path | None = None,
         on_dead: Callable[[], None] = lambda: None,
     ) -> None:
         self.engine, self.limits, self.secrets = engine, limits or Limits(), secrets_of(token)
         self.on_dead, self.dead = on_dead, False
-        self.gate = Gate(self.limits)
+        self.gate, self.lengths = Gate(self.limits, lambda: engine.capacity_tokens), Lengths()
         self.answers = Answers(self.limits.answers_bytes, self.limits.answers_s, self.limits.abandoned_s)
         self.metrics = Metrics()
         self.bodies = Bodies(self.limits)
         self.uploads = Uploads(upload_folder)
-        self.weights = Weights(engine, self.gate, self.limits, self.uploads, list(weight_folders), accept_weights)
-        self.adapters = Adapters(self.uploads)
+        shared = Versions(versions) if versions is not None else None
+        folders = list(weight_folders)
+        self.weights = Weights(engine, self.gate, self.limits, self.uploads, folders, accept_weights, shared)
+        self.adapters, self._changing_adapters = Adapters(self.uploads), asyncio.Lock()
 
     # ---------------------------------------------------------------- what is computed
     #
@@ -127,7 +134,7 @@ class Service:
         """Evidence, of weights that do not change meanwhile."""
         listed = sum(job.chosen.numel() for job in jobs if job.chosen is not None)
         async with self.gate.admitted(sum(job.stop for job in jobs) + listed // 4):
-            self._expect(expected)
+            await self._expect(expected)
             try:
                 if writer is None:
                     blocks = await self.engine.score(jobs)
@@ -162,13 +169,17 @@ class Service:
 
     async def samples(self, job: GenerateJob, expected: str | None = None) -> tuple[list[list[Sample]], str, int]:
         """Samples of every prompt, and the fingerprint and version of the weights that drew them."""
-        n = job.sampling.samples_per_prompt
-        async with self.gate.admitted(sum(n * (len(ids) + job.sampling.max_new_tokens) for ids in job.prompts)):
-            self._expect(expected)
+        n, each = job.sampling.samples_per_prompt, self.lengths.expected(job.sampling.max_new_tokens)
+        read = n * sum(map(len, job.prompts))
+        async with self.gate.admitted(read + n * len(job.prompts) * each) as place:
+            await self._expect(expected)
             bodies.known_adapter(job.adapter, self.engine)  # it may have gone while the request waited
             drawn = await self.engine.generate(job)
             fingerprint, version = self.engine.info.fingerprint, self.weights.policy_version
-        self.metrics.generated.inc(sum(len(sample.ids) for samples in drawn for sample in samples))
+            lengths = [len(sample.ids) for samples in drawn for sample in samples]
+            place.used = read + sum(lengths)
+        self.lengths.drawn(lengths)
+        self.metrics.generated.inc(sum(lengths))
         return drawn, fingerprint, version
 
     # ---------------------------------------------------------------- weights and adapters
@@ -188,7 +199,8 @@ class Service:
         return partial(self._add_adapter, body.name, folder)
 
     async def _add_adapter(self, name: str, folder: Path) -> Answer:
-        async with self.gate.alone():
+        """While requests are at work; those of an adapter that had the name end with that one."""
+        async with self._changing_adapters, self.gate.beside():
             loaded, most = self.engine.adapters, self.limits.adapters
             if name not in loaded and len(loaded) >= most:
                 words = f"{len(loaded)} are loaded ({', '.join(loaded)}), at most {most}; remove one (--max_adapters)"
@@ -206,8 +218,8 @@ class Service:
             return _json({"adapters": list(loaded)})
 
     async def remove_adapter(self, name: str) -> Answer:
-        """Of an id that is none: 404."""
-        async with self.gate.alone():
+        """Once its requests are done; new ones are refused at once. Of an id that is none: 404."""
+        async with self._changing_adapters, self.gate.beside():
             bodies.known_adapter(name, self.engine)
             await self.engine.remove_adapter(name)
             self.adapters.drop(name)
@@ -275,7 +287,7 @@ class Service:
             "policy_version": self.weights.policy_version,
             "chosen_ids": engine.chosen_ids,
             "weights": self.weights.accepts,
-            "partial_weights": engine.partial_weights,
+            "partial_weights": engine.partial_weights and self.weights.partial,
             "adapters": list(engine.adapters),
             "head": self._head_info(),
             "limits": {
@@ -296,25 +308,30 @@ class Service:
         m, gate = self.metrics, self.gate
         m.in_house.set(gate.requests)
         m.tokens.set(gate.tokens)
+        m.waiting.set(gate.waiting)
+        m.pushed_out.set(gate.pushed_out)
         m.version.set(self.weights.policy_version)
         m.given_up.set(self.answers.cancelled)
         m.replayed.set(self.answers.replayed)
         m.kept.set(self.answers.bytes)
-        return m.text()
+        return m.text() + engine_metrics()
 
     def died(self) -> None:
         if not self.dead:
             self.dead = True
             self.on_dead()
 
-    def _expect(self, fingerprint: str | None) -> None:
+    async def _expect(self, fingerprint: str | None) -> None:
         mine = self.engine.info.fingerprint
         if fingerprint is not None and fingerprint != mine:
+            newest = await self.weights.look()
+            coming = newest is not None and newest.teacher == fingerprint  # another replica has them already
             raise Problem(
                 409,
-                "fingerprint",
-                f"the request expects weights {fingerprint}; here are {mine}",
+                "version" if coming else "fingerprint",
+                f"the request expects weights {fingerprint}; here are {mine}{', not for long' if coming else ''}",
                 field="teacher",
+                retry_after_s=COMING_S if coming else None,
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 import secrets
 import time
 
@@ -16,12 +17,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmdistill.service.app import Service
+from llmdistill.service.fair import CLIENT
 from llmdistill.service.problems import Problem
 from llmdistill.wire import protocol
 
 OPEN = (protocol.HEALTH, protocol.READY)  # without a token, and at any load: load balancers ask
 # What a page of another origin cannot send without asking first, which nobody here answers.
 TYPES = (protocol.JSON_TYPE, protocol.IDS_TYPE, protocol.TENSORS_TYPE)
+
+NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Around:
@@ -40,9 +44,11 @@ class Around:
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
+                message["headers"] = [*message.get("headers", ()), *self._weights()]
             await send(message)
 
         self.callers += 1
+        asking = CLIENT.set(_client(scope))
         try:
             if refusal := self._refusal(scope):
                 await problem_response(refusal)(scope, receive, noting)
@@ -50,10 +56,16 @@ class Around:
                 await self.app(scope, receive, noting)
         finally:
             self.callers -= 1
+            CLIENT.reset(asking)
             # never the raw path: a label for each would be kept for ever
             endpoint = getattr(scope.get("route"), "path", "unknown")
             self.service.metrics.requests.labels(endpoint, status[0]).inc()
             self.service.metrics.seconds.labels(endpoint).observe(time.monotonic() - started)
+
+    def _weights(self) -> list[tuple[bytes, bytes]]:
+        """Which weights are here, in every answer."""
+        version, teacher = self.service.weights.policy_version, self.service.engine.info.fingerprint
+        return [(protocol.VERSION_HEADER, str(version).encode()), (protocol.TEACHER_HEADER, teacher.encode())]
 
     def _refusal(self, scope: Scope) -> Problem | None:
         """Why the request is not looked at."""
@@ -72,6 +84,12 @@ class Around:
         if self.callers > self.service.limits.callers:
             return Problem(503, "busy", f"{self.callers} callers at one time", retry_after_s=1)
         return None
+
+
+def _client(scope: Scope) -> str:
+    """Whom a request is for, among whom the engine is shared out: who it says, else where it comes from."""
+    said = Headers(scope=scope).get("x-client-id", "")
+    return said if NAME.fullmatch(said) else str((scope.get("client") or ("",))[0])
 
 
 def _shows_one_of(headers: Headers, known: list[str]) -> bool:

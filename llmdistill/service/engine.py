@@ -88,6 +88,7 @@ class Engine(Protocol):
     chosen_ids: bool  # whether jobs may choose ids
     max_top_k: int
     max_model_len: int
+    capacity_tokens: int | None  # that it works at together; None: no bound of its own. Known once it is started
     adapters: dict[str, str]  # name -> folder
     tokenizer: PreTrainedTokenizerBase
 
@@ -129,10 +130,13 @@ class Engine(Protocol):
         ...
 
     async def add_adapter(self, name: str, folder: Path) -> None:
-        """One that was checked. Its folder stays until it is removed, or another takes its name."""
+        """One that was checked. Its folder stays until it is removed, or another takes its name, whose requests are
+        answered before this returns."""
         ...
 
-    async def remove_adapter(self, name: str) -> None: ...
+    async def remove_adapter(self, name: str) -> None:
+        """No new request gets it; returns when those that had it are answered."""
+        ...
 
     async def close(self) -> None: ...
 

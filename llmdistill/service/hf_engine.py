@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmdistill.models.generation import generate
-from llmdistill.service.adapters import check_adapter
+from llmdistill.service.adapters import Uses, check_adapter
 from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob
 from llmdistill.service.problems import first_line
 from llmdistill.teachers.base import TeacherInfo
@@ -29,6 +29,8 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import Prompt, Rollout, Sampling, collate
 from llmdistill.tokenization.special import pad_id
 from llmdistill.wire.hidden import HeadWeights
+
+BATCHES = 4  # that are in the engine: it chooses among sequences of like length
 
 
 @dataclass
@@ -56,6 +58,7 @@ class HFEngine:
 
     def __init__(self, teacher: LocalTeacher, *, batch_tokens: int = 16384, max_model_len: int | None = None) -> None:
         self.teacher, self.tokenizer, self.batch_tokens = teacher, teacher.tokenizer, batch_tokens
+        self.capacity_tokens: int | None = BATCHES * batch_tokens
         self.max_top_k = teacher.info().vocab_size
         self.max_model_len = min(max_model_len or teacher.info().context_length, teacher.info().context_length)
         self.dtype = str(teacher.model.dtype).removeprefix("torch.")
@@ -63,6 +66,7 @@ class HFEngine:
         self.weights_bytes = 4 * sum(p.numel() for p in teacher.model.parameters())
         self._shapes = {name: tuple(p.shape) for name, p in teacher.model.state_dict().items()}
         self._inner: dict[str, str] = {}  # what peft calls an adapter
+        self._uses = Uses()
         self._numbers = itertools.count()
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -113,7 +117,8 @@ class HFEngine:
             raise EngineDead(self._dead)
         given_up = threading.Event()
         try:
-            return await self._on_thread(self._generate, job, given_up)
+            with self._uses.of(job.adapter):
+                return await self._on_thread(self._generate, job, given_up)
         except asyncio.CancelledError:
             given_up.set()  # what runs ends with its batch
             raise
@@ -136,6 +141,7 @@ class HFEngine:
 
     async def remove_adapter(self, name: str) -> None:
         del self.adapters[name]
+        await self._uses.ended(name)
         await self._on_thread(self._remove_adapter, name)
 
     async def close(self) -> None:

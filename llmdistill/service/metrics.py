@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from collections.abc import Iterator
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    generate_latest,
+)
 
 LAGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -31,6 +42,10 @@ class Metrics:
         self.kept = Gauge("llmdistill_kept_answer_bytes", "Held for requests sent again", registry=registry)
         self.in_house = Gauge("llmdistill_requests_in_house", "Waiting or at work", registry=registry)
         self.tokens = Gauge("llmdistill_tokens_in_house", "Tokens of those", registry=registry)
+        self.waiting = Gauge("llmdistill_requests_waiting", "That the engine has not got yet", registry=registry)
+        self.pushed_out = Gauge(
+            "llmdistill_pushed_out_requests", "Gave their place to a client that had less", registry=registry
+        )
         self.version = Gauge("llmdistill_policy_version", "Of the weights that answer", registry=registry)
 
     def late(self, seconds: float) -> None:
@@ -42,3 +57,15 @@ class Metrics:
         self.longest_lag.set(self._longest)
         self._longest = 0.0
         return generate_latest(self.registry)
+
+
+def engine_metrics() -> bytes:
+    """What the engine's library counts in the registry of this process: vLLM's queue, cache, preemptions, latencies."""
+    return generate_latest(_OfTheEngine())  # type: ignore[arg-type]
+
+
+class _OfTheEngine:
+    """The process's registry without what is in it by itself (memory, Python), which ours has too."""
+
+    def collect(self) -> Iterator[Metric]:
+        return (metric for metric in REGISTRY.collect() if metric.name.startswith("vllm:"))

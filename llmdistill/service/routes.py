@@ -75,6 +75,8 @@ def create_app(service: Service) -> ASGIApp:
     async def ready() -> Response:
         if service.dead or service.gate.draining:
             raise Problem(503, "draining", "the service is going down", retry_after_s=5)
+        if service.weights.behind:
+            raise Problem(503, "version", "weights that another replica has are still to be loaded", retry_after_s=1)
         return JSONResponse({"status": "ready", "teacher": service.engine.info.fingerprint})
 
     @app.get(protocol.METRICS)

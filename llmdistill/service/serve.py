@@ -27,10 +27,11 @@ from llmdistill.recipe.config import DType, TeacherConfig, option
 from llmdistill.service.app import Service
 from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.limits import Limits
+from llmdistill.service.problems import Problem
 from llmdistill.service.routes import create_app
 
 # Limits that are settings of the command; the others are the same for everybody.
-WATCH_S, LAG_EVERY_S = 2.0, 0.05
+WATCH_S, LAG_EVERY_S, FOLLOW_S = 2.0, 0.05, 0.25
 OTHER_FILES = 256  # than connections: the model's, the engine's, libraries'
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
 
@@ -55,6 +56,9 @@ class ServeConfig:
         default_factory=list, metadata={"help": "folders that weights and adapters may be read from"}
     )
     upload_folder: str = option("", "where pushed weights are written to on their way; empty: memory (/dev/shm)")
+    versions: str = option(
+        "", "folder that all replicas of a fleet see: weights pushed to one of them reach the others"
+    )
     max_lora_rank: int = option(0, "largest rank of adapters (vllm); 0: no adapters")
     max_adapters: int = option(Limits.adapters, "most adapters loaded at one time")
     batch_tokens: int = option(16384, "token budget of one forward pass")
@@ -129,9 +133,12 @@ def check(config: ServeConfig, token: str | None) -> None:
     for name, folder in [
         *(("allow_weights", f) for f in config.allow_weights),
         ("upload_folder", config.upload_folder),
+        ("versions", config.versions),
     ]:
         if folder and not Path(folder).is_dir():
             raise UserError(f"--{name} {folder}: no such folder. Fix: make it, or name another.")
+    if config.versions and not config.updatable:
+        raise UserError("--versions is given and --updatable is not: nobody may push any. Fix: --updatable true.")
     if config.max_adapters < 1:
         raise UserError(f"--max_adapters is {config.max_adapters}; it must be at least 1. Fix: --max_adapters 4.")
     if bool(config.tls_cert) != bool(config.tls_key):
@@ -223,9 +230,11 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             weight_folders=[Path(folder) for folder in config.allow_weights],
             accept_weights=config.updatable,
             upload_folder=Path(config.upload_folder) if config.upload_folder else None,
+            versions=Path(config.versions) if config.versions else None,
             on_dead=dead,
         )
         service.uploads.clear()
+        await service.weights.fetch()
         settings |= {"timeout_graceful_shutdown": 10, "ws": "none", "http": bounded_connections(limits.connections)}
         if config.tls_cert:
             settings |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
@@ -253,7 +262,7 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             f"serving {config.model} ({engine.kind}, {engine.dtype}, top-k up to {most}) on {scheme}://{shown}:{port}",
             flush=True,
         )
-        watching = [asyncio.create_task(watch(service)), asyncio.create_task(measure_lag(service))]
+        watching = [asyncio.create_task(work) for work in (watch(service), measure_lag(service), follow(service))]
         await server.serve(sockets=[listening])
         for task in watching:
             task.cancel()
@@ -276,6 +285,19 @@ async def watch(service: Service, every_s: float = WATCH_S) -> None:
             await service.engine.check()
         except EngineDead:
             service.died()
+
+
+async def follow(service: Service, every_s: float = FOLLOW_S) -> None:
+    """Loads what was pushed to other replicas."""
+    while service.weights.versions is not None and not service.dead:
+        await asyncio.sleep(every_s)
+        try:
+            await service.weights.fetch()
+        except (EngineDead, UserError) as error:
+            print(error, file=sys.stderr, flush=True)
+            service.died()
+        except Problem:  # it goes down
+            return
 
 
 async def measure_lag(service: Service) -> None:

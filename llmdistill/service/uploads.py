@@ -58,14 +58,14 @@ class Uploads:
         """As :meth:`folder`, until it is removed."""
         try:
             if needed > (free := shutil.disk_usage(self.root).free - SPARE_BYTES):
-                raise _no_room(f"{needed} bytes are to come and {self.root} has {max(free, 0)} to spare")
+                raise no_room(f"{needed} bytes are to come and {self.root} has {max(free, 0)} to spare")
             # locked before it has the name by which others look for what is left over
             begun = Path(tempfile.mkdtemp(prefix=BEGUN, dir=self.root))
             lock = (begun / "lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX)
             return Held(begun.rename(self.root / (PREFIX + begun.name.removeprefix(BEGUN))), lock)
         except OSError as error:
-            raise _no_room(first_line(error)) from None
+            raise no_room(first_line(error)) from None
 
     def clear(self, now: float | None = None) -> None:
         """Removes what services that were killed have left."""
@@ -112,7 +112,7 @@ async def written(stream: AsyncIterator[bytes], file: Path, most: int, silence_s
                         parts, held = [], 0
             await asyncio.to_thread(_keep, parts, digest, target)
     except OSError as error:
-        raise _no_room(first_line(error)) from None
+        raise no_room(first_line(error)) from None
     return digest.hexdigest()
 
 
@@ -148,5 +148,6 @@ async def _talking(stream: AsyncIterator[bytes], silence_s: float) -> AsyncItera
         await made.aclose()  # type: ignore[attr-defined]
 
 
-def _no_room(why: str) -> Problem:
+def no_room(why: str) -> Problem:
+    """507: the disk is full."""
     return Problem(507, "storage", f"no room for the weights: {why}. Fix: --upload_folder on a larger disk")

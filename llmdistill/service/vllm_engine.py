@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.compat.vllm import load_async_vllm
+from llmdistill.compat.vllm import kv_cache_tokens, load_async_vllm
 from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import drawn, generation_params, hidden_rows, scored_rows, scoring_params
-from llmdistill.service.adapters import check_adapter
+from llmdistill.service.adapters import Uses, check_adapter
 from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, cancelling
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.teachers.base import TeacherInfo
@@ -52,6 +52,7 @@ class AsyncVLLMEngine:
     kind = "vllm"
     chosen_ids = True
     partial_weights = False  # until the workers have been asked
+    capacity_tokens: int | None = None
 
     def __init__(
         self,
@@ -103,6 +104,7 @@ class AsyncVLLMEngine:
         self._must_mend = admit_chosen_ids(self.engine)
         self.adapters: dict[str, str] = {}
         self._lora: dict[str, Any] = {}
+        self._uses = Uses()
         self._numbers = itertools.count(1)
 
     async def start(self) -> None:
@@ -110,6 +112,7 @@ class AsyncVLLMEngine:
             await self.engine.collective_rpc("llmdistill_mend", args=(self._must_mend,))
             if not self._updatable and all(await self.engine.collective_rpc("llmdistill_gives_hidden")):
                 self._head = await asyncio.to_thread(stored_head, self._info.name, self._trust_remote_code)
+            self.capacity_tokens = kv_cache_tokens(self.engine)
             self.partial_weights = all(await self.engine.collective_rpc("llmdistill_takes_part"))
 
     async def check(self) -> None:
@@ -159,19 +162,20 @@ class AsyncVLLMEngine:
     async def generate(self, job: GenerateJob) -> list[list[Sample]]:
         stops = stop_strings(self.tokenizer, job.sampling.stop)
         n, lora = job.sampling.samples_per_prompt, self._lora[job.adapter] if job.adapter else None
-        async with cancelling() as group:
-            tasks = [
-                group.create_task(
-                    self._ask(
-                        ids,
-                        generation_params(job.sampling, request_seed(job.sampling.seed, row, j), job.eos_ids),
-                        lora,
-                        stops,
+        with self._uses.of(lora.lora_int_id if lora else None):
+            async with cancelling() as group:
+                tasks = [
+                    group.create_task(
+                        self._ask(
+                            ids,
+                            generation_params(job.sampling, request_seed(job.sampling.seed, row, j), job.eos_ids),
+                            lora,
+                            stops,
+                        )
                     )
-                )
-                for ids, row in zip(job.prompts, job.rows, strict=True)
-                for j in job.sampling.numbers
-            ]
+                    for ids, row in zip(job.prompts, job.rows, strict=True)
+                    for j in job.sampling.numbers
+                ]
         found = [drawn(task.result().outputs[0], stops) for task in tasks]
         samples = [Sample(one.ids, one.logprobs, one.finish) for one in found]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
@@ -226,14 +230,19 @@ class AsyncVLLMEngine:
         request = LoRARequest(name, next(self._numbers), str(folder))
         with _death_is_named():
             await self.engine.add_lora(request)
-            if name in self._lora:
-                await self.engine.remove_lora(self._lora[name].lora_int_id)
-        self._lora[name], self.adapters[name] = request, str(folder)
+        old, self._lora[name], self.adapters[name] = self._lora.get(name), request, str(folder)
+        if old is not None:
+            await self._remove(old)
 
     async def remove_adapter(self, name: str) -> None:
         del self.adapters[name]
+        await self._remove(self._lora.pop(name))
+
+    async def _remove(self, lora: Any) -> None:
+        """A request that still runs would have vLLM read its files again."""
+        await self._uses.ended(lora.lora_int_id)
         with _death_is_named():
-            await self.engine.remove_lora(self._lora.pop(name).lora_int_id)
+            await self.engine.remove_lora(lora.lora_int_id)
 
     async def close(self) -> None:
         self.engine.shutdown()

@@ -13,13 +13,15 @@ from typing import Any
 from fastapi import Request
 from safetensors import SafetensorError, safe_open
 
+from llmdistill.errors import UserError
 from llmdistill.service import requests as bodies
 from llmdistill.service.bodies import too_large
 from llmdistill.service.engine import Engine
 from llmdistill.service.gate import Gate
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid
-from llmdistill.service.uploads import Uploads, written
+from llmdistill.service.uploads import Uploads, no_room, written
+from llmdistill.service.versions import Version, Versions
 from llmdistill.teachers.fingerprint import weights_fingerprint
 
 Told = dict[str, Any]
@@ -40,13 +42,25 @@ class Weights:
     Args:
         folders: weights may be read from these.
         accepts: whether the service takes any.
+        versions: where pushed ones are shared with other replicas; None: this one stands alone.
     """
 
     def __init__(
-        self, engine: Engine, gate: Gate, limits: Limits, uploads: Uploads, folders: list[Path], accepts: bool
+        self,
+        engine: Engine,
+        gate: Gate,
+        limits: Limits,
+        uploads: Uploads,
+        folders: list[Path],
+        accepts: bool,
+        versions: Versions | None = None,
     ) -> None:
         self.engine, self.gate, self.limits, self.uploads = engine, gate, limits, uploads
-        self.folders, self.accepts = folders, accepts
+        self.folders, self.accepts, self.versions = folders, accepts, versions
+        self.partial = versions is None  # a version is whole: a replica may come from any other
+        self._number = 0  # of the version that is in the engine
+        self._fetching = asyncio.Lock()
+        self.behind = False  # a later version is there
         self.policy_version = 0
         self._last: Push | None = None
         self._uploading = asyncio.Lock()
@@ -66,6 +80,10 @@ class Weights:
         while True:
             if self._last is not None and (self._last.digest, self._last.version) == (digest, version):
                 return {"needed": False, **self._told()}
+            newest = await self.look()
+            if newest is not None and (newest.digest, newest.policy_version) == (digest, version):
+                await self.fetch()
+                continue
             under_way = self._offered.get(digest)
             if under_way is None:
                 ended = self._offered[digest] = asyncio.Event()
@@ -142,7 +160,7 @@ class Weights:
         """Raises Problem: 403, no weights are taken; 400, no part of them."""
         if not self.accepts:
             raise Problem(403, "weights", "this service takes no weights; start it with --updatable")
-        if partial and not self.engine.partial_weights:
+        if partial and not (self.partial and self.engine.partial_weights):
             raise Problem(
                 400,
                 "partial_weights",
@@ -158,8 +176,62 @@ class Weights:
                     await self.engine.load_weights(folder, push.partial)
                 except (ValueError, OSError) as error:
                     raise invalid("weights", f"were refused, the old ones stay: {first_line(error)}") from None
+                if self.versions is not None:
+                    told = folder, push.version, push.digest, self.engine.info.fingerprint
+                    try:
+                        self._number = (await asyncio.to_thread(self.versions.publish, *told)).number
+                    except OSError as error:
+                        raise no_room(first_line(error)) from None
                 self.policy_version, self._last = push.version, push
             return self._told()
+
+    # ---------------------------------------------------------------- versions that other replicas took
+
+    async def look(self) -> Version | None:
+        """The newest version there is. While it is not in the engine, the service is not ready."""
+        if self.versions is None:
+            return None
+        newest = await asyncio.to_thread(self.versions.latest)
+        if newest is not None and newest.number > self._number:
+            self.behind = True
+        return newest
+
+    async def fetch(self) -> None:
+        """Loads the newest version, unless it is in the engine.
+
+        Raises:
+            UserError: it does not fit this replica's model.
+        """
+        async with self._fetching:
+            newest = await self.look()
+            if newest is None or newest.number <= self._number:
+                self.behind = False
+                return
+            assert self.versions is not None
+            async with self.gate.alone():
+                if self._number < newest.number:  # no push has come before
+                    await self._take(newest, self.versions.path(newest))
+            self.behind = False
+
+    async def _take(self, version: Version, folder: Path) -> None:
+        try:
+            await self.engine.load_weights(folder, False)
+        except (ValueError, OSError) as error:
+            if not folder.is_dir():  # so long that two others have come: the next look finds them
+                return
+            raise UserError(self._unlike(version, first_line(error))) from None
+        if (found := self.engine.info.fingerprint) != version.teacher:
+            raise UserError(self._unlike(version, f"they are {found} here and {version.teacher} there"))
+        self._number, self.policy_version = version.number, version.policy_version
+        self._last = Push(False, version.policy_version, version.digest)
+
+    def _unlike(self, version: Version, why: str) -> str:
+        assert self.versions is not None
+        return (
+            f"--versions {self.versions.folder} holds weights (version {version.number}) that another replica took and "
+            f"this one does not: {why}. Fix: start all replicas with one checkpoint, engine and dtype; an empty folder "
+            "for another model."
+        )
 
     def _told(self) -> Told:
         return {"teacher": self.engine.info.fingerprint, "policy_version": self.policy_version}

@@ -144,7 +144,7 @@ class PlainVLLMTeacher:
                 f"{info.context_length} (its --max-model-len, less one). "
                 f"Fix: lower data.max_prompt_tokens or rollouts.max_new_tokens, or raise it."
             )
-        share = -(-sum(len(ids[b]) for b in asked) // (2 * len(self.transport.urls)))
+        share = -(-sum(len(ids[b]) for b in asked) // (2 * len(self.transport.replicas())))
         room = (MAX_PROMPTS, min(share, ANSWER_BYTES // (LISTED_BYTES * (top_k + 1))))
         groups = [[asked[i] for i in group] for group in pack([(1, len(ids[b])) for b in asked], room)]
         listed = -1 if top_k == info.vocab_size else top_k  # -1: of the server's vocabulary, should that be another

@@ -322,7 +322,7 @@ class RemoteTeacher:
 
     def _room(self, tokens: int, rest: int) -> tuple[int, int, int, int]:
         """Sequences, positions, bytes and tokens of a request."""
-        wanted = min(self.transport.in_flight, REQUESTS_PER_REPLICA * len(self.transport.urls))
+        wanted = min(self.transport.in_flight, REQUESTS_PER_REPLICA * len(self.transport.replicas()))
         limits = self._limits
         return limits["sequences"], limits["positions"], limits["body_bytes"] - rest, -(-tokens // max(wanted, 1))
 

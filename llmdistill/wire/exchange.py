@@ -7,9 +7,9 @@ are not followed.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import httpx
 
 from llmdistill.errors import UserError
+from llmdistill.wire.addresses import is_loopback
 from llmdistill.wire.patience import Failed
 from llmdistill.wire.tokens import token_for
 
@@ -51,15 +52,18 @@ class Exchange:
     ) -> None:
         self.section = section
         self._tokens = {url: token_for(token, url, section) for url in urls}
+        self._names: dict[str, httpx.URL] = {}  # of urls with an address in place of their name
         _warn_of_plain_token([url for url, secret in self._tokens.items() if secret], section)
-        local = {f"all://{httpx.URL(url).netloc.decode()}": None for url in urls if is_loopback(url)}
-        self._client = httpx.Client(
-            headers={"Accept-Encoding": "identity"},
-            timeout=timeout,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=connections),
-            follow_redirects=False,
-            mounts=local,  # type: ignore[arg-type]  # None: never through a proxy that the environment names
-        )
+        # of one client among those whom the service is shared out to
+        headers = {"Accept-Encoding": "identity", "X-Client-Id": uuid.uuid4().hex}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=connections)
+
+        def client(*direct: str) -> httpx.Client:
+            mounts: Any = dict.fromkeys(direct)  # None: never through a proxy that the environment names
+            return httpx.Client(headers=headers, timeout=timeout, limits=limits, follow_redirects=False, mounts=mounts)
+
+        self._client = client(*(f"all://{httpx.URL(url).netloc.decode()}" for url in urls if is_loopback(url)))
+        self._direct = client("all://", "http://", "https://")  # to addresses, whose names no proxy is there for
 
     def send(
         self,
@@ -85,14 +89,19 @@ class Exchange:
             Refused: it would not.
         """
         shown = {"Authorization": f"Bearer {token}"} if (token := self._tokens[url]) else {}
+        client, extensions = self._client, dict[str, Any]()
+        if (named := self._names.get(url)) is not None:
+            shown["Host"] = named.netloc.decode()
+            client, extensions = self._direct, {"sni_hostname": named.host}  # which the certificate is for
         try:
-            with self._client.stream(
+            with client.stream(
                 method,
                 url + path,
                 headers={**(headers or {}), **shown},
                 content=content,
                 params=params,
                 timeout=timeout,
+                extensions=extensions,
             ) as answer:
                 parts = _parts(answer, path, max_bytes if answer.is_success else _ERROR_BYTES)
                 body = b""
@@ -110,10 +119,10 @@ class Exchange:
         response = httpx.Response(answer.status_code, headers=_plain(answer.headers), content=body)
         if response.is_success:
             return response
-        status, told = response.status_code, _told(response)
-        if status >= 500 or status in (408, 425, 429):
-            wait = _retry_after(response.headers)
-            raise Failed(f"HTTP {status}: {told}", busy=status == 429, broken=status == 500, retry_after=wait)
+        status, told, wait = response.status_code, _told(response), _retry_after(response.headers)
+        # 409 with a time: the replica has not got the weights yet that another one has
+        if status >= 500 or status in (408, 425, 429) or (status == 409 and wait is not None):
+            raise Failed(f"HTTP {status}: {told}", busy=status in (409, 429), broken=status == 500, retry_after=wait)
         if status == 401:
             name = f"{self.section}.token_env names (by itself LLMDISTILL_TOKEN)"
             told += f". Fix: set the variable that {name} to the service's token"
@@ -121,8 +130,18 @@ class Exchange:
             told += f" to {response.headers.get('location', '?')[:200]}, which is not followed. Fix: name that url"
         raise Refused(f"{self.section} {url} refuses {path} with HTTP {status}: {told}", status)
 
+    def name_of(self, url: str) -> str:
+        """The url of the start that ``url`` is an address of."""
+        return str(self._names.get(url, url)).rstrip("/")
+
+    def knows(self, url: str, name: str) -> None:
+        """``url`` has one of the addresses of ``name``, one of the urls of the start, and is spoken to as that."""
+        if url != name:
+            self._names[url], self._tokens[url] = httpx.URL(name), self._tokens[name]
+
     def close(self) -> None:
         self._client.close()
+        self._direct.close()
 
 
 def split_urls(urls: str | Sequence[str], section: str = "teacher") -> tuple[str, ...]:
@@ -162,14 +181,6 @@ class Get(Protocol):
     """A GET of a path of one replica; with a body, a POST."""
 
     def __call__(self, path: str, body: bytes | None = None, /) -> httpx.Response: ...
-
-
-def is_loopback(url: str) -> bool:
-    host = httpx.URL(url).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _parts(answer: httpx.Response, path: str, most: int) -> Iterator[bytes]:

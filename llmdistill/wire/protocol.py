@@ -56,7 +56,9 @@ Headers: ``Authorization: Bearer TOKEN`` where the service has one; ``X-Request-
 request of that id is in flight or its answer is kept, the same body gets the same answer without being computed again,
 and another body gets 409. ``X-Request-Done: ID,ID`` lets go of what was kept for these, and gives up what is in
 flight: their caller has the answer, or does not want it any more. A caller that hangs up without a word may come back
-for its answer for a while.
+for its answer for a while. ``X-Client-Id`` names the client among whom the engine is shared out (without one: the
+address it asks from). Every answer has ``X-Policy-Version`` and ``X-Teacher``: the weights that are there when it is
+sent.
 
 Errors: ``{"error": {"type", "field", "message", "limit"}}`` with 400 (a field is wrong), 401 (token), 404, 409 (other
 fingerprint, reused id), 413 (body too large), 415 (content type), 421 (Host, where there is no token), 429 (queue full)
@@ -76,6 +78,8 @@ SCORE, GENERATE, SCORE_TEXT = "/v1/score", "/v1/generate", "/v1/score_text"
 WEIGHTS, OFFER, ADAPTERS = "/v1/weights", "/v1/weights/offer", "/v1/adapters"
 HEAD = "/v1/head"
 INFO, HEALTH, READY, METRICS = "/v1/info", "/health", "/ready", "/metrics"
+
+VERSION_HEADER, TEACHER_HEADER = b"x-policy-version", b"x-teacher"
 
 BLOCKS_TYPE = "application/x-llmdistill-blocks"
 IDS_TYPE = "application/x-llmdistill-ids"

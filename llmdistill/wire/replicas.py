@@ -6,17 +6,23 @@ it works again. Requests wait while no replica is left: one line says so, anothe
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmdistill.errors import UserError
+from llmdistill.wire.addresses import LOOK_AGAIN_S
 from llmdistill.wire.patience import Clock, Failed, Patience, again, jitter, who_waits
 
 Status = Callable[[str], None]
 Cancelled = Callable[[], bool]
 
 UNREADABLE = (ValueError, LookupError, TypeError, RecursionError)  # of parsing, where an answer has another shape
+
+
+class Gone(RuntimeError):
+    """The one replica of a transport is none any more: its name does not lead there."""
 
 
 @dataclass(eq=False)
@@ -31,14 +37,18 @@ class Replica:
     failed_at: float = 0.0
     probes: int = 0  # in vain, since it last worked
     in_flight: int = 0
-    taken_at: float = 0.0
+    taken_at: float = field(default_factory=lambda: -jitter(0, 1))  # clients that start together do not start here
+    gone: bool = False  # its name does not lead there any more
 
 
 class Replicas:
     """The replicas of one service. Threads may share it.
 
     Args:
+        urls: as in the recipe, for messages.
         section: of the recipe, for messages.
+        locate: urls of the machines these mean now; an OSError where that cannot be told.
+        changes: whether that may become others.
         admit: asks one replica whether it may get requests; a UserError of it stops the run.
         on_status: gets one line when requests start to wait, every ``status_every_s`` and when they go on.
         clock: what waiting goes by.
@@ -48,6 +58,8 @@ class Replicas:
         self,
         urls: Sequence[str],
         section: str,
+        locate: Callable[[], Sequence[str]],
+        changes: bool,
         admit: Callable[[Replica], None],
         patience: Patience,
         on_status: Status,
@@ -56,19 +68,29 @@ class Replicas:
         self.urls, self.section, self.patience, self.clock = tuple(urls), section, patience, clock
         self.changed = threading.Condition()  # replicas came or went, a request was cancelled, the end
         self.closed = False
+        self.gone: Cancelled = lambda: False  # asked while something waits
         self.seconds_waited = 0.0
-        self._admit, self._on_status = admit, on_status
+        self._admit, self._on_status, self._locate = admit, on_status, locate
         self._fatal: Exception | None = None
         self._down_since: float | None = None  # the first failure since anything worked
         self._announced: float | None = None
-        self._all = [Replica(url) for url in self.urls]
-        for replica in self._all:
-            self._nurse_in_thread(replica, 0.0)
+        self._all: list[Replica] = []
+        try:
+            self._are(locate())
+        except OSError:  # connecting will say so
+            self._are(self.urls)
+        if changes:
+            threading.Thread(target=self._follow, daemon=True).start()
 
     def up(self) -> list[Replica]:
         """Those that get requests."""
         with self.changed:
             return [r for r in self._all if r.up]
+
+    def present(self) -> list[str]:
+        """Urls of all there are."""
+        with self.changed:
+            return [r.url for r in self._all]
 
     def wait_ready(self) -> None:
         """Returns when one replica is admitted and every other has been asked once.
@@ -152,12 +174,30 @@ class Replicas:
             self.closed = True
             self.changed.notify_all()
 
+    def _follow(self) -> None:
+        """Looks whether names mean others by now."""
+        while self._sleep(LOOK_AGAIN_S):
+            with contextlib.suppress(OSError):
+                self._are(self._locate())
+
+    def _are(self, urls: Sequence[str]) -> None:
+        """Those that there are now: others are let go of, with what they are at work with."""
+        with self.changed:
+            for replica in self._all:
+                if replica.url not in urls:
+                    replica.gone, replica.up = True, False
+            new = [Replica(url) for url in urls if url not in {r.url for r in self._all}]
+            self._all = [r for r in self._all if not r.gone] + new
+            self.changed.notify_all()
+        for replica in new:
+            self._nurse_in_thread(replica, 0.0)
+
     def _nurse_in_thread(self, replica: Replica, delay: float) -> None:
         threading.Thread(target=self._nurse, args=(replica, delay), daemon=True).start()
 
     def _nurse(self, replica: Replica, delay: float) -> None:
         """Asks a replica until it is admitted."""
-        while self._sleep(delay):
+        while self._sleep(delay) and not replica.gone:
             reason = ""
             fatal: Exception | None = None
             try:
@@ -173,7 +213,7 @@ class Replicas:
             with self.changed:
                 self._fatal = self._fatal or fatal
                 replica.reason = reason or replica.reason  # ready again, and yet a request may fail as before
-                replica.asked, replica.up = True, not reason and not fatal
+                replica.asked, replica.up = True, not (reason or fatal or replica.gone)
                 self.changed.notify_all()
                 if not reason:
                     return
@@ -225,5 +265,7 @@ class Replicas:
     def _check(self, cancelled: Cancelled | None) -> None:
         if self._fatal is not None:
             raise self._fatal
+        if self.gone():
+            raise Gone(f"{self.section} {', '.join(self.urls)} is no replica any more")
         if self.closed or (cancelled is not None and cancelled()):
             raise RuntimeError("the transport was closed, or another request of the same call has failed")

@@ -21,12 +21,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import httpx
 
 from llmdistill.errors import UserError
+from llmdistill.wire.addresses import located, may_change
 from llmdistill.wire.exchange import JSON_BYTES, Exchange, Get, Refused, json_object, split_urls
 from llmdistill.wire.patience import Budget, Clock, Failed, Patience, again
 from llmdistill.wire.protocol import JSON_TYPE, READY
-from llmdistill.wire.replicas import UNREADABLE, Cancelled, Replica, Replicas, Status
+from llmdistill.wire.replicas import UNREADABLE, Cancelled, Gone, Replica, Replicas, Status
 
-__all__ = ["Ask", "Counters", "Get", "Refused", "Request", "Transport", "json_object", "split_urls"]
+__all__ = ["Ask", "Counters", "Get", "Gone", "Refused", "Request", "Transport", "json_object", "split_urls"]
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
@@ -96,7 +97,8 @@ class Transport:
     """Sends requests to one or several replicas of a service. Threads may share it.
 
     Args:
-        urls: of the replicas: a list, or one string with commas. A trailing ``/v1`` is understood.
+        urls: of the replicas: a list, or one string with commas. A trailing ``/v1`` is understood. Every address of a
+            name is a replica (:mod:`llmdistill.wire.addresses`), those that it gets later too.
         token: sent as ``Authorization: Bearer``; see :mod:`llmdistill.wire.tokens`.
         section: of the recipe, for messages.
         admit: called with a function that GETs a path from one replica, before the replica gets its first request and
@@ -106,6 +108,7 @@ class Transport:
         keeps_answers: whether the service goes on with a request whose caller hung up, and has its answer when it comes
             back. Where not, a request that timed out is given twice the time at its next try.
         clock: what waiting goes by.
+        named: the url with the name, where ``urls`` is one of its addresses.
         patience: the fields of :class:`~llmdistill.wire.patience.Patience`.
 
     Raises:
@@ -125,20 +128,26 @@ class Transport:
         keeps_answers: bool = True,
         on_status: Status = _logger.warning,
         clock: Clock | None = None,
+        named: str = "",
         **patience: Any,
     ) -> None:
         self.urls, self.section = split_urls(urls, section), section
+        self._settings = {"token": token, "section": section, "admit": admit, "timeout_s": timeout_s, **patience}
+        self._settings |= {"connect_timeout_s": connect_timeout_s, "in_flight": in_flight, "clock": clock}
+        self._settings |= {"keeps_answers": keeps_answers, "on_status": on_status}
         self.in_flight, self.timeout_s, self.keeps_answers = in_flight, timeout_s, keeps_answers
         self._connect_timeout_s = connect_timeout_s
         self._admit, self._counters, self.clock = admit, Counters(), clock or Clock()
-        self._exchange = Exchange(
-            self.urls, token, section, timeout=self._timeout(), connections=in_flight + len(self.urls)
-        )
+        names = (named,) if named else self.urls
+        self._exchange = Exchange(names, token, section, timeout=self._timeout(), connections=in_flight + len(names))
+        if named:
+            self._exchange.knows(self.urls[0], named)
         self._slots = threading.BoundedSemaphore(in_flight)
         told = Patience(**patience)
         self._budget = Budget(told, self.clock)
         self._done: dict[str, deque[str]] = defaultdict(deque)  # url -> ids whose answers need not be kept
-        self._replicas = Replicas(self.urls, section, self._ask, told, on_status, self.clock)
+        changes = any(may_change(url) for url in self.urls)
+        self._replicas = Replicas(self.urls, section, self._locate, changes, self._ask, told, on_status, self.clock)
 
     @property
     def counters(self) -> Counters:
@@ -152,6 +161,16 @@ class Transport:
             UserError: none within ``max_outage_s``, or what ``admit`` raised.
         """
         self._replicas.wait_ready()
+
+    def replicas(self) -> list[str]:
+        """Urls of all machines that the urls mean now: a name may be several."""
+        return self._replicas.present()
+
+    def only(self, url: str) -> Transport:
+        """A transport of its own to one of them. What it sends raises :class:`Gone` once that is none any more."""
+        one = Transport(url, named=self._exchange.name_of(url), **self._settings)
+        one._replicas.gone = lambda: url not in self.replicas()
+        return one
 
     def admitted(self) -> list[str]:
         """Urls of the replicas that get requests now."""
@@ -221,6 +240,12 @@ class Transport:
 
     def _timeout(self, doublings: int = 0) -> httpx.Timeout:
         return httpx.Timeout(self.timeout_s * 2.0 ** min(doublings, 20), connect=self._connect_timeout_s, pool=None)
+
+    def _locate(self) -> list[str]:
+        found = {place: url for url in self.urls for place in located(url)}
+        for place, url in found.items():
+            self._exchange.knows(place, url)
+        return list(found)
 
     def _ask(self, replica: Replica) -> None:
         def get(path: str, body: bytes | None = None) -> httpx.Response:

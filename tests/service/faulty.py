@@ -60,6 +60,7 @@ class Faulty:
         plan: Plan = lambda seen: None,
         retry_after: str = "0.05",
         stall_s: float = 5.0,
+        host: str = "127.0.0.1",
         **settings: Any,
     ) -> None:
         assert sum(given is not None for given in (teacher, small, upstream)) == 1
@@ -78,9 +79,10 @@ class Faulty:
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
-        with socket.create_server(("127.0.0.1", 0)) as free:
+        self.host = host
+        with socket.create_server((host, 0)) as free:
             self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def __enter__(self) -> Faulty:
@@ -111,7 +113,7 @@ class Faulty:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
 
     async def _open(self) -> None:
-        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._connection, self.host, self.port)
         if self.upstream is not None:
             self._proxy = httpx.AsyncClient(base_url=self.upstream, timeout=None, trust_env=False)
 

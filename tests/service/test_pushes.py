@@ -195,3 +195,25 @@ def test_an_adapter_is_copied_and_there_are_so_many_and_no_more(tmp_path: Path) 
 
     limits = Limits(sequence_tokens=128, adapters=2)
     with_service(test, limits, weight_folders=[tmp_path / "given"], upload_folder=uploads)
+
+
+def test_adapters_come_and_go_while_requests_are_at_work(tmp_path: Path) -> None:
+    """One that is in use goes when its last request is answered; those of the model itself keep nothing waiting."""
+
+    async def test(client: Client, service: Service) -> None:
+        first = lora(tmp_path / "a", 1)
+        assert (await client.post(protocol.ADAPTERS, json={"name": "a", "path": str(first)})).status_code == 200
+        async with service.gate.admitted(10):  # a request that is at work meanwhile
+            added = await client.post(protocol.ADAPTERS, json={"name": "b", "path": str(lora(tmp_path / "b", 2))})
+            assert added.json() == {"adapters": ["a", "b"]}
+            uses = service.engine._uses  # type: ignore[attr-defined]
+            with uses.of("a"):
+                going = asyncio.create_task(client.delete(f"{protocol.ADAPTERS}/a"))
+                while "a" in service.engine.adapters:
+                    await asyncio.sleep(0)
+                asked = {"prompts": [[3, 4]], "sampling": {"max_new_tokens": 2}, "adapter": "a"}
+                assert (await client.post(protocol.GENERATE, json=asked)).status_code == 404
+                assert not going.done()
+            assert (await going).json() == {"adapters": ["b"]}
+
+    with_service(test, weight_folders=[tmp_path])
