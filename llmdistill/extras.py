@@ -11,6 +11,7 @@ BROUGHT_BY = {
     **dict.fromkeys(("rapidfuzz", "py3langid"), "data"),
     **dict.fromkeys(("gguf", "reasoning_gym"), "quickstart"),
     "deepspeed": "deepspeed",
+    "ray": "ray",
     "vllm": "vllm",
 }
 BASE = ("trl", "peft", "datasets", "rich", "pyarrow", "mpmath")  # of the base, and left out of a lean environment

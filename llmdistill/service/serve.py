@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -74,6 +74,17 @@ class ServeConfig:
     body_bytes: int = option(Limits.body_bytes, "largest body of a request")
     in_flight: int = option(Limits.in_flight, "most requests at one time; more get 429")
     queue_tokens: int = option(Limits.queue_tokens, "most tokens of all of them")
+    ray: bool = option(False, "replicas on a Ray cluster behind one address (Ray Serve)")
+    ray_address: str = option("", "of the cluster, or auto: the one this machine is in; empty: this machine alone")
+    replicas: int = option(1, "that always run (with --ray)")
+    max_replicas: int = option(0, "that run when there is much to do; 0: no more than --replicas")
+    queue_depth: float = option(
+        8.0, "requests at a replica, waiting ones included, from which more of them are started"
+    )
+    replica_cpus: float = option(1.0, "CPUs that Ray sets aside for a replica")
+    replica_gpus: float = option(
+        -1.0, "GPUs that Ray sets aside for a replica; -1: --tensor_parallel where there are any"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,6 +95,10 @@ def main(argv: Sequence[str]) -> int:
     config = parsed(argv)
     token = os.environ.get(config.token_env) or None
     check(config, token)
+    if config.ray:
+        from llmdistill.service import fleet
+
+        return fleet.run(config, token)
     quiet()
     return asyncio.run(serve(config, token))
 
@@ -139,6 +154,8 @@ def check(config: ServeConfig, token: str | None) -> None:
             raise UserError(f"--{name} {folder}: no such folder. Fix: make it, or name another.")
     if config.versions and not config.updatable:
         raise UserError("--versions is given and --updatable is not: nobody may push any. Fix: --updatable true.")
+    if config.ray:
+        _check_fleet(config)
     if config.max_adapters < 1:
         raise UserError(f"--max_adapters is {config.max_adapters}; it must be at least 1. Fix: --max_adapters 4.")
     if bool(config.tls_cert) != bool(config.tls_key):
@@ -147,6 +164,21 @@ def check(config: ServeConfig, token: str | None) -> None:
     for name, file in (("tls_cert", config.tls_cert), ("tls_key", config.tls_key)):
         if file and not Path(file).is_file():
             raise UserError(f"--{name} {file}: no such file. Fix: a PEM file.")
+
+
+def _check_fleet(config: ServeConfig) -> None:
+    for name, least in (("replicas", 1), ("max_replicas", 0), ("queue_depth", 0.1), ("replica_cpus", 0.0)):
+        if (value := getattr(config, name)) < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}. Fix: --{name} {max(least, 1)}.")
+    if 0 < config.max_replicas < config.replicas:
+        raise UserError(
+            f"--max_replicas {config.max_replicas} is below --replicas {config.replicas}. Fix: leave it out."
+        )
+    if config.updatable and max(config.replicas, config.max_replicas) > 1 and not config.versions:
+        raise UserError(
+            "--updatable with several replicas needs --versions: a push reaches one of them, and the others would "
+            "keep old weights. Fix: --versions FOLDER on a disk that every node sees."
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -196,15 +228,33 @@ def load(config: ServeConfig) -> Engine:
     return HFEngine(local, batch_tokens=config.batch_tokens, max_model_len=config.max_model_len)
 
 
+def limits_of(config: ServeConfig) -> Limits:
+    """What the service takes on."""
+    own = {name: getattr(config, name) for name in LIMITS}
+    return Limits(sequence_tokens=config.max_model_len, adapters=config.max_adapters, **own)
+
+
+def service_of(
+    config: ServeConfig, token: str | None, engine: Engine, on_dead: Callable[[], None] = lambda: None
+) -> Service:
+    """The service around an engine."""
+    return Service(
+        engine,
+        limits_of(config),
+        token=token,
+        weight_folders=[Path(folder) for folder in config.allow_weights],
+        accept_weights=config.updatable,
+        upload_folder=Path(config.upload_folder) if config.upload_folder else None,
+        versions=Path(config.versions) if config.versions else None,
+        on_dead=on_dead,
+    )
+
+
 async def serve(config: ServeConfig, token: str | None) -> int:
     """Loads, listens, and drains when told to stop."""
     import uvicorn
 
-    limits = Limits(
-        sequence_tokens=config.max_model_len,
-        adapters=config.max_adapters,
-        **{name: getattr(config, name) for name in LIMITS},
-    )
+    limits = limits_of(config)
     allow_files(limits)
     listening = bind(config.host, config.port)
     try:
@@ -223,16 +273,7 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             print("the engine has died; the service ends", file=sys.stderr)
             server.should_exit = True
 
-        service = Service(
-            engine,
-            limits,
-            token=token,
-            weight_folders=[Path(folder) for folder in config.allow_weights],
-            accept_weights=config.updatable,
-            upload_folder=Path(config.upload_folder) if config.upload_folder else None,
-            versions=Path(config.versions) if config.versions else None,
-            on_dead=dead,
-        )
+        service = service_of(config, token, engine, dead)
         service.uploads.clear()
         await service.weights.fetch()
         settings |= {"timeout_graceful_shutdown": 10, "ws": "none", "http": bounded_connections(limits.connections)}

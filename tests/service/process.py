@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 import httpx
@@ -24,10 +25,21 @@ class ServiceProcess:
         model: folder of the model.
         options: further options of the command.
         certificate: of its own, where the options give it one.
+        variables: of its environment, beside those of this process.
+        module: another one that is run with ``serve``.
     """
 
-    def __init__(self, model: str, *options: str, token: str | None = None, certificate: str | None = None) -> None:
-        self.model, self.options, self.token = model, options, token
+    def __init__(
+        self,
+        model: str,
+        *options: str,
+        token: str | None = None,
+        certificate: str | None = None,
+        variables: Mapping[str, str] | None = None,
+        module: str = "llmdistill.cli",
+    ) -> None:
+        self.model, self.options, self.token, self.module = model, options, token, module
+        self.variables = variables or {}
         self.scheme = "https" if certificate else "http"
         self.verify = ssl.create_default_context(cafile=certificate) if certificate else True
         self.port = 0
@@ -39,8 +51,8 @@ class ServiceProcess:
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def start(self, wait: bool = True) -> ServiceProcess:
-        command = [sys.executable, "-m", "llmdistill.cli", "serve", "--model", self.model, "--port", str(self.port)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", self.module, "serve", "--model", self.model, "--port", str(self.port)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **self.variables}
         env.pop("LLMDISTILL_TOKEN", None)
         if self.token:
             env["LLMDISTILL_TOKEN"] = self.token

@@ -1,0 +1,96 @@
+"""``llmdistill serve --ray``: two replicas on this machine, of which one dies under load."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from llmdistill.errors import UserError
+from llmdistill.service.serve import check, parsed
+from llmdistill.teachers.remote import RemoteTeacher
+from llmdistill.texts import collate
+from tests import tiny
+from tests.service.inprocess import SEQUENCES, assert_same, expected
+from tests.service.process import ServiceProcess
+
+RAY = Path(sys.prefix) / "ray"  # where `make test` puts it, apart from vLLM, which looks for it
+
+
+def ray_path() -> dict[str, str]:
+    """The environment of a process that can import Ray; skips where it is not installed."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), str(RAY), os.environ.get("PYTHONPATH", "")])
+    if importlib.util.find_spec("ray") is None and not (RAY / "ray").is_dir():
+        pytest.skip("no Ray here: make test installs it")
+    return {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("fleet")
+    tiny.llama(1).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def fleet(model: str, *options: str) -> ServiceProcess:
+    common = ("--ray", "--engine", "hf", "--dtype", "float32", "--max_model_len", "128", "--replica_cpus", "0.5")
+    return ServiceProcess(model, *common, *options, variables=ray_path())
+
+
+def replicas() -> set[int]:
+    """Their process numbers, of every fleet here: Ray names an actor's process after it."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return {int(line.split()[0]) for line in listed.splitlines() if "ServeReplica:llmdistill" in line}
+
+
+@pytest.mark.slow
+def test_one_of_two_replicas_is_killed_under_load_and_nothing_is_lost(model: str) -> None:
+    before = replicas()
+    with fleet(model, "--replicas", "2") as service:
+        teacher = RemoteTeacher(service.url, lossless=True, in_flight=4, timeout_s=60.0, max_outage_s=300.0)
+        rollout = collate([ids[:2] for ids in SEQUENCES], [ids[2:] for ids in SEQUENCES], pad_id=0)
+        asked, killed = [0], threading.Event()
+        mine = sorted(replicas() - before)
+        assert len(mine) == 2
+
+        def ask(number: int) -> None:
+            asked[0] += 1
+            if asked[0] == 40:
+                os.kill(mine[0], signal.SIGKILL)
+                killed.set()
+            assert_same(teacher.score(rollout, 8), expected(8))
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(ask, range(120)))
+        assert killed.is_set()
+        teacher.close()
+        assert service.terminate() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--replicas", "0"], "--replicas is 0; it must be at least 1"),
+        (["--queue_depth", "0"], "--queue_depth is 0.0; it must be at least 0.1"),
+        (["--replicas", "3", "--max_replicas", "2"], "--max_replicas 2 is below --replicas 3"),
+        (["--max_replicas", "4", "--updatable"], "--updatable with several replicas needs --versions"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused_in_a_line(options: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        check(parsed(["--ray", "--model", "M", *options]), None)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_named(model: str) -> None:
+    with pytest.raises(RuntimeError, match="--ray_address 127.0.0.1:1: no Ray cluster answers there.*Fix: `ray start"):
+        fleet(model, "--ray_address", "127.0.0.1:1").start()
