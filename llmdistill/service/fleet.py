@@ -41,7 +41,7 @@ class Replica:
         guarded: whether the one that started the fleet has a token.
     """
 
-    async def __init__(self, settings: dict[str, Any], guarded: bool) -> None:
+    async def __init__(self, settings: dict[str, Any], guarded: bool) -> None:  # type: ignore[misc]  # as Ray has it
         config = ServeConfig(**settings)
         token = os.environ.get(config.token_env) or None
         if guarded and token is None:
