@@ -49,10 +49,12 @@ def measure(trainer: Any, prompts: Sequence[Prompt]) -> dict[str, Measurement]:
     found = {}
     nats, tokens = [0.0] * len(local), clean.row_counts
     for j in range(draws):
+        t.heldout.tell(f"the denoiser on {len(prompts)} texts, mask {j + 1} of {draws}")
         noised = by_count(clean, local, t.denoiser, numbers, j, draws)
         nats = [a + b / draws for a, b in zip(nats, _sums(t, noised, weighted=True), strict=True)]
     found["bound"] = _kept({"nats": nats}, tokens, keep)
     for name, share in TIMES.items():
+        t.heldout.tell(f"the denoiser on the same texts with {share:.0%} of the tokens masked")
         noised = by_share(clean, local, t.denoiser, numbers, share)
         found[name] = _kept({"masked_ce": _sums(t, noised, weighted=False)}, noised.row_counts, keep)
     return {name: measured.gathered(t.accelerator) for name, measured in found.items()}
@@ -74,6 +76,7 @@ def given(t: Any, prompts: Sequence[Prompt]) -> Rollout:
         )
     asked = [p.ids for p in prompts]
     if t.written_for_heldout is None or t.written_for_heldout[0] != asked:
+        t.heldout.tell(f"the teacher writes {len(prompts)} texts")
         seed = request_seed(t.args.seed, -1, t.accelerator.process_index)
         rollout = t.teacher.generate(prompts, Sampling(t.args.rollouts.max_new_tokens, seed=seed))
         t.written_for_heldout = (asked, t.readable(rollout, prompts))

@@ -41,6 +41,10 @@ def test_it_learns_and_what_it_saves_is_the_denoiser(tmp_path: Path, settings: d
     after = t.evaluate()
     assert after["eval_bound/nats"] < before["eval_bound/nats"] * 2 / 3
     assert after["eval_loss"] == after["eval_bound/nats"]
+    said: list[str] = []
+    t.heldout.tell = said.append
+    t.measure_heldout(t.eval_dataset)
+    assert len(said) == t.args.heldout_masks + 3 and "mask 1 of" in said[0] and "15% of the tokens" in said[-3]
     assert {"eval_t15/masked_ce", "eval_t50/masked_ce", "eval_t90/masked_ce"} < after.keys()
     t.save_model(str(tmp_path / "saved"))
     config = AutoConfig.from_pretrained(tmp_path / "saved")
