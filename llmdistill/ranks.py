@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ NAP_SHARE = 0.02  # of the time waited so far: no step becomes longer by more
 class _Channel:
     """The calls of one thread of every rank, in their order."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, stop: threading.Event | None = None) -> None:
+        self.stop = stop  # set: who waits on it is not waited for any more
         self.prefix = f"llmdistill/{name}/" if name else "llmdistill/"
         self.numbers = itertools.count()
         self.own_keys = list[str]()  # that this rank has set, and that somebody may still read
@@ -38,7 +40,6 @@ class _Channel:
 
 _main = _Channel("")
 _current: ContextVar[_Channel] = ContextVar("llmdistill_channel", default=_main)
-_channels: dict[str, _Channel] = {"": _main}
 
 
 class RankFailed(RuntimeError):
@@ -46,9 +47,15 @@ class RankFailed(RuntimeError):
 
 
 @contextmanager
-def channel(name: str) -> Iterator[None]:
-    """Inside, calls are matched with those of the other ranks' threads on the channel of this name, and no others."""
-    token = _current.set(_channels.setdefault(name, _Channel(name)))
+def channel(name: str, stop: threading.Event) -> Iterator[None]:
+    """Inside, calls are matched with those of the other ranks' threads on the channel of this name, and no others.
+
+    Args:
+        name: used once in a launch.
+        stop: once it is set, waiting for others ends with a RankFailed. A thread that looks into the store while the
+            process ends takes it down with an abort.
+    """
+    token = _current.set(_Channel(name, stop))
     try:
         yield
     finally:
@@ -134,8 +141,10 @@ def _wait(store: Any, key: str, told: list[str]) -> None:
     Raises:
         UserError, RankFailed: a rank failed at ``key``.
     """
-    began = time.monotonic()
+    began, stop = time.monotonic(), _current.get().stop
     while not store.check(told):
+        if stop is not None and stop.is_set():
+            raise RankFailed("this rank has ended")
         if store.check([f"{key}/failed"]):
             failure = json.loads(store.get(f"{key}/failed"))
             if failure["kind"] == "user":

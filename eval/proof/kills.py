@@ -206,14 +206,14 @@ def page(found: list[Kill], steps: int, seed: int) -> str:
     from eval.perf.record import commit, machine, versions
 
     each = len(found) // len({k.mode for k in found})
+    command = f"python eval/proof/kills.py --kills {each} --steps {steps} --seed {seed}"
     lines = [
         "# Runs killed with SIGKILL",
         "",
-        f"`python eval/proof/kills.py --kills {each} --steps {steps} --seed {seed}` on {machine()}; {versions()}; commit "
-        f"{commit()}.",
+        f"`{command}` on {machine()}; {versions()}; commit {commit()}.",
         "",
-        f"Runs of {steps} steps, a checkpoint after each, killed once and resumed. Difference: the largest of any weight at "
-        "the end from the run that nobody disturbed; 0 is bit by bit.",
+        f"Runs of {steps} steps, a checkpoint after each, killed once and resumed. Difference: the largest of any "
+        "weight at the end from the run that nobody disturbed; 0 is bit by bit.",
         "",
         "| mode | allowed | runs | as allowed | largest difference |",
         "|---|---|---|---|---|",

@@ -13,6 +13,7 @@ Rounds that are under way are part of a checkpoint: a resumed run trains on the 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ from llmdistill.training.made import Made
 from llmdistill.training.rounds import RoundTexts, SampleLater
 
 T = TypeVar("T")
+CLOSE_S = 2.0  # that a run which ends waits for a request that is on its way
 
 
 class RoundsAhead:
@@ -40,7 +42,8 @@ class RoundsAhead:
 
     def __init__(self, trainer: RoundTexts) -> None:
         self.trainer = trainer
-        self._worker = _Worker()
+        self._runs = itertools.count()
+        self._worker = _Worker(next(self._runs))
         self._rounds: dict[int, Future[Made]] = {}
         self._stored: dict[int, Mapping[str, Any]] = {}  # rounds of a checkpoint, until their prompts are read again
         self._examples: dict[int, list[list[Any]]] = {}  # of each micro-batch of a round
@@ -49,7 +52,8 @@ class RoundsAhead:
 
     def restart(self, stored: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """A run begins, with the ``stored`` rounds of a checkpoint."""
-        self.wait(failed=False)  # for what a run left that was broken off
+        self.abandon()  # what a run left that was broken off
+        self._worker = _Worker(next(self._runs))
         self._rounds, self._examples, self._iterator = {}, {}, None
         self._stored = dict(stored or {})
 
@@ -84,30 +88,24 @@ class RoundsAhead:
         self._rounds = {n: future for n, future in self._rounds.items() if n >= now}
         return made
 
-    def wait(self, failed: bool = True) -> None:
+    def wait(self) -> None:
         """Until no round is under way.
 
         Raises:
-            UserError: one of them ``failed``; on every rank.
+            UserError: one of them failed; on every rank.
         """
+        on_every_rank(lambda: [future.result() for future in self._rounds.values()] and None)
 
-        def results() -> None:
-            for future in self._rounds.values():
-                if failed:
-                    future.result()
-                else:
-                    future.exception()
-
-        on_every_rank(results)
+    def abandon(self) -> None:
+        """Ends what is under way: nobody will ask for it."""
+        self._worker.close()
+        self._rounds = {}
 
     def state_dict(self) -> dict[int, dict[str, Any]]:
         """The rounds that the next step and those after it are of."""
         self.wait()
         now = self._round_of(self.trainer.state.global_step)
         return {n: future.result().state_dict() for n, future in self._rounds.items() if n >= now}
-
-    def close(self) -> None:
-        self._worker.close()
 
     def _round_of(self, step: int) -> int:
         return step // self.trainer.args.num_iterations
@@ -185,10 +183,15 @@ def _done(work: Callable[[], T]) -> Future[T]:
 
 
 class _Worker:
-    """One thread that works through what it is given, in order. A daemon: Ctrl-C does not wait for a service."""
+    """One thread that works through what it is given, in order. A daemon: Ctrl-C does not wait for a service.
 
-    def __init__(self) -> None:
+    Args:
+        number: of the run, the same on every rank.
+    """
+
+    def __init__(self, number: int) -> None:
         self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._stop, self._number = threading.Event(), number
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -200,11 +203,15 @@ class _Worker:
         return future
 
     def close(self) -> None:
+        """Begins nothing more, and gives what is under way a moment."""
+        self._stop.set()
         self._jobs.put(None)
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        with channel("ahead"):
-            while (job := self._jobs.get()) is not None:
+        with channel(f"ahead-{self._number}", self._stop):
+            while (job := self._jobs.get()) is not None and not self._stop.is_set():
                 work, future = job
                 try:
                     future.set_result(work())

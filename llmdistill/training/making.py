@@ -46,6 +46,7 @@ class MadeRounds(RoundTexts):
         if self.ahead is not None:
             save_rounds(checkpoint, self.ahead.state_dict(), self.args)
 
-    def close_rounds(self) -> None:
+    def abandon_rounds(self) -> None:
+        """Ends what is under way, of a run that has failed or will not go on."""
         if self.ahead is not None:
-            self.ahead.close()
+            self.ahead.abandon()

@@ -380,6 +380,9 @@ class DistillationTrainer(RoundLog):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             self.wait_for_rounds()  # a guard may have stopped it with some under way
             return result
+        except BaseException:
+            self.abandon_rounds()
+            raise
         finally:
             self.encode.warn("the rows trained on")  # of a stream, what was noted since its first rows
 
@@ -400,7 +403,7 @@ class DistillationTrainer(RoundLog):
 
     def close(self) -> None:
         """Frees what engine and judges hold. The trainer is not used afterwards."""
-        self.close_rounds()
+        self.abandon_rounds()
         self.rollout_engine.close()
         for judge in self.judges.values():
             judge.close()
