@@ -95,9 +95,8 @@ def _tried_out(model: nn.Module, forward_model: nn.Module, implementation: str, 
     rollout = collate([[] for _ in _LENGTHS], [ids.tolist() for ids in sequences], pad_id=0).to(text.input_ids.device)
     in_16_bits = "flash" in implementation  # its kernels have no others
     allowed = _ALLOWED_16 if in_16_bits or base.dtype not in (torch.float32, torch.float64) else _ALLOWED
-    layouts: tuple[Layout, ...] = ("rows",)
-    if not both_ways:
-        layouts = ("kernel",) if "flash" in implementation else ("row", "rows") if implementation == "sdpa" else layouts
+    layouts: tuple[Layout, ...] = ("row", "rows") if implementation == "sdpa" else ("rows",)
+    layouts = ("kernel",) if "flash" in implementation and not both_ways else layouts
     reasons, device = list[str](), rollout.input_ids.device.type
     with evaluating(model), random_state_kept(), torch.autocast(device, torch.bfloat16, enabled=in_16_bits):
         alone = [plain(rollout.sequences([b])) for b in range(len(rollout))]

@@ -26,6 +26,7 @@ def packed(view: View, layout: Layout, *, both_ways: bool = False) -> View:
 
     Args:
         view: one sequence in each of its rows, padded anywhere.
+        layout: of a view with biases, rows.
         both_ways: every token of a sequence reads all of it, where the view's mask says no more than what is padding.
 
     Raises:
@@ -39,6 +40,7 @@ def packed(view: View, layout: Layout, *, both_ways: bool = False) -> View:
     mask = view.attention_mask
     assert mask is not None
     biased = mask.dim() == 4
+    layout = "rows" if biased else layout
     # A token is there that sees itself.
     there_BT = (mask.diagonal(dim1=-2, dim2=-1)[:, 0] == 0) if biased else mask.bool()
     lengths = there_BT.sum(1).tolist()
@@ -60,7 +62,7 @@ def packed(view: View, layout: Layout, *, both_ways: bool = False) -> View:
     slots_N = to[view.at[there_BT]]
     order_N = slots_N.argsort().argsort()
     attention, extras = None, {}
-    if biased or both_ways:
+    if layout == "rows" and (biased or both_ways):
         attention = _biases(mask if biased else None, there_BT, places, lengths, (count, width))
     elif layout == "kernel":
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=there.device)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, Term, UserError
+from llmdistill.models.packing import layout_of
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.objectives.labels import cross_entropy
 from llmdistill.texts.sources import Only
@@ -105,6 +106,7 @@ def test_a_denoiser_reads_packed_texts_as_padded_ones(tmp_path: Path, shape: dic
     for packing in (True, False):
         t = runs.trainer(tmp_path / str(packing), packing=packing, copies=2, **shape)
         t.train()
+        assert layout_of(t.model, both_ways=True) == "row"  # where no biases say who reads whom
         logs.append([(line["loss"], line["grad_norm"]) for line in t.state.log_history if "loss" in line])
     assert len(logs[0]) == 4 and logs[0] == [pytest.approx(line, rel=1e-4) for line in logs[1]]
 
