@@ -7,6 +7,7 @@ One sequence of 64 tokens, a Llama of two layers in float32, the reverse KL to a
 gradients are summed and held against those of the whole sequence in one process:
 
 - ``torch``: `torch.distributed.tensor.experimental.context_parallel`, which accelerate's ``cp_size`` enters.
+- ``ours``: `llmdistill.models.parted`, what ``objective.sequence_parallel_size`` does.
 - ``deepspeed``: DeepSpeed's Ulysses attention, which accelerate's ``sp_size`` registers.
 - ``accelerate cp``, ``accelerate sp``: what accelerate itself says to both on this machine.
 
@@ -26,8 +27,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from llmdistill.models.heads import forward_to_head
+from llmdistill.models.parted import RanksOfAText, parted
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.objectives.streaming import streamed
+from llmdistill.texts import Rollout
+from llmdistill.texts.views import plain
 from tests import tiny
 
 TOKENS, PROMPT = 64, 16
@@ -41,6 +46,7 @@ def main() -> None:
     roads: dict[str, Callable[..., dict[str, Tensor]]] = {
         "torch": by_torch,
         "deepspeed": by_deepspeed,
+        "ours": by_ours,
         "accelerate cp": lambda *a: by_accelerate("cp"),
         "accelerate sp": lambda *a: by_accelerate("sp"),
     }
@@ -65,7 +71,8 @@ def measured(model: Any, ids: Tensor, teacher: Tensor, mine: slice) -> dict[str,
 
 
 def of_states(model: Any, states: Tensor, teacher: Tensor, mine: slice) -> dict[str, Tensor]:
-    counted = torch.arange(TOKENS)[mine] >= PROMPT - 1  # a state is a row where it predicts a token of the completion
+    at = torch.arange(TOKENS)[mine]  # a state is a row where it predicts a token of the completion
+    counted = (at >= PROMPT - 1) & (at < TOKENS - 1)
     loss, _ = streamed(reverse_kl, states[0][counted], model.lm_head, teacher[mine][counted])
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
@@ -94,6 +101,23 @@ def by_torch(model: Any, ids: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         states = model.model(input_ids=ids, position_ids=positions, attention_mask=None).last_hidden_state
         found = of_states(model, states, teacher, half())
     return summed(found)
+
+
+def by_ours(model: Any, ids: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    ranks, mask = RanksOfAText(dist.get_world_size()), torch.ones_like(ids, dtype=torch.bool)
+    counted = mask & (torch.arange(TOKENS)[None] >= PROMPT)
+    view, model = plain(Rollout(ids, mask, counted)), model.train()
+    losses = []
+
+    def at_the_head(states_BTH: Tensor) -> Tensor:
+        losses.append(streamed(reverse_kl, view.rows(states_BTH), model.lm_head, teacher[PROMPT - 1 : -1])[0])
+        return losses[0]
+
+    with parted(model, ranks):
+        output = forward_to_head(model, model.lm_head, view, at_the_head)
+        (losses[0] + 0 * output.logits.sum()).backward()
+    found = {"loss": losses[0].detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    return {name: value / dist.get_world_size() for name, value in summed(found).items()}
 
 
 def by_deepspeed(model: Any, ids: Tensor, teacher: Tensor) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.few_tokens import few_tokens
 from llmdistill.models.modes import evaluating
+from llmdistill.models.parted import parting
 from llmdistill.models.transforms import Transform, known_logits, transform_of
 from llmdistill.models.weights import base_model
 from llmdistill.texts import Rollout
@@ -220,8 +221,11 @@ def in_place_of(linear: nn.Linear, compute: Compute) -> AbstractContextManager[N
 
 def forward_to_head(model: nn.Module, linear: nn.Linear, view: View, compute: Compute, **inputs: Any) -> Any:
     """The model's output on ``view`` with ``compute(hidden_BTH)`` in place of its head; see :func:`in_place_of`."""
+    given = view.inputs()
+    if (ranks := parting()) is not None:
+        given, compute = ranks.inputs(view), ranks.gathering(compute, view.input_ids.shape[1])
     with in_place_of(linear, compute), sequence_by_sequence(view.lengths):
-        return model(**view.inputs(), **inputs, use_cache=False)
+        return model(**given, **inputs, use_cache=False)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ and of all key heads, L layers, V columns, w the bytes of a number in the maths 
     teacher       the same of every model in this process; nothing under ZeRO takes it apart
     optimizer     8 bytes a trained parameter, AdamW's two moments                                   / N from ZeRO-1 on
     gradients     w_P a trained parameter                                                            / N from ZeRO-2 on
-    activations   tokens of a micro-batch, padded (objective.batch_tokens bounds them), times
+    activations   tokens of a micro-batch, padded (objective.batch_tokens bounds them), its part of each sequence, times
                       L (24 h [16 h where the weights are 16 bits, and 2 h of casts] + 4 w (q + i) + w T)
                       + L (w + 4) (q + k) where queries and keys are normalised;
                   with checkpointing 4 h a layer and the whole of one layer; both with 4 w (i + h) that backward holds
@@ -197,7 +197,11 @@ def of_shapes(
         "optimizer": 8 * trained // shared[0],
         "gradients": of_trained * trained // shared[1],
         "activations": student.activations(
-            pass_tokens, longest, wide=wide, bf16=bool(args.bf16), checkpointing=args.gradient_checkpointing
+            -(-pass_tokens // args.sequence_parallel_size),
+            longest,
+            wide=wide,
+            bf16=bool(args.bf16),
+            checkpointing=args.gradient_checkpointing,
         ),
         "logits chunk": min(chunk, pass_tokens)
         * student.columns

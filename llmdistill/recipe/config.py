@@ -415,6 +415,10 @@ class DistillationConfig(TrainingArguments):
             "section": "objective",
         },
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={"help": "processes that part every sequence among them", "section": "objective", "at_least": 1},
+    )
     num_iterations: int = field(
         default=1,
         metadata={

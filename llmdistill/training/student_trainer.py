@@ -24,6 +24,7 @@ from llmdistill.models.causality import check_causal
 from llmdistill.models.heads import check_head
 from llmdistill.models.loading import named_student
 from llmdistill.models.packing import can_be_packed, layout_of
+from llmdistill.models.parted import RanksOfAText, parted
 from llmdistill.models.saving import check_savable, save_in_parts
 from llmdistill.models.unused import freeze_unused
 from llmdistill.ranks import on_every_rank
@@ -78,6 +79,7 @@ class StudentTrainer(FiniteTrainer):
     """
 
     loss_is_scaled_for_ga = True  # what compute_loss returns is already divided by the global count
+    ranks_of_a_text: RanksOfAText | None = None  # that train on every sequence together
     # Narrower than transformers declares them.
     args: DistillationConfig
     model: PreTrainedModel
@@ -148,7 +150,7 @@ class StudentTrainer(FiniteTrainer):
         with still, self.meters.timed("time/student", 1 / self.current_gradient_accumulation_steps):
             for k, batch in enumerate(batches):
                 more = trainers.more_passes(self.accelerator, model) if k + 1 < len(batches) else nullcontext()
-                with more:
+                with more, parted(self.model, self.ranks_of_a_text):
                     losses.append(super().training_step(model, {"micro_batch": batch}, *args, **kwargs))
         return torch.stack(losses).sum()
 

@@ -62,6 +62,7 @@ from llmdistill.training.likeliest import likeliest_ids
 from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
 from llmdistill.training.other_tokenizers import bind, check_alignment, note_alignment, tokenizers, widths, with_chunks
+from llmdistill.training.parted import ranks_of_a_text, shared
 from llmdistill.training.progress import Progress, ProgressCallback
 from llmdistill.training.rewards import Reward
 from llmdistill.training.round_log import RoundLog
@@ -185,6 +186,7 @@ class DistillationTrainer(RoundLog):
             trainers.after_weights_are_loaded(self, self._load_helpers)
             if self.is_fsdp_enabled:  # which saves no more than the adapter beside them
                 trainers.beside_random_states(self, self._save_helpers)
+        self.ranks_of_a_text = ranks_of_a_text(self)
         self._method_start = copy.deepcopy(self._method_state().values())
         check_parts(self)
 
@@ -206,15 +208,18 @@ class DistillationTrainer(RoundLog):
         texts[name] = self._in_new_contexts(texts[name])
         if self.args.rollouts.mask_truncated:
             texts = {n: replace(t, rollout=t.rollout.without_truncated()) for n, t in texts.items()}
+        own_texts, together = texts, 1
+        if self.ranks_of_a_text is not None:
+            texts, together = shared(texts, self.ranks_of_a_text, self.pad_id), self.ranks_of_a_text.size
         texts = plan.in_order(texts, self.method.terms, self.passes.packed)
         received = bytes_received(self.teacher) if self.judges else None
         inputs = made.inputs or made.parts
-        batches = self.batches(texts, max(made.parts, inputs), judges)
+        batches = self.batches(texts, max(made.parts, inputs) * together, judges)
         if received is not None:
             rows = sum(text.rollout.num_rows for text in texts.values())
             more = (bytes_received(self.teacher) or 0) - received
             self.meters.add("teacher/bytes_per_token", more if made.received is None else made.received, rows)
-        self._note_round(texts)
+        self._note_round(own_texts)
         return self.as_inputs(batches, inputs), torch.tensor(batches[0].total, device=device)
 
     def batches(

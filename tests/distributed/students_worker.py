@@ -36,6 +36,7 @@ STUDENTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixture lora": (lambda seed: small("qwen3_moe", seed), {"lora": True}),
     "image-text from disk": (lambda seed: wrapped("gemma3", seed), {"from_disk": True}),
     "adapter alone": (lambda seed: tiny.llama(seed), {"from_disk": True, "lora": True, "saved_as": "adapter"}),
+    "parted": (lambda seed: tiny.llama(seed, attn_implementation="sdpa"), {"sequence_parallel_size": 2}),
     "scaled head": (lambda seed: small("hyperclovax", seed, logits_scaling=3.0), {}),
 }
 
