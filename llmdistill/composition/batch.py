@@ -171,16 +171,31 @@ class Slice:
     groups: Groups
     total: float = 0.0  # the denominator, of the global batch
 
+    def to(self, device: Any) -> Slice:
+        evidence = self.evidence.to(device)
+        weights_N = None if self.weights_N is None else self.weights_N.to(device, non_blocking=True)
+        groups = replace(self.groups, evidence=_tensors(evidence), weights_N=weights_N)
+        return replace(self, evidence=evidence, weights_N=weights_N, groups=groups)
+
 
 @dataclass
 class MicroBatch:
-    """What one backward pass needs: texts stacked into one batch of sequences, and the terms on its rows."""
+    """What one backward pass needs: texts stacked into one batch of sequences, and the terms on its rows.
+
+    It waits on the host, with all others of the round.
+    """
 
     rollout: Rollout
     texts: dict[str, Text]
     slices: list[Slice]
     total: float = 0.0  # the denominator of the method's first term
     counts: bool = True  # whether anything counts, for any term, in the round it is a part of
+
+    def to(self, device: Any) -> MicroBatch:
+        """The same with what a pass reads on ``device``."""
+        if torch.device(device).type == "cpu":
+            return self
+        return replace(self, rollout=self.rollout.to(device), slices=[s.to(device) for s in self.slices])
 
 
 def row_weights(term: Term, texts: Sequence[Text], domain_weights: Mapping[str, float], pad_id: int) -> TermInputs:
@@ -255,14 +270,14 @@ def _tensors(evidence: TeacherRows) -> tuple[Tensor, ...]:
 
 
 def with_reads(
-    term: Term, texts: Sequence[Text], answers: Sequence[TeacherRows | None], derived: Mapping[str, Tensor], device: Any
+    term: Term, texts: Sequence[Text], answers: Sequence[TeacherRows | None], derived: Mapping[str, Tensor]
 ) -> TeacherRows:
     """Judges' answers and the rows' own tensors as one: what the term's loss is given, text after text."""
     evidence = list[TeacherRows]()
     counts = [text.rollout.num_rows for text in texts]
     for text, judge_rows, span in zip(texts, answers, consecutive_slices(counts), strict=True):
         tensors = (derived[name][span] if name in derived else text.row_tensors[name] for name in term.reads)
-        reads = TensorRows(tuple(x.to(device) for x in tensors), text.rollout.num_rows)
+        reads = TensorRows(tuple(x.cpu() for x in tensors), text.rollout.num_rows)
         evidence.append(
             reads if judge_rows is None else judge_rows if not term.reads else PairedRows((judge_rows, reads))
         )
@@ -279,10 +294,10 @@ def micro_batches(
     totals: Mapping[str, float],
     bounds: Mapping[str, Sequence[tuple[int, int]]],
     pad_id: int,
-    device: Any,
     packed: bool = False,
 ) -> list[MicroBatch]:
-    """Micro-batches of the given sequences of every text, with the rows of evidence that belong to them.
+    """Micro-batches of the given sequences of every text, with the rows of evidence that belong to them: views of the
+    round's, on the host like these.
 
     Args:
         bounds: of each text, of every micro-batch: from which sequence to which, see ``composition/plan.py``.
@@ -296,7 +311,7 @@ def micro_batches(
             n: texts[n].reorder(range(*bounds[n][part])) for n in names if bounds[n][part][0] < bounds[n][part][1]
         }
         if not part_texts:  # fewer sequences than micro-batches: a pass in which nothing counts, for ranks keep in step
-            rollout = replace(uncounted(texts[names[0]].rollout), packed=packed).to(device)
+            rollout = replace(uncounted(texts[names[0]].rollout), packed=packed)
             batches.append(MicroBatch(rollout, {}, [], totals[terms[0].name], counted))
             continue
         row_spans = dict(
@@ -323,9 +338,9 @@ def micro_batches(
             counts = tuple(c for name in names_here for c in part_texts[name].rollout.row_counts)
             evidence = inputs.evidence[rows]
             span = slice(row_spans[names_here[0]].start, row_spans[names_here[-1]].stop)
-            weights = None if inputs.weights_N is None else inputs.weights_N[rows].to(device)
+            weights = None if inputs.weights_N is None else inputs.weights_N[rows]
             groups = Groups(counts, tuple(len(part_texts[name]) for name in names_here), _tensors(evidence), weights)
             slices.append(Slice(term, evidence, span, weights, groups, totals[term.name]))
-        rollout = replace(stacked([text.rollout for text in part_texts.values()], pad_id), packed=packed).to(device)
+        rollout = replace(stacked([text.rollout for text in part_texts.values()], pad_id), packed=packed)
         batches.append(MicroBatch(rollout, part_texts, slices, totals[terms[0].name], counted))
     return batches

@@ -32,7 +32,7 @@ class RoundEvidence:
 
     judges: Mapping[str, Teacher]
     likeliest: Likeliest
-    device: torch.device | str
+    device: torch.device | str  # that reads what they say, a micro-batch at a time; until then it is on the host
     pad_id: int
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class RoundEvidence:
             else:
                 first_evidence = self._answer(term, first_ask, name, text)
                 assert isinstance(first_evidence, SparseRows)
-                listed = first_evidence.topk_ids_NK.cpu()
+                listed = first_evidence.topk_ids_NK
                 evidence = on_every_rank(lambda: gather(judge, rollout, "top_k", 0, self.device, listed))
                 assert isinstance(evidence, SparseRows)
                 self._evidence[key] = in_order(evidence, first_evidence.topk_ids_NK)
@@ -88,7 +88,7 @@ class RoundEvidence:
         assert isinstance(judge, ChunkTeacher)
         key = (name, ask, question)
         if key not in self._evidence:
-            ask_judge = partial(judge.answer, text.rollout, text.prompts, question, self.device)
+            ask_judge = partial(judge.answer, text.rollout, text.prompts, question)
             self._evidence[key] = on_every_rank(ask_judge)
         return self._evidence[key]
 

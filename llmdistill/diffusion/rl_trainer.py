@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
 from llmdistill.models.layers import captured
 from llmdistill.models.passes import at_head, metrics_at_head
-from llmdistill.objectives.rows import HiddenRows, TokenRows
+from llmdistill.objectives.rows import TokenRows
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.batches import Passes
@@ -168,10 +167,6 @@ class _Start(StudentTeacher):
     def __init__(self, parts: Callable[[Rollout], Iterator[tuple[Rollout, TokenRows]]]) -> None:
         super().__init__("initial")
         self.parts = parts
-
-    def dense(self, rollout: Rollout) -> HiddenRows:
-        found = super().dense(rollout)
-        return replace(found, hidden_NH=found.hidden_NH[: rollout.num_rows])
 
     def _batches(self, rollout: Rollout) -> Iterator[tuple[Rollout, None]]:
         return ((part, None) for part, _ in self.parts(rollout))

@@ -32,6 +32,9 @@ class ClassedRows:
     def __getitem__(self, index: Index) -> ClassedRows:
         return replace(self, logits=self.logits[index])
 
+    def to(self, device: torch.device | str) -> ClassedRows:
+        return replace(self, logits=self.logits.to(device))
+
     @torch.no_grad()
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         (logits_nV,) = self.logits.chunk(rows, None)  # the cut is of the student's vocabulary
@@ -64,6 +67,12 @@ class PlacedRows:
 
     def __getitem__(self, index: Index) -> PlacedRows:
         return PlacedRows(self.part, self.place_N[index.cpu() if isinstance(index, Tensor) else index])
+
+    def to(self, device: torch.device | str) -> PlacedRows:
+        """With those of the judge's rows alone that these rows go with."""
+        told_N = self.told_N
+        part = self.part[self.place_N[told_N]].to(device)
+        return PlacedRows(part, torch.full_like(self.place_N, -1).masked_scatter(told_N, torch.arange(len(part))))
 
     @torch.no_grad()
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """What the teacher says about N rows, in the forms the streaming engine can read a chunk at a time.
 
 All are indexable by a slice or an index tensor over rows, so that a batch's rows split into micro-batches
-(`rows[a:b]`), and none carries gradient.
+(`rows[a:b]`), and none carries gradient. Those of a round wait on the host; `to` brings a micro-batch's to its device.
 """
 
 import math
@@ -26,6 +26,10 @@ class TeacherRows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Index) -> "TeacherRows": ...
+
+    def to(self, device: torch.device | str) -> "TeacherRows":
+        """The same rows there; the host goes on meanwhile, where they come from pinned memory."""
+        ...
 
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         """The objective's arguments after the student's logits, cut to these rows and vocab_size tokens."""
@@ -56,6 +60,9 @@ class LogitRows:
     def __getitem__(self, index: Index) -> "LogitRows":
         return LogitRows(self.logits_NV[index])
 
+    def to(self, device: torch.device | str) -> "LogitRows":
+        return LogitRows(self.logits_NV.to(device, non_blocking=True))
+
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         return (self.logits_NV.detach()[rows, :vocab_size],)
 
@@ -82,10 +89,14 @@ class HiddenRows:
     def __getitem__(self, index: Index) -> "HiddenRows":
         return replace(self, hidden_NH=self.hidden_NH[index])
 
+    def to(self, device: torch.device | str) -> "HiddenRows":
+        return replace(self, hidden_NH=self.hidden_NH.to(device, non_blocking=True))
+
     @torch.no_grad()
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         head = Projection.of(self.lm_head, self.hidden_NH.dtype, vocab_size, self.logit_scale, self.softcap)
-        return (head.rescale(head.matmul(self.hidden_NH[rows])),)
+        hidden_nH = self.hidden_NH[rows].to(self.lm_head.weight.device, non_blocking=True)
+        return (head.rescale(head.matmul(hidden_nH)),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +125,9 @@ class SparseRows:
 
     def __getitem__(self, index: Index) -> "SparseRows":
         return SparseRows(self.topk_ids_NK[index], self.topk_logprobs_NK[index])
+
+    def to(self, device: torch.device | str) -> "SparseRows":
+        return SparseRows(*(x.to(device, non_blocking=True) for x in (self.topk_ids_NK, self.topk_logprobs_NK)))
 
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         ids = self.topk_ids_NK[rows]
@@ -149,6 +163,9 @@ class TokenRows:
     def __getitem__(self, index: Index) -> "TokenRows":
         return TokenRows(self.token_ids_N[index], *(tensor[index] for tensor in self.per_row))
 
+    def to(self, device: torch.device | str) -> "TokenRows":
+        return TokenRows(*(x.to(device, non_blocking=True) for x in (self.token_ids_N, *self.per_row)))
+
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         return self.token_ids_N[rows], *(tensor.detach()[rows] for tensor in self.per_row)
 
@@ -170,6 +187,9 @@ class TensorRows:
     def __getitem__(self, index: Index) -> "TensorRows":
         count = torch.arange(self.rows)[index.cpu() if isinstance(index, Tensor) else index].numel()
         return TensorRows(tuple(tensor[index] for tensor in self.tensors), count)
+
+    def to(self, device: torch.device | str) -> "TensorRows":
+        return replace(self, tensors=tuple(tensor.to(device, non_blocking=True) for tensor in self.tensors))
 
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         return tuple(tensor.detach()[rows] for tensor in self.tensors)
@@ -212,7 +232,11 @@ class RoutedRows:
         index = index.cpu() if isinstance(index, Tensor) else index
         owner_n, row_n = owner_N[index], row_N[index]
         places = [(owner_n == m).nonzero().flatten() for m in range(len(self.parts))]
-        return RoutedRows(tuple(p[row_n[at]] for p, at in zip(self.parts, places, strict=True)), tuple(places))
+        parts = tuple(part[_view(row_n[at])] for part, at in zip(self.parts, places, strict=True))
+        return RoutedRows(parts, tuple(places))
+
+    def to(self, device: torch.device | str) -> "RoutedRows":
+        return replace(self, parts=tuple(part.to(device) for part in self.parts))
 
     @torch.no_grad()
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
@@ -263,6 +287,9 @@ class MixtureRows:
     def __getitem__(self, index: Index) -> "MixtureRows":
         return replace(self, parts=tuple(part[index] for part in self.parts))
 
+    def to(self, device: torch.device | str) -> "MixtureRows":
+        return replace(self, parts=tuple(part.to(device) for part in self.parts))
+
     @torch.no_grad()
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         total, columns, mixed = sum(self.weights), vocab_size or self.width, None
@@ -295,9 +322,20 @@ class PairedRows:
     def __getitem__(self, index: Index) -> "PairedRows":
         return PairedRows(tuple(part[index] for part in self.parts))
 
+    def to(self, device: torch.device | str) -> "PairedRows":
+        return PairedRows(tuple(part.to(device) for part in self.parts))
+
     def chunk(self, rows: slice, vocab_size: int | None) -> tuple[Tensor, ...]:
         columns = vocab_size or self.width  # two heads of different width are cut to the narrower one
         return tuple(tensor for part in self.parts for tensor in part.chunk(rows, columns))
+
+
+def _view(index: Tensor) -> Index:
+    """A slice, which copies nothing, in place of the numbers of consecutive rows."""
+    if not len(index):
+        return slice(0, 0)
+    consecutive = bool((index[1:] == index[:-1] + 1).all())
+    return slice(int(index[0]), int(index[-1]) + 1) if consecutive else index
 
 
 def _narrowest(parts: tuple[TeacherRows, ...]) -> int | None:

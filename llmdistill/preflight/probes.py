@@ -113,12 +113,11 @@ def comparison(trainer: Run, rollout: Rollout, prompts: Sequence[Prompt], teache
     found, totals = {}, {}
     for term in terms:
         given = row_weights(term, [text], {}, trainer.pad_id)
-        rows = with_reads(term, [text], [evidence.of(term, "main", text)], {}, trainer.args.device)
+        rows = with_reads(term, [text], [evidence.of(term, "main", text)], {})
         given = with_evidence(term, given, [text], rows)
         found[term.name], totals[term.name] = given, given.count
-    return micro_batches(
-        {"main": text}, terms, found, totals, {"main": [(0, len(text))]}, trainer.pad_id, trainer.args.device
-    )[0]
+    (batch,) = micro_batches({"main": text}, terms, found, totals, {"main": [(0, len(text))]}, trainer.pad_id)
+    return batch.to(trainer.args.device)
 
 
 @torch.no_grad()

@@ -50,8 +50,8 @@ class DenseTeacher(Protocol):
     """A teacher in this process whose whole distribution can be had without ever being written down."""
 
     def dense(self, rollout: Rollout) -> TeacherRows:
-        """Rows of the counted tokens that become logits a chunk at a time: final hidden rows with their head, or a
-        composition of such."""
+        """Rows of the counted tokens that become logits a chunk at a time: final hidden rows, on the host, with their
+        head, or a composition of such."""
         ...
 
 

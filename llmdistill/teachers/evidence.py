@@ -10,6 +10,7 @@ from torch import Tensor
 from llmdistill.errors import UserError
 from llmdistill.objectives.rows import LogitRows, SparseRows, TeacherRows, TokenRows
 from llmdistill.teachers.base import DenseTeacher, Teacher, max_top_k
+from llmdistill.teachers.host_rows import host_empty, joined
 from llmdistill.texts import Rollout
 
 Kind = Literal["full", "top_k", "sampled"]
@@ -30,6 +31,11 @@ def gather(
     [N, V]. ``top_k``: the K likeliest tokens and the ids ``chosen``, [N, C]. ``sampled``: the tokens' own log-probs
     only.
 
+    The rows are on the host, where a round of them may wait: ``to(device)`` brings those that are read.
+
+    Args:
+        device: that will read them. For a GPU they are in pinned memory.
+
     Raises:
         UserError: ``full`` of a teacher that lists fewer tokens than it has, or whatever the teacher raises.
     """
@@ -44,10 +50,13 @@ def gather(
     listed = {"full": teacher.info().vocab_size, "top_k": top_k, "sampled": 0}[kind]
     blocks = teacher.score(rollout, listed, chosen if kind == "top_k" else None)
     if kind == "sampled":
-        logprobs_N = torch.cat([b.token_logprobs for b in blocks])
-        return TokenRows(rollout.token_rows().to(device), logprobs_N.to(device))
-    ids_NK = torch.cat([b.topk_ids for b in blocks]).long().to(device)
-    logprobs_NK = torch.cat([b.topk_logprobs for b in blocks]).to(device)
+        return TokenRows(rollout.token_rows().cpu(), joined([b.token_logprobs for b in blocks], device))
+    ids, logprobs = [b.topk_ids for b in blocks], [b.topk_logprobs for b in blocks]
     if kind == "full":  # all V are listed: back in the order of their ids they are logits like any others
-        return LogitRows(torch.empty_like(logprobs_NK).scatter_(1, ids_NK, logprobs_NK))
-    return SparseRows(ids_NK, logprobs_NK)
+        counts = list(map(len, ids))
+        logits_NV = host_empty((sum(counts), listed), torch.float32, device)
+        for rows_nV, ids_nV, logprobs_nV in zip(logits_NV.split(counts), ids, logprobs, strict=True):
+            rows_nV.scatter_(1, ids_nV.long(), logprobs_nV.float())
+        return LogitRows(logits_NV)
+    del blocks
+    return SparseRows(joined(ids, device, torch.int64), joined(logprobs, device))

@@ -24,6 +24,7 @@ from llmdistill.recipe.config import TeacherConfig
 from llmdistill.recipe.launches import whole_models
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
+from llmdistill.teachers.host_rows import HostRows
 from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.teachers.placement import Whole, placed
 from llmdistill.texts import Prompt, Rollout, Sampling
@@ -79,29 +80,32 @@ class LocalTeacher:
 
     @torch.no_grad()
     def dense(self, rollout: Rollout) -> HiddenRows:
-        """Hidden rows of the counted tokens, [N, H], with the head: logits are formed only in chunks, later."""
+        """Hidden rows of the counted tokens, [N, H] on the host, with the head: logits are formed only in chunks,
+        later."""
+        rows = HostRows(rollout.row_counts)
         index, batches = self._batches(rollout)
         with self.present():
-            found = at_head(self.model, self.head, batches, lambda rows_NH, view, _: rows_NH)
+            at_head(self.model, self.head, batches, lambda rows_NH, view, _: rows.put(next(index), rows_NH))
         empty = self.head.linear.weight.new_zeros(0, self.head.linear.in_features)
-        hidden_NH = _in_order(found, index, rollout.row_counts, empty)
-        return HiddenRows(hidden_NH, self.head.linear, self.head.logit_scale, self.head.softcap)
+        return HiddenRows(rows.tensor(empty), self.head.linear, self.head.logit_scale, self.head.softcap)
 
     @torch.no_grad()
     def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
-        """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
+        """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens, on the host."""
+        rows = [HostRows(rollout.row_counts) for _ in layers]
         index, batches = self._batches(rollout)
         with self.present(), captured(self.model, layers) as states:
 
-            def read(rows_NH: Tensor, view: View, _: None) -> list[Tensor]:  # the layers come before the head
-                return [view.rows(states[layer]) for layer in layers]
+            def read(rows_NH: Tensor, view: View, _: None) -> None:  # the layers come before the head
+                group = next(index)
+                for of_layer, layer in zip(rows, layers, strict=True):
+                    of_layer.put(group, view.rows(states[layer]))
 
-            found = at_head(self.model, self.head, batches, read)
+            at_head(self.model, self.head, batches, read)
         empty = no_rows(self.model, layers)
-        counts = rollout.row_counts
-        return [_in_order([rows[k] for rows in found], index, counts, empty[k]) for k in range(len(layers))]
+        return [of_layer.tensor(none) for of_layer, none in zip(rows, empty, strict=True)]
 
-    def _batches(self, rollout: Rollout) -> tuple[list[list[int]], Iterator[tuple[Rollout, None]]]:
+    def _batches(self, rollout: Rollout) -> tuple[Iterator[list[int]], Iterator[tuple[Rollout, None]]]:
         """Which sequences are read together, and these, clean."""
         clean = replace(rollout, noise=None, packed=self.packs)
         index = by_length(rollout.attention_mask.sum(1).tolist(), self.batch_tokens, packed=self.packs)
@@ -111,7 +115,7 @@ class LocalTeacher:
         nothing = replace(nothing, completion_mask=torch.zeros_like(nothing.completion_mask))
         parts = (clean.sequences(group) if group else nothing for group in index)
         device = self.head.linear.weight.device  # where it runs
-        return index, ((part.to(device), None) for part in parts)
+        return iter(index), ((part.to(device), None) for part in parts)
 
     def present(self) -> AbstractContextManager[None]:
         return nullcontext() if self.placement is None else self.placement.present()
@@ -175,15 +179,6 @@ def embedded(judge: Any) -> list[LocalTeacher]:
         return [judge]
     asked = [getattr(judge, "teacher", None), *getattr(judge, "members", {}).values()]
     return [teacher for each in asked if each is not None for teacher in embedded(each)]
-
-
-def _in_order(found: Sequence[Tensor], index: Sequence[Sequence[int]], counts: Sequence[int], empty: Tensor) -> Tensor:
-    """The rows [N, H] of batches of sequences, sequence by sequence; ``counts`` of each, ``index`` of each batch."""
-    rows = [empty] * len(counts)
-    for group, rows_nH in zip(index, found, strict=True):
-        for i, of_sequence in zip(group, rows_nH.split([counts[i] for i in group]), strict=True):
-            rows[i] = of_sequence
-    return torch.cat(rows) if rows else empty
 
 
 class UnadaptedTeacher(LocalTeacher):

@@ -27,6 +27,7 @@ from llmdistill.objectives.rows import HiddenRows
 from llmdistill.objectives.streaming import rows_at_once
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
+from llmdistill.teachers.host_rows import HostRows
 from llmdistill.teachers.listing import blocks_of, refuse_wider
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.batches import Passes
@@ -83,25 +84,27 @@ class StudentTeacher:
 
     @torch.no_grad()
     def dense(self, rollout: Rollout) -> HiddenRows:
-        """Hidden rows of the counted tokens, [N, H], with the head they belong to."""
-        head = head_of(self._bound)
+        """Hidden rows of the counted tokens, [N, H] on the host, with the head they belong to."""
+        head, rows = head_of(self._bound), HostRows(rollout.row_counts)
         with self._as_judge():
-            rows = at_head(self.forward_model(), head, self._batches(rollout), lambda rows_NH, view, _: rows_NH)
+            at_head(self.forward_model(), head, self._batches(rollout), lambda rows_NH, view, _: rows.append(rows_NH))
             linear = self._head_now(head.linear)
-        hidden_NH = torch.cat(rows) if rows else head.linear.weight.new_zeros(0, head.linear.in_features)
-        return HiddenRows(hidden_NH, linear, head.logit_scale, head.softcap)
+        empty = head.linear.weight.new_zeros(0, head.linear.in_features)
+        return HiddenRows(rows.tensor(empty), linear, head.logit_scale, head.softcap)
 
     @torch.no_grad()
     def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
-        """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens."""
-        head = head_of(self._bound)
+        """Hidden states [N, H] of the given decoder layers at the rows of the counted tokens, on the host."""
+        head, rows = head_of(self._bound), [HostRows(rollout.row_counts) for _ in layers]
         with self._as_judge(), captured(self._bound, layers) as states:
 
-            def read(rows_NH: Tensor, view: View, _: None) -> list[Tensor]:  # the layers come before the head
-                return [view.rows(states[layer]) for layer in layers]
+            def read(rows_NH: Tensor, view: View, _: None) -> None:  # the layers come before the head
+                for of_layer, layer in zip(rows, layers, strict=True):
+                    of_layer.append(view.rows(states[layer]))
 
-            found = at_head(self.forward_model(), head, self._batches(rollout), read)
-        return [torch.cat(pieces) for pieces in zip(*found, strict=True)] if found else no_rows(self._bound, layers)
+            at_head(self.forward_model(), head, self._batches(rollout), read)
+        empty = no_rows(self._bound, layers)
+        return [of_layer.tensor(none) for of_layer, none in zip(rows, empty, strict=True)]
 
     def _batches(self, rollout: Rollout) -> Iterator[tuple[Rollout, None]]:
         device = head_of(self._bound).linear.weight.device

@@ -91,7 +91,7 @@ def _answer(
     if isinstance(teacher, ChunkTeacher):
         return teacher.chunks(rollout, prompts[: len(rollout)], Question(), device)
     assert kind != "chunks" and kind != "classes"  # with_chunks sees to it
-    return gather(teacher, rollout, kind, top_k, device)
+    return gather(teacher, rollout, kind, top_k, device).to(device)
 
 
 @torch.no_grad()

@@ -52,14 +52,14 @@ def _of_all(trainer: Any, values: dict[str, Tensor], texts: Sequence[Text]) -> R
 def _measured(trainer: Any, term: Term, text: Text, answer: TeacherRows | None) -> dict[str, Tensor]:
     assert term.survey is not None
     args = trainer.args
-    evidence = with_reads(before_survey(term), [text], [answer], {}, args.device)
+    evidence = with_reads(before_survey(term), [text], [answer], {})
     parts = list(trainer.passes.of(text.rollout, args.device))
     places = consecutive_slices([part.num_rows for part in parts])
     with trainer.accelerator.autocast():
         return metrics_at_head(
             trainer.forward_model(),
             head_of(trainer.model),
-            ((part, evidence[place]) for part, place in zip(parts, places, strict=True)),
+            ((part, evidence[place].to(args.device)) for part, place in zip(parts, places, strict=True)),
             term.survey.measure,
             chunk_tokens=args.chunk_tokens,
             vocab_size=trainer.vocab_size,

@@ -234,7 +234,7 @@ class DistillationTrainer(RoundLog):
         bounds = plan.planned(texts, terms, self.passes, parts)  # before teachers are asked: what is too large is cheap
         inputs = self.term_inputs(texts, judges)
         totals = self._totals(inputs, self.args.device)
-        return micro_batches(texts, terms, inputs, totals, bounds, self.pad_id, self.args.device, self.passes.packed)
+        return micro_batches(texts, terms, inputs, totals, bounds, self.pad_id, self.passes.packed)
 
     def term_inputs(
         self, texts: Mapping[str, Text], judges: Mapping[str, Teacher] | None = None
@@ -254,7 +254,7 @@ class DistillationTrainer(RoundLog):
                     derived = survey(self, term, term_texts, answers[term.name])
             if "weight" in derived:
                 term_inputs = term_inputs.times(derived["weight"].cpu())
-            rows = with_reads(term, term_texts, answers[term.name], derived, self.args.device)
+            rows = with_reads(term, term_texts, answers[term.name], derived)
             inputs[term.name] = with_evidence(term, term_inputs, term_texts, rows)
         note_alignment(self.judges, self.meters)
         return inputs
@@ -297,7 +297,7 @@ class DistillationTrainer(RoundLog):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The micro-batch's share of the loss of the global batch, times the ranks gradients are averaged over."""
-        batch: MicroBatch = inputs["micro_batch"]
+        batch: MicroBatch = inputs["micro_batch"].to(self.args.device)
         logging = self._logs_this_step()
         result = loss_on(
             model,
