@@ -17,6 +17,7 @@ from llmdistill.composition.method import Measured, Method, Schedule
 from llmdistill.errors import UserError
 from llmdistill.objectives.ddk import first_weights, next_weights, ratio
 from llmdistill.recipe.config import DistillationConfig
+from llmdistill.texts.facts import facts_of
 
 
 class DomainMixture(Schedule):
@@ -98,7 +99,7 @@ def mixed_domains(method: Method, examples: Any, args: DistillationConfig) -> Do
     if not every:
         return None
     fix = "Fix: leave objective.mixture_every out"
-    if not isinstance(examples, list):
+    if not isinstance(examples, Sequence):
         raise UserError(
             f"objective.mixture_every is {every}, and a stream's rows cannot be chosen by domain. {fix}, or "
             "data.streaming."
@@ -111,8 +112,9 @@ def mixed_domains(method: Method, examples: Any, args: DistillationConfig) -> Do
             f"{fix}, or a divergence with estimator full or top_k."
         )
     rows = dict[str, list[int]]()
-    for number, example in enumerate(examples):
-        rows.setdefault(example.domain or "", []).append(number)
+    facts = facts_of(examples)
+    for number, domain in enumerate(facts.domains.tolist()):
+        rows.setdefault(facts.names[domain] or "", []).append(number)
     if len(rows) < 2:
         named = ", ".join(map(repr, rows)) or "none"
         raise UserError(

@@ -21,7 +21,7 @@ from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
-from llmdistill.texts.streams import at_hand
+from llmdistill.texts.streams import are_examples, at_hand
 from llmdistill.tokenization.special import eos_ids, pad_id
 from llmdistill.training.measure import Measurement
 from llmdistill.training.trainer import DistillationTrainer
@@ -89,9 +89,9 @@ class MaskedDiffusionTrainer(DistillationTrainer):
         check_no_mask_token(examples, self.denoiser.mask_token_id)
         return examples
 
-    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
+    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> Sequence[Any]:
         """Held-out rows are measured on their own completions wherever they have some, whatever is trained on."""
-        read = isinstance(rows, list) and bool(rows) and isinstance(rows[0], Prompt)
+        read = are_examples(rows, Prompt)
         if heldout and not read and all(encode.turns.has_answer(row) for row in rows):
             return encode.encode_all(rows, completions=True)
         return super()._encoded(rows, encode, heldout)
@@ -142,7 +142,10 @@ def check_no_mask_token(prompts: Sequence[Any], mask_id: int) -> None:
     """Raises:
     UserError: a row has the mask token in its clean text: a word that can never be predicted.
     """
-    rows = [p.row for p in prompts if isinstance(p, Prompt) and mask_id in {*p.ids, *p.completion}]
+    if hasattr(prompts, "rows_with"):
+        rows = prompts.rows_with(mask_id)
+    else:
+        rows = [p.row for p in prompts if isinstance(p, Prompt) and mask_id in {*p.ids, *p.completion}]
     if rows:
         raise UserError(
             f"row {rows[0]} has the mask token (id {mask_id}) in its text ({len(rows)} such rows). Fix: remove it from "

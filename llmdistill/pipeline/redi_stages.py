@@ -12,7 +12,7 @@ an earlier run is moved. The stages that TRL trains are in ``redi_trl``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -86,7 +86,7 @@ def run_stages(recipe: Recipe, trainer_class: Callable[..., PairTrainer]) -> int
     if started:
         check_inputs(folder, started, given, inputs)
     _check_evaluations(recipe, model, tokenizer)
-    every = [*pairs, *(positives if positives is not pairs else ())]
+    every = pairs if positives is pairs else [*pairs, *positives] if pairs else positives
     planned = PairRun(args, model, encoder.prompts, every, heldout, stages=1 if args.method == "sft" else 2)
     for finding in preflight(planned, recipe, skip=recipe.flags.skip_checks):
         if args.process_index == 0:
@@ -156,13 +156,13 @@ def _finished(folder: RunFolder) -> bool:
     return (folder.path / "summary.json").is_file()
 
 
-def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair], list[Pair], dict[str, str]]:
+def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[Sequence[Pair], Sequence[Pair], list[Pair], dict[str, str]]:
     """(pairs of stage 2, positives of stage 1, held-out pairs, what all of them say: setting -> hash)."""
     args, data = cast(REDIConfig, recipe.args), recipe.data
     load = partial(_rows, data=data, most=_pairs_read(args) if data.streaming else 0)
     rows = load(data.train, setting="data.train")
     read = {"data.train": rows_hash(rows)}
-    pairs: list[Pair] = [] if args.method == "sft" else encoder.encode_all(rows, "data.train")
+    pairs: Sequence[Pair] = [] if args.method == "sft" else encoder.encode_all(rows, "data.train")
     positives = pairs
     if args.has_stage1 and args.positives:
         source = load(args.positives, setting="objective.positives")
@@ -178,7 +178,7 @@ def _data(recipe: Recipe, encoder: PairEncoder) -> tuple[list[Pair], list[Pair],
         def encoded(rows: Rows, setting: str) -> list[Pair]:
             # a rejected side is measured where there is one
             alone = args.method == "sft" and args.rejected_column not in rows.column_names
-            return encoder.encode_all(rows, setting, positive=alone)[: args.heldout_sequences]
+            return list(encoder.encode_all(rows, setting, positive=alone)[: args.heldout_sequences])
 
         found = load_sets(loaded, "data.heldout", encoded)
         heldout = HeldOutSets(found) if isinstance(found, dict) else found
@@ -216,7 +216,7 @@ def _pairs_read(args: REDIConfig) -> int:
 # ---------------------------------------------------------------- the trainers
 
 
-def _on_pairs(stage: Stage, pairs: list[Pair], trainer_class: Callable[..., PairTrainer]) -> Any:
+def _on_pairs(stage: Stage, pairs: Sequence[Pair], trainer_class: Callable[..., PairTrainer]) -> Any:
     return trainer_class(
         stage.model,
         stage.args,

@@ -278,7 +278,7 @@ def _snapshot(trainer: DistillationTrainer, told: Sequence[str] | None = None) -
     """
     if not trainer.eval_dataset:
         return {}
-    heldout: list[Prompt] = trainer.eval_dataset
+    heldout: Sequence[Prompt] = trainer.eval_dataset
     chosen = to_measure(heldout, trainer.args.heldout_sequences)
     trainer.heldout.tell = partial(say, trainer.args)
     try:

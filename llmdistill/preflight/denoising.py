@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -38,7 +39,7 @@ def both_ways(s: Subject) -> Iterator[Finding]:
     if s.sharded:
         yield notice("not checked: ZeRO-3 holds the student in shards until training starts")
         return
-    rows = [p for p in s.prompts or s.heldout if p.completion][:PROBED]
+    rows = list(islice((p for p in s.prompts or s.heldout if p.completion), PROBED))
     if not rows:
         yield notice("not checked: no row has a completion")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,6 +18,7 @@ from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import EnsembleTeacher, RoutedTeacher, leaves
 from llmdistill.texts import Prompt, Rollout
+from llmdistill.texts.facts import Facts, facts_of
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.compare import tokens_by_id
@@ -145,12 +147,22 @@ class Subject:
                 for route, member in routes
                 for name, teacher in leaves(member, route or "")
             ]
-        self.prompts: list[Prompt] = at_hand(trainer.train_dataset)  # type: ignore[arg-type]
-        self.heldout: list[Prompt] = list(trainer.eval_dataset or [])  # type: ignore[arg-type]
+        self.prompts: Sequence[Prompt] = at_hand(trainer.train_dataset)
+        self.heldout: Sequence[Prompt] = at_hand(trainer.eval_dataset)
 
-    def prompts_of(self, side: Side, prompts: list[Prompt]) -> list[Prompt]:
-        """Those that a teacher is asked about."""
-        return [p for p in prompts if self.router is None or self.router.route(p.domain) == side.route]
+    @cached_property
+    def facts(self) -> Facts:
+        """Of all prompts that are trained on."""
+        return facts_of(self.prompts)
+
+    @cached_property
+    def heldout_facts(self) -> Facts:
+        return facts_of(self.heldout)
+
+    def asked_of(self, side: Side, facts: Facts) -> Facts:
+        """Of those prompts that a teacher is asked about."""
+        router = self.router
+        return facts if router is None else facts.where(facts.of_domains(lambda d: router.route(d) == side.route))
 
     def says(self, side: Side, message: str) -> str:
         """``message``, and of which teacher, where there are several."""

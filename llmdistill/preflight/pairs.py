@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -18,13 +19,15 @@ from llmdistill.models.heads import head_of
 from llmdistill.models.modes import evaluating
 from llmdistill.preflight.finding import HELDOUT, Finding, Subject, fail, notice, ok
 from llmdistill.preflight.tokens import columns, leaks, too_narrow
-from llmdistill.texts import position_ids, predicting_rows
-from llmdistill.texts.pairs import Pair, collate_pairs
+from llmdistill.texts import Prompt, position_ids, predicting_rows
+from llmdistill.texts.facts import Facts, facts_of
+from llmdistill.texts.pairs import Pair, collate_pairs, numbers_of, whole
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.special import eos_ids, pad_id
 
 PROBED, TOKENS = 2, 32  # pairs that are looked at, and how much of each
+LOOKED_AT = 10_000  # pairs whose words are read: what a template does it does to all
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,31 @@ class PairRun:
         return pad_id(self.encode.tokenizer)
 
 
+class ChosenSides(Sequence[Prompt]):
+    """The prompts of pairs, each with its chosen side as the completion."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.pairs[index]
+        return [_chosen(pair) for pair in found] if isinstance(index, slice) else _chosen(found)
+
+    @property
+    def facts(self) -> Facts:
+        pairs: Any = self.pairs
+        if not hasattr(pairs, "facts"):
+            return facts_of([_chosen(pair) for pair in pairs])
+        return replace(pairs.facts, completions=pairs.lengths("chosen"), last=pairs.numbers("chosen_last"))
+
+
+def _chosen(pair: Pair) -> Prompt:
+    return replace(pair.prompt, completion=pair.chosen)
+
+
 class PairSubject(Subject):
     """A run on pairs in the terms of the checks: its prompts, each with its chosen side as the completion."""
 
@@ -69,10 +97,9 @@ class PairSubject(Subject):
         self.tokenizer: PreTrainedTokenizerBase = run.encode.tokenizer
         self.sides, self.router, self.live = [], None, False
         self.stages = getattr(run, "stages", 1)
-        self.pairs: list[Pair] = at_hand(run.train_dataset)
-        self.heldout_pairs: list[Pair] = list(run.eval_dataset or [])
-        self.prompts = [replace(p.prompt, completion=p.chosen) for p in self.pairs]
-        self.heldout = [replace(p.prompt, completion=p.chosen) for p in self.heldout_pairs]
+        self.pairs: Sequence[Pair] = at_hand(run.train_dataset)
+        self.heldout_pairs: Sequence[Pair] = at_hand(run.eval_dataset)
+        self.prompts, self.heldout = ChosenSides(self.pairs), ChosenSides(self.heldout_pairs)
 
 
 def width(s: Subject) -> Iterator[Finding]:
@@ -84,18 +111,19 @@ def width(s: Subject) -> Iterator[Finding]:
 def pairs(s: Subject) -> Iterator[Finding]:
     """What is trained on is apart from what is measured on, and goes on where its prompt ends."""
     assert isinstance(s, PairSubject)
-    yield from leaks(s.prompts, s.heldout)
+    yield from leaks(s.facts, s.heldout_facts)
+    opened = _opened(s)
     for side in ("chosen", "rejected"):
-        if found := [p.row for p in s.pairs if _opened_twice(s, p, getattr(p, side))]:
+        if found := [p.row for p in opened if _begins_with_thoughts(s, getattr(p, side))]:
             yield fail(
                 f"{len(found)} {side} sides begin with <think> (first: row {found[0]}), and the template has written "
                 "it already: the student would learn to open its thoughts twice",
                 f"cut it from the {side} column",
             )
-    whole = {(tuple(p.prompt.ids), p.chosen, p.rejected) for p in s.pairs}
-    if len(whole) < len(s.pairs):
-        yield notice(f"{len(s.pairs) - len(whole)} training pairs are repetitions of others")
-    if (cut := sum(p.cut for p in s.pairs)) > len(s.pairs) // 2:
+    distinct = len(np.unique(numbers_of(s.pairs, "whole", whole)))
+    if distinct < len(s.pairs):
+        yield notice(f"{len(s.pairs) - distinct} training pairs are repetitions of others")
+    if (cut := int(numbers_of(s.pairs, "cut", lambda pair: pair.cut).sum())) > len(s.pairs) // 2:
         yield notice(
             f"{cut} completions of {len(s.pairs)} pairs are cut by objective.max_completion_tokens, and have no end",
             "raise it",
@@ -106,9 +134,12 @@ def pairs(s: Subject) -> Iterator[Finding]:
     yield ok(f"{len(s.pairs)} pairs to train on, {len(s.heldout)} held out")
 
 
-def _opened_twice(s: PairSubject, pair: Pair, side: tuple[int, ...]) -> bool:
-    if not pair.prompt.text.rstrip().endswith("<think>"):
-        return False
+def _opened(s: PairSubject) -> list[Pair]:
+    """The pairs whose prompt the template ends with <think>, among the first so many."""
+    return [pair for pair in s.pairs[:LOOKED_AT] if pair.prompt.text.rstrip().endswith("<think>")]
+
+
+def _begins_with_thoughts(s: PairSubject, side: tuple[int, ...]) -> bool:
     return str(s.tokenizer.decode(list(side[:8]))).lstrip().startswith("<think>")
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ from llmdistill.ranks import on_every_rank
 from llmdistill.rollouts.choose import sampling_of
 from llmdistill.teachers.base import Teacher
 from llmdistill.texts import Prompt, Rollout, collate, position_ids, predicting_rows
+from llmdistill.texts.facts import facts_of
 from llmdistill.texts.prompts import completed
 
 PROMPTS = 2
@@ -59,11 +61,15 @@ def sampled_rollout(s: Subject, prompts: Sequence[Prompt]) -> tuple[Rollout, lis
     """What a round would hold for the shortest prompts of every route to a teacher: drawn by the run's engine, or the
     dataset's completions (whole ones, where only those are stored)."""
     trainer, seen, chosen = s.trainer, Counter[str | None](), list[Prompt]()
-    for prompt in sorted(prompts, key=lambda p: (len(p.ids), p.row)):
-        route = s.router.route(prompt.domain) if s.router is not None else None
+    facts = facts_of(prompts)
+    routes = [s.router.route(name) if s.router is not None else None for name in facts.names]
+    for place in np.lexsort((facts.rows, facts.tokens)).tolist():
+        route = routes[facts.domains[place]]
         seen[route] += 1
         if seen[route] <= PROMPTS:
-            chosen.append(prompt)
+            chosen.append(prompts[place])
+        elif all(seen[each] > PROMPTS for each in routes):
+            break
     if trainer.method.uses == {"dataset"}:
         if s.live:
             chosen = [replace(p, completion=p.completion[:NEW_TOKENS]) for p in chosen]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.preflight.finding import HELDOUT, Finding, Side, Subject, fail, notice, ok
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint
 from llmdistill.teachers.mixture import UNKNOWN_FIX
-from llmdistill.texts import Prompt
 from llmdistill.texts.chat import ChatTemplate
+from llmdistill.texts.facts import Facts, Marks, facts_of
 from llmdistill.texts.streams import ExampleStream
 from llmdistill.tokenization.compare import compare_tokenizers
 from llmdistill.tokenization.special import context_length
@@ -86,10 +87,10 @@ def too_narrow(who: str, width: int, ids: int) -> Iterator[Finding]:
         )
 
 
-def leaks(prompts: Sequence[Prompt], heldout: Sequence[Prompt]) -> Iterator[Finding]:
+def leaks(prompts: Facts, heldout: Facts) -> Iterator[Finding]:
     """That held-out prompts are trained on, if any are."""
-    seen = {tuple(p.ids) for p in prompts}
-    if leaked := [p.row for p in heldout if tuple(p.ids) in seen]:
+    leaked = heldout.rows[np.isin(heldout.digests, prompts.digests)]
+    if len(leaked):
         yield fail(
             f"{len(leaked)} of {len(heldout)} held-out prompts are also trained on (first: row {leaked[0]}), so the "
             "held-out numbers would flatter the student",
@@ -132,7 +133,7 @@ def _endings(s: Subject, student: set[int], fix: str) -> Iterator[Finding]:
     eos, encode = s.tokenizer.eos_token_id, s.trainer.encode
     if eos not in student | {None}:
         message = f"the tokenizer's eos {eos} is none of the student's eos ids {sorted(student)}"
-        closed = "dataset" in s.trainer.method.uses and any(p.completion[-1:] == (eos,) for p in s.prompts)
+        closed = "dataset" in s.trainer.method.uses and bool((s.facts.last == eos).any())
         if closed:
             yield fail(f"{message}: the dataset's completions would end with a token that stops nothing", fix)
         else:
@@ -160,8 +161,8 @@ def chat_template(s: Subject) -> Iterator[Finding]:
     for message, rows in encode.notes.items():
         yield notice(f"{message} ({len(rows)} rows; first: row {min(rows)})")
     bos = s.tokenizer.bos_token_id
-    doubled = [p.row for p in s.prompts if bos is not None and p.ids[:2] == [bos, bos]]
-    if doubled:
+    doubled = s.facts.rows[s.facts.doubled == (-2 if bos is None else bos)]
+    if len(doubled):
         yield fail(
             f"{len(doubled)} prompts begin with bos twice (first: row {doubled[0]}): their text holds it already",
             "give prompts as chat messages, or cut the bos from the strings",
@@ -200,11 +201,12 @@ def _written(s: Subject, tokenizer: PreTrainedTokenizerBase) -> list[str] | str:
 
 def context(s: Subject) -> Iterator[Finding]:
     """Prompt and completion fit into the student, and into the teacher that is asked about them."""
-    limits = [("the student", context_length(s.student.config), _lengths(s, s.prompts, s.heldout))]
+    limits = [("the student", context_length(s.student.config), _lengths(s, s.facts, s.heldout_facts))]
     for side in s.sides:
         # Engines that score prompts (vLLM) refuse one that leaves no room for the token they decode after it.
         spare = 0 if side.model is not None or not s.live else 1
-        lengths = _lengths(s, s.prompts_of(side, s.prompts), s.prompts_of(side, s.heldout) if s.live else [])
+        asked = (s.facts, s.heldout_facts if s.live else facts_of([]))
+        lengths = _lengths(s, *(s.asked_of(side, facts) for facts in asked))
         limits.append((f"teacher {side.name!r}", side.info.context_length - spare, lengths))
     for who, limit, (longest, new) in limits:
         if longest + new > limit:
@@ -223,11 +225,12 @@ def context(s: Subject) -> Iterator[Finding]:
     yield ok(f"prompt {longest} + completion {new} tokens, context {min(limit for _, limit, _ in limits)}")
 
 
-def _lengths(s: Subject, train: list[Prompt], heldout: list[Prompt]) -> tuple[int, int]:
+def _lengths(s: Subject, train: Facts, heldout: Facts) -> tuple[int, int]:
     """Of the longest prompt, and of the longest completion it may get."""
-    sampled = s.args.rollouts.max_new_tokens if (s.trainer.method.uses != {"dataset"} and train) or heldout else 0
-    new = max([sampled, *(len(p.completion) for p in train + heldout)])
-    return max((len(p.ids) for p in train + heldout), default=0), new
+    is_sampled = (s.trainer.method.uses != {"dataset"} and len(train) > 0) or len(heldout) > 0
+    completions = [int(facts.completions.max(initial=0)) for facts in (train, heldout)]
+    longest = max(int(facts.tokens.max(initial=0)) for facts in (train, heldout))
+    return longest, max(s.args.rollouts.max_new_tokens if is_sampled else 0, *completions)
 
 
 def domains(s: Subject) -> Iterator[Finding]:
@@ -235,11 +238,16 @@ def domains(s: Subject) -> Iterator[Finding]:
     if s.router is None:
         yield ok("all rows have one teacher" if len(s.sides) == 1 else "all rows have one ensemble of teachers")
         return
-    for what, rows in (("training", s.prompts), ("held-out", s.heldout)):
-        if strange := [p for p in rows if s.router.route(p.domain) is None]:
-            first = f"row {strange[0].row} {s.router.unknown(strange[0].domain)}"
+    route = s.router.route
+    for what, facts in (("training", s.facts), ("held-out", s.heldout_facts)):
+        strange = facts.where(facts.of_domains(lambda domain: route(domain) is None))
+        if len(strange):
+            first = f"row {strange.rows[0]} {s.router.unknown(strange.names[strange.domains[0]])}"
             yield fail(f"{len(strange)} {what} rows have no teacher; {first}", UNKNOWN_FIX)
-    counts = {name: sum(s.router.route(p.domain) == name for p in s.prompts) for name in s.router.members}
+    counts = {
+        name: int(s.facts.of_domains(lambda domain, name=name: route(domain) == name).sum())  # type: ignore[misc]
+        for name in s.router.members
+    }
     for name, count in counts.items():
         if not count and s.prompts:
             yield notice(f"teacher {name!r} has no training row", "correct its domains, or leave it out")
@@ -251,23 +259,28 @@ def prompts(s: Subject) -> Iterator[Finding]:
     if not s.prompts:
         yield notice("there are no training prompts")
         return
-    empty = [p.row for p in s.prompts + s.heldout if not p.ids]
+    train, heldout = s.facts, s.heldout_facts
+
+    def rows(of: Callable[[Facts], Marks], *where: Facts) -> list[int]:
+        return [row for facts in where for row in facts.rows[of(facts)].tolist()]
+
+    empty = rows(lambda facts: facts.tokens == 0, train, heldout)
     if empty:
         yield fail(f"{len(empty)} prompts have no token (first: row {empty[0]})", "remove them")
     needed = [t for t in s.trainer.method.texts.values() if "dataset" in t.uses and not getattr(t, "optional", False)]
-    if needed and (bare := [p.row for p in s.prompts if not p.completion]):
+    if needed and (bare := rows(lambda facts: facts.completions == 0, train)):
         yield fail(f"{len(bare)} rows have no completion (first: row {bare[0]})", "--data.completion_column NAME")
-    bare = [p.row for p in s.prompts if not p.answer] if getattr(s.trainer.reward, "reads_answers", False) else []
-    if bare:
+    reads_answers = getattr(s.trainer.reward, "reads_answers", False)
+    if bare := rows(lambda facts: ~facts.answered, train) if reads_answers else []:
         yield fail(f"{len(bare)} rows have no answer to verify (first: row {bare[0]})", "--data.answer_column NAME")
     limit = s.trainer.data_config.max_prompt_tokens
-    if over := [p.row for p in s.prompts + s.heldout if len(p.ids) > limit]:
+    if over := rows(lambda facts: facts.tokens > limit, train, heldout):
         yield fail(
             f"{len(over)} prompts are longer than data.max_prompt_tokens {limit} (first: row {over[0]})",
             "raise it, or --data.overlong drop",
         )
-    yield from leaks(s.prompts, s.heldout)
-    if (distinct := len({tuple(p.ids) for p in s.prompts})) < len(s.prompts):
+    yield from leaks(train, heldout)
+    if (distinct := len(np.unique(train.digests))) < len(s.prompts):
         yield notice(f"{len(s.prompts) - distinct} training prompts are repetitions of others")
     yield from columns(s)
     if dropped := s.trainer.encode.dropped:

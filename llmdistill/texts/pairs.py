@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+import numpy as np
 
 from llmdistill.errors import UserError
 from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
+from llmdistill.texts.encoded_rows import encode_rows
+from llmdistill.texts.facts import digest
 from llmdistill.texts.messages import from_json, is_chat
 from llmdistill.texts.prompts import Completion, Overlong, PromptEncoder, located
 from llmdistill.texts.sources import Drawn, Round, Stateless
+from llmdistill.texts.streams import has_length
 from llmdistill.texts.turns import Turn, is_empty
 
 logger = logging.getLogger(__name__)
@@ -46,6 +51,19 @@ class Pair:
     def num_tokens(self) -> int:
         """Of the longer of its two sequences."""
         return len(self.prompt.ids) + max(len(self.chosen), len(self.rejected))
+
+
+SIDES = ("chosen", "rejected", "chosen_counts", "rejected_counts")
+
+
+def whole(pair: Pair) -> int:
+    """63 bits that tell one pair from another."""
+    return digest([*pair.prompt.ids, -1, *pair.chosen, -1, *pair.rejected])
+
+
+def numbers_of(pairs: Sequence[Pair], name: str, of: Callable[[Pair], int]) -> Any:
+    """A number of every pair, [P]: the column ``name`` where they stand in columns."""
+    return pairs.numbers(name) if hasattr(pairs, "numbers") else np.array([of(pair) for pair in pairs], dtype=np.int64)
 
 
 class _Unfit(UserError):
@@ -138,7 +156,7 @@ class PairEncoder:
             )
         return pair
 
-    def encode_all(self, rows: Iterable[Mapping[str, Any]], source: str, *, positive: bool = False) -> list[Pair]:
+    def encode_all(self, rows: Iterable[Mapping[str, Any]], source: str, *, positive: bool = False) -> Sequence[Pair]:
         """Every row that can be trained on. What is left out is counted in ``skipped`` and logged.
 
         Args:
@@ -149,22 +167,29 @@ class PairEncoder:
         Raises:
             UserError: a column is missing, a row cannot be trained on (and is not to be skipped), or none is left.
         """
-        pairs, skipped, index, checked = [], dict[str, list[int]](), -1, False
         bad, where = len(self.prompts.bad), getattr(rows, "where", None)
-        for index, row in enumerate(rows):
-            if not checked and isinstance(row, Mapping):
-                self._check_columns(self.prompts.columns.row(row), source, positive)
-                checked = True
-            pairs += self.of_row(row, index, source, skipped, positive=positive, where=where)
+        first = next((row for row in rows if isinstance(row, Mapping)), None) if has_length(rows) else None
+        if first is not None:
+            self._check_columns(self.prompts.columns.row(first), source, positive)
+        from llmdistill.texts.pair_columns import PairColumns
+
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompts", "skipped")}
+        pairs, skipped, count = encode_rows(
+            rows,
+            self.prompts,
+            lambda row, index, out: self.of_row(row, index, source, out, positive=positive, where=where),
+            lambda rows: self.prompts.stored(rows, PairColumns),
+            {"pairs": settings, "positive": positive, "source": source},
+        )
         for kind, found in skipped.items():
             self.skipped[kind] = self.skipped.get(kind, 0) + len(found)
             few = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-            logger.warning("%s: %d of %d rows skipped, %s: rows %s", source, len(found), index + 1, kind, few)
+            logger.warning("%s: %d of %d rows skipped, %s: rows %s", source, len(found), count, kind, few)
         if bad := len(self.prompts.bad) - bad:
             self.skipped["unreadable"] = self.skipped.get("unreadable", 0) + bad
             skipped["unreadable"] = list(self.prompts.bad)[-bad:]
         self.prompts.warn(source)
-        if cut := sum(pair.cut for pair in pairs):
+        if cut := int(numbers_of(pairs, "cut", lambda pair: pair.cut).sum()):
             logger.warning(
                 "%s: %d completions cut after %d tokens (objective.max_completion_tokens); they are not closed",
                 *(source, cut, self.max_completion_tokens),

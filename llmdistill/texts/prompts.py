@@ -20,6 +20,7 @@ from llmdistill.recipe.config import DataConfig
 from llmdistill.texts import Prompt, Reading, Rollout, collate
 from llmdistill.texts.chat import ChatTemplate, reads
 from llmdistill.texts.columns import Columns
+from llmdistill.texts.encoded_rows import encode_rows
 from llmdistill.texts.lines import Unreadable
 from llmdistill.texts.messages import Message, check_characters
 from llmdistill.texts.seam import behind, text_ids
@@ -205,19 +206,12 @@ class PromptEncoder:
             )
         return tuple(map(float, numbers)) if isinstance(value, list | tuple) else float(numbers[0])  # type: ignore[arg-type]
 
-    def documents(self, rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
-        """Rows of text without a prompt, in windows of ``data.max_text_tokens``.
+    def document(self, row: Mapping[str, Any], index: int) -> list[Prompt]:
+        """A row of text without a prompt, in windows of ``data.max_text_tokens``.
 
         The first token of a window conditions and the rest counts; a window begins with the last token of the one
         before, so that every token but the document's first is predicted once. The eos closes a document.
         """
-        windows = self._every(rows, self.document)
-        if not windows:
-            raise UserError("no document is left: none has two tokens. Fix: other data.")
-        return windows
-
-    def document(self, row: Mapping[str, Any], index: int) -> list[Prompt]:
-        """The windows of one document."""
         column, size, eos = self.config.text_column, self.config.max_text_tokens, self.tokenizer.eos_token_id
         text = row.get(column)
         if not isinstance(text, str) or not text.strip():
@@ -345,18 +339,26 @@ class PromptEncoder:
 
     def encode_all(
         self, rows: Iterable[Mapping[str, Any]], *, completions: bool = False, optional: bool = False
-    ) -> list[Prompt]:
+    ) -> Sequence[Prompt]:
         """Every row (with its completion when asked), but those that ``data.overlong``, ``completion_overlong`` and
-        ``bad_rows`` leave out.
+        ``bad_rows`` leave out. See :func:`~llmdistill.texts.encoded_rows.encode_rows`, also for what every rank does.
 
         ``optional``: a row may have no completion.
 
         Raises:
             UserError: a row cannot be read (its place in its file is named), or none is left.
         """
-        if self.config.text_column:
-            return self.documents(rows)
-        prompts = self._every(rows, partial(self.of_row, completions=completions, optional=optional))
+        documents, where = bool(self.config.text_column), getattr(rows, "where", None)
+        asked: dict[str, Any] = {} if documents else {"completions": completions, "optional": optional}
+        encode = self.document if documents else partial(self.of_row, **asked)
+        prompts, _, count = encode_rows(
+            rows, self, lambda row, index, _: self.kept(row, index, encode, where), self.stored, asked
+        )
+        self.warn()
+        if not count:
+            raise UserError("there are no rows. Fix: give at least one.")
+        if not prompts and documents:
+            raise UserError("no document is left: none has two tokens. Fix: other data.")
         if not prompts:
             first = f"; the first: {next(iter(self.bad.values()))}" if self.bad else ""
             read = f", {len(self.bad)} cannot be read{first}" if self.bad else ""
@@ -364,18 +366,14 @@ class PromptEncoder:
             raise UserError(f"no prompt is left: {long}{read}. Fix: raise the limits, or other data.")
         return prompts
 
-    def _every(
-        self, rows: Iterable[Mapping[str, Any]], encode: Callable[[Mapping[str, Any], int], list[Prompt]]
-    ) -> list[Prompt]:
-        count, found = 0, list[Prompt]()
-        where = getattr(rows, "where", None)
-        for index, row in enumerate(rows):
-            count += 1
-            found += self.kept(row, index, encode, where)
-        self.warn()
-        if not count:
-            raise UserError("there are no rows. Fix: give at least one.")
-        return found
+    def stored(self, rows: Any, kind: Any = None) -> Any:
+        """How the prompts of ``rows`` stand in columns: a :class:`~llmdistill.texts.columnar.PromptColumns`, or a
+        ``kind`` of it."""
+        from llmdistill.texts.columnar import PromptColumns
+
+        names = [name for name in self.config.contexts if name not in self.built_later]
+        records = (lambda row: self.columns.row(rows[row])) if self.built_later else None
+        return (kind or PromptColumns)(names, list(self.readers), records)
 
     def kept(
         self,

@@ -79,9 +79,18 @@ class Called:
         return iter(self.function())
 
 
-def at_hand(dataset: Any) -> list[Any]:
+def at_hand(dataset: Any) -> Sequence[Any]:
     """The examples of a dataset, and of a stream its first."""
-    return dataset.head if isinstance(dataset, ExampleStream) else list(dataset or [])
+    if isinstance(dataset, ExampleStream):
+        return dataset.head
+    return dataset if isinstance(dataset, Sequence) else list(dataset or [])
+
+
+def are_examples(dataset: Any, kind: type) -> bool:
+    """Whether a caller gave what is encoded already: a list of such examples, or a table of them."""
+    if not (isinstance(dataset, list) or hasattr(dataset, "facts")):
+        return False
+    return len(dataset) > 0 and isinstance(dataset[0], kind)
 
 
 def rows_of(dataset: Any, split: str) -> Any:

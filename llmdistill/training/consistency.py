@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Protocol
 
+import numpy as np
 from transformers import IntervalStrategy, TrainingArguments
 
 from llmdistill.composition.method import Method
@@ -18,6 +20,7 @@ from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import UNKNOWN_FIX, RoutedTeacher, is_elsewhere
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt
+from llmdistill.texts.facts import Facts, facts_of
 from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.special import context_length
 
@@ -151,7 +154,7 @@ def check_hidden(method: Method, model: Any, judges: Mapping[str, Teacher]) -> t
     return sizes
 
 
-def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
+def check_contexts(trainer: Parts, facts: Facts) -> None:
     """Called before training.
 
     Raises:
@@ -160,12 +163,13 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
             nothing is trained on.
     """
     built_later = {name for name, source in trainer.data_config.contexts.items() if ":" in source}
-    token_weighted = [p.row for p in prompts if isinstance(p.weight, tuple)]
-    if token_weighted and "dataset" not in trainer.method.uses:
+    token_weighted = facts.rows[facts.token_weighted]
+    if len(token_weighted) and "dataset" not in trainer.method.uses:
         raise UserError(
             f"row {token_weighted[0]} has a weight for each token of its completion, and no term is on the dataset's "
             "completions. Fix: one number for a row, or sequences dataset."
         )
+    domain_weights = trainer.args.domain_weights
     for term in trainer.method.terms:
         for ask in term.asks:
             judge = trainer.judges.get(ask.judge)
@@ -181,37 +185,34 @@ def check_contexts(trainer: Parts, prompts: Sequence[Prompt]) -> None:
                     f"{ask.judge}.context is {ask.context!r}, and the teacher only replays what was stored under the "
                     "prompt. Fix: teacher.model or teacher.url."
                 )
-            if ask.context not in built_later and prompts and not any(ask.context in p.contexts for p in prompts):
+            if ask.context not in built_later and len(facts) and not facts.has(ask.context).any():
                 raise UserError(
                     f"{ask.judge}.context is {ask.context!r}, and no row has such a context. "
                     f"Fix: --data.contexts '{{{ask.context}: COLUMN}}'."
                 )
         sources = [trainer.method.texts[text] for text in term.texts]
-        if prompts and all(s.uses == {"dataset"} for s in sources) and not any(p.completion for p in prompts):
+        from_dataset = all(s.uses == {"dataset"} for s in sources)
+        if len(facts) and from_dataset and not (facts.completions > 0).any():
             raise UserError(
                 f"term {term.name!r} is on the dataset's completions, and no row has one: it would divide by nothing. "
                 "Fix: --data.completion_column NAME."
             )
-        positive_rows = [p for p in prompts if _counts(p.weight, trainer.args.domain_weights.get(p.domain or "", 1.0))]
-        if prompts and not positive_rows:
+        kept = facts.positive & facts.of_domains(lambda domain: domain_weights.get(domain or "", 1.0) > 0)
+        if len(facts) and not kept.any():
             raise UserError(
                 f"all rows have weight 0, and term {term.name!r} would divide by nothing. "
                 "Fix: data.weight_column or objective.domain_weights."
             )
         needed = {ask.context for ask in term.asks if ask.context} - built_later
-        from_dataset = all(s.uses == {"dataset"} for s in sources)
-        if prompts and not any(
-            needed <= p.contexts.keys() and (p.completion or not from_dataset) for p in positive_rows
-        ):
+        kept = reduce(np.logical_and, (facts.has(context) for context in needed), kept)
+        if from_dataset:
+            kept = kept & (facts.completions > 0)
+        if len(facts) and not kept.any():
             raise UserError(
                 f"no row has all that term {term.name!r} needs (a weight above 0"
                 f"{', a completion' if from_dataset else ''}{''.join(f', context {c!r}' for c in sorted(needed))}): it "
                 "would divide by nothing. Fix: rows with all of them."
             )
-
-
-def _counts(weight: float | tuple[float, ...], domain: float) -> bool:
-    return domain > 0 and (any(weight) if isinstance(weight, tuple) else weight > 0)
 
 
 def check_ready(trainer: Parts) -> None:
@@ -238,24 +239,27 @@ def check_ready(trainer: Parts) -> None:
         term, _ = trainer.method.asks_of(name)[0]
         argument = "reference=MODEL" if name == "reference" else f"judges={{{name!r}: MODEL}}"
         raise UserError(f"the objective reads a {name} model (term {term.name!r}), and there is none. Fix: {argument}.")
-    prompts = [p for p in at_hand(trainer.train_dataset) if isinstance(p, Prompt)]
+    examples = at_hand(trainer.train_dataset)
+    facts = facts_of(examples if len(examples) and isinstance(examples[0], Prompt) else [])
     for judge in trainer.judges.values():
         if isinstance(judge, RoutedTeacher):
-            for p in prompts:
-                if judge.route(p.domain) is None:
-                    raise UserError(f"row {p.row} {judge.unknown(p.domain)}. Fix: {UNKNOWN_FIX}.")
-    check_contexts(trainer, prompts)
-    _warn_of_length(trainer, prompts)
+            route = judge.route
+            strange = facts.where(facts.of_domains(lambda domain, route=route: route(domain) is None))  # type: ignore[misc]
+            if len(strange):
+                unknown = judge.unknown(facts.names[strange.domains[0]])
+                raise UserError(f"row {strange.rows[0]} {unknown}. Fix: {UNKNOWN_FIX}.")
+    check_contexts(trainer, facts)
+    _warn_of_length(trainer, facts)
 
 
-def _warn_of_length(trainer: Parts, prompts: Sequence[Prompt]) -> None:
+def _warn_of_length(trainer: Parts, facts: Facts) -> None:
     sampled = trainer.args.rollouts.max_new_tokens if trainer.method.uses != {"dataset"} else 0
     contexts = [judge.info().context_length for judge in trainer.judges.values()]
     limit = min([context_length(trainer.model.config), *contexts])
-    lengths = (
-        (max([len(p.ids), *map(len, p.contexts.values())]) + max(sampled, len(p.completion)), p.row) for p in prompts
-    )
-    needed, row = max(lengths, key=lambda pair: pair[0], default=(0, 0))
+    if not len(facts):
+        return
+    lengths = np.maximum(facts.tokens, facts.widest) + np.maximum(sampled, facts.completions)
+    needed, row = int(lengths.max()), int(facts.rows[lengths.argmax()])
     if needed > limit:
         warnings.warn(
             f"row {row} and its completion may need {needed} positions, and the models have {limit}; past "

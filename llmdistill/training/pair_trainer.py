@@ -18,7 +18,7 @@ from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DataConfig, DistillationConfig
 from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.texts.pairs import BadPairs, Pair, PairEncoder, RejectedTokens, Side, pair_encoder
-from llmdistill.texts.streams import ExampleStream, at_hand, has_length, spans_of, to_measure
+from llmdistill.texts.streams import ExampleStream, are_examples, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard
 from llmdistill.training.pair_losses import PairLoss, PairMeans, PairMeasurement, measure_pairs
@@ -142,9 +142,9 @@ class PairTrainer(DistillationTrainer):
         for i, value in enumerate((chosen, rejected, pairs)):
             self.step_sums[i] += value
 
-    def _encoded(self, rows: Any, encode: Any, heldout: bool = False) -> list[Any]:
-        if isinstance(rows, list) and rows and isinstance(rows[0], Pair):
-            return rows
+    def _encoded(self, rows: Any, encode: Any, heldout: bool = False) -> Sequence[Any]:
+        if are_examples(rows, Pair):
+            return rows  # type: ignore[no-any-return]
         if not has_length(rows) and not heldout:
             return self._streamed(rows, encode)  # type: ignore[return-value]
         return self.encoder.encode_all(rows, "data.heldout" if heldout else "data.train")

@@ -52,7 +52,15 @@ from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
-from llmdistill.texts.streams import ExampleStream, HeldOutSets, at_hand, has_length, spans_of, to_measure
+from llmdistill.texts.streams import (
+    ExampleStream,
+    HeldOutSets,
+    are_examples,
+    at_hand,
+    has_length,
+    spans_of,
+    to_measure,
+)
 from llmdistill.tokenization.special import also_end_at, eos_ids, pad_id
 from llmdistill.training.ahead import RoundsAhead
 from llmdistill.training.consistency import check_heldout, check_hidden, check_parts, check_ready
@@ -98,7 +106,7 @@ class DistillationTrainer(RoundLog):
         preflight: whether :meth:`train` begins with the start-up checks; None: once per process and kind of run.
     """
 
-    eval_dataset: list[Any] | None
+    eval_dataset: Sequence[Any] | None
     # Of what is measured on held-out prompts: the loss is the first that there is.
     heldout_losses: ClassVar = tuple(
         f"{text}/{kl}" for kl in ("forward_kl", "reverse_kl") for text in ("dataset", "teacher", "student")
@@ -394,7 +402,7 @@ class DistillationTrainer(RoundLog):
     def _preflight(self) -> None:
         """The start-up checks, where they are due: what they find is logged, and a failed one stops the run."""
         prompts = at_hand(self.train_dataset)
-        if self.judges and prompts and isinstance(prompts[0], Prompt):
+        if self.judges and len(prompts) and isinstance(prompts[0], Prompt):
             names = (term.name for term in self.method.terms)
             self._examine_once((type(self.model).__name__, self.teacher.info().name, *names))
 
@@ -434,9 +442,9 @@ class DistillationTrainer(RoundLog):
     def _method_state(self) -> MethodState:
         return MethodState(self.method, self.judges, self.args.process_index, self.args.world_size)
 
-    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> list[Any]:
-        if isinstance(rows, list) and rows and isinstance(rows[0], Prompt):
-            return rows
+    def _encoded(self, rows: Any, encode: PromptEncoder, heldout: bool = False) -> Sequence[Any]:
+        if are_examples(rows, Prompt):
+            return rows  # type: ignore[no-any-return]
         if not has_length(rows) and not heldout:
             return self._streamed(rows, encode)  # type: ignore[return-value]
         needs_completions = "dataset" in self.method.uses
@@ -459,7 +467,7 @@ class DistillationTrainer(RoundLog):
         """What is streamed, looked at as what is there from the start is."""
         return examples
 
-    def _to_evaluate(self, rows: Any, what: str) -> list[Any]:
+    def _to_evaluate(self, rows: Any, what: str) -> Sequence[Any]:
         """The held-out examples, or those of the rows that :meth:`evaluate` was given.
 
         Raises:
@@ -471,7 +479,7 @@ class DistillationTrainer(RoundLog):
             raise UserError(f"evaluate() needs held-out {what}. Fix: --data.heldout FILE, or pass eval_dataset.")
         return found
 
-    def _encoded_sets(self, rows: Any, encode: PromptEncoder, most: int) -> list[Any]:
+    def _encoded_sets(self, rows: Any, encode: PromptEncoder, most: int) -> Sequence[Any]:
         """Held-out rows, or of several sets the first ``most`` of each."""
         if isinstance(rows, Mapping):
             return HeldOutSets(
