@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value, concatenate_datasets
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -31,6 +32,9 @@ from llmdistill.texts.pairs import Pair, collate_pairs
 from llmdistill.tokenization.special import pad_id
 from llmdistill.training.finite import FiniteTrainer
 from llmdistill.training.student_trainer import freeze_embeddings
+
+TOKENS = [Value("int64")]
+PART = 1000  # pairs that are Python objects at one time
 
 
 class _TRLTrainer(FiniteTrainer):
@@ -143,31 +147,40 @@ def direct_preference(stage: Stage, pairs: Sequence[Pair]) -> DPOTrainer:
 
 
 def _chosen_sides(pairs: Sequence[Pair]) -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": [*p.prompt.ids, *p.chosen],
-                "completion_mask": [0] * len(p.prompt.ids)
-                + [int(c) for c in p.chosen_counts or [True] * len(p.chosen)],
-                "row": p.row,
-            }
-            for p in pairs
-        ]
+    rows = (
+        {
+            "input_ids": [*p.prompt.ids, *p.chosen],
+            "completion_mask": [0] * len(p.prompt.ids) + [int(c) for c in p.chosen_counts or [True] * len(p.chosen)],
+            "row": p.row,
+        }
+        for p in pairs
     )
+    return _in_arrow(rows, {"input_ids": TOKENS, "completion_mask": TOKENS, "row": Value("int64")})
 
 
 def _as_dataset(pairs: Sequence[Pair]) -> Dataset:
     """A placeholder for TRL's own tokenisation, and beside it the tokens that are trained on."""
-    return Dataset.from_list(
-        [
-            {
-                **{"prompt": "=", "chosen": "+", "rejected": "-", "row": p.row},
-                **{"ids": p.prompt.ids, "chosen_tokens": list(p.chosen), "rejected_tokens": list(p.rejected)},
-                **{"chosen_counts": list(p.chosen_counts), "rejected_counts": list(p.rejected_counts)},
-            }
-            for p in pairs
-        ]
+    words = {"prompt": "=", "chosen": "+", "rejected": "-"}
+    rows = (
+        {
+            **{**words, "row": p.row, "ids": p.prompt.ids},
+            **{"chosen_tokens": p.chosen, "rejected_tokens": p.rejected},
+            **{"chosen_counts": p.chosen_counts, "rejected_counts": p.rejected_counts},
+        }
+        for p in pairs
     )
+    kinds: dict[str, Any] = {**dict.fromkeys(words, Value("string")), "row": Value("int64")}
+    kinds |= dict.fromkeys(("ids", "chosen_tokens", "rejected_tokens"), TOKENS)
+    return _in_arrow(rows, kinds | dict.fromkeys(("chosen_counts", "rejected_counts"), [Value("bool")]))
+
+
+def _in_arrow(rows: Iterable[dict[str, Any]], kinds: dict[str, Any]) -> Dataset:
+    """The rows as a table in memory; a part of them at a time are Python objects."""
+    rows, features = iter(rows), Features(kinds)
+    parts = list[Dataset]()
+    while part := list(islice(rows, PART)):
+        parts.append(Dataset.from_list(part, features=features))
+    return concatenate_datasets(parts)
 
 
 def _pair(row: dict[str, Any]) -> Pair:
