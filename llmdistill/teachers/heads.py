@@ -14,6 +14,7 @@ from llmdistill.files import atomic_write
 from llmdistill.models.heads import named_transform
 from llmdistill.objectives.rows import HiddenRows
 from llmdistill.teachers.fingerprint import local_folder, stored_tensors
+from llmdistill.teachers.host_rows import joined
 from llmdistill.wire.blocks import BlockError
 from llmdistill.wire.hidden import HeadWeights, HiddenBlock, pack_head, unpack_head
 
@@ -47,9 +48,9 @@ class HeadInUse:
         self.linear: nn.Linear = weights.linear(device)
 
     def rows(self, hidden: Sequence[Tensor]) -> HiddenRows:
-        """Rows of the whole distribution, which become logits a chunk at a time."""
+        """Rows of the whole distribution, on the host, which become logits a chunk at a time."""
         empty = torch.zeros(0, self.linear.in_features)
-        hidden_NH = torch.cat([empty, *(part.float() for part in hidden)]).to(self.device)
+        hidden_NH = joined([empty, *hidden], self.device, torch.float32)
         return HiddenRows(hidden_NH, self.linear, self.logit_scale, self.softcap)
 
     def check(self, block: HiddenBlock, where: str) -> None:
