@@ -7,6 +7,7 @@ a request may have the final hidden states instead. The second runner works in c
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from llmdistill.compat.vllm_arrays import FIRST, HIDDEN, is_asked
 
 CHUNK_BYTES = 1 << 29  # of logits, in the model's dtype and in float32 twice
 CELL_BYTES = 10
+LEAST_TOKENS = 256  # of a step, however little is free
 ROW_BYTES = 12  # of one listed token of a scored row until a step ends: an int64 id and a float32 log-prob
 
 
@@ -30,7 +32,14 @@ def step_tokens(budget: int, free_bytes: int, top_k: int, vocab_size: int) -> in
     Only lists of very many tokens make it less: the whole vocabulary at every position takes 1.8 MB a token at 152k.
     """
     rest = free_bytes - CELL_BYTES * vocab_size * chunk_rows(vocab_size)
-    return max(min(budget, rest // (ROW_BYTES * (min(top_k, vocab_size) + 1))), 1)
+    return max(min(budget, rest // (ROW_BYTES * (min(top_k, vocab_size) + 1))), min(budget, LEAST_TOKENS))
+
+
+def free_bytes(gpu_memory_utilization: float) -> int:
+    """Of memory that vLLM does not plan with: what its share leaves of a GPU, half of what is free on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1] * (1 - gpu_memory_utilization))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def bound_prompt_scores(worker: Any) -> None:

@@ -95,6 +95,7 @@ def generate(
     rows: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_tokens: int = 0,
+    watch: Watch | None = None,
 ) -> Rollout:
     """Completions of every prompt (samples of one prompt adjacent), the ending eos included and counted.
 
@@ -107,6 +108,8 @@ def generate(
         tokenizer: of the model, for stop strings.
         batch_tokens: sequences are generated in batches of so many tokens, prompts, padding and the room for
             completions included; a longer one is alone. What is drawn does not depend on it. 0: all in one batch.
+        watch: told of every token as it is drawn: the numbers of the sequences that have one more, those tokens and
+            their log-probs. False from it ends the batch.
 
     Raises:
         UserError: stop strings without a tokenizer, or a model that cannot be sampled from.
@@ -125,7 +128,11 @@ def generate(
         together = len(requests) == 1 or _may_be_batched(model, ends)
         lengths = [len(ids) + sampling.max_new_tokens for ids, _ in requests]
         batches = groups(lengths, batch_tokens, at_most=0 if together else 1)
-        drawn = [s for batch in batches for s in _drawn(model, [requests[i] for i in batch], sampling, ends)]
+        drawn = [
+            s
+            for batch in batches
+            for s in _drawn(model, [requests[i] for i in batch], sampling, ends, _watch_of(watch, batch))
+        ]
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
@@ -141,6 +148,13 @@ def generate(
     )
 
 
+def _watch_of(watch: Watch | None, batch: Sequence[int]) -> Watch | None:
+    """As ``watch``, for a batch of these sequences."""
+    if watch is None:
+        return None
+    return lambda live, ids, logprobs: watch([batch[i] for i in live], ids, logprobs)
+
+
 # Models that were found to write the same in a batch as alone, or not to.
 _batched: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 _PROBE = [[11, 7, 5], [6, 9, 12, 8, 13, 10, 14, 15, 16]]  # prompts of different length
@@ -149,6 +163,7 @@ _PROBE_TOKENS = 3
 # neighbour got into by some tenths, in small random models.
 _SAME, _SAME_16 = 1e-2, 0.2
 
+Watch = Callable[[Sequence[int], Sequence[int], Sequence[float]], bool]
 Request = tuple[int, int]  # prompt, and sample of it: what its random stream is of
 
 
@@ -225,7 +240,11 @@ def _distance_from_forward(
 
 
 def _drawn(
-    model: PreTrainedModel, requests: Sequence[tuple[list[int], Request]], sampling: Sampling, ends: _Ends
+    model: PreTrainedModel,
+    requests: Sequence[tuple[list[int], Request]],
+    sampling: Sampling,
+    ends: _Ends,
+    watch: Watch | None = None,
 ) -> list[_Sequence]:
     """Completions of requests, each with its prompt, in one batch."""
     width = max(len(ids) for ids, _ in requests)
@@ -235,7 +254,8 @@ def _drawn(
     ids_BT, mask_BT = torch.tensor(padded, device=model.device), torch.tensor(mask, device=model.device)
     # Drawing is ours (one uniform number per request and token), so transformers only has to take the best score.
     draw = _Draw(sampling, [request for _, request in requests]).to(model.device)
-    out = _generated(model, ids_BT, mask_BT, sampling, draw, ends)
+    watched = [] if watch is None else [_Watched(watch, ends, draw, len(requests))]
+    out = _generated(model, ids_BT, mask_BT, sampling, draw, ends, watched)
     found = []
     for row, row_logprobs in zip(out[:, width:].tolist(), draw.logprobs(), strict=True):
         end = ends.of(row)
@@ -251,6 +271,7 @@ def _generated(
     sampling: Sampling,
     draw: _Draw,
     ends: _Ends,
+    more: Sequence[StoppingCriteria] = (),
 ) -> Tensor:
     """Prompts and completions, [B, T + new]. Nothing of the checkpoint's own generation settings is in force: vLLM does
     not apply them either, and a repetition penalty would make what is drawn another distribution than the policy's."""
@@ -264,7 +285,7 @@ def _generated(
         pad_token_id=ends.pad_id,
         use_cache=True,
         logits_processor=LogitsProcessorList([_finite, *_warpers(sampling, mask_BT), draw]),
-        stopping_criteria=StoppingCriteriaList(stopping),
+        stopping_criteria=StoppingCriteriaList([*stopping, *more]),
         synced_gpus=False,  # parameters are gathered: ranks need not take equally many steps
     )
 
@@ -314,6 +335,19 @@ class _Stopped(StoppingCriteria):
         rows = input_ids[:, max(self.start, input_ids.shape[1] - self.stops.window) :].tolist()
         ended = [self.stops.ends(row) for row in rows]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
+class _Watched(StoppingCriteria):
+    """Tells of every token of the sequences that have not ended."""
+
+    def __init__(self, watch: Watch, ends: _Ends, draw: _Draw, count: int) -> None:
+        self.watch, self.ends, self.draw, self.live = watch, ends, draw, list(range(count))
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        tokens, logprobs = input_ids[:, -1].tolist(), self.draw.drawn_lp[-1].tolist()
+        goes_on = self.watch(self.live, [tokens[i] for i in self.live], [logprobs[i] for i in self.live])
+        self.live = [i for i in self.live if tokens[i] not in self.ends.eos_ids]
+        return torch.full((len(input_ids),), not goes_on, dtype=torch.bool, device=input_ids.device)
 
 
 class _Draw(LogitsProcessor):

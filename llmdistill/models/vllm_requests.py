@@ -33,8 +33,9 @@ def drawn(output: Any, stops: StopStrings | None = None) -> Drawn:
     return Drawn(ids[:end], logprobs[:end], "stop" if by_itself else "length")
 
 
-def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> Any:
-    """``SamplingParams`` of one sample: its own seed, the sampled tokens' log-probs, no text.
+def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int], streamed: bool = False) -> Any:
+    """``SamplingParams`` of one sample: its own seed, the sampled tokens' log-probs, no text. With ``streamed`` there
+    is an output after every token, of all so far.
 
     Stop strings are looked for by us (:mod:`llmdistill.texts.stops`), in what the engine has written so far: it has no
     tokenizer.
@@ -55,7 +56,7 @@ def generation_params(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> 
         logprobs=0,  # the sampled token's only
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if sampling.stop or streamed else RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -20,7 +20,7 @@ from llmdistill.service.adapters import Adapters
 from llmdistill.service.answers import Answer, Answers, Work, Writing
 from llmdistill.service.block_writer import BlockWriter
 from llmdistill.service.bodies import Bodies, content_type
-from llmdistill.service.engine import Engine, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, cancelling
+from llmdistill.service.engine import Engine, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, Told, cancelling
 from llmdistill.service.gate import Gate
 from llmdistill.service.gone import unless_gone
 from llmdistill.service.lengths import Lengths
@@ -167,14 +167,21 @@ class Service:
         head = {"teacher": fingerprint, "policy_version": version}
         return await asyncio.to_thread(_drawn, head, drawn, as_bytes)
 
-    async def samples(self, job: GenerateJob, expected: str | None = None) -> tuple[list[list[Sample]], str, int]:
-        """Samples of every prompt, and the fingerprint and version of the weights that drew them."""
+    async def samples(
+        self, job: GenerateJob, expected: str | None = None, told: Told | None = None
+    ) -> tuple[list[list[Sample]], str, int]:
+        """Samples of every prompt, and the fingerprint and version of the weights that drew them; ``told`` hears of
+        them as they grow."""
         n, each = job.sampling.samples_per_prompt, self.lengths.expected(job.sampling.max_new_tokens)
         read = n * sum(map(len, job.prompts))
         async with self.gate.admitted(read + n * len(job.prompts) * each) as place:
             await self._expect(expected)
             bodies.known_adapter(job.adapter, self.engine)  # it may have gone while the request waited
-            drawn = await self.engine.generate(job)
+            try:
+                drawn = await (self.engine.generate(job) if told is None else self.engine.generate(job, told))
+            except EngineDead:
+                self.died()  # an answer that has begun to go out cannot say so
+                raise
             fingerprint, version = self.engine.info.fingerprint, self.weights.policy_version
             lengths = [len(sample.ids) for samples in drawn for sample in samples]
             place.used = read + sum(lengths)

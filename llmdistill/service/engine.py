@@ -72,6 +72,7 @@ class Sample:
     finish: Finish
 
 
+Told = Callable[[int, Sequence[int], Sequence[float]], None]  # number of a sample, its ids and log-probs so far
 Evidence = ScoreBlock | HiddenBlock
 Done = Callable[[int, Evidence], None]
 
@@ -114,7 +115,9 @@ class Engine(Protocol):
         """The output head that goes with hidden states; None where there are none. May read a file."""
         ...
 
-    async def generate(self, job: GenerateJob) -> list[list[Sample]]: ...
+    async def generate(self, job: GenerateJob, told: Told | None = None) -> list[list[Sample]]:
+        """Samples of every prompt; ``told`` hears of each sample while it grows, on the loop."""
+        ...
 
     async def load_weights(self, folder: Path, partial: bool) -> None:
         """Weights from the safetensors files of ``folder``. Nothing else is running meanwhile.

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmdistill.models.generation import generate
+from llmdistill.models.generation import Watch, generate
 from llmdistill.service.adapters import Uses, check_adapter
-from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob
+from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, Told
 from llmdistill.service.problems import first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.local import LocalTeacher
@@ -112,13 +112,14 @@ class HFEngine:
         self._more.set()
         return list(await asyncio.gather(*answers))
 
-    async def generate(self, job: GenerateJob) -> list[list[Sample]]:
+    async def generate(self, job: GenerateJob, told: Told | None = None) -> list[list[Sample]]:
         if self._dead:
             raise EngineDead(self._dead)
         given_up = threading.Event()
         try:
+            grown = None if told is None else _Grown(told, asyncio.get_running_loop())
             with self._uses.of(job.adapter):
-                return await self._on_thread(self._generate, job, given_up)
+                return await self._on_thread(self._generate, job, given_up, grown)
         except asyncio.CancelledError:
             given_up.set()  # what runs ends with its batch
             raise
@@ -217,7 +218,7 @@ class HFEngine:
 
     # ---------------------------------------------------------------- generation, weights, adapters
 
-    def _generate(self, job: GenerateJob, given_up: threading.Event) -> list[list[Sample]]:
+    def _generate(self, job: GenerateJob, given_up: threading.Event, grown: _Grown | None) -> list[list[Sample]]:
         n, samples = job.sampling.samples_per_prompt, list[Sample]()
         longest = max(map(len, job.prompts)) + job.sampling.max_new_tokens
         share = max(1, self.batch_tokens // (longest * n))  # between two of them a caller may be gone
@@ -226,15 +227,22 @@ class HFEngine:
                 if given_up.is_set():
                     return []
                 part = slice(a, a + share)
-                samples += self._samples(model, job.prompts[part], job.rows[part], job.sampling, job.eos_ids)
+                watch = None if grown is None else partial(grown, a * n, given_up)
+                samples += self._samples(model, job.prompts[part], job.rows[part], job.sampling, job.eos_ids, watch)
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
     def _samples(
-        self, model: Any, prompts: list[list[int]], rows: list[int], sampling: Sampling, eos_ids: tuple[int, ...]
+        self,
+        model: Any,
+        prompts: list[list[int]],
+        rows: list[int],
+        sampling: Sampling,
+        eos_ids: tuple[int, ...],
+        watch: Watch | None = None,
     ) -> list[Sample]:
         pad = pad_id(self.teacher.tokenizer)
         asked = [Prompt(ids, "") for ids in prompts]
-        more: dict[str, Any] = {"tokenizer": self.tokenizer, "batch_tokens": self.batch_tokens}
+        more: dict[str, Any] = {"tokenizer": self.tokenizer, "batch_tokens": self.batch_tokens, "watch": watch}
         drawn = generate(model, asked, sampling, eos_ids=eos_ids, pad_id=pad, rows=rows, **more)
         assert drawn.behavior_logprobs is not None
         columns = zip(drawn.input_ids, drawn.behavior_logprobs, drawn.completion_mask, drawn.finish, strict=True)
@@ -295,6 +303,25 @@ class HFEngine:
 
     async def _on_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+
+class _Grown:
+    """Tells, on the loop, of samples that grow on the model's thread."""
+
+    def __init__(self, told: Told, loop: asyncio.AbstractEventLoop) -> None:
+        self.told, self.loop = told, loop
+        self.ids: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[float]] = {}
+
+    def __call__(
+        self, first: int, given_up: threading.Event, numbers: Sequence[int], ids: Sequence[int], lps: Sequence[float]
+    ) -> bool:
+        for number, token, logprob in zip(numbers, ids, lps, strict=True):
+            self.ids.setdefault(first + number, []).append(token)
+            self.logprobs.setdefault(first + number, []).append(logprob)
+            so_far = (list(self.ids[first + number]), list(self.logprobs[first + number]))
+            self.loop.call_soon_threadsafe(self.told, first + number, *so_far)
+        return not given_up.is_set()
 
 
 def _tell(done: Done, index: int, answer: asyncio.Future[Evidence]) -> None:

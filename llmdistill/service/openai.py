@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -15,9 +15,11 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
 
 from llmdistill.service import requests as bodies
-from llmdistill.service.answers import Answer, Work
+from llmdistill.service.answers import Answer, Work, Writing
 from llmdistill.service.app import Service
 from llmdistill.service.engine import GenerateJob, Sample, ScoreJob
+from llmdistill.service.openai_stream import Piece, TokenEvents
+from llmdistill.service.parts import Parts
 from llmdistill.service.problems import Problem, invalid
 from llmdistill.service.responses import response
 from llmdistill.wire.blocks import ScoreBlock
@@ -93,7 +95,25 @@ def _work(data: bytes, service: Service) -> Work:
     adapter, listed = adapter_of(body, service), body.logprobs or 0
     check_listed("logprobs", listed, adapter, service)
     job = sampled_job(body, _prompt_ids(body.prompt, service), body.max_tokens, adapter, service)
+    if body.stream and not listed:
+        return streamed(
+            body, job, service, head_of(body, "cmpl", "text_completion", service), partial(_chunks, body, job, service)
+        )
     return work_of(service, job, listed, partial(_answer, body, job, service))
+
+
+def _chunks(body: CompletionBody, job: GenerateJob, service: Service, piece: Piece) -> Iterator[dict[str, Any]]:
+    """A piece as an event."""
+    text, prompt = piece.text, job.prompts[piece.index // body.n]
+    if body.echo and piece.first:
+        text = str(service.engine.tokenizer.decode(prompt, skip_special_tokens=True)) + text
+    choice: dict[str, Any] = {"index": piece.index, "text": text, "finish_reason": piece.finish, "logprobs": None}
+    if body.logprobs is not None:
+        choice["logprobs"] = _logprobs(Sample(piece.ids, piece.logprobs, "stop"), None, service)
+    if body.return_token_ids:
+        choice["token_ids"] = piece.ids
+        choice |= {"prompt_token_ids": prompt} if piece.first else {}
+    yield choice
 
 
 def _answer(
@@ -212,6 +232,27 @@ def work_of(
         return await asyncio.to_thread(answer, drawn, blocks)
 
     return work
+
+
+def streamed(
+    body: SampledBody,
+    job: GenerateJob,
+    service: Service,
+    head: dict[str, Any],
+    chunks: Callable[[Piece], Iterable[dict[str, Any]]],
+) -> Work:
+    """Events as tokens are sampled."""
+
+    async def write(parts: Parts) -> None:
+        count, tokenizer = len(job.prompts) * body.n, service.engine.tokenizer
+        whole_text = partial(text_of, stops=body.stops, service=service)
+        events = TokenEvents(tokenizer, body.stops, count, parts, head, chunks, whole_text)
+        drawn, _, _ = await service.samples(job, told=events.sampled)
+        events.finished([sample for of in drawn for sample in of])
+        asked = body.stream_options is not None and body.stream_options.include_usage
+        events.last(usage_of(job, drawn) if asked else None)
+
+    return Writing(EVENTS_TYPE, write, at_once=1)
 
 
 def each(job: GenerateJob, drawn: list[list[Sample]]) -> list[tuple[list[int], Sample]]:

@@ -24,11 +24,13 @@ from llmdistill.service.openai import (
     read_body,
     rows_of,
     sampled_job,
+    streamed,
     text_of,
     usage_of,
     whole,
     work_of,
 )
+from llmdistill.service.openai_stream import Piece
 from llmdistill.service.problems import invalid
 from llmdistill.service.responses import response
 from llmdistill.service.text import rendered, template_of
@@ -69,6 +71,9 @@ def _work(data: bytes, service: Service) -> Work:
     check_listed("top_logprobs", listed, adapter, service)
     ids = _ids(body, service)
     job = sampled_job(body, [ids], _new_tokens(body, len(ids), service), adapter, service)
+    if body.stream and not listed:
+        head = head_of(body, "chatcmpl", "chat.completion.chunk", service)
+        return streamed(body, job, service, head, partial(_pieces, body, job, service))
     return work_of(service, job, listed, partial(_answer, body, job, service))
 
 
@@ -105,6 +110,23 @@ def _answer(
         return whole(head_of(body, "chatcmpl", "chat.completion", service), choices, usage_of(job, drawn))
     head = head_of(body, "chatcmpl", "chat.completion.chunk", service)
     return events(body, job, drawn, ({**head, "choices": [c]} for choice in choices for c in _chunks(choice)), head)
+
+
+def _pieces(body: ChatBody, job: GenerateJob, service: Service, piece: Piece) -> Iterator[dict[str, Any]]:
+    """A piece in events, as :func:`_chunks` has a whole choice."""
+    if piece.first:
+        yield {"index": piece.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    if piece.text or piece.ids:
+        choice: dict[str, Any] = {"index": piece.index, "delta": {"content": piece.text}, "finish_reason": None}
+        if body.logprobs:
+            one = Sample(piece.ids, piece.logprobs, "stop")
+            choice["logprobs"] = {"content": _logprobs(one, None, service)}
+        if body.return_token_ids:
+            choice["token_ids"] = piece.ids
+            choice |= {"prompt_token_ids": job.prompts[0]} if piece.first else {}
+        yield choice
+    if piece.finish is not None:
+        yield {"index": piece.index, "delta": {}, "finish_reason": piece.finish}
 
 
 def _chunks(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from llmdistill.compat.vllm import kv_cache_tokens, load_async_vllm
+from llmdistill.compat.vllm_prompts import free_bytes, step_tokens
 from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import drawn, generation_params, hidden_rows, scored_rows, scoring_params
 from llmdistill.service.adapters import Uses, check_adapter
-from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, cancelling
+from llmdistill.service.engine import Done, EngineDead, Evidence, GenerateJob, Sample, ScoreJob, Told, cancelling
 from llmdistill.service.problems import Problem, first_line
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.teachers.fingerprint import is_tied, stored_shapes, weights_fingerprint
@@ -89,6 +90,9 @@ class AsyncVLLMEngine:
             # all of them in CPU memory, and room for the next one of a name before the last one goes
             options |= {"enable_lora": True, "max_lora_rank": max_lora_rank}
             options |= {"max_loras": min(max_adapters, GPU_ADAPTERS), "max_cpu_loras": max_adapters + 1}
+        if budget := options.get("max_num_batched_tokens"):
+            free = free_bytes(gpu_memory_utilization)
+            options["max_num_batched_tokens"] = step_tokens(budget, free, self.max_top_k, vocab)
         self.engine = load_async_vllm(
             model_path,
             dtype=dtype,
@@ -159,8 +163,18 @@ class AsyncVLLMEngine:
         rows = await asyncio.to_thread(scored_rows, output, at, job.top_k, vocab, job.chosen)
         return job.block(self._info, rows)
 
-    async def generate(self, job: GenerateJob) -> list[list[Sample]]:
+    async def generate(self, job: GenerateJob, told: Told | None = None) -> list[list[Sample]]:
         stops = stop_strings(self.tokenizer, job.sampling.stop)
+
+        def grown(number: int) -> Callable[[Any], None] | None:
+            def tell(output: Any) -> None:
+                ended = stops is not None and stops.ends(output.token_ids)  # looking at all of it costs more
+                found = drawn(output, stops if ended else None)
+                told(number, found.ids, found.logprobs)  # type: ignore[misc]
+
+            return tell if told is not None else None
+
+        asked = [(ids, row, j) for ids, row in zip(job.prompts, job.rows, strict=True) for j in job.sampling.numbers]
         n, lora = job.sampling.samples_per_prompt, self._lora[job.adapter] if job.adapter else None
         with self._uses.of(lora.lora_int_id if lora else None):
             async with cancelling() as group:
@@ -168,25 +182,36 @@ class AsyncVLLMEngine:
                     group.create_task(
                         self._ask(
                             ids,
-                            generation_params(job.sampling, request_seed(job.sampling.seed, row, j), job.eos_ids),
+                            generation_params(
+                                job.sampling, request_seed(job.sampling.seed, row, j), job.eos_ids, told is not None
+                            ),
                             lora,
                             stops,
+                            grown(number),
                         )
                     )
-                    for ids, row in zip(job.prompts, job.rows, strict=True)
-                    for j in job.sampling.numbers
+                    for number, (ids, row, j) in enumerate(asked)
                 ]
         found = [drawn(task.result().outputs[0], stops) for task in tasks]
         samples = [Sample(one.ids, one.logprobs, one.finish) for one in found]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
-    async def _ask(self, ids: list[int], params: Any, lora: Any = None, stops: StopStrings | None = None) -> Any:
+    async def _ask(
+        self,
+        ids: list[int],
+        params: Any,
+        lora: Any = None,
+        stops: StopStrings | None = None,
+        grown: Callable[[Any], None] | None = None,
+    ) -> Any:
         name = f"r{next(self._numbers)}"
         with _death_is_named():
             try:
                 asked = self.engine.generate({"prompt_token_ids": ids}, params, name, lora_request=lora)
                 last = None
                 async for last in asked:
+                    if grown is not None:
+                        grown(last.outputs[0])
                     if stops is not None and stops.ends(last.outputs[0].token_ids):
                         await self.engine.abort(name)
                         break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from llmdistill.service.app import Service
 from llmdistill.service.limits import Limits
 from llmdistill.service.openai import IMPOSSIBLE
+from llmdistill.service.openai import _work as service_work
+from llmdistill.service.openai_stream import TextSoFar
 from llmdistill.wire import protocol
+from tests import tiny
 from tests.service.inprocess import Client, with_service
 
 CHAT = "/v1/chat/completions"
@@ -111,7 +115,78 @@ def test_a_stream_says_the_same_in_events() -> None:
             deltas = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
             assert deltas[0]["delta"]["role"] == "assistant"
             assert "".join(c["delta"].get("content", "") for c in deltas) == choice["message"]["content"]
-            assert [c["finish_reason"] for c in deltas] == [None, None, choice["finish_reason"]]
+            *before, last = [c["finish_reason"] for c in deltas]
+            assert last == choice["finish_reason"] and set(before) == {None}
+
+    with_service(test)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_stream_comes_token_by_token(path: str) -> None:
+    """The same text, ids and log-probs as in one body, while the samples still grow; two prompts' worth of choices."""
+
+    async def test(client: Client, service: Service) -> None:
+        asked: dict[str, Any] = {"messages": MESSAGES, "logprobs": True} if path == CHAT else {}
+        asked = asked or {"prompt": [[5, 6, 7], [50, 51]], "logprobs": 0}
+        body = {**asked, "n": 2, "max_tokens": 12, "seed": 3, "return_token_ids": True, "ignore_eos": True}
+        whole = (await client.post(path, json=body)).json()["choices"]
+        streamed = await client.post(path, json={**body, "stream": True})
+        chunks = [json.loads(line.removeprefix("data: ")) for line in streamed.text.split("\n\n")[:-2]]
+        for choice in whole:
+            mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+            assert [i for c in mine for i in c.get("token_ids", [])] == choice["token_ids"]
+            assert len([c for c in mine if c.get("token_ids")]) > 3
+            said = "".join((c["delta"].get("content") or "") if path == CHAT else c["text"] for c in mine)
+            assert said == (choice["message"]["content"] if path == CHAT else choice["text"])
+            lists = "content" if path == CHAT else "token_logprobs"
+            found = [one for c in mine if c.get("logprobs") for one in c["logprobs"][lists]]
+            assert found == choice["logprobs"][lists]
+        first = [c["index"] for chunk in chunks for c in chunk["choices"]]
+        assert first.index(len(whole) - 1) < len(first) - first[::-1].index(0) - 1  # they grow beside each other
+
+    with_service(test)
+
+
+def test_no_part_of_a_stop_string_or_of_a_character_is_streamed() -> None:
+    tok = tiny.tokenizer()
+    text = "a wörd, 猫 and END of it"
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    growing = TextSoFar(tok, ["END"])
+    given, seen = "", list[str]()
+    for token in ids:
+        given += growing.new([token])
+        seen.append(given)
+    before = text[: text.index("END")]
+    assert given == before and all(before.startswith(part) for part in seen) and len(set(seen)) > 5
+    assert not any("\ufffd" in part for part in seen)
+    assert growing.rest(before) == ""
+    # what only looked like one comes when it is not
+    growing = TextSoFar(tok, ["END"])
+    given = "".join(growing.new([token]) for token in tok("an ENtry", add_special_tokens=False)["input_ids"])
+    assert given + growing.rest("an ENtry") == "an ENtry"
+
+
+def test_a_stream_whose_caller_hangs_up_stops_sampling() -> None:
+    async def test(_: Client, service: Service) -> None:
+        engine: Any = service.engine
+        ended, rows = asyncio.Event(), list[int]()
+        generate = engine.generate
+
+        async def counted(job: Any, told: Any) -> Any:
+            try:
+                return await generate(job, lambda *all_of_it: (rows.append(1), told(*all_of_it)))
+            finally:
+                ended.set()
+
+        engine.generate = counted
+        job_body = {"prompt": [5, 6], "max_tokens": 100, "seed": 1, "ignore_eos": True, "stream": True}
+        work: Any = service_work(json.dumps(job_body).encode(), service)
+        answer: Any = await service.answers.get(None, b"", work)
+        await anext(answer.body)
+        answer.body.close()
+        await asyncio.wait_for(ended.wait(), 30)
+        await service.engine.score([])  # the model's thread is free again
+        assert 0 < len(rows) < 100 and service.gate.requests == 0
 
     with_service(test)
 

@@ -229,3 +229,13 @@ def test_fingerprints_tell_weights_vocabularies_and_templates_apart(folder):
     assert tokenizer_fingerprint(tokenizer()) == tokenizer_fingerprint(tokenizer()) != tokenizer_fingerprint(other)
     assert template_hash(tokenizer(None)) is None
     assert template_hash(tokenizer("{{ 1 }}")) != template_hash(tokenizer())
+
+
+def test_a_step_has_fewer_tokens_where_what_it_lists_would_not_fit():
+    """[DESIGN] 152k log-probs a position are 1.8 MB; the usual 128 do not count beside 8 GB."""
+    step, free = vllm_prompts.step_tokens, 8 << 30
+    assert step(16384, free, 128, 151936) == 16384
+    few = step(16384, free, 151936, 151936)
+    chunk = vllm_prompts.chunk_rows(151936) * 151936 * vllm_prompts.CELL_BYTES
+    assert 256 < few < 8192 and few * 151937 * vllm_prompts.ROW_BYTES + chunk <= free
+    assert step(16384, 0, 151936, 151936) == 256 and step(100, 0, 5, 264) == 100
