@@ -19,8 +19,8 @@ parameters of student and teacher, L layers, q and k the widths of all query and
     push          2 P bytes gathered into the engine's own copy, its half of every layer where tp is 2
     wire          score blocks of the teacher's evidence, over the network of the node
 
-The phases follow one another, as in a synchronous run. ``overlapped`` is a step of which the round of the next is
-sampled and scored while this one trains: the longer of both sides, on GPUs of their own where a plan has them.
+``overlapped`` is a step with rounds made ahead (``rollouts.staleness``): the longest of training, sampling and scoring,
+where these have GPUs of their own.
 Simplified away: launch latency, stragglers, prefill of prompts (one pass, as the teacher's), tokenizing, checkpoints.
 """
 
@@ -73,6 +73,7 @@ class Plan:
     share: float = 0.6  # of a GPU for the engine, which sleeps while the student trains
     micro_batch_tokens: int = 32768
     top_k: int = 0  # 0: all columns of a teacher here
+    rollout_gpus: int = 0  # of a service that samples; 0: the training GPUs do
     device: Device = Device()
 
     @property
@@ -111,9 +112,19 @@ PLANS = (
         QWEN3_1_7B, QWEN3_8B, 6, 2, sequences=256, prompt=512, max_new_tokens=16384, typical=6000, top_k=64,
     ),
     Plan(
+        "Qwen3-8B into Qwen3-1.7B, 1 + 5 + 2 GPUs: trained, sampled by a service, scored by one, rounds made ahead",
+        QWEN3_1_7B, QWEN3_8B, 1, 2, sequences=256, prompt=512, max_new_tokens=16384, typical=6000, top_k=64,
+        rollout_gpus=5, share=0.9,
+    ),
+    Plan(
         "Llama-3.3-70B into Llama-3.1-8B, 40 + 24 GPUs, teacher served on 3 x 8, top 64",
         LLAMA_8B, LLAMA_70B, 40, 24, sequences=1280, prompt=512, max_new_tokens=16384, typical=6000,
         tensor_parallel=2, top_k=64,
+    ),
+    Plan(
+        "Llama-3.3-70B into Llama-3.1-8B, 8 + 32 + 24 GPUs: trained, sampled, scored, rounds made ahead",
+        LLAMA_8B, LLAMA_70B, 8, 24, sequences=1280, prompt=512, max_new_tokens=16384, typical=6000, top_k=64,
+        rollout_gpus=32, share=0.9,
     ),
     Plan(
         "Llama-3.3-70B into Llama-3.1-8B, 64 GPUs, teacher shared out over them",
@@ -125,7 +136,7 @@ PLANS = (
 def rollouts(plan: Plan) -> tuple[float, str, int]:
     """(seconds, what bounds it, sequences of an engine at one time)."""
     p, d, tp = plan.student, plan.device, plan.tensor_parallel
-    mine = plan.sequences * tp / plan.training_gpus
+    mine = plan.sequences * tp / (plan.rollout_gpus or plan.training_gpus)
     a_token = 4 * p.layers * p.keys  # bytes of keys and values
     room = tp * plan.share * d.memory - 2 * p.parameters
     at_once = max(1.0, min(mine, room / (a_token * (plan.prompt + plan.mean_completion))))
@@ -190,22 +201,30 @@ def seconds(plan: Plan) -> dict[str, tuple[float, str]]:
 
 
 def overlapped(plan: Plan) -> tuple[float, str]:
-    """With the next round sampled and scored while this one trains. Training and sampling share the same GPUs, so only
-    a served teacher's work is hidden."""
-    found = seconds(plan)
-    total = sum(s for s, _ in found.values())
-    if not plan.teacher_gpus:
-        return total, "everything is on the same GPUs"
-    elsewhere = found["teacher"][0] + found["wire"][0]
-    here = total - elsewhere
-    return max(here, elsewhere), "training GPUs" if here > elsewhere else "teacher"
+    """With rounds made ahead: the next is sampled and scored while this one trains. What shares GPUs follows one upon
+    another, so only what has GPUs of its own is hidden."""
+    sides = {"training GPUs": 0.0, "sampling": 0.0, "teacher": 0.0}
+    for name, (taken, _) in seconds(plan).items():
+        side = "training GPUs"
+        if name in ("teacher", "wire") and plan.teacher_gpus:
+            side = "teacher"
+        if name in ("rollouts", "push of weights") and plan.rollout_gpus:
+            side = "sampling"
+        sides[side] += taken
+    longest = max(sides, key=lambda side: sides[side])
+    return sides[longest], longest
 
 
 def memory(plan: Plan) -> Estimate:
     """Of a training GPU: ZeRO-3, float32 weights with bfloat16 autocast, activation checkpointing."""
     from llmdistill import OPDConfig, RolloutConfig
 
-    rollout = RolloutConfig(engine="vllm", max_new_tokens=plan.max_new_tokens, gpu_memory_utilization=plan.share)
+    rollout = RolloutConfig(
+        engine="remote" if plan.rollout_gpus else "vllm",
+        url="http://elsewhere" if plan.rollout_gpus else "",
+        max_new_tokens=plan.max_new_tokens,
+        gpu_memory_utilization=plan.share,
+    )
     args = OPDConfig(
         output_dir="unused",
         use_cpu=True,
@@ -230,6 +249,7 @@ def report(plan: Plan) -> dict[str, Any]:
     phases, found = seconds(plan), memory(plan)
     total = sum(s for s, _ in phases.values())
     step, bound = overlapped(plan)
+    gpus = plan.training_gpus + plan.teacher_gpus + plan.rollout_gpus
     return {
         "plan": plan.name,
         "device": plan.device.name,
@@ -237,7 +257,7 @@ def report(plan: Plan) -> dict[str, Any]:
         "seconds": {name: {"seconds": round(s, 2), "bound by": b} for name, (s, b) in phases.items()},
         "step": round(total, 1),
         "overlapped": {"seconds": round(step, 1), "bound by": bound},
-        "tokens_per_second_and_gpu": round(plan.tokens / total / (plan.training_gpus + plan.teacher_gpus)),
+        "tokens_per_second_and_gpu": round(plan.tokens / step / gpus),
         "gib": {name: round(size / GIB, 2) for name, size in found.items.items()},
         "peak_gib": round(found.peak / GIB, 1),
         "peak_at": found.at,
@@ -248,8 +268,9 @@ def markdown(found: dict[str, Any]) -> str:
     head = f"### {found['plan']}\n\n{found['device']}, {found['tokens_per_step'] / 1e6:.2f} M tokens a step\n"
     phases = ["| phase | seconds | bound by |", "|---|---|---|"]
     phases += [f"| {name} | {x['seconds']} | {x['bound by']} |" for name, x in found["seconds"].items()]
-    phases += [f"| **step** | **{found['step']}** | {found['tokens_per_second_and_gpu']} tokens/s and GPU |"]
-    phases += [f"| overlapped | {found['overlapped']['seconds']} | {found['overlapped']['bound by']} |"]
+    phases += [f"| one after another | {found['step']} | |"]
+    rate = f"{found['overlapped']['bound by']}; {found['tokens_per_second_and_gpu']} tokens/s and GPU"
+    phases += [f"| **step, overlapped** | **{found['overlapped']['seconds']}** | {rate} |"]
     sizes = ["", "| of a training GPU | GiB |", "|---|---|"]
     sizes += [f"| {name} | {gib} |" for name, gib in found["gib"].items()]
     sizes += [f"| **peak**, at {found['peak_at']} | **{found['peak_gib']}** |", ""]

@@ -53,7 +53,7 @@ def test_a_plan_fits_and_its_step_is_the_sum_of_its_phases(plan: sizes.Plan) -> 
 
 
 def test_more_links_gather_faster_and_twice_the_sequences_take_longer() -> None:
-    plan = sizes.PLANS[3]
+    plan = sizes.PLANS[-1]
     wide = replace(plan, device=replace(plan.device, network=4 * plan.device.network))
     assert sizes.seconds(wide)["push of weights"][0] < sizes.seconds(plan)["push of weights"][0]
     assert sizes.seconds(replace(plan, sequences=2 * plan.sequences))["student"][0] == pytest.approx(
