@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--batch_tokens", type=int, default=0, help="of rollouts: smaller requests, which overlap too")
-    parser.add_argument("--train_passes", type=int, default=1)
+    parser.add_argument("--train_passes", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     add_results_option(parser)
