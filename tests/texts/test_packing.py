@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, prepare_fa_kwargs_from_position_ids
 
 from llmdistill.errors import UserError
 from llmdistill.texts import Rollout, collate
@@ -56,6 +57,9 @@ def test_positions_begin_again_where_a_sequence_does_and_nowhere_else(lengths: l
     begins = (view.position_ids[0] == 0).nonzero().flatten().tolist()
     assert [*begins, sum(tokens)] == view.extras["cu_seq_lens_q"].tolist() == view.extras["cu_seq_lens_k"].tolist()
     assert view.extras["max_length_q"] == max(tokens) and "attention_mask" not in view.inputs()
+    (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(view.position_ids)  # what transformers reads of them
+    assert view.extras["cu_seq_lens_q"].equal(ends) and view.extras["max_length_q"] == longest
+    assert view.extras.keys() <= FlashAttentionKwargs.__annotations__.keys()
     rows = packed(plain(text(lengths)), "rows")
     assert rows.there is not None
     steps = rows.position_ids.diff(dim=1)
