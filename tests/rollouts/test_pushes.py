@@ -1,5 +1,6 @@
 """Weights on their way to a rollout service: no more of them than it needs, from one rank, in a form that it takes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -154,3 +155,25 @@ def test_an_error_of_the_first_rank_before_the_push_reaches_all(tmp_path):
         ranks = [subprocess.Popen([*command, *a], stdout=subprocess.PIPE, text=True, env=env) for a in arguments]
         told = [process.communicate(timeout=180)[0].splitlines() for process in ranks]
         assert told == [["the service is gone"]] * 2
+
+
+@pytest.mark.parametrize("kind", ["whole", "frozen", "lora"])
+def test_a_snapshot_is_what_is_sampled_from_while_training_goes_on(service, kind):
+    """Also by a service that is started again afterwards: it gets the weights of then, and all of them."""
+    model = {"whole": llama, "frozen": partly_frozen, "lora": lambda: lora(llama(5), target_modules="all-linear")}[kind]
+    model = model(1) if kind == "whole" else model()
+    engine = engine_for(service)
+    engine.sync(model, 0)
+    tuned(model)
+    then = copy.deepcopy(model).merge_and_unload() if kind == "lora" else copy.deepcopy(model)
+    snapshot = engine.snapshot(model, 1)
+    tuned(model)
+    engine.install(snapshot)
+    assert assert_samples_from(engine, then, SAMPLED).policy_version == 1
+    assert ("partial" in pushes(service)[-1].query) == (kind != "whole")
+    tuned(model)
+    service.small.restart(LocalTeacher(llama(9), tokenizer()))
+    assert assert_samples_from(engine, then, SAMPLED).policy_version == 1
+    engine.install(snapshot)  # it is there
+    assert len(pushes(service)) == 3
+    engine.close()
