@@ -76,17 +76,26 @@ def run(config: ServeConfig, token: str | None) -> int:
     from ray import serve
     from ray.exceptions import RayError
 
-    stopped = threading.Event()
+    stopped, deployed = threading.Event(), threading.Event()
+
+    def told(*_: object) -> None:
+        stopped.set()
+        if not deployed.is_set():
+            raise KeyboardInterrupt  # Ray waits by itself
+
     with _cluster(config), bind(config.host, config.port) as free:
         for number in (signal.SIGTERM, signal.SIGINT):  # in place of Ray's
-            signal.signal(number, lambda *_: stopped.set())
+            signal.signal(number, told)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         port = free.getsockname()[1]
         free.close()
-        deploy(config, port, guarded=token is not None)
+        with contextlib.suppress(KeyboardInterrupt):
+            deploy(config, port, guarded=token is not None)
+            deployed.set()
         scheme = "https" if config.tls_cert else "http"
-        print(f"serving {config.model} by Ray Serve on {scheme}://{config.host}:{port}", flush=True)
-        told, code = -1, 0
+        if deployed.is_set():
+            print(f"serving {config.model} by Ray Serve on {scheme}://{config.host}:{port}", flush=True)
+        shown, code = -1, 0
         while not stopped.wait(LOOK_S):
             try:
                 up, wanted, why = standing()
@@ -94,10 +103,10 @@ def run(config: ServeConfig, token: str | None) -> int:
                 print(f"the Ray cluster is gone: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
                 code = 1
                 break
-            if up != told:
+            if up != shown:
                 lost = f": {why}; Ray starts others where there is room" if up < wanted else ""
                 print(f"{up} of {wanted} replicas{lost}", flush=True)
-                told = up
+                shown = up
         with contextlib.suppress(Exception):  # of a cluster that is gone
             serve.shutdown()
         ray.shutdown()
