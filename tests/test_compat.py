@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 
 import llmdistill
 import llmdistill.compat
+from llmdistill.compat import checkpoints as checkpoints_of_others
 from llmdistill.compat import trainers
 from llmdistill.compat.checkpoints import ASIDE, saved_aside
 from llmdistill.compat.patching import environment, patched, random_state_kept
@@ -293,13 +295,15 @@ def checkpoints(folder):
     return sorted(p.name for p in folder.glob("checkpoint-*"))
 
 
-def test_a_checkpoint_is_written_aside_and_old_ones_stay_until_it_is_whole(tmp_path):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_checkpoint_is_written_aside_and_old_ones_stay_until_it_is_whole(tmp_path, in_background):
     checked, beside, made = [], [], trainer(tmp_path, save_total_limit=1)
-    saved_aside(made, lambda: checked.append(checkpoints(tmp_path)))
+    finished = saved_aside(made, lambda: checked.append(checkpoints(tmp_path)), in_background=in_background)
     trainers.beside_random_states(
         made, lambda folder: beside.append((sorted(os.listdir(folder)), checkpoints(tmp_path)))
     )
     made.train()
+    finished()
     steps = [f"checkpoint-{step}" for step in range(1, 5)]
     assert checked == [[], *([step] for step in steps[:3])]
     for (written, there), before in zip(beside, checked, strict=True):
@@ -307,6 +311,38 @@ def test_a_checkpoint_is_written_aside_and_old_ones_stay_until_it_is_whole(tmp_p
         assert there == before
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-4"]
     assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(os.listdir(tmp_path / "checkpoint-4"))
+
+
+def test_training_goes_on_while_a_checkpoint_reaches_the_disk(tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+
+    goes_on, put, there = threading.Event(), checkpoints_of_others._put_in_place, []
+    monkeypatch.setattr(checkpoints_of_others, "_put_in_place", lambda *paths: (goes_on.wait(), put(*paths)))
+
+    class Next(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:  # the first checkpoint is not there before this
+                there.append(checkpoints(tmp_path))
+                goes_on.set()
+
+    made = trainer(tmp_path)
+    made.add_callback(Next())
+    finished = saved_aside(made, lambda: None, in_background=True)
+    made.train()
+    finished()
+    assert there == [[]] and checkpoints(tmp_path) == [f"checkpoint-{step}" for step in range(1, 5)]
+
+
+def test_what_fails_behind_training_is_raised_before_the_next_checkpoint(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints_of_others, "_put_in_place", fail)
+    made = trainer(tmp_path)
+    saved_aside(made, lambda: None, in_background=True)
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+    assert made.state.global_step == 2 and checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("failing", ["check", "write"])

@@ -162,7 +162,7 @@ class ZeroFiles:
         values = {
             key: torch.cat([entry[key].narrow(0, a, n) for entry, (_, _, a, n) in zip(entries, found, strict=True)])
             for key, value in entries[0].items()
-            if torch.is_tensor(value) and value.numel() > 1
+            if key != "step" and torch.is_tensor(value) and value.dim()
         }
         return Moments(values, _step(entries[0]))
 

@@ -53,7 +53,7 @@ def resume_at_present_rate(trainer: Any) -> None:
 
 def lay_out_anew(trainer: Any, wanted: Callable[[], bool], put: Callable[[str], None]) -> None:
     """Where ``wanted()``, a checkpoint's weights, optimizer and schedule are not loaded by transformers' trainer but by
-    ``put(checkpoint)``, once the model is wrapped. ``trainer.optimizer_order`` has the names of the weights as the
+    ``put(checkpoint)``, once the model is wrapped. ``trainer.optimizer_groups`` has the names of the weights as the
     optimizer was given them, which DeepSpeed puts flat ones in the place of.
     """
     create, prepare = trainer.create_optimizer, trainer._prepare_for_training
@@ -62,9 +62,9 @@ def lay_out_anew(trainer: Any, wanted: Callable[[], bool], put: Callable[[str], 
     def created(*args: Any, **kwargs: Any) -> Any:
         optimizer = create(*args, **kwargs)
         names = {id(p): name for name, p in trainer.model.named_parameters()}
-        given = [p for group in optimizer.param_groups for p in group["params"]]
-        if all(id(p) in names for p in given):
-            trainer.optimizer_order = [names[id(p)] for p in given]
+        given = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+        if all(None not in group for group in given):
+            trainer.optimizer_groups = given
         return optimizer
 
     def prepared(*args: Any, **kwargs: Any) -> Any:

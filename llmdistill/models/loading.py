@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -108,7 +109,7 @@ def load_model(
             return (_adapted(model, path, base, revision, section, trained_on) if base else model), found
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:  # of an attention, or of code of the model's own
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # of an attention, of code of the model's own
         raise UserError(
             f"{section}.model {path!r}{of} cannot be loaded: {why_not_loaded(base or path, error)}"
         ) from error

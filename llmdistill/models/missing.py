@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from llmdistill.errors import in_this_folder
 
 
@@ -16,6 +18,8 @@ def why_not_loaded(path: str | Path, error: Exception) -> str:
         reason = "it has no tokenizer: neither tokenizer.json nor a vocabulary that one is made from"
     elif isinstance(error, json.JSONDecodeError):
         reason = f"one of its JSON files is damaged ({reason})"
+    elif isinstance(error, SafetensorError):
+        reason = f"one of its files of weights is damaged ({reason}). Fix: copy it anew"
     if Path(path).expanduser().exists():
         reason = reason.partition(" Checkout '")[0]  # the address of a page of the hub that cannot exist
     elif is_a_path(str(path)):

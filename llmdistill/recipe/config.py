@@ -390,6 +390,9 @@ class DistillationConfig(TrainingArguments):
             "launch which cannot be laid out anew"
         },
     )
+    save_in_background: bool = field(
+        default=False, metadata={"help": "train on while a checkpoint reaches the disk; it is one only then"}
+    )
     rollouts: RolloutConfig = field(default_factory=RolloutConfig, metadata={"section": "rollouts"})
     chunk_tokens: int = field(
         default=0,

@@ -34,7 +34,8 @@ class FiniteTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        checkpoints.saved_aside(self, self._refuse_lost_weights)
+        behind = getattr(self.args, "save_in_background", False)
+        self._checkpoint_finished = checkpoints.saved_aside(self, self._refuse_lost_weights, in_background=behind)
         self.relaid = False  # resumed from a checkpoint that another launch wrote
         trainers.lay_out_anew(self, lambda: self.relaid, lambda checkpoint: lay_out(self, Path(checkpoint)))
         trainers.derive_random_states(self)
@@ -60,7 +61,13 @@ class FiniteTrainer(Trainer):
             raise self._no_step(
                 f"{len(rows)} rows make not one batch of {size}, and dataloader_drop_last leaves it out"
             )
+        if isinstance(rows, Sized) and 0 < len(rows) < self.args.world_size:
+            raise UserError(
+                f"{len(rows)} rows are fewer than {self.args.world_size} processes: they would be repeated for each to "
+                "have one. Fix: as many processes as rows, or more rows."
+            )
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._checkpoint_finished()
         if self.state.global_step == 0:
             raise self._no_step("the rows ended before the first one")
         self._refuse_lost_weights()

@@ -30,7 +30,8 @@ def lay_out(trainer: Any, checkpoint: Path) -> None:
     named = {_plain(name): p for name, p in trainer.model.named_parameters() if p.requires_grad}
     keeps = has_optimizer(checkpoint) and converts(args)
     try:
-        stored = _stored(checkpoint, [_plain(name) for name in trainer.optimizer_order], keeps)
+        order = [_plain(name) for group in trainer.optimizer_groups for name in group]
+        stored = _stored(checkpoint, order, keeps)
         place(trainer.model, optimizer_inside(trainer.optimizer), stored, named)
         _load_schedule(trainer, checkpoint)
     except Exception as error:  # torch.load raises nearly anything on bytes that are no checkpoint
@@ -74,10 +75,24 @@ def _load_schedule(trainer: Any, checkpoint: Path) -> None:
         if has_optimizer(checkpoint) and not trainer.args.restart_optimizer:
             raise ValueError(f"it has no {SCHEDULE}; the schedule is DeepSpeed's own")
         return
-    trainer.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
+    state, empty = torch.load(file, weights_only=True), [not group for group in trainer.optimizer_groups]
+    for name, values in state.items():
+        if isinstance(values, list):
+            state[name] = _of_groups(values, empty, len(trainer.optimizer.param_groups))
+    trainer.lr_scheduler.load_state_dict(state)
     schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
     for group, rate, base in zip(trainer.optimizer.param_groups, schedule._last_lr, schedule.base_lrs, strict=True):
         group["lr"], group["initial_lr"] = rate, base
+
+
+def _of_groups(values: list[Any], empty: list[bool], count: int) -> list[Any]:
+    """What a schedule remembers of each group of weights, for ``count`` of them: DeepSpeed leaves empty groups out."""
+    if len(values) == count:
+        return values
+    if count < len(values):
+        return [value for value, nothing in zip(values, empty, strict=True) if not nothing]
+    given = iter(values)
+    return [values[0] if nothing else next(given) for nothing in empty]
 
 
 def _plain(name: str) -> str:

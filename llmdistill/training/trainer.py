@@ -380,13 +380,14 @@ class DistillationTrainer(RoundLog):
         resume_from_checkpoint = checkpoint = named_checkpoint(resume_from_checkpoint, self.args)
         if checkpoint is True:  # transformers says so where there is none
             checkpoint = get_last_checkpoint(str(self.args.output_dir))
-        if checkpoint:
-            self._method_state().load(str(checkpoint), relaid=is_relaid(checkpoint, self.args))
-        else:  # again, or after a run that broke off: from where the method starts
-            self._method_state().restore(copy.deepcopy(self._method_start))
-        self.restart_rounds(checkpoint)
+        # Again, or after a run that broke off: from where the method starts, which is what the checks look at. An
+        # average of the student's, of a checkpoint, is another model than the student that it was not loaded into yet.
+        self._method_state().restore(copy.deepcopy(self._method_start))
         check_ready(self)
         self._preflight()
+        if checkpoint:
+            self._method_state().load(str(checkpoint), relaid=is_relaid(checkpoint, self.args))
+        self.restart_rounds(checkpoint)
         self.progress.forget()  # nothing of a run that broke off
         self._pushed = (-1, -1)
         try:

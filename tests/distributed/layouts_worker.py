@@ -2,14 +2,16 @@
 
     accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m tests.distributed.layouts_worker OUT CELLS [FROM]
 
-Every cell trains four steps, and again from the checkpoint after two that each folder FROM, another launch's OUT, has
-of it. The first rank writes what every step logged as ``OUT/found.json``, and the weights as ``OUT/CELL-RUN.pt``.
+Every cell trains four steps; those in ``CROSSED`` again from the checkpoint after two that each folder FROM, another
+launch's OUT, has of it. The first rank writes what every step logged as ``OUT/found.json``, and the weights as
+``OUT/CELL-RUN.pt``. Where a cell is one in which a rank fails, every rank writes its error as ``OUT/CELL-RANK.txt``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,11 +21,15 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from transformers import TrainerCallback
 
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, TAIDConfig, TAIDTrainer
 from llmdistill.compat import fsdp
+from llmdistill.errors import UserError
 from llmdistill.models.weights import named_weights
 from llmdistill.objectives.rows import HiddenRows
+from llmdistill.ranks import on_every_rank
+from llmdistill.recipe.config import TeacherConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.placement import placed
@@ -46,14 +52,23 @@ class Cell:
 
 
 class BadTeacher(LocalTeacher):
-    """Its third answer is no number, on the second rank."""
+    """From the third step on its answers are no numbers, on the second rank."""
 
-    answers = 0
+    step = 0
 
     def dense(self, rollout: Rollout) -> HiddenRows:
-        rows, self.answers = super().dense(rollout), self.answers + 1
-        bad = self.answers == 3 and os.environ.get("RANK", "0") == "1"
+        rows, bad = super().dense(rollout), self.step >= 2 and os.environ.get("RANK", "0") == "1"
         return replace(rows, hidden_NH=rows.hidden_NH * float("nan")) if bad else rows
+
+
+class Told(TrainerCallback):
+    """Tells a teacher how many steps are done."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.teacher.step = state.global_step
 
 
 def teacher(sharded: bool = False, kind: type[LocalTeacher] = LocalTeacher) -> LocalTeacher:
@@ -62,10 +77,33 @@ def teacher(sharded: bool = False, kind: type[LocalTeacher] = LocalTeacher) -> L
     return kind(model, make_tokenizer(), placement=placement)
 
 
-def opd(common: dict[str, Any], lora: Any, sharded: bool = False, bad: bool = False, **settings: Any) -> Any:
+def lost_teacher(folder: Path) -> LocalTeacher:
+    """The second rank finds its file damaged, as on a disk of its own."""
+    whole, mine = folder / "teacher", folder / f"teacher-{os.environ.get('RANK', '0')}"
+    if os.environ.get("RANK", "0") == "0":
+        make_model(1, hidden=48, tied=False).save_pretrained(whole)
+        make_tokenizer().save_pretrained(whole)
+    on_every_rank(lambda: None)
+    shutil.copytree(whole, mine)
+    if os.environ.get("RANK") == "1":
+        weights = mine / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    return LocalTeacher.load(TeacherConfig(model=str(mine), dtype="float32", placement="sharded"))
+
+
+def opd(
+    common: dict[str, Any],
+    lora: Any,
+    sharded: bool = False,
+    bad: bool = False,
+    lost: bool = False,
+    prompts: int = 16,
+    **settings: Any,
+) -> Any:
     args = OPDConfig(**{"rollouts": RolloutConfig(max_new_tokens=8), **common, **settings})
-    judge = teacher(sharded, BadTeacher if bad else LocalTeacher)
-    rows = make_rows(16, 5)
+    lost_or_none = lost_teacher(Path(common["output_dir"])) if lost else None
+    judge = lost_or_none or teacher(sharded, BadTeacher if bad else LocalTeacher)
+    rows = make_rows(prompts, 5)
     return OPDTrainer(student(), args, judge, train_dataset=rows, processing_class=make_tokenizer(), peft_config=lora)
 
 
@@ -109,9 +147,12 @@ CELLS = {
     "sharded_teacher": Cell(opd, settings={"sharded": True}),
     "vllm": Cell(opd, settings={"rollouts": GREEDY}),
     "vllm_lora": Cell(opd, lora=True, settings={"rollouts": GREEDY}),
-    "nan": Cell(opd, settings={"bad": True}),
+    "no_teacher": Cell(opd, settings={"lost": True}),
+    "few_prompts": Cell(opd, settings={"prompts": 1}),
+    "nan": Cell(opd, settings={"bad": True}),  # after which the ranks are no group any more
 }  # fmt: skip
-FAILING = ("nan",)
+FAILING = ("no_teacher", "few_prompts", "nan")
+CROSSED = ("opd", "two_terms_lora")
 
 
 def trained(name: str, folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -135,6 +176,8 @@ def trained(name: str, folder: Path, checkpoint: Path | None) -> tuple[dict[str,
         trainer.rollout_engine = ByRow(eos_ids=trainer.eos_ids, pad_id=trainer.pad_id, ready=trainer._generating)
     begun = Start()
     trainer.add_callback(begun)
+    if isinstance(judge := trainer.judges.get("teacher"), BadTeacher):
+        trainer.add_callback(Told(judge))
     trainer.train(None if checkpoint is None else str(checkpoint))
     fsdp.shard_again(trainer.model)
     parts = [p.to_local() if fsdp.is_shard(p) else getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
@@ -159,10 +202,17 @@ def main(out: Path, chosen: list[str], others: list[Path]) -> None:
     first, found = int(os.environ.get("RANK", 0)) == 0, dict[str, Any]()
     out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
-        runs = {"undisturbed": None, **{o.name: o / name / f"checkpoint-{STEPS // 2}" for o in others}}
+        crossed = {o.name: o / name / f"checkpoint-{STEPS // 2}" for o in others if name in CROSSED}
+        runs: dict[str, Path | None] = {"undisturbed": None, **crossed}
         for which, checkpoint in runs.items():
             into = out / (name if checkpoint is None else f"{name}-{which}")
-            found[f"{name}/{which}"], weights = trained(name, into, checkpoint)
+            try:
+                found[f"{name}/{which}"], weights = trained(name, into, checkpoint)
+            except UserError as error:
+                (out / f"{name}-{os.environ.get('RANK', '0')}.txt").write_text(str(error))
+                if name == "nan":
+                    raise
+                continue
             if first:
                 torch.save(weights, out / f"{name}-{which}.pt")
                 (out / "found.json").write_text(json.dumps(found))
