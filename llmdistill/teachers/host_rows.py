@@ -21,7 +21,7 @@ class HostRows:
     def __init__(self, counts: Sequence[int]) -> None:
         self._starts = [0, *accumulate(counts)]
         self._rows: Tensor | None = None
-        self._filled = 0
+        self._filled = self._written = 0
         self._source = torch.device("cpu")
 
     def put(self, sequences: Iterable[int], rows_nX: Tensor) -> None:
@@ -43,9 +43,11 @@ class HostRows:
             self._source = rows_nX.device
             self._rows = host_empty((self._starts[-1], *rows_nX.shape[1:]), rows_nX.dtype, rows_nX.device)
         self._rows[start : start + len(rows_nX)].copy_(rows_nX, non_blocking=True)
+        self._written += len(rows_nX)
 
     def tensor(self, empty: Tensor) -> Tensor:
         """All rows; ``empty``, [0, ...], where there was no pass."""
+        assert self._written == self._starts[-1] or self._rows is None, "some rows were never written"
         if self._source.type == "cuda":  # the copies have arrived
             torch.cuda.current_stream(self._source).synchronize()
         return empty.cpu() if self._rows is None else self._rows

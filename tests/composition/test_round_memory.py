@@ -40,9 +40,9 @@ class Alive(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
                 storage = tensor.untyped_storage()
-                if storage.nbytes() >= self.least:
+                if storage.nbytes() >= self.least and storage._cdata not in self.there:
                     self.there[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self.now())
+                    self.peak = max(self.peak, self.now())
         return out
 
     def now(self) -> int:

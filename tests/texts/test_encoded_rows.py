@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -216,3 +218,49 @@ def test_rows_of_a_folder_keep_what_names_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 9: prompt is empty.*rows.jsonl, line 10"):
         made.encode_all(rows, completions=True)
     assert not made.bad and os.path.exists(file)
+
+
+PROGRAM = """
+import os, sys
+import torch
+from llmdistill.errors import UserError
+from llmdistill.recipe.config import DataConfig
+from llmdistill.texts.loading import load_rows
+from llmdistill.texts.prompts import PromptEncoder
+from tests import tiny
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+os.environ["LOCAL_RANK"] = str(rank)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+class Counting(PromptEncoder):
+    rows = 0
+
+    def kept(self, *args, **kwargs):
+        self.rows += 1
+        return super().kept(*args, **kwargs)
+
+for name in ("good", "bad"):
+    made = Counting(tiny.tokenizer(), DataConfig())
+    try:
+        found = made.encode_all(load_rows(f"{folder}/{name}.jsonl", made.config, "data.train"), completions=True)
+        print(made.rows, len(found), found[3].row, made.chats)
+    except UserError as error:
+        print(made.rows, error)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_process_of_a_node_encodes_and_its_error_is_everybodys(tmp_path: Path) -> None:
+    talks = [{"prompt": [{"role": "user", "content": row["prompt"]}], "completion": row["completion"]} for row in ROWS]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "", "completion": "x"}) + "\n")
+    words = [sys.executable, "-c", PROGRAM]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    ranks = [
+        subprocess.Popen([*words, str(rank), str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    first, second = (rank.communicate(timeout=300)[0].splitlines() for rank in ranks)
+    assert first[0] == "9 9 3 9" and second[0] == "0 9 3 9"
+    assert first[1].startswith("1 row 0: prompt is empty") and second[1] == first[1].replace("1 ", "0 ", 1)
