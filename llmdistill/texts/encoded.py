@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -72,9 +71,9 @@ class Encoded(Sequence[Any]):
         """How many ids a column has of every example."""
         return self.numbers(name, pc.list_value_length).astype(np.int64)  # type: ignore[no-any-return]
 
-    @cached_property
+    @property
     def facts(self) -> Facts:
-        """See :mod:`~llmdistill.texts.facts`."""
+        """See :mod:`~llmdistill.texts.facts`. 100 bytes an example, which are not kept: they are soon read again."""
         coded = pc.dictionary_encode(self.column("domain"), null_encoding="encode").combine_chunks()
         coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
         kinds = {"rows": "row", "widest": "widest", "digests": "digest", "last": "last", "doubled": "doubled"}
