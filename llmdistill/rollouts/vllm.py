@@ -86,7 +86,8 @@ class VLLMRollouts:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 config = copy.deepcopy(base_model(student).config)
-                config.architectures = [type(base_model(student)).__name__]  # vLLM goes by it; one made here has none
+                # vLLM goes by it, and one made here has none; FSDP2 puts its name before the class's.
+                config.architectures = [type(base_model(student)).__name__.removeprefix("FSDP")]
                 config.save_pretrained(folder)
                 self.engine = InProcessVLLM(folder, "rollouts", load_format="dummy", **needs)
 
