@@ -12,7 +12,7 @@ _PUBLIC = {
     "CrossTokenizerConfig": "llmdistill.cross_tokenizer",
     "CrossTokenizerTrainer": "llmdistill.cross_tokenizer",
     "DistillationConfig": "llmdistill.recipe.config",
-    "DataConfig": "llmdistill.recipe.config",
+    "DataConfig": "llmdistill.recipe.data_config",
     "RolloutConfig": "llmdistill.recipe.config",
     "DistillationTrainer": "llmdistill.training.trainer",
     "Ask": "llmdistill.composition.term",
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from llmdistill.methods.redi_config import REDIConfig as REDIConfig
     from llmdistill.opd import OPDConfig as OPDConfig
     from llmdistill.opd import OPDTrainer as OPDTrainer
-    from llmdistill.recipe.config import DataConfig as DataConfig
     from llmdistill.recipe.config import DistillationConfig as DistillationConfig
     from llmdistill.recipe.config import RolloutConfig as RolloutConfig
+    from llmdistill.recipe.data_config import DataConfig as DataConfig
     from llmdistill.redi import REDITrainer as REDITrainer
     from llmdistill.taid import TAIDConfig as TAIDConfig
     from llmdistill.taid import TAIDTrainer as TAIDTrainer

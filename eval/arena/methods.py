@@ -31,7 +31,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from llmdistill import methods as compositions
 from llmdistill.methods.sdpo import SUCCESS
 from llmdistill.opd import OPDConfig, OPDTrainer
-from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.record.run_folder import RunFolderCallback
 from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.taid import TAIDConfig, TAIDTrainer

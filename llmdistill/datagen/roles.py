@@ -13,8 +13,8 @@ from llmdistill.datagen.engines.probe import NAMED, Probe
 from llmdistill.datagen.spending import Price
 from llmdistill.errors import UserError
 from llmdistill.models.missing import why_not_loaded
-from llmdistill.recipe.config import TOKEN_ENV, DType, bearer_token, option
-from llmdistill.recipe.settings import require
+from llmdistill.recipe.config import TOKEN_ENV, DType, bearer_token
+from llmdistill.recipe.settings import option, require
 from llmdistill.teachers.fingerprint import template_hash, tokenizer_fingerprint, weights_fingerprint
 from llmdistill.tokenization.special import context_length
 

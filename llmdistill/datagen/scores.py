@@ -22,7 +22,8 @@ from llmdistill.datagen.steps import Paths, Step, run_step
 from llmdistill.datagen.tables import MOST_REJECTED, Row
 from llmdistill.errors import UserError
 from llmdistill.evals.engines.make import load_tokenizer
-from llmdistill.recipe.config import DataConfig, TeacherConfig
+from llmdistill.recipe.config import TeacherConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.record.manifest import Manifest
 from llmdistill.teachers.load import load_teachers
 from llmdistill.teachers.stored import StoredTeacher

@@ -18,7 +18,7 @@ from llmdistill.diffusion.stages import DiffusionConfig
 from llmdistill.diffusion.suffix_judge import SuffixCorrected
 from llmdistill.errors import UserError
 from llmdistill.models.loading import named_student
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import are_examples, at_hand

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from llmdistill.evals.engines.base import EngineName
 from llmdistill.evals.engines.http import Api
-from llmdistill.recipe.config import TEMPLATE_ARGUMENTS, TOKEN_ENV, DType, option, require
+from llmdistill.recipe.config import TOKEN_ENV, DType, require
+from llmdistill.recipe.data_config import TEMPLATE_ARGUMENTS
+from llmdistill.recipe.settings import option
 
 
 @dataclass

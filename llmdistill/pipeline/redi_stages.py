@@ -41,7 +41,7 @@ from llmdistill.preflight import preflight
 from llmdistill.preflight.pairs import PairRun
 from llmdistill.quiet import quiet
 from llmdistill.recipe.command_line import Recipe
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.launches import leave_group
 from llmdistill.recipe.lora import lora_config
 from llmdistill.record.meters import peak_memory_gib

@@ -24,7 +24,8 @@ from llmdistill.preflight.foreseen import too_large
 from llmdistill.quiet import quiet
 from llmdistill.ranks import on_every_rank
 from llmdistill.recipe.command_line import Recipe
-from llmdistill.recipe.config import DataConfig, DistillationConfig, EvalsConfig, StudentConfig
+from llmdistill.recipe.config import DistillationConfig, EvalsConfig, StudentConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.launches import check_outages, leave_group
 from llmdistill.recipe.lora import lora_config
 from llmdistill.record.meters import peak_memory_gib

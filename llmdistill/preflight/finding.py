@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.composition.method import Method
 from llmdistill.models.heads import head_of
-from llmdistill.recipe.config import DataConfig, DistillationConfig
+from llmdistill.recipe.config import DistillationConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, TeacherInfo, is_live
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint

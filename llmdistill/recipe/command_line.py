@@ -22,14 +22,8 @@ from transformers import TrainingArguments
 from llmdistill.errors import UserError
 from llmdistill.failures import reported
 from llmdistill.options import underscored
-from llmdistill.recipe.config import (
-    DataConfig,
-    DistillationConfig,
-    EvalsConfig,
-    RolloutConfig,
-    StudentConfig,
-    TeacherConfig,
-)
+from llmdistill.recipe.config import DistillationConfig, EvalsConfig, RolloutConfig, StudentConfig, TeacherConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.elsewhere import ELSEWHERE
 from llmdistill.recipe.groups import in_section, teacher_groups
 from llmdistill.recipe.heads import launched, no_recipe

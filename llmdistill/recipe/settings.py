@@ -35,6 +35,13 @@ PENALISED = Conflict(
 )
 
 
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its one line of help."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 def setting(
     default: Any,
     help: str,

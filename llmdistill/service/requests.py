@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
-from llmdistill.recipe.config import TEMPLATE_ARGUMENTS
+from llmdistill.recipe.data_config import TEMPLATE_ARGUMENTS
 from llmdistill.service.engine import Engine, GenerateJob, ScoreJob
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid

@@ -23,7 +23,8 @@ from llmdistill.compat.uvicorn import bounded_connections
 from llmdistill.errors import UserError
 from llmdistill.options import in_our_words
 from llmdistill.quiet import quiet
-from llmdistill.recipe.config import DType, TeacherConfig, option
+from llmdistill.recipe.config import DType, TeacherConfig
+from llmdistill.recipe.settings import option
 from llmdistill.service.app import Service
 from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.limits import Limits

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llmdistill.files import atomic_write
+
 KEPT = 2
 ABOUT, BEGUN = "version.json", ".begun-"
 
@@ -64,7 +66,7 @@ class Versions:
             try:
                 for file in weights.glob("*.safetensors"):
                     shutil.copyfile(file, begun / file.name)
-                (begun / ABOUT).write_text(json.dumps(asdict(made)))
+                atomic_write(begun / ABOUT, json.dumps(asdict(made)))
                 begun.chmod(0o755)
                 begun.rename(self.path(made))
             except BaseException:

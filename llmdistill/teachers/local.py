@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -194,11 +194,24 @@ class UnadaptedTeacher(LocalTeacher):
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) not in wanted)
 
-    @torch.no_grad()
     def dense(self, rollout: Rollout) -> HiddenRows:
+        with self._unadapted():
+            return super().dense(rollout)
+
+    def hidden_layers(self, rollout: Rollout, layers: Sequence[int]) -> list[Tensor]:
+        with self._unadapted():
+            return super().hidden_layers(rollout, layers)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Rollout:
+        with self._unadapted():
+            return super().generate(prompts, sampling)
+
+    @contextmanager
+    def _unadapted(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
-        with self.model.disable_adapter():  # type: ignore[operator]
-            rows = super().dense(rollout)
-        self.model.train(was_training)
-        return rows
+        try:
+            with self.model.disable_adapter():  # type: ignore[operator]
+                yield
+        finally:
+            self.model.train(was_training)

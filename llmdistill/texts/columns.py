@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 
 # Setting -> names, in the order they are looked for. TRL, verl, open-r1, slime, ShareGPT, Alpaca, gsm8k, MATH.
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmdistill.errors import UserError, in_this_folder
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.columns import Columns
 from llmdistill.texts.lines import COMPRESSED, Unreadable, json_lines, line_of, zstandard_for
 

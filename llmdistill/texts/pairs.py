@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from llmdistill.texts.encoded_rows import encode_rows
 from llmdistill.texts.facts import digest

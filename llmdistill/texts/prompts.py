@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, Reading, Rollout, collate
 from llmdistill.texts.chat import ChatTemplate, reads
 from llmdistill.texts.columns import Columns

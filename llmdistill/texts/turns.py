@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.columns import Columns
 from llmdistill.texts.messages import Message, check_characters, from_json, is_chat, read_messages, read_tools
 

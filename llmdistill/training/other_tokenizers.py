@@ -15,7 +15,7 @@ from llmdistill.composition.method import Method
 from llmdistill.composition.term import OTHER_TOKENIZER
 from llmdistill.errors import UserError
 from llmdistill.objectives.classes import Classes
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.record.meters import Meters
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.chunks import ChunkTeacher, in_chunks, tokenizer_of

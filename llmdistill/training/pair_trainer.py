@@ -15,7 +15,8 @@ from llmdistill.composition.loss import Result
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Term
 from llmdistill.models.loading import named_student
-from llmdistill.recipe.config import DataConfig, DistillationConfig
+from llmdistill.recipe.config import DistillationConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.settings import Conflict, setting
 from llmdistill.texts.pairs import BadPairs, Pair, PairEncoder, RejectedTokens, Side, pair_encoder
 from llmdistill.texts.streams import ExampleStream, are_examples, at_hand, has_length, spans_of, to_measure

@@ -135,3 +135,15 @@ class ProgressCallback(TrainerCallback):
         for name, schedule in schedules.items():
             for key, value in schedule.numbers().items():
                 self.meters.add(f"distill/{key}" if len(schedules) == 1 else f"distill/{name}/{key}", value)
+
+
+class FirstValidation(TrainerCallback):
+    """Before the first step, for a source that moves with the validation loss: what it is compared with later."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        moved = any(getattr(source, "validated", False) for source in self.trainer.method.texts.values())
+        if moved and state.global_step == 0 and self.trainer.eval_dataset:
+            self.trainer.evaluate()

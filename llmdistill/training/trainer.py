@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill.compat import fsdp, trainers
@@ -44,7 +44,8 @@ from llmdistill.models.heads import head_of
 from llmdistill.models.helpers import attach
 from llmdistill.models.weights import gathered
 from llmdistill.preflight import preflight
-from llmdistill.recipe.config import DataConfig, DistillationConfig, TeacherConfig
+from llmdistill.recipe.config import DistillationConfig, TeacherConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.rollouts.choose import make_rollout_engine
 from llmdistill.rollouts.engine import RolloutEngine
 from llmdistill.teachers.base import Teacher, bytes_received
@@ -71,7 +72,7 @@ from llmdistill.training.measure import HeldOut, Measurement
 from llmdistill.training.method_state import MethodState
 from llmdistill.training.other_tokenizers import bind, check_alignment, note_alignment, tokenizers, widths, with_chunks
 from llmdistill.training.parted import ranks_of_a_text, shared
-from llmdistill.training.progress import Progress, ProgressCallback
+from llmdistill.training.progress import FirstValidation, Progress, ProgressCallback
 from llmdistill.training.rewards import Reward
 from llmdistill.training.round_log import RoundLog
 from llmdistill.training.streamed_rows import checked_rows
@@ -184,7 +185,7 @@ class DistillationTrainer(RoundLog):
         )
         self._pushed: tuple[int, int] = (-1, -1)  # the interval of push_every steps, and the step, last pushed
         self.add_callback(ProgressCallback(self.progress, self.meters, self.accelerator, self.judges))
-        self.add_callback(_FirstValidation(self))
+        self.add_callback(FirstValidation(self))
         self.context_functions = load_functions(encode.built_later)
         self.ahead = RoundsAhead(self) if args.rollouts.staleness or args.num_iterations > 1 else None
         trainers.beside_random_states(self, lambda folder: self.save_rounds(folder))
@@ -497,15 +498,3 @@ class DistillationTrainer(RoundLog):
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher.to(device), tokenizer)  # type: ignore[arg-type]
         return teacher  # type: ignore[no-any-return]
-
-
-class _FirstValidation(TrainerCallback):
-    """Before the first step, for a source that moves with the validation loss: what it is compared with later."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        moved = any(getattr(source, "validated", False) for source in self.trainer.method.texts.values())
-        if moved and state.global_step == 0 and self.trainer.eval_dataset:
-            self.trainer.evaluate()

@@ -18,7 +18,7 @@ from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.objectives.labels import cross_entropy
 from llmdistill.opd import main
 from llmdistill.recipe.command_line import run_front_door
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts.sources import Mixed, Only
 from tests import tiny

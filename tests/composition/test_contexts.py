@@ -13,7 +13,8 @@ from llmdistill import Ask, DistillationTrainer, Method, OPDConfig, OPDTrainer, 
 from llmdistill.composition.batch import Text
 from llmdistill.errors import UserError
 from llmdistill.objectives.divergences import forward_kl, reverse_kl
-from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.student import StudentTeacher
 from llmdistill.texts import collate
 from llmdistill.texts.prompts import PromptEncoder

@@ -13,7 +13,7 @@ from llmdistill.composition.method import Measured
 from llmdistill.composition.mixture import DomainMixture
 from llmdistill.errors import UserError
 from llmdistill.objectives import ddk
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.training.pair_trainer import PairConfig
 from tests import tiny
 

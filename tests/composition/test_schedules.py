@@ -11,7 +11,8 @@ from llmdistill import Ask, DistillationTrainer, Method, OPDConfig, Term
 from llmdistill.composition.method import Measured, Schedule
 from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.objectives.labels import cross_entropy
-from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.mixture import RoutedTeacher
 from llmdistill.texts.sources import Only

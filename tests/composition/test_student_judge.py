@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llmdistill import OPDConfig, OPDTrainer
-from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.student import StudentTeacher
 from tests import tiny
 from tests.methods import rounds

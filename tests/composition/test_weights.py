@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmdistill import OPDConfig, OPDTrainer
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from tests import tiny
 from tests.methods import rounds
 

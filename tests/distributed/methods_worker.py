@@ -36,7 +36,7 @@ from llmdistill.objectives import sparse
 from llmdistill.objectives.divergences import forward_kl, reverse_kl
 from llmdistill.objectives.labels import cross_entropy
 from llmdistill.objectives.selection import entropy
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.launches import leave_group, whole_models
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher, Which

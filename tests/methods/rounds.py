@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llmdistill import MethodTrainer, methods
 from llmdistill.composition.batch import Text
-from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from tests import tiny
 

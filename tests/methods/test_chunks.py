@@ -18,7 +18,8 @@ from llmdistill.composition.batch import Text
 from llmdistill.errors import UserError
 from llmdistill.objectives.alm import binary_divergence, chunk_credit, merged
 from llmdistill.preflight import examine
-from llmdistill.recipe.config import DataConfig, RolloutConfig
+from llmdistill.recipe.config import RolloutConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts import collate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from tests import tiny
 from tests.methods import rounds
 

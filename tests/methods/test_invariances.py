@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmdistill import methods
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.student import StudentTeacher
 from tests import tiny

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmdistill.methods.sdpo import sibling
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.student import StudentTeacher
 from tests import tiny
 from tests.methods import rounds

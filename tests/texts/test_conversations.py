@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Sequence, Value
 from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, redi
 from llmdistill.errors import UserError
 from llmdistill.opd import main as opd
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.loading import load_rows
 from llmdistill.texts.pairs import pair_encoder
 from llmdistill.texts.prompts import PromptEncoder

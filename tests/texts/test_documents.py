@@ -11,7 +11,7 @@ import torch
 from llmdistill import DistillationTrainer, Method, OPDConfig, OPDTrainer, TAIDConfig, TAIDTrainer, Term
 from llmdistill.errors import UserError
 from llmdistill.objectives.labels import cross_entropy
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.prompts import PromptEncoder, completed
 from llmdistill.texts.sources import Only
 from tests import tiny

@@ -18,7 +18,7 @@ import pytest
 from datasets import Dataset
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import encoded_rows
 from llmdistill.texts.encoded import Encoded
 from llmdistill.texts.facts import facts_of
@@ -224,7 +224,7 @@ PROGRAM = """
 import os, sys
 import torch
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.loading import load_rows
 from llmdistill.texts.prompts import PromptEncoder
 from tests import tiny

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.columns import Columns
 from llmdistill.texts.loading import RowStream, load_rows
 from llmdistill.texts.pairs import pair_encoder

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.prompts import PromptEncoder
 from tests.texts.test_templates import ASK, SYSTEM, said
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts.pairs import pair_encoder
 from llmdistill.texts.prompts import PromptEncoder, completed
 from tests import tiny

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import collate
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.texts.prompts import PromptEncoder

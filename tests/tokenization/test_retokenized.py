@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, collate
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.texts.prompts import PromptEncoder

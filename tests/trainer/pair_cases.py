@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.pairs import Pair, pair_encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from llmdistill.objectives.composed import extrapolated
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher, UnadaptedTeacher
 from llmdistill.teachers.mixture import RoutedTeacher
-from llmdistill.texts import Rollout
+from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.sources import Only
 from llmdistill.training.rewards import group_advantages
 from tests import tiny
@@ -484,3 +485,26 @@ def test_the_teacher_in_every_place_has_no_loss(tmp_path: Path) -> None:
     micro = micro_batch(t, rollout, teacher=t.teacher)
     assert abs(t.compute_loss(t.model.train(), {"micro_batch": micro}).item()) < 1e-5
     assert gather(t.teacher, rollout, "full", 0).width == 264
+
+
+def test_a_student_without_its_adapter_is_the_one_it_started_as_whatever_it_is_asked() -> None:
+    """Its rows, its layers' hidden states, and what it writes."""
+    from peft import LoraConfig, get_peft_model
+
+    start, tok = tiny.llama(1), tiny.tokenizer()
+    adapted = get_peft_model(
+        copy.deepcopy(start), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    plain, unadapted = LocalTeacher(start, tok), UnadaptedTeacher(adapted, tok)
+    prompts = [Prompt([5, 6, 7], ""), Prompt([9, 8], "")]
+    text = plain.generate(prompts, Sampling(6, seed=3))
+    assert torch.equal(unadapted.generate(prompts, Sampling(6, seed=3)).input_ids, text.input_ids)
+    for a, b in zip(unadapted.hidden_layers(text, [0, 1]), plain.hidden_layers(text, [0, 1]), strict=True):
+        torch.testing.assert_close(a, b)
+    every = slice(0, text.num_rows)
+    torch.testing.assert_close(unadapted.dense(text).chunk(every, None), plain.dense(text).chunk(every, None))
+    with_adapter = LocalTeacher(adapted, tok).hidden_layers(text, [1])[0]
+    assert float((with_adapter - plain.hidden_layers(text, [1])[0]).abs().max()) > 1e-3

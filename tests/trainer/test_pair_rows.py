@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.texts.pairs import collate_pairs, pair_encoder
 from llmdistill.training.finite import usable

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmdistill.errors import UserError
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.redi import REDIConfig
 from llmdistill.texts.pairs import pair_encoder
 from llmdistill.texts.prompts import Completion

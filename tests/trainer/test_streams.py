@@ -19,7 +19,7 @@ from llmdistill.diffusion import MaskedDiffusionTrainer
 from llmdistill.diffusion.stages import SFTConfig
 from llmdistill.methods.redi_config import REDIConfig
 from llmdistill.opd import main
-from llmdistill.recipe.config import DataConfig
+from llmdistill.recipe.data_config import DataConfig
 from llmdistill.redi import REDITrainer
 from llmdistill.taid import TAIDConfig, TAIDTrainer
 from llmdistill.teachers.local import LocalTeacher
