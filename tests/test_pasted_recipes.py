@@ -37,7 +37,7 @@ def recipe(folder: Path, text: str) -> Any:
             "train: {gradient_checkpointing_kwargs: [a]}",
             "it must be a mapping. Fix: gradient_checkpointing_kwargs: {NAME",
         ),
-        ("train: {fsdp: true}", "train.fsdp is True, and without a GPU it does not shard"),
+        ("train: {fsdp: true}", "train.fsdp is True, and no launcher started several processes"),
         ("train: {parallelism_config: {tp_size: 2}}", "train.parallelism_config is {'tp_size': 2}, and nothing here"),
         ("rollouts: {temperature: null}", "rollouts.temperature is null; it must be a number"),
         ("rollouts: {dtype: null}", "rollouts.dtype is null; it must be one of its choices"),

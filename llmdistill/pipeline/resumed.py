@@ -63,7 +63,7 @@ MAY_CHANGE = frozenset(
         *("train.save_strategy", "train.save_steps", "train.save_total_limit", "train.save_on_each_node"),
         *(
             "train.save_only_model",
-            "train.save_in_background",
+            "objective.save_in_background",
             "train.enable_jit_checkpoint",
             "train.load_best_model_at_end",
             "train.metric_for_best_model",

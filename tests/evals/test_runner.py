@@ -327,7 +327,7 @@ def test_the_command(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[s
         (["gsm8k", "--model", "x", "--top_p", "0"], "top_p is 0.0"),
         (["gsm8k", "--mod", "x"], "did you mean --model?"),
         (["gsm8k", "--model", "x", "--workers", "-3"], "workers is -3"),
-        (["gsm8k", "--model", "x", "--n", "four"], "argument --n: invalid int value: 'four'"),
+        (["gsm8k", "--model", "x", "--n", "four"], "--n is 'four'; it must be a whole number"),
         (["--grade", "nowhere"], "nowhere is no evaluation"),
     ],
 )

@@ -389,6 +389,8 @@ def test_the_service_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) 
         in_flight=3,
         lossless=True,
         tokenizer=None,
+        hidden="",
+        device="cpu",
     )
     with pytest.raises(UserError, match=r"^teachers\[0\]\.token_env is 'NOT_SET'"):
         load_teachers([TeacherConfig(url="http://a", token_env="NOT_SET")], "cpu", 100, ["teachers[0]"])
