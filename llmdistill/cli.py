@@ -113,7 +113,7 @@ def report(words: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def serve(words: argparse.Namespace, rest: Sequence[str]) -> int:
     """Runs the teacher-rollout service until it is told to stop."""
-    from llmdistill.service.serve import main as run_service
+    from llmdistill.service.command import main as run_service
 
     return run_service(rest)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import llmdistill
 from llmdistill.threads import best_thread_count
@@ -29,3 +31,28 @@ def test_every_public_name_is_there() -> None:
 
 def test_the_thread_count_is_one_or_all() -> None:
     assert best_thread_count() in (1, len(os.sched_getaffinity(0)))
+
+
+def test_imports_of_modules_make_no_circle_lazy_ones_included() -> None:
+    """Wherever the statement stands: at the top, in a function, or for type checkers alone."""
+    package = Path(llmdistill.__file__).parent
+    names = {
+        ".".join(("llmdistill", *file.relative_to(package).with_suffix("").parts)): file
+        for file in package.rglob("*.py")
+    }
+
+    def imported(file: Path) -> set[str]:
+        found = set[str]()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llmdistill"):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        return found & names.keys()
+
+    graph = {name: imported(file) for name, file in names.items()}
+    while leaves := {name for name, others in graph.items() if not others & graph.keys()}:
+        graph = {name: others for name, others in graph.items() if name not in leaves}
+    while roots := graph.keys() - {other for others in graph.values() for other in others}:  # they only lead there
+        graph = {name: others for name, others in graph.items() if name not in roots}
+    assert sorted(graph) == []

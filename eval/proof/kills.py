@@ -38,7 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llmdistill import DataConfig, OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.compat.checkpoints import ASIDE
-from llmdistill.service import serve
+from llmdistill.service import command
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
 
@@ -125,7 +125,7 @@ def services(models: Path) -> Iterator[tuple[str, str]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         words = ["--model", str(models / name), "--port", str(port), "--dtype", "float32", "--engine", "hf", *more]
-        made.append(started(serve.main, words))
+        made.append(started(command.main, words))
         urls.append(f"http://127.0.0.1:{port}")
     try:
         for url in urls:

@@ -49,7 +49,8 @@ from llmdistill.record.page.page import write_report
 from llmdistill.record.run_folder import RunFolder
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.texts.loading import Rows, load_rows, load_sets
-from llmdistill.texts.pairs import Pair, PairEncoder
+from llmdistill.texts.pair import Pair
+from llmdistill.texts.pairs import PairEncoder
 from llmdistill.texts.streams import HeldOutSets
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.consistency import check_heldout

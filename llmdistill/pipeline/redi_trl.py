@@ -28,7 +28,8 @@ from llmdistill.recipe.settings import require
 from llmdistill.record.meters import Meters, peak_memory_gib
 from llmdistill.record.run_folder import RunFolder, RunFolderCallback
 from llmdistill.texts import Prompt
-from llmdistill.texts.pairs import Pair, collate_pairs
+from llmdistill.texts.pair import Pair
+from llmdistill.texts.pairs import collate_pairs
 from llmdistill.tokenization.special import pad_id
 from llmdistill.training.finite import FiniteTrainer
 from llmdistill.training.student_trainer import freeze_embeddings

@@ -8,7 +8,7 @@ from typing import Any, cast
 from llmdistill.methods.redi_config import REDIConfig
 from llmdistill.recipe.command_line import Recipe
 from llmdistill.record.run_folder import RunFolder
-from llmdistill.texts.pairs import Pair
+from llmdistill.texts.pair import Pair
 
 
 @dataclass

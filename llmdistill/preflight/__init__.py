@@ -18,7 +18,7 @@ from llmdistill.models.saving import SKIPPED_BY
 from llmdistill.preflight import authors, chunks, denoising, installed, machine, models, pairs, tokens
 from llmdistill.preflight.finding import STYLE, Finding, Run, Subject, fail, notice
 from llmdistill.teachers.chunks import ChunkTeacher
-from llmdistill.texts.pairs import Pair
+from llmdistill.texts.pair import Pair
 from llmdistill.texts.streams import at_hand
 
 if TYPE_CHECKING:

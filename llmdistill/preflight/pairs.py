@@ -21,7 +21,8 @@ from llmdistill.preflight.finding import HELDOUT, Finding, Subject, fail, notice
 from llmdistill.preflight.tokens import columns, leaks, too_narrow
 from llmdistill.texts import Prompt, position_ids, predicting_rows
 from llmdistill.texts.facts import Facts, facts_of
-from llmdistill.texts.pairs import Pair, collate_pairs, numbers_of, whole
+from llmdistill.texts.pair import Pair, whole
+from llmdistill.texts.pairs import collate_pairs, numbers_of
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.texts.streams import at_hand
 from llmdistill.tokenization.special import eos_ids, pad_id

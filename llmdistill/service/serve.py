@@ -22,7 +22,6 @@ from transformers import HfArgumentParser
 from llmdistill.compat.uvicorn import bounded_connections
 from llmdistill.errors import UserError
 from llmdistill.options import in_our_words
-from llmdistill.quiet import quiet
 from llmdistill.recipe.config import DType, TeacherConfig
 from llmdistill.recipe.settings import option
 from llmdistill.service.app import Service
@@ -86,22 +85,6 @@ class ServeConfig:
     replica_gpus: float = option(
         -1.0, "GPUs that Ray sets aside for a replica; -1: --tensor_parallel where there are any"
     )
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command. Returns its exit status: 0 after a clean stop, 1 when the engine died."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        return 0
-    config = parsed(argv)
-    token = os.environ.get(config.token_env) or None
-    check(config, token)
-    if config.ray:
-        from llmdistill.service import fleet
-
-        return fleet.run(config, token)
-    quiet()
-    return asyncio.run(serve(config, token))
 
 
 def parsed(argv: Sequence[str]) -> ServeConfig:

@@ -13,19 +13,19 @@ _PUBLIC = {
     "Teacher": "llmdistill.teachers.base",
     "TeacherInfo": "llmdistill.teachers.base",
     "VLLMTeacher": "llmdistill.teachers.vllm",
-    "connect": "llmdistill.teachers.remote",
+    "connect": "llmdistill.teachers.connecting",
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from llmdistill.teachers.base import Teacher as Teacher
     from llmdistill.teachers.base import TeacherInfo as TeacherInfo
+    from llmdistill.teachers.connecting import connect as connect
     from llmdistill.teachers.local import LocalTeacher as LocalTeacher
     from llmdistill.teachers.mixture import EnsembleTeacher as EnsembleTeacher
     from llmdistill.teachers.mixture import RoutedTeacher as RoutedTeacher
     from llmdistill.teachers.openai import PlainVLLMTeacher as PlainVLLMTeacher
     from llmdistill.teachers.remote import RemoteTeacher as RemoteTeacher
-    from llmdistill.teachers.remote import connect as connect
     from llmdistill.teachers.stored import StoredTeacher as StoredTeacher
     from llmdistill.teachers.vllm import VLLMTeacher as VLLMTeacher
 

@@ -94,7 +94,7 @@ class _Loading:
         if config.student:
             return StudentTeacher(config.student, config.ema_decay)
         if config.url:
-            from llmdistill.teachers.remote import connect
+            from llmdistill.teachers.connecting import connect
 
             self.opened.append(
                 connect(

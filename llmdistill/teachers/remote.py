@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llmdistill.errors import UserError
 from llmdistill.rollouts.asking import pack, sample
 from llmdistill.rollouts.remote import service_info
-from llmdistill.teachers.base import Teacher, TeacherInfo
+from llmdistill.teachers.base import TeacherInfo
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.tokenization import special
 from llmdistill.wire.blocks import BlockHeader, ScoreBlock, decode
@@ -372,56 +372,6 @@ class RemoteTeacher:
                 raise ValueError(f"a block of {len(found.token_logprobs)} rows for {found.positions}")
 
         return lambda: BlockReader(head, block, parse, lambda frame: decode(frame, max_bytes=4 * len(frame) + 64))
-
-
-def connect(url: str | Sequence[str], **options: Any) -> Teacher:
-    """The teacher at ``url``: our service, or a plain vLLM OpenAI server. Waits until one of them answers.
-
-    Args:
-        options: of :class:`RemoteTeacher` or :class:`~llmdistill.teachers.openai.PlainVLLMTeacher`, whichever it is;
-            what only the other one has is ignored. With ``hidden``, a form of states, and ``device`` it is a
-            :class:`~llmdistill.teachers.remote_hidden.HiddenRemoteTeacher`.
-
-    Raises:
-        UserError: neither is there within ``max_outage_s``.
-    """
-    from llmdistill.teachers.openai import PlainVLLMTeacher, tokenizer_named
-
-    kinds: list[type[RemoteTeacher] | type[PlainVLLMTeacher]] = []
-
-    def look(get: Get) -> None:
-        try:
-            get(INFO)
-            kinds.append(RemoteTeacher)
-        except Refused as refusal:
-            if refusal.status != 404:
-                raise
-            get("/v1/models")
-            kinds.append(PlainVLLMTeacher)
-
-    hidden, device = options.pop("hidden", ""), options.pop("device", "cpu")
-    own = {name: value for name, value in options.items() if name not in ("lossless", "tokenizer", "model")}
-    probe = Transport(url, admit=look, **own)
-    try:
-        probe.wait_ready()
-    finally:
-        probe.close()
-    if hidden and kinds[0] is PlainVLLMTeacher:
-        raise UserError(
-            f"teacher.hidden is {hidden}; at {url} is a plain OpenAI server, which has no hidden states to give. "
-            "Fix: llmdistill serve, or leave teacher.hidden out."
-        )
-    if kinds[0] is PlainVLLMTeacher:
-        options.pop("lossless", None)  # JSON is
-    else:  # this one says what its tokenizer is; whoever sends it ids of its own needs the tokenizer itself
-        options.pop("model", None)
-        if isinstance(options.get("tokenizer"), str):
-            options["tokenizer"] = tokenizer_named(options["tokenizer"])
-    if hidden:
-        from llmdistill.teachers.remote_hidden import HiddenRemoteTeacher
-
-        return HiddenRemoteTeacher(url, form=hidden, device=device, **options)
-    return kinds[0](url, **options)
 
 
 def counted(mask_T: Tensor) -> Tensor:

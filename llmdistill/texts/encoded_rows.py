@@ -18,18 +18,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import tokenizers
 import transformers
 
 from llmdistill.ranks import on_every_rank
 from llmdistill.texts import findings
-from llmdistill.texts.findings import Findings
+from llmdistill.texts.findings import Findings, RowEncoder
 
 if TYPE_CHECKING:
     from llmdistill.texts.columnar import PromptColumns
-    from llmdistill.texts.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +39,26 @@ WITH_BAR = 10_000  # rows whose encoding takes long enough to be watched
 # Settings of data that say where rows come from, and not what is made of them.
 SOURCES = {"train", "heldout", "subset", "split", "heldout_split", "streaming", "shuffle_buffer", "limit"}
 
+
+class Encoder(RowEncoder, Protocol):
+    """What of a :class:`~llmdistill.texts.prompts.PromptEncoder` the encoded rows depend on."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def template(self) -> Any: ...
+
+
 # The examples of a row with its number; what is left out of pairs goes into the third.
 OfRow = Callable[[Any, int, dict[str, list[int]]], Sequence[Any]]
 
 
 def encode_rows(
-    rows: Any, encoder: PromptEncoder, of_row: OfRow, columns: Callable[[Any], PromptColumns], asked: Mapping[str, Any]
+    rows: Any, encoder: Encoder, of_row: OfRow, columns: Callable[[Any], PromptColumns], asked: Mapping[str, Any]
 ) -> tuple[Sequence[Any], dict[str, list[int]], int]:
     """The examples of all rows; by reason the numbers of rows left out of pairs; and how many rows there are.
 
@@ -107,7 +120,7 @@ def _of_list(
 class _Part:
     """Encodes a part of a table: what ``datasets.map`` calls, perhaps in another process."""
 
-    def __init__(self, encoder: PromptEncoder, columns: PromptColumns, of_row: OfRow) -> None:
+    def __init__(self, encoder: Encoder, columns: PromptColumns, of_row: OfRow) -> None:
         self.encoder, self.columns, self.of_row = encoder, columns, of_row
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Any:
@@ -178,7 +191,7 @@ def _dataset_of(rows: Any) -> Any:
     return found if datasets is not None and isinstance(found, datasets.Dataset) else None
 
 
-def _add(encoder: PromptEncoder, skipped: dict[str, list[int]], found: Findings) -> None:
+def _add(encoder: Encoder, skipped: dict[str, list[int]], found: Findings) -> None:
     findings.add(encoder, found)
     for reason, rows in found.skipped.items():
         skipped.setdefault(reason, []).extend(rows)
@@ -187,7 +200,7 @@ def _add(encoder: PromptEncoder, skipped: dict[str, list[int]], found: Findings)
 # ---------------------------------------------------------------- what the result depends on
 
 
-def _fingerprint(dataset: Any, encoder: PromptEncoder, asked: Mapping[str, Any]) -> str | None:
+def _fingerprint(dataset: Any, encoder: Encoder, asked: Mapping[str, Any]) -> str | None:
     """32 hex digits over all that the examples depend on; None where that cannot be said."""
     said = _described(encoder)
     if said is None:
@@ -196,7 +209,7 @@ def _fingerprint(dataset: Any, encoder: PromptEncoder, asked: Mapping[str, Any])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def _described(encoder: PromptEncoder) -> dict[str, Any] | None:
+def _described(encoder: Encoder) -> dict[str, Any] | None:
     tokenizer = encoder.tokenizer
     settings = {k: v for k, v in dataclasses.asdict(encoder.config).items() if k not in SOURCES}
     said: dict[str, Any] = {"settings": settings, "template": tokenizer.chat_template}

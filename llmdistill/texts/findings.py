@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from llmdistill.texts.prompts import PromptEncoder
+
+class RowEncoder(Protocol):
+    """What of a :class:`~llmdistill.texts.prompts.PromptEncoder` its findings are in, beside the fields of those."""
+
+    @property
+    def columns(self) -> Any: ...
+
+    @property
+    def readers(self) -> Mapping[str, Any]: ...
+
+    @property
+    def notes(self) -> dict[str, set[int]]: ...
 
 
 @dataclass
@@ -41,7 +52,7 @@ class Findings:
 OF_ENCODER = tuple(f.name for f in fields(Findings) if f.name not in ("read_as", "readers", "skipped"))
 
 
-def taken(encoder: PromptEncoder) -> Findings:
+def taken(encoder: RowEncoder) -> Findings:
     """What an encoder has found so far, which it then forgets, but for the names that it reads columns under."""
     found = Findings(
         read_as=dict(encoder.columns.read_as),
@@ -53,7 +64,7 @@ def taken(encoder: PromptEncoder) -> Findings:
     return found
 
 
-def add(encoder: PromptEncoder, found: Findings) -> None:
+def add(encoder: RowEncoder, found: Findings) -> None:
     """As if the encoder had read those rows."""
     for name in OF_ENCODER:
         value = getattr(found, name)

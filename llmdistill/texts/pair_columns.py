@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmdistill.texts.columnar import COUNTS, IDS, PromptColumns
-from llmdistill.texts.pairs import SIDES, Pair, whole
+from llmdistill.texts.pair import SIDES, Pair, whole
 
 
 class PairColumns(PromptColumns):

@@ -18,8 +18,8 @@ from llmdistill.errors import UserError
 from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from llmdistill.texts.encoded_rows import encode_rows
-from llmdistill.texts.facts import digest
 from llmdistill.texts.messages import from_json, is_chat
+from llmdistill.texts.pair import Pair
 from llmdistill.texts.prompts import Completion, Overlong, PromptEncoder, located
 from llmdistill.texts.sources import Drawn, Round, Stateless
 from llmdistill.texts.streams import has_length
@@ -29,36 +29,6 @@ logger = logging.getLogger(__name__)
 
 BadPairs = Literal["error", "skip"]
 RejectedTokens = Literal["all", "after_divergence", "first_divergent"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A tokenised pair. ``rejected`` is empty in a positive: a chosen completion alone, for fine-tuning."""
-
-    prompt: Prompt
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...] = ()
-    cut: int = 0  # completions that max_completion_tokens shortened
-    chosen_counts: tuple[bool, ...] = ()  # which tokens the loss trains on; empty: all
-    rejected_counts: tuple[bool, ...] = ()
-
-    @property
-    def row(self) -> int:
-        """Index in the dataset it was read from."""
-        return self.prompt.row
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the longer of its two sequences."""
-        return len(self.prompt.ids) + max(len(self.chosen), len(self.rejected))
-
-
-SIDES = ("chosen", "rejected", "chosen_counts", "rejected_counts")
-
-
-def whole(pair: Pair) -> int:
-    """63 bits that tell one pair from another."""
-    return digest([*pair.prompt.ids, -1, *pair.chosen, -1, *pair.rejected])
 
 
 def numbers_of(pairs: Sequence[Pair], name: str, of: Callable[[Pair], int]) -> Any:

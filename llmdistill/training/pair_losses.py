@@ -18,7 +18,8 @@ from llmdistill.objectives.policy import token_logprobs
 from llmdistill.objectives.redi import sequence_means
 from llmdistill.objectives.rows import TokenRows
 from llmdistill.record.intervals import bootstrap_ci, share_interval
-from llmdistill.texts.pairs import Pair, collate_pairs
+from llmdistill.texts.pair import Pair
+from llmdistill.texts.pairs import collate_pairs
 
 # loss(mean log-probs of the chosen [P], of the rejected [P]) -> scalar, the mean over pairs
 PairLoss = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,8 @@ from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.settings import Conflict, setting
-from llmdistill.texts.pairs import BadPairs, Pair, PairEncoder, RejectedTokens, Side, pair_encoder
+from llmdistill.texts.pair import Pair
+from llmdistill.texts.pairs import BadPairs, PairEncoder, RejectedTokens, Side, pair_encoder
 from llmdistill.texts.streams import ExampleStream, are_examples, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard

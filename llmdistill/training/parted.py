@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ from llmdistill.errors import UserError
 from llmdistill.models.parted import RanksOfAText, check_parted
 from llmdistill.texts import Rollout
 
-if TYPE_CHECKING:
-    from llmdistill.training.trainer import DistillationTrainer
 
-
-def ranks_of_a_text(trainer: DistillationTrainer) -> RanksOfAText | None:
+def ranks_of_a_text(trainer: Any) -> RanksOfAText | None:
     """The group that this rank trains with; None: it trains on its own texts.
 
     Raises:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from llmdistill.service import serve
+from llmdistill.service import command, serve
 from llmdistill.service.engine import Done, Engine, GenerateJob, Sample, ScoreJob
 from llmdistill.teachers.base import TeacherInfo
 from llmdistill.wire.blocks import ScoreBlock
@@ -77,4 +77,4 @@ def load(config: serve.ServeConfig) -> Engine:
 
 if __name__ == "__main__":
     serve.load = load
-    sys.exit(serve.main(sys.argv[2:]))
+    sys.exit(command.main(sys.argv[2:]))

@@ -24,8 +24,8 @@ from llmdistill.models.loading import load_model
 from llmdistill.precision import WORTHWHILE, bfloat16_costs
 from llmdistill.recipe.config import TeacherConfig
 from llmdistill.teachers.base import Teacher
+from llmdistill.teachers.connecting import connect
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.teachers.remote import connect
 from llmdistill.teachers.stored import StoredTeacher
 from llmdistill.texts import Prompt, Rollout, Sampling
 from llmdistill.texts.sources import Only

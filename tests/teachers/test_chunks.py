@@ -10,7 +10,7 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.teachers.chunks import Question, in_chunks
-from llmdistill.teachers.remote import connect
+from llmdistill.teachers.connecting import connect
 from llmdistill.teachers.stored import StoredTeacher
 from llmdistill.texts.chat import ChatTemplate
 from tests import tiny

@@ -24,9 +24,10 @@ from llmdistill.service.hf_engine import HFEngine
 from llmdistill.service.limits import Limits
 from llmdistill.service.routes import create_app
 from llmdistill.teachers.base import DenseTeacher
+from llmdistill.teachers.connecting import connect
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.teachers.remote import RemoteTeacher, connect
+from llmdistill.teachers.remote import RemoteTeacher
 from llmdistill.teachers.remote_hidden import HiddenRemoteTeacher
 from llmdistill.teachers.stored import StoredTeacher
 from llmdistill.teachers.stored_hidden import HiddenStoredTeacher

@@ -19,11 +19,12 @@ from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
 from llmdistill.record.manifest import read_manifest
 from llmdistill.teachers.base import max_top_k
+from llmdistill.teachers.connecting import connect
 from llmdistill.teachers.evidence import gather
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.openai import COMPLETIONS, PlainVLLMTeacher
-from llmdistill.teachers.remote import RemoteTeacher, connect
+from llmdistill.teachers.remote import RemoteTeacher
 from llmdistill.texts import Prompt, Sampling, collate
 from tests.datagen.processes import PROCESSES
 from tests.datagen.test_kills import command, kept, killed_when

@@ -8,8 +8,9 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.teachers.base import DenseTeacher
+from llmdistill.teachers.connecting import connect
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.teachers.remote import RemoteTeacher, connect
+from llmdistill.teachers.remote import RemoteTeacher
 from llmdistill.texts import Prompt, Sampling, collate
 from llmdistill.wire import protocol
 from llmdistill.wire.blocks import decode, encode

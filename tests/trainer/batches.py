@@ -7,7 +7,7 @@ from typing import Any
 from llmdistill import DistillationTrainer
 from llmdistill.composition.batch import MicroBatch, Text
 from llmdistill.texts import Prompt, Rollout
-from llmdistill.texts.pairs import Pair
+from llmdistill.texts.pair import Pair
 
 
 def prompts_of(rollout: Rollout) -> list[Prompt]:

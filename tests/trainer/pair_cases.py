@@ -11,7 +11,8 @@ import torch
 from llmdistill.recipe.data_config import DataConfig
 from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.texts import Prompt, Rollout
-from llmdistill.texts.pairs import Pair, pair_encoder
+from llmdistill.texts.pair import Pair
+from llmdistill.texts.pairs import pair_encoder
 from tests import tiny
 from tests.trainer.batches import pair_batch
 

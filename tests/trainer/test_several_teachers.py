@@ -351,7 +351,7 @@ def test_what_was_opened_is_closed_when_a_later_one_fails(monkeypatch: pytest.Mo
     """And the message names the entry that failed."""
     closed = []
     service = SimpleNamespace(close=lambda: closed.append("service"), info=local(2).info)
-    monkeypatch.setattr("llmdistill.teachers.remote.connect", lambda url, **options: service)
+    monkeypatch.setattr("llmdistill.teachers.connecting.connect", lambda url, **options: service)
     configs = [TeacherConfig(url="http://one", domains=["a"]), TeacherConfig(model="nowhere/at-all")]
     with pytest.raises(UserError, match=r"^teachers\[1\]\.model 'nowhere/at-all' cannot be loaded"):
         load_teachers(configs, "cpu", 100, ["teachers[0]", "teachers[1]"])
@@ -362,7 +362,7 @@ def test_what_was_opened_is_closed_when_a_later_one_fails(monkeypatch: pytest.Mo
         close=lambda: closed.append("other"), info=lambda: replace(local(2).info(), tokenizer="another")
     )
     services = iter([service, other])
-    monkeypatch.setattr("llmdistill.teachers.remote.connect", lambda url, **options: next(services))
+    monkeypatch.setattr("llmdistill.teachers.connecting.connect", lambda url, **options: next(services))
     closed.clear()
     with pytest.raises(UserError, match="different tokenizers"):
         load_teachers([configs[0], TeacherConfig(url="http://two")], "cpu", 100, ["teachers[0]", "teachers[1]"])
@@ -377,7 +377,7 @@ def test_the_service_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) 
         given.update(options, url=url)
         return service
 
-    monkeypatch.setattr("llmdistill.teachers.remote.connect", connect)
+    monkeypatch.setattr("llmdistill.teachers.connecting.connect", connect)
     monkeypatch.setenv("LLMDISTILL_TOKEN", "secret")
     config = TeacherConfig(url="http://a,http://b", timeout_s=7.0, max_outage_s=9.0, in_flight=3, lossless=True)
     assert load_teachers([config], "cpu", 100, ["teacher"]) is service
