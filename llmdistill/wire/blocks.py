@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -254,13 +255,14 @@ class _Reader:
         return np.frombuffer(self.bytes(math.prod(shape) * np.dtype(dtype).itemsize), dtype).reshape(shape)
 
 
-def _layout(view: memoryview, at: int, max_positions: int, max_bytes: int) -> _Layout:
-    """Reads everything before the arrays. ``view`` holds at least the fixed part, a CRC and two bytes."""
-    flags, support, start, stop, n, k, vocab, temperature = _FIELDS.unpack_from(view, _START.size)
-    if flags & ~(_SHORT | _PADDED) or support >= len(_SUPPORTS):
-        raise BlockError(f"flags {flags} and support {support}; known are flags up to 3 and support up to 2")
-    end, names = len(view) - _CRC.size, []
-    for what in ("teacher", "tokenizer"):
+def fingerprints(view: memoryview, at: int, end: int, whose: Sequence[str]) -> tuple[list[str], int]:
+    """The fingerprints that stand from ``at`` on, each behind a byte with its length, and where they end.
+
+    Raises:
+        BlockError: one runs past ``end``, or is no text.
+    """
+    names = list[str]()
+    for what in whose:
         if at >= end or at + 1 + view[at] > end:
             raise BlockError(f"the {what}'s fingerprint runs past the end")
         try:
@@ -268,6 +270,16 @@ def _layout(view: memoryview, at: int, max_positions: int, max_bytes: int) -> _L
         except UnicodeDecodeError:
             raise BlockError(f"the {what}'s fingerprint is no UTF-8") from None
         at += 1 + view[at]
+    return names, at
+
+
+def _layout(view: memoryview, at: int, max_positions: int, max_bytes: int) -> _Layout:
+    """Reads everything before the arrays. ``view`` holds at least the fixed part, a CRC and two bytes."""
+    flags, support, start, stop, n, k, vocab, temperature = _FIELDS.unpack_from(view, _START.size)
+    if flags & ~(_SHORT | _PADDED) or support >= len(_SUPPORTS):
+        raise BlockError(f"flags {flags} and support {support}; known are flags up to 3 and support up to 2")
+    end = len(view) - _CRC.size
+    names, at = fingerprints(view, at, end, ("teacher", "tokenizer"))
     _check_header(start, stop, n, k, vocab, temperature, BlockError)
     if n > max_positions:
         raise BlockError(f"{n} positions; at most {max_positions} are accepted")

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from llmdistill.wire.blocks import BlockError, ScoreBlock, decode
+from llmdistill.wire.blocks import BlockError, ScoreBlock, decode, fingerprints
 
 HIDDEN_VERSION = 2
 GROUP = 64  # columns that share a scale
@@ -184,15 +184,8 @@ def decode_hidden(
     if form >= len(FORMS) or rest:
         raise BlockError(f"form {form} and {rest}; known are forms up to {len(FORMS) - 1}")
     _check(start, stop, n, width, vocab, BlockError)
-    at, end, names = _START.size, len(view) - _CRC.size, []
-    for what in ("teacher", "tokenizer", "head"):
-        if at >= end or at + 1 + view[at] > end:
-            raise BlockError(f"the {what}'s fingerprint runs past the end")
-        try:
-            names.append(str(view[at + 1 : at + 1 + view[at]], "utf-8"))
-        except UnicodeDecodeError:
-            raise BlockError(f"the {what}'s fingerprint is no UTF-8") from None
-        at += 1 + view[at]
+    end = len(view) - _CRC.size
+    names, at = fingerprints(view, _START.size, end, ("teacher", "tokenizer", "head"))
     if n > max_positions or 4 * n * width > max_bytes:
         raise BlockError(f"{n} positions of {4 * width} bytes; accepted are {max_positions}, and {max_bytes} bytes")
     if (size := n * row_bytes(width, FORMS[form])) != end - at:

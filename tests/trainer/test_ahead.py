@@ -17,11 +17,11 @@ from llmdistill.models.generation import HFRollouts
 from llmdistill.rollouts.remote import RemoteRollouts
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
-from llmdistill.training.made import Made
 from llmdistill.wire import protocol
 from tests import tiny
 from tests.rollouts.test_remote import QUICK
 from tests.service.faulty import Faulty
+from tests.trainer.kept import Kept
 
 WAIT_S = 60.0  # for what comes at once, or never
 
@@ -34,19 +34,6 @@ def services() -> Iterator[tuple[Faulty, Faulty]]:
         Faulty(LocalTeacher(tiny.llama(2), tiny.tokenizer())) as teacher,
     ):
         yield student, teacher
-
-
-class Kept(OPDTrainer):
-    """Remembers the rounds that it was trained on."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.kept: list[Made] = []
-        super().__init__(*args, **kwargs)
-
-    def made(self, *args: Any) -> Made | None:
-        made = super().made(*args)
-        self.kept += [made] if made is not None else []
-        return made
 
 
 def trainer(services: tuple[Faulty, Faulty], folder: Path, staleness: int = 1, **settings: Any) -> Kept:

@@ -8,20 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from llmdistill import OPDConfig, OPDTrainer, RolloutConfig, UserError
+from llmdistill import OPDConfig, RolloutConfig, UserError
 from llmdistill.training.made import Made
 from tests import tiny
-
-
-class Kept(OPDTrainer):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.kept: list[Made] = []
-        super().__init__(*args, **kwargs)
-
-    def made(self, *args: Any) -> Made | None:
-        made = super().made(*args)
-        self.kept += [made] if made is not None else []
-        return made
+from tests.trainer.kept import Kept
 
 
 def trainer(folder: Path, **settings: Any) -> Kept:
