@@ -44,16 +44,19 @@ def qwen3(size: str) -> Qwen3Config:
 
 @pytest.mark.slow
 def test_it_is_what_runs_take() -> None:
-    """Runs ruled by weights, by activations and by logits: to 15 %, or the 100 MiB that allocator and code may move."""
+    """Runs ruled by weights, by activations and by logits: no more than a quarter above, or a twentieth below.
+
+    Of a large block the allocator gives every byte back at once, as it does not by default: what it keeps for later
+    was 60 to 190 MiB, another figure in every run.
+    """
     program = str(Path(__file__).with_name("memory_shapes.py"))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(found) == 3
     for shape in found:
-        room = max(0.15 * shape["measured"], 100)
-        assert abs(shape["estimated"] - shape["measured"]) < room, shape
+        assert 0.95 < shape["estimated"] / shape["measured"] < 1.25, shape
 
 
 @pytest.mark.parametrize("size", QWEN3)
