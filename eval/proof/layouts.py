@@ -3,7 +3,9 @@
     python -m eval.proof.layouts [--folder FOLDER] [--cells opd,taid] [--layouts zero3,fsdp2]
 
 One process trains every cell first; then every layout trains it too, and of two cells goes on from the checkpoint in
-the middle that each other layout wrote. 10 minutes or more on two idle cores.
+the middle that each other layout wrote. 10 minutes or more on two idle cores. Every difference is kept in layouts.json
+as soon as it is known, and layouts.md is written from that: parts of the table can be run by themselves. In a FOLDER
+that is given, launches that came to their end are not made again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,17 @@ CELLS = ("opd", "opd_lora", "taid", "taid_lora", "redi", "redi_lora", "two_terms
 SAMPLED_BY_VLLM = ("vllm", "vllm_lora")
 WITH_VLLM = ("one_process", "two_processes", "zero3", "fsdp2")
 TIME_LIMIT = 3600.0  # seconds a launch
+RECORD = Path(__file__).with_suffix(".json")
+Seen = dict[tuple[str, str, str], float]  # (layout, cell, where it began: ``undisturbed``, or another layout)
 
 
 def launched(folder: Path, layout: str, cells: tuple[str, ...], others: list[str], into: str = "") -> dict[str, Any]:
     """What a launch found: {cell/run: its numbers and its weights}."""
     out = folder / (into or layout)
     words = ("-m", WORKER, str(out), ",".join(cells), *(str(folder / other) for other in others))
-    end(begin(layout, *words), TIME_LIMIT)
+    if not (out / "done").exists():
+        print(end(begin(layout, *words), TIME_LIMIT)[-2000:], flush=True)
+        (out / "done").write_text(" ".join(cells))
     found: dict[str, Any] = json.loads((out / "found.json").read_text())
     return {key: {**v, "weights": torch.load(out / f"{key.replace('/', '-')}.pt")} for key, v in found.items()}
 
@@ -51,12 +59,17 @@ def distance(found: dict[str, Any], alone: dict[str, Any]) -> float:
     return max(*numbers, *moved)
 
 
-def measured(folder: Path, layouts: tuple[str, ...], cells: tuple[str, ...]) -> dict[tuple[str, str, str], float]:
-    """(layout, cell, where it began: ``undisturbed``, or another layout) -> how far it is from one process."""
+def measured(
+    folder: Path,
+    layouts: tuple[str, ...],
+    cells: tuple[str, ...],
+    keep: Callable[[tuple[str, str, str], float], None] = lambda key, difference: None,
+) -> Seen:
+    """How far each cell is from one process; ``keep`` is told of every one as soon as it is known."""
     sampled = tuple(cell for cell in SAMPLED_BY_VLLM if cell in cells)
     plain = tuple(cell for cell in cells if cell not in sampled)
     alone = launched(folder, "one_process", plain, [])
-    seen: dict[tuple[str, str, str], float] = {}
+    seen = Seen()
 
     def note(layout: str, found: dict[str, Any], reference: dict[str, Any]) -> None:
         for key, value in found.items():
@@ -64,6 +77,7 @@ def measured(folder: Path, layouts: tuple[str, ...], cells: tuple[str, ...]) -> 
             assert value["processes"] == (1 if layout == "one_process" else 2)
             assert value["share"] < 0.6 or layout not in ("zero3", "fsdp2")  # every weight is cut in two
             seen[layout, cell, began_from] = distance(value, reference[f"{cell}/undisturbed"])
+            keep((layout, cell, began_from), seen[layout, cell, began_from])
             print(f"{layout}: {cell}, {began_from}: {seen[layout, cell, began_from]:.1e}", flush=True)
 
     before = ["one_process"]
@@ -82,8 +96,25 @@ def measured(folder: Path, layouts: tuple[str, ...], cells: tuple[str, ...]) -> 
     return seen
 
 
-def page(seen: dict[tuple[str, str, str], float]) -> str:
+def keep_in(record: Path) -> Callable[[tuple[str, str, str], float], None]:
+    """Writes each difference into a record, with where and when it was seen."""
+    where = {"commit": commit(), "machine": machine(), "versions": versions()}
+
+    def keep(key: tuple[str, str, str], difference: float) -> None:
+        entries = json.loads(record.read_text()) if record.exists() else {}
+        entries["/".join(key)] = {"difference": difference, "date": f"{datetime.now(UTC):%Y-%m-%d}", **where}
+        record.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+
+    return keep
+
+
+def in_order(names: set[str], known: tuple[str, ...]) -> list[str]:
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def page(entries: dict[str, dict[str, Any]]) -> str:
     """The table, as Markdown."""
+    seen = {tuple(key.split("/")): entry["difference"] for key, entry in entries.items()}
     lines = [
         "# One trajectory in every layout",
         "",
@@ -92,15 +123,15 @@ def page(seen: dict[tuple[str, str, str], float]) -> str:
         "resumed after two steps from that layout's checkpoint: weights, AdamW's moments, schedule. The teacher of",
         "`sharded_teacher` has `placement: sharded`; `vllm` samples with vLLM, greedily.",
         "",
-        f"Commit {commit()}; {machine()}; {versions()}.",
-        "",
     ]
-    cells = list(dict.fromkeys(cell for _, cell, _ in seen))
-    rows = list(dict.fromkeys((layout, began) for layout, _, began in seen))
-    lines += [f"| layout | from | {' | '.join(cells)} |", "|---" * (len(cells) + 2) + "|"]
-    for layout, began in rows:
-        values = (seen.get((layout, cell, began)) for cell in cells)
-        lines.append(f"| {layout} | {began} | {' | '.join('' if v is None else f'{v:.0e}' for v in values)} |")
+    for place in sorted({(e["commit"], e["date"], e["machine"], e["versions"]) for e in entries.values()}):
+        lines.append(f"Commit {place[0]}, {place[1]}; {place[2]}; {place[3]}.")
+    cells = in_order({cell for _, cell, _ in seen}, (*CELLS, *SAMPLED_BY_VLLM))
+    lines += ["", f"| layout | from | {' | '.join(cells)} |", "|---" * (len(cells) + 2) + "|"]
+    for layout in in_order({layout for layout, _, _ in seen}, LAYOUTS):
+        for began in in_order({began for of, _, began in seen if of == layout}, ("undisturbed", *LAYOUTS)):
+            values = (seen.get((layout, cell, began)) for cell in cells)
+            lines.append(f"| {layout} | {began} | {' | '.join('' if v is None else f'{v:.0e}' for v in values)} |")
     return "\n".join([*lines, "", f"The largest of all: {max(seen.values()):.1e}.", ""])
 
 
@@ -109,13 +140,16 @@ def main() -> None:
     parser.add_argument("--folder", default="", help="where runs are kept; empty: nowhere")
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--cells", default=",".join((*CELLS, *SAMPLED_BY_VLLM)))
-    parser.add_argument("--page", default=str(Path(__file__).with_suffix(".md")))
+    parser.add_argument("--record", default=str(RECORD), help="JSON that differences are kept in")
     options = parser.parse_args()
+    record = Path(options.record)
     with tempfile.TemporaryDirectory() as temporary:
-        seen = measured(
-            Path(options.folder or temporary), tuple(options.layouts.split(",")), tuple(options.cells.split(","))
-        )
-    Path(options.page).write_text(page(seen))
+        folder, layouts = Path(options.folder or temporary), tuple(options.layouts.split(","))
+        try:
+            measured(folder, layouts, tuple(options.cells.split(",")), keep_in(record))
+        finally:  # what one launch loses is not lost with it
+            if record.exists():
+                record.with_suffix(".md").write_text(page(json.loads(record.read_text())))
 
 
 if __name__ == "__main__":
