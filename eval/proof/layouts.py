@@ -68,7 +68,7 @@ def measured(
     """How far each cell is from one process; ``keep`` is told of every one as soon as it is known."""
     sampled = tuple(cell for cell in SAMPLED_BY_VLLM if cell in cells)
     plain = tuple(cell for cell in cells if cell not in sampled)
-    alone = launched(folder, "one_process", plain, [])
+    alone = launched(folder, "one_process", plain, []) if plain else {}
     seen = Seen()
 
     def note(layout: str, found: dict[str, Any], reference: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def measured(
 
     before = ["one_process"]
     for layout in layouts:
-        if layout != "one_process":
+        if layout != "one_process" and plain:
             note(layout, launched(folder, layout, plain, before), alone)
             before.append(layout)
     for i, layout in enumerate(before[:-1]):  # from those that came after it

@@ -10,13 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.few_tokens import few_tokens
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import computes_in_16_bits, trying_out
 from llmdistill.models.weights import base_model
 from llmdistill.texts.views import plain
 
@@ -25,7 +23,6 @@ _TOKENS = 8
 _ALLOWED, _ALLOWED_16 = 1e-4, 5e-2
 
 
-@torch.no_grad()
 def check_causal(model: nn.Module, forward_model: nn.Module) -> None:
     """Every process calls it.
 
@@ -40,8 +37,7 @@ def check_causal(model: nn.Module, forward_model: nn.Module) -> None:
     ids[0, -1] = ids[0, 0]  # another one: the few tokens differ
     logits, others = (_logits(model, forward_model, each) for each in (text, replace(text, input_ids=ids)))
     away = float((logits - others)[:-1].abs().max()) / max(float(logits[:-1].std()), 1e-12)
-    allowed = _ALLOWED if base_model(model).dtype in (torch.float32, torch.float64) else _ALLOWED_16
-    if away > allowed:
+    if away > (_ALLOWED_16 if computes_in_16_bits(model) else _ALLOWED):
         raise UserError(
             f"{type(base_model(model)).__name__} looks ahead: another last token changes its logits before that by "
             f"{away:.2g} of their spread, so it would be scored on what it has seen. Fix: a model that reads from left "
@@ -52,6 +48,5 @@ def check_causal(model: nn.Module, forward_model: nn.Module) -> None:
 def _logits(model: nn.Module, forward_model: nn.Module, text: Any) -> Tensor:
     """[T, V] float32."""
     view = plain(text)
-    off = torch.autocast(view.input_ids.device.type, enabled=False)
-    with evaluating(model), random_state_kept(), off:
+    with trying_out(model):
         return forward_model(**view.inputs(), use_cache=False).logits[0].float()  # type: ignore[no-any-return]

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llmdistill.errors import UserError
+from llmdistill.models.modes import computes_in_16_bits, own_precision
 from llmdistill.models.weights import base_model
 from llmdistill.texts import request_seed
 from llmdistill.texts.batches import groups
@@ -125,14 +126,15 @@ def generate(
     try:
         for holder in holders:
             holder.generation_config = GenerationConfig()
-        together = len(requests) == 1 or _may_be_batched(model, ends)
-        lengths = [len(ids) + sampling.max_new_tokens for ids, _ in requests]
-        batches = groups(lengths, batch_tokens, at_most=0 if together else 1)
-        drawn = [
-            s
-            for batch in batches
-            for s in _drawn(model, [requests[i] for i in batch], sampling, ends, _watch_of(watch, batch))
-        ]
+        with own_precision(model):
+            together = len(requests) == 1 or _may_be_batched(model, ends)
+            lengths = [len(ids) + sampling.max_new_tokens for ids, _ in requests]
+            batches = groups(lengths, batch_tokens, at_most=0 if together else 1)
+            drawn = [
+                s
+                for batch in batches
+                for s in _drawn(model, [requests[i] for i in batch], sampling, ends, _watch_of(watch, batch))
+            ]
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
@@ -202,7 +204,7 @@ def _may_be_batched(model: PreTrainedModel, ends: _Ends) -> bool:
     if base not in _batched:
         width = base.config.get_text_config().vocab_size
         requests = [([i % width for i in ids], (n, 0)) for n, ids in enumerate(_PROBE)]
-        allowed = _SAME if base.dtype in (torch.float32, torch.float64) else _SAME_16
+        allowed = _SAME_16 if computes_in_16_bits(model) else _SAME
         together = _distance_from_forward(model, [requests], ends)
         _batched[base] = together <= allowed
         if not _batched[base] and not _distance_from_forward(model, [[r] for r in requests], ends) <= allowed:

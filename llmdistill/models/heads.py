@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from llmdistill.compat import zero3
 from llmdistill.compat.attention import sequence_by_sequence
-from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.few_tokens import few_tokens
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import trying_out
 from llmdistill.models.parted import parting
 from llmdistill.models.transforms import Transform, known_logits, transform_of
 from llmdistill.models.weights import base_model
@@ -100,10 +99,8 @@ def tried_transform(model: nn.Module, linear: nn.Linear, config: Any) -> Transfo
         return seen[-1][2]
 
     view = plain(few_tokens(model, 4))
-    device = view.input_ids.device.type
-    off = torch.autocast(device, enabled=False)
     try:
-        with torch.no_grad(), evaluating(model), random_state_kept(), off, with_logits(linear, known):
+        with trying_out(model), with_logits(linear, known):
             logits_BTV = model(**view.inputs(), use_cache=False).logits
     except UserError:
         raise

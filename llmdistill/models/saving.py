@@ -20,13 +20,12 @@ from transformers.utils import cached_file
 
 from llmdistill.compat import fsdp, zero3
 from llmdistill.compat.models import generation_settings_in, without_writing_weights
-from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.adapters import refuse_unmergeable
 from llmdistill.models.few_tokens import few_tokens
 from llmdistill.models.helpers import NAME as HELPERS
 from llmdistill.models.loading import load_saved
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import attends_in_16_bits, trying_out
 from llmdistill.models.weights import base_model, named_weights
 from llmdistill.texts.views import plain
 
@@ -158,8 +157,7 @@ def logits_on_few_tokens(model: nn.Module, forward_model: nn.Module) -> Tensor:
         forward_model: the model as it is run in training.
     """
     view = plain(few_tokens(model, COMPARED_TOKENS))
-    off = torch.autocast(view.input_ids.device.type, enabled=False)
-    with torch.no_grad(), evaluating(model), random_state_kept(), off:
+    with trying_out(model):
         return forward_model(**view.inputs(), use_cache=False).logits[0].float().cpu()  # type: ignore[no-any-return]
 
 
@@ -180,7 +178,8 @@ def differs_from(logits_TV: Tensor, folder: Path, model: Any) -> str | None:
     if found_TV.shape != logits_TV.shape:
         return _problem(folder, f"has {found_TV.shape[-1]} logit columns, trained were {logits_TV.shape[-1]}", lost)
     distance = relative_distance(found_TV, logits_TV)
-    if lost or not distance <= ALLOWED.get(model.dtype, ALLOWED_16):
+    allowed = ALLOWED_16 if attends_in_16_bits(model) else ALLOWED.get(model.dtype, ALLOWED_16)
+    if lost or not distance <= allowed:
         return _problem(
             folder, f"is another model than was trained: its log-probs are {distance:.2g} (relative) off", lost
         )

@@ -11,7 +11,7 @@ import torch
 
 from llmdistill.errors import UserError
 from llmdistill.models.heads import head_of
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import evaluating, own_precision
 from llmdistill.preflight.finding import Finding, Subject, fail, notice, ok
 from llmdistill.texts.prompts import completed
 from llmdistill.texts.rollout import position_ids
@@ -48,7 +48,7 @@ def both_ways(s: Subject) -> Iterator[Finding]:
     changed = rollout.input_ids.clone()
     ends = rollout.attention_mask.sum(1) - 1
     changed[range(len(rollout)), ends] = (changed[range(len(rollout)), ends] + 1) % s.ids
-    with evaluating(s.student):
+    with evaluating(s.student), own_precision(s.student):
         logits = [
             s.student(
                 input_ids=ids,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -76,6 +77,7 @@ class Side:
     tokenizer: PreTrainedTokenizerBase | None  # where it is at hand; others are known by their fingerprints
     route: str | None = None  # of the router it is reached by
     averaged: bool = False  # one of an ensemble: what the run hears is not its own word
+    present: Callable[[], AbstractContextManager[None]] = nullcontext  # inside, its model can run
 
     @classmethod
     def of(cls, name: str, teacher: Teacher, route: str | None, averaged: bool) -> Side:
@@ -90,6 +92,7 @@ class Side:
             tokenizer if known else None,
             route,
             averaged,
+            getattr(inner, "present", nullcontext),
         )
 
 

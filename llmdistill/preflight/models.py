@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import nn
 
 from llmdistill.errors import UserError
+from llmdistill.models.modes import computes_in_16_bits
 from llmdistill.preflight import probes
 from llmdistill.preflight.finding import Finding, Side, Subject, fail, notice, ok
 from llmdistill.ranks import on_every_rank
@@ -28,16 +30,17 @@ STALE = 0.3
 def head(s: Subject) -> Iterator[Finding]:
     """Losses are formed from hidden states and the head alone, so nothing else may happen to a model's logits."""
     rollout, _ = probes.forced_rollout(s.prompts or s.heldout, s.trainer.pad_id)
-    models = {id(s.student): ("the student's logits", s.student, "student.model")}
+    models: dict[int, Any] = {id(s.student): ("the student's logits", s.student, "student.model", nullcontext)}
     for side in s.sides:
         if side.model is not None:  # two teachers may share one
             whose = f"the logits of teacher {side.name!r}" if len(s.sides) > 1 else "the teacher's logits"
-            models.setdefault(id(side.model), (whose, side.model, "teacher.model"))
-    for logits, model, setting in models.values():
+            models.setdefault(id(side.model), (whose, side.model, "teacher.model", side.present))
+    for logits, model, setting, present in models.values():
         if model is s.student and s.sharded:
             yield notice("not checked for the student: ZeRO-3 holds it in shards until training starts")
             continue
-        found = probes.head_error(model, rollout)
+        with present():
+            found = probes.head_error(model, rollout)
         if not found.finite:
             yield fail(f"{logits} are NaN: the weights are damaged", f"another {setting}")
         elif not found.relative <= found.tolerance:
@@ -157,7 +160,8 @@ def self_(s: Subject) -> Iterator[Finding]:
             where = "runs in another engine" if is_live(side.teacher) else "is read from disk"
             yield notice(s.says(side, f"not checked: the teacher {where} and cannot stand in the student's place"))
         else:
-            found = list(_alone(s, side, side.model))
+            with side.present():
+                found = list(_alone(s, side, side.model))
             yield from (replace(f, message=s.says(side, f.message)) for f in found)
 
 
@@ -168,7 +172,7 @@ def _alone(s: Subject, side: Side, model: nn.Module) -> Iterator[Finding]:
         domain = next((d for d, name in s.router.domains.items() if name == side.route), None)
         rollout = replace(rollout, domain=(domain,) * len(rollout))
     d = probes.self_distance(s.trainer, side.teacher if side.averaged else s.trainer.teacher, model, rollout, prompts)
-    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    wide = not computes_in_16_bits(model)
     # The same sums twice differ in float32 by their order, 1e-6; in 16 bits two forward passes of one text may lie 1 %
     # apart, which a gradient follows linearly. The wrong row, the wrong mask or the wrong cut give about 1.
     limit = 1e-3 if wide else 5e-2

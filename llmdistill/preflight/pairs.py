@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llmdistill.models.heads import head_of
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import evaluating, own_precision
 from llmdistill.preflight.finding import HELDOUT, Finding, Subject, fail, notice, ok
 from llmdistill.preflight.tokens import columns, leaks, too_narrow
 from llmdistill.texts import Prompt, position_ids, predicting_rows
@@ -165,7 +165,7 @@ def likelihood(s: Subject) -> Iterator[Finding]:
     ]
     device = next(s.student.parameters()).device
     rollout = collate_pairs(cut, s.trainer.pad_id).to(device)
-    with evaluating(s.student):
+    with evaluating(s.student), own_precision(s.student):
         logits_BTV = s.student(
             input_ids=rollout.input_ids,
             attention_mask=rollout.attention_mask,

@@ -28,7 +28,7 @@ from llmdistill.composition.judges import RoundEvidence
 from llmdistill.composition.loss import loss_on
 from llmdistill.composition.term import OTHER_TOKENIZER, Term
 from llmdistill.models.heads import head_of, hidden_states
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import computes_in_16_bits, evaluating, own_precision
 from llmdistill.objectives.projection import Projection
 from llmdistill.objectives.rows import TeacherRows
 from llmdistill.preflight.finding import Run, Subject
@@ -136,7 +136,7 @@ def engine_gap(trainer: Run, student: nn.Module, rollout: Rollout) -> float | No
     if rollout.behavior_logprobs is None or r.temperature == 0 or not replace(sampling_of(r), temperature=1.0).plain:
         return None
     rollout = rollout.to(next(student.parameters()).device)
-    with evaluating(student):
+    with evaluating(student), own_precision(student):
         logits_BTV = student(
             input_ids=rollout.input_ids,
             attention_mask=rollout.attention_mask,
@@ -169,16 +169,16 @@ def head_error(model: nn.Module, rollout: Rollout) -> HeadError:
         attention_mask=rollout.attention_mask,
         position_ids=position_ids(rollout.attention_mask),
     )
-    with evaluating(model):
+    with evaluating(model), own_precision(model):
         logits_NV = model(**inputs, use_cache=False).logits[rollout.attention_mask].float()
         hidden_NH = hidden_states(model, rollout)[rollout.attention_mask]
     ours = Projection.of(head.linear, head.linear.weight.dtype, None, head.logit_scale, head.softcap)
-    ours_NV = ours.rescale(ours.matmul(hidden_NH)).float()
+    ours_NV = ours.rescale(ours.matmul(hidden_NH.to(head.linear.weight.dtype))).float()
     if ours_NV.shape != logits_NV.shape:
         return HeadError(float("inf"), True, 0.0)
     largest = float(logits_NV.abs().max().clamp(min=1e-6))
     # float32 differs by its summation order; 16 bits keep 8 to 11, and scaling or capping happens in them or not.
-    tolerance = 1e-3 if head.linear.weight.dtype in (torch.float32, torch.float64) else 4e-2
+    tolerance = 4e-2 if computes_in_16_bits(model) else 1e-3
     return HeadError(float((ours_NV - logits_NV).abs().max()) / largest, not bool(logits_NV.isnan().any()), tolerance)
 
 
@@ -205,7 +205,7 @@ def self_distance(
     """
     micro, found = comparison(trainer, rollout, prompts, teacher), list[float]()
     for disturbed in (False, True):
-        with evaluating(teacher_model), head_input(teacher_model, disturbed) as leaf:
+        with evaluating(teacher_model), own_precision(teacher_model), head_input(teacher_model, disturbed) as leaf:
             loss = loss_on(
                 teacher_model,
                 micro,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from llmdistill.compat.patching import random_state_kept
 from llmdistill.errors import UserError
 from llmdistill.models.few_tokens import few_tokens
-from llmdistill.models.modes import evaluating
+from llmdistill.models.modes import computes_in_16_bits, trying_out
 from llmdistill.models.weights import base_model
 from llmdistill.ranks import on_every_rank
 from llmdistill.rollouts.engine import RolloutEngine
@@ -40,14 +38,13 @@ def check_engine(engine: RolloutEngine, model: nn.Module, *, float32: bool = Fal
     inner = base_model(model)
     rollout = rollout.to(next(inner.parameters()).device)
     view = plain(rollout)
-    off = torch.autocast(rollout.input_ids.device.type, enabled=False)
-    with torch.no_grad(), evaluating(inner), random_state_kept(), off:
+    with trying_out(inner):
         logits_BTV = model(**view.inputs(), use_cache=False).logits
     own_N = view.rows(logits_BTV).float().log_softmax(-1).gather(1, view.targets[:, None]).squeeze(1)
     assert rollout.behavior_logprobs is not None
     drawn_N = rollout.behavior_logprobs[:, 1:][rollout.completion_mask[:, 1:]]
     gap = float((own_N - drawn_N).abs().mean())
-    same = float32 and inner.dtype == torch.float32
+    same = float32 and not computes_in_16_bits(inner)
     if not gap <= (ALLOWED if same else ALLOWED_16):
         raise UserError(
             f"after the first push the rollout engine's log-probs are {gap:.2g} nats a token off the student's own: it "

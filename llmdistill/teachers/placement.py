@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmdistill.compat import fsdp
 from llmdistill.errors import UserError
@@ -56,17 +56,23 @@ class Offloaded(Whole):
         plain_head(model).to(device)
         self.device = device
         self.away = [p for p in (*model.parameters(), *model.buffers()) if id(p) not in head]
-        self.host = [p.data.pin_memory() if device.type == "cuda" else p.data for p in self.away]
+        self.host = [self.to_host(p.data) for p in self.away]
         for parameter, values in zip(self.away, self.host, strict=True):
             parameter.data = values
         self.inside = 0
+
+    def to_host(self, values: Tensor) -> Tensor:
+        return values.cpu().pin_memory() if self.device.type == "cuda" else values
+
+    def to_device(self, values: Tensor) -> Tensor:
+        return values.to(self.device, non_blocking=True)
 
     @contextmanager
     def present(self) -> Iterator[None]:
         self.inside += 1
         if self.inside == 1:
             for parameter, values in zip(self.away, self.host, strict=True):
-                parameter.data = values.to(self.device, non_blocking=True)
+                parameter.data = self.to_device(values)
         try:
             yield
         finally:

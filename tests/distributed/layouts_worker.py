@@ -42,6 +42,7 @@ from tests.trainer import pair_cases
 STEPS, GLOBAL_BATCH, ACCUMULATION, SEED = 4, 8, 2, 3
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 GREEDY = RolloutConfig(engine="vllm", temperature=0, max_new_tokens=8, dtype="float32", kv_cache_gib=0.05)
+BY_VLLM = {"rollouts": GREEDY, "head_dim": 32}  # the smallest that its CPU attention runs
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,15 @@ def opd(
     bad: bool = False,
     lost: bool = False,
     prompts: int = 16,
+    head_dim: int | None = None,
     **settings: Any,
 ) -> Any:
     args = OPDConfig(**{"rollouts": RolloutConfig(max_new_tokens=8), **common, **settings})
     lost_or_none = lost_teacher(Path(common["output_dir"])) if lost else None
     judge = lost_or_none or teacher(sharded, BadTeacher if bad else LocalTeacher)
     rows = make_rows(prompts, 5)
-    return OPDTrainer(student(), args, judge, train_dataset=rows, processing_class=make_tokenizer(), peft_config=lora)
+    own, tokenizer = student(head_dim), make_tokenizer()
+    return OPDTrainer(own, args, judge, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
 
 
 def taid(common: dict[str, Any], lora: Any) -> Any:
@@ -136,8 +139,8 @@ def several(common: dict[str, Any], lora: Any) -> Any:
     )
 
 
-def student() -> Any:
-    return make_model(0, hidden=32, tied=True)
+def student(head_dim: int | None = None) -> Any:
+    return make_model(0, hidden=32, tied=True, head_dim=head_dim)
 
 
 CELLS = {
@@ -145,8 +148,8 @@ CELLS = {
        for name, make in {"opd": opd, "taid": taid, "redi": redi, "two_terms": several}.items()
        for lora in (False, True)},
     "sharded_teacher": Cell(opd, settings={"sharded": True}),
-    "vllm": Cell(opd, settings={"rollouts": GREEDY}),
-    "vllm_lora": Cell(opd, lora=True, settings={"rollouts": GREEDY}),
+    "vllm": Cell(opd, settings=BY_VLLM),
+    "vllm_lora": Cell(opd, lora=True, settings=BY_VLLM),
     "no_teacher": Cell(opd, settings={"lost": True}),
     "few_prompts": Cell(opd, settings={"prompts": 1}),
     "nan": Cell(opd, settings={"bad": True}),  # after which the ranks are no group any more

@@ -144,7 +144,7 @@ def greedily(generate: Any) -> Any:
     return lambda prompts, sampling: generate(prompts, replace(sampling, temperature=0.0))
 
 
-def make_model(seed: int, *, hidden: int, tied: bool) -> LlamaForCausalLM:
+def make_model(seed: int, *, hidden: int, tied: bool, head_dim: int | None = None) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -153,6 +153,7 @@ def make_model(seed: int, *, hidden: int, tied: bool) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim or hidden // 4,
         tie_word_embeddings=tied,
         # Wide enough that rounding flips no greedy choice between two ways of adding up the same sum.
         initializer_range=0.2,
