@@ -85,8 +85,8 @@ def measured(
         if layout != "one_process" and plain:
             note(layout, launched(folder, layout, plain, before), alone)
             before.append(layout)
-    for i, layout in enumerate(before[:-1]):  # from those that came after it
-        crossed = tuple(cell for cell in plain if cell in CROSSED)
+    crossed = tuple(cell for cell in plain if cell in CROSSED)
+    for i, layout in enumerate(before[:-1] if crossed else ()):  # from those that came after it
         note(layout, launched(folder, layout, crossed, before[i + 1 :], f"{layout}-again"), alone)
     if sampled:
         first = launched(folder, "one_process", sampled, [], "one_process-vllm")

@@ -4,14 +4,19 @@ layout of checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, groupby
 from typing import Any
 
 from torch import Tensor, nn
 
 from llmdistill.compat import fsdp
 from llmdistill.compat.patching import patched
+
+_LAYER = re.compile(r"(?:.*?\.\d+\.)?")  # what names of one layer begin with; nothing, of what is in none
+_NAME = re.compile(".*")
 
 
 def auto_class(config: Any) -> Any:
@@ -83,11 +88,12 @@ def generation_ready(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
 def as_stored(model: Any, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """A model's weights under the names and in the shapes of its checkpoint.
 
-    transformers lays some tensors out anew in memory (fused experts); those of most models not at all.
+    transformers lays some tensors out anew in memory (fused experts), within a layer: of such models no more than a
+    layer's are held here. Those of most it renames, if that.
     """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
     if not isinstance(model, PreTrainedModel):
         return pairs
@@ -95,7 +101,28 @@ def as_stored(model: Any, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple
     conversions = get_model_conversion_mapping(model, add_legacy=False) if known is None else known
     if not conversions:
         return pairs
-    return iter(revert_weight_conversion(model, dict(pairs)).items())  # type: ignore[arg-type]
+    together = _LAYER if any(isinstance(entry, WeightConverter) for entry in conversions) else _NAME
+    groups = groupby(pairs, lambda pair: together.match(pair[0]).group())  # type: ignore[union-attr]
+    return chain.from_iterable(revert_weight_conversion(model, dict(group)).items() for _, group in groups)
+
+
+def not_stored(model: Any, shared: Iterable[Sequence[str]]) -> set[str]:
+    """The names of weights that a checkpoint is without: those made anew, and of tied ones all but that which loading
+    looks for.
+
+    Args:
+        shared: the names of every weight that has several.
+    """
+    found = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    tied = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "_tied_weights_keys", None) or ()
+    ]
+    for names in shared:
+        known = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in tied)]
+        found.update(known[: len(names) - 1])
+    return found
 
 
 @contextmanager

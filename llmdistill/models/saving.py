@@ -26,7 +26,8 @@ from llmdistill.models.few_tokens import few_tokens
 from llmdistill.models.helpers import NAME as HELPERS
 from llmdistill.models.loading import load_saved
 from llmdistill.models.modes import attends_in_16_bits, trying_out
-from llmdistill.models.weights import base_model, named_weights
+from llmdistill.models.weight_files import saved_weights, write_weights
+from llmdistill.models.weights import base_model, gathered, whole
 from llmdistill.texts.views import plain
 
 SKIPPED_BY = "saved-student"  # --skip-check
@@ -53,12 +54,16 @@ def check_savable(student: Any, tokenizer: Any, *, writes: bool = True) -> None:
     if not writes:
         return
     sharded = any(zero3.is_sharded(p) or hasattr(p, "full_tensor") for p in student.parameters())
+    bare = sharded or quantised(student) or hasattr(student, "peft_config")
     with tempfile.TemporaryDirectory() as folder:
         try:
             with without_writing_weights():
                 # Shards are gathered by all processes together, once there is an engine: only what is beside them here.
-                _write(student, folder, {} if sharded or quantised(student) else _weights(student))
+                _write(student, folder, {} if bare else dict(student.state_dict()))
                 tokenizer.save_pretrained(folder)
+            if bare and not (sharded or quantised(student)):
+                for _ in saved_weights(student):  # adapters can be merged
+                    pass
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), "")
             raise UserError(
@@ -111,24 +116,25 @@ def mend_generation_config(model: Any) -> None:
 def save_student(model: Any, folder: Path, tokenizer: Any, *, main_process: bool = True) -> None:
     """Whole weights in ``folder``, adapters merged, as ``from_pretrained`` and vLLM load them. Every process calls it,
     for ZeRO-3 puts shards together as they come; the main one writes."""
-    weights = {}
-    for name, tensor in named_weights(model, stored=False):
-        if main_process:
-            weights[name] = tensor.cpu()
     if main_process:
-        _write(model, folder, weights)
+        with without_writing_weights():
+            _write(model, folder, {})
         tokenizer.save_pretrained(folder)
+    write_weights(model, folder, main_process=main_process)
 
 
 def save_in_parts(model: Any, folder: Path, tokenizer: Any, *, main_process: bool = True) -> None:
-    """What ``save_model`` writes of a model that FSDP2 shards: whole weights, or the adapter alone. Every process calls
-    it; the main one writes."""
+    """What ``save_model`` writes of a model that ZeRO-3 or FSDP2 shards: whole weights, or the adapter alone. Every
+    process calls it; the main one writes."""
     if not hasattr(model, "peft_config"):
         save_student(model, folder, tokenizer, main_process=main_process)
         return
     fsdp.shard_again(model)
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad and f"{HELPERS}." not in name)
-    state = {name: fsdp.whole(p).cpu() for name, p in trained}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and f"{HELPERS}." not in name:
+            with gathered([parameter]):
+                state[name] = whole(parameter).cpu()
     if main_process:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
@@ -199,10 +205,6 @@ def _problem(folder: Path, what: str, lost: list[str]) -> str:
         f"{folder} {what}{names}. The newest checkpoint, or adapter/, beside it still has what was trained. "
         f"Fix: report it with the student's architecture; --skip-check {SKIPPED_BY} leaves this comparison out."
     )
-
-
-def _weights(student: Any) -> dict[str, Tensor]:
-    return dict(named_weights(student, stored=False)) if hasattr(student, "peft_config") else dict(student.state_dict())
 
 
 def _write(model: Any, folder: str | Path, weights: dict[str, Tensor]) -> None:

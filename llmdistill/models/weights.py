@@ -73,7 +73,7 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad or not trainable_only:
             with gathered([parameter]):
-                yield _clean(prefix + name), whole(parameter)
+                yield plain_name(prefix + name), whole(parameter)
     yield from () if trainable_only else _buffers(module, prefix)
     for name, child in module.named_children():
         if name == HELPERS:  # trained beside the student, and no part of it
@@ -84,7 +84,7 @@ def _walk(module: Any, prefix: str, trainable_only: bool) -> Iterator[tuple[str,
 def _buffers(module: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
-            yield _clean(prefix + name), buffer
+            yield plain_name(prefix + name), buffer
 
 
 @torch.no_grad()
@@ -157,7 +157,8 @@ def whole(parameter: Tensor) -> Tensor:
     return value.clone() if hasattr(parameter, "ds_id") else value
 
 
-def _clean(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Without what compiling and checkpointing put into it."""
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         name = name.replace(wrapper, "")
     return name

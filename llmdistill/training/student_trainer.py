@@ -37,6 +37,8 @@ from llmdistill.texts.batches import Passes, split_evenly
 from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.training.finite import FiniteTrainer
 
+KEEPS_WHOLE = "zero_optimization.stage3_gather_16bit_weights_on_model_save"  # what zero3_save_16bit_model becomes
+
 
 def ready_student(
     model: str | PreTrainedModel,
@@ -122,12 +124,15 @@ class StudentTrainer(FiniteTrainer):
             self._run_folder_callback.stop()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' own; of a student that FSDP2 shards, whole weights where it would write nothing."""
-        if not self.is_fsdp_enabled or _internal_call:  # a checkpoint has the parts
+        """As transformers' own; of a student that FSDP2 or ZeRO-3 shards, whole weights, file by file. A checkpoint has
+        the parts: under FSDP2, and under ZeRO-3 where ``zero3_save_16bit_model`` is false, nothing else."""
+        plugin = self.args.deepspeed_plugin
+        zero3 = plugin is not None and plugin.zero_stage == 3
+        if not (zero3 or self.is_fsdp_enabled and not _internal_call):
             super().save_model(output_dir, _internal_call)
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        save_in_parts(self.model, folder, self.processing_class, main_process=self.is_world_process_zero())
+        elif not _internal_call or plugin.hf_ds_config.get_value(KEEPS_WHOLE, False):
+            folder = Path(output_dir or self.args.output_dir or ".")
+            save_in_parts(self.model, folder, self.processing_class, main_process=self.is_world_process_zero())
 
     def as_inputs(self, batches: Sequence[MicroBatch], parts: int) -> list[dict[str, Any]]:
         """What transformers' loop takes for a micro-batch, ``parts`` times; each may be several of ours in a row."""

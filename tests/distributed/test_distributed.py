@@ -19,6 +19,7 @@ from llmdistill.recipe.launches import (
     launched_processes,
     whole_models,
 )
+from tests.alive import FILE_BYTES
 from tests.distributed import worker
 from tests.distributed.launching import launch, launched_once
 
@@ -99,6 +100,15 @@ def test_a_run_goes_on_in_another_launch(results: Any, config: str, direction: s
 @pytest.mark.parametrize(("config", "run"), CELLS)
 def test_the_saved_student_is_the_trained_one(results: Any, config: str, run: str) -> None:
     assert results(config)[run]["saved_difference"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ("zero3", "fsdp2"))
+def test_a_sharded_student_is_never_whole_in_a_process_that_saves_it(results: Any, config: str) -> None:
+    for run in (run for c, run in CELLS if c == config):
+        most, everything, largest = results(config)[run]["saved_alive"]
+        assert most <= FILE_BYTES + 2 * largest and 2 * most < everything
+        assert results(config)[run]["saved_files"] >= everything // FILE_BYTES
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from llmdistill.objectives.divergences import reverse_kl
 from llmdistill.recipe.launches import leave_group, whole_models
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.texts.sources import Only
+from tests.alive import counted
 
 RUNS = ("tied/dataset", "tied/student", "untied/dataset", "untied/student")  # of them FSDP2 has the first and the last
 VOCAB, PROMPTS, STEPS, GLOBAL_BATCH, ACCUMULATION = 120, 16, 4, 8, 2
@@ -58,7 +59,8 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
     parts = [p.to_local() if fsdp.is_shard(p) else getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]
     numel = [part.numel() for part in parts]
     evaluated = trainer.evaluate()
-    trainer.save_model(str(folder / "final"))
+    with counted() as alive:
+        trainer.save_model(str(folder / "final"))
     difference = saved_difference(trainer, folder / "final")
     logged = [line for line in trainer.state.log_history if "loss" in line]
     resumed, start = make_trainer(folder, tied, on_policy), Start()
@@ -76,6 +78,8 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
         "evaluated": [before, evaluated],
         "local_parameters": sum(numel),
         "saved_difference": difference,
+        "saved_alive": [alive.most, alive.all, alive.largest],
+        "saved_files": len(list((folder / "final").glob("*.safetensors"))),
         "steps_in_file": [line["step"] for line in lines if "loss" in line],
     }
 
