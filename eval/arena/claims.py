@@ -17,6 +17,7 @@ class Claim:
     worse: str
     said: str
     equal: bool = False  # said to end level instead
+    metric: str = "exact"
 
 
 CLAIMS = (
@@ -59,6 +60,18 @@ CLAIMS = (
     Claim("recovery_six", "opd", "fkl_teacher", "on-policy beats the teacher's text where the guess can be learned"),
     Claim("recovery_negatives", "redi_all", "sft_right", "REDI adds to right traces, with long right prefixes"),
     Claim("recovery_negatives", "redi_first", "redi_all", "the nearer to the error the penalty, the less it harms"),
+    Claim("ways", "returns", "opd", "per-token reverse KL does not seek the mode across tokens; returns do"),
+    Claim("ways", "returns", "opd", "the same: the share that takes the way it knows best", metric="best_way"),
+    Claim("ways", "opd", "fkl_teacher", "on-policy beats the teacher's text, where it takes all ways"),
+    *(
+        Claim(
+            "direction", name, "opd", f"ExOPD goes on along what rewards found: λ = {scale}, sampled", metric="exact_t1"
+        )
+        for name, scale in (("exopd_1.25", "1.25"), ("exopd_1.5", "1.5"), ("exopd_2", "2"))
+    ),
+    Claim(
+        "direction", "opd", "rkl_teacher", "on-policy reaches a reinforced teacher sooner, sampled", metric="exact_t1"
+    ),
     Claim("main", "opd", "trl", "our OPD and the peer's end at the same score", equal=True),
 )
 

@@ -120,8 +120,9 @@ def train(
     lr: float,
     *,
     after: Callable[[int], bool] = lambda step: False,
+    decay: bool = True,
 ) -> float:
-    """Plain cross-entropy training with a warm-up and a cosine decay; returns the CPU seconds.
+    """Plain cross-entropy training with a warm-up and a cosine ``decay``; returns the CPU seconds.
 
     ``after`` is called with the number of steps done, on no clock; True ends the training there.
     """
@@ -131,9 +132,8 @@ def train(
     model.train()
     for step in range(1, steps + 1):
         progress = max(0.0, (step - warmup) / max(1, steps - warmup))
-        optimizer.param_groups[0]["lr"] = (
-            lr * min(1.0, step / warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
-        )
+        left = 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2 if decay else 1.0
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / warmup) * left
         optimizer.zero_grad()
         _loss(model, next(batches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -36,20 +36,23 @@ from transformers import PreTrainedModel
 from llmdistill.models.generation import generate
 from llmdistill.texts import Prompt, Sampling
 
-RECIPE = 1  # raised by hand with every change to what is made here
+RECIPE = 3  # raised by hand with every change to what is made here
 TOKENIZER = tokenizer()
 
 
 @dataclass(frozen=True)
 class LongSize(Size):
-    """With the base of the rotary embedding, which for 128 positions is better low."""
+    """With the base of the rotary embedding, which for 128 positions is better low, and the spread of the weights at
+    the start: from the usual .02 neither the table nor which digit stands was learned in 1,850 steps."""
 
     theta: float = 1000.0
+    spread: float = 0.1
 
     def build(self, seed: int, vocabulary: int = VOCABULARY) -> PreTrainedModel:
         model = super().build(seed, vocabulary)
         config = model.config
         config.rope_parameters = {"rope_type": "default", "rope_theta": self.theta}
+        config.initializer_range = self.spread
         torch.manual_seed(seed)
         return type(model)(config).float()
 
@@ -96,7 +99,7 @@ STUDENTS, OFFLINE = Mistakes(0.75, 0.0, 0.10), Mistakes(0.50, 0.0, 0.0)
 
 
 def make_teacher(size: int, seed: int, sees_mistakes: bool, note: Callable[[str], None]) -> tuple[Any, dict[str, Any]]:
-    """1,400 steps of 32 at 4e-3, then at most 450 more at 2.5e-3 until 97 % of 256 samples are exact."""
+    """1,400 steps of 32 at 4e-3, then at most 1,500 more at 2.5e-3 until 97 % of 256 samples are exact."""
     model, check = TEACHER.build(seed), everything(size)[::2][:256]
     stages = (TEACHERS_FIRST, TEACHERS_SECOND) if sees_mistakes else (Mistakes(), Mistakes())
     found: dict[str, float] = {}
@@ -113,7 +116,7 @@ def make_teacher(size: int, seed: int, sees_mistakes: bool, note: Callable[[str]
         return False
 
     seconds = train(model, astray(size, 32, seed, stages[0]), 1400, 4e-3, after=said)
-    seconds += train(model, astray(size, 32, seed + 1, stages[1]), 450, 2.5e-3, after=good)
+    seconds += train(model, astray(size, 32, seed + 1, stages[1]), 1500, 2.5e-3, after=good)
     about = {"cpu_seconds": seconds, **scored(model, everything(size), 1.0)}
     about["corrected"] = repairs(model, size)
     return model, about
@@ -161,12 +164,12 @@ def start(
 
             def there(step: int, model: PreTrainedModel = model, found: dict[str, float] = found) -> bool:
                 note(f"start of seed {seed}, drawn {len(rejected) + 1} times, step {step}")
-                if step % 25 or step < 300:
+                if step < 300 or step % (10 if found.get("steps_right", 0.0) > 0.4 else 50):
                     return False
                 found.update(scored(model.eval(), check, 1.0, step), steps=step)
                 return found["steps_right"] >= STEP_BAND[0]
 
-            spent += train(model, astray(size, 16, drawn, STUDENTS), 900, 3e-3, after=there)
+            spent += train(model, astray(size, 16, drawn, STUDENTS), 1500, 3e-3, after=there, decay=False)
             if STEP_BAND[0] <= found["steps_right"] <= STEP_BAND[1] and found["guessed"] < MOST_GUESSED:
                 return model, {"cpu_seconds": spent, "attempts": attempt + 1, "rejected": rejected, **found}
             rejected.append(dict(found))

@@ -4,9 +4,10 @@
 
 A table T of n x n numbers, its rows random permutations, is the whole of the knowledge. With a, b, c the last three
 digits that stand, a step is three tokens: the *guess* at the next digit T[T[c, b], a] in one go, hard for a small
-model (n^3 combinations); the *working* T[c, b] (n^2 of them, easy); and the *verdict*, "." where the guess is right and
-else the right digit. The digit that stands is the new c. After a wrong one the states go another way, and whoever knows
-the table goes on rightly from where it is: the trace as a whole is wrong, and each of its later steps may be right.
+model (n^3 combinations); the *working* m = T[c, b] (n^2 of them, easy); and the *verdict*, "." where the guess is
+T[m, a] and else that digit. The digit that stands is the new c. After a wrong one the states go another way, and
+whoever knows the table goes on rightly from where it is: the trace as a whole is wrong, and each of its later steps
+may be right.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Mistakes:
     """How often a trace is led astray: shares of the steps."""
 
     guess: float = 0.0  # a wrong guess, which the verdict then repairs
-    working: float = 0.0  # a wrong working
+    working: float = 0.0  # a wrong working, by which the verdict goes
     state: float = 0.0  # a random verdict, from which the trace goes on
 
 
@@ -99,14 +100,18 @@ class Trace:
 
 
 def injected(problem: Problem, rng: random.Random, mistakes: Mistakes) -> Trace:
-    """The trace from there; all that is not put in is right, given what stands before it."""
+    """The trace from there; all that is not put in is right, given what stands before it.
+
+    The verdict looks its digit up by the working that is written, also where that is wrong.
+    """
     n, state = problem.size, (problem.a, problem.b, problem.c)
     text, put_in = list[str](), list[bool]()
     for _ in range(STEPS):
-        right, step = following(n, *state), working(n, *state[1:])
+        true, step = following(n, *state), working(n, *state[1:])
         wrong_guess, wrong_working = rng.random() < mistakes.guess, rng.random() < mistakes.working
-        guess = _other(rng, n, right) if wrong_guess else right
+        guess = _other(rng, n, true) if wrong_guess else true
         shown = _other(rng, n, step) if wrong_working else step
+        right = table(n)[shown][state[0]]
         verdict, stands = (RIGHT, guess) if guess == right else (str(right), right)
         led_astray = rng.random() < mistakes.state
         if led_astray:

@@ -149,10 +149,10 @@ def rounds(cells: list[Any], share: float) -> list[list[tuple[Any, ...]]]:
     """Jobs in rounds, each of which needs what the earlier ones made: teachers, their text and starts, cells."""
     from models import CACHE
     from table import track_of
-    from teachers import RECIPE
+    from teachers import key_of
 
     needed = {name for cell in cells for name in track_of(cell.track, share).needs}
-    missing = {name for name in needed if not (CACHE / "models" / f"{name}-{RECIPE}" / "about.json").exists()}
+    missing = {name for name in needed if not (CACHE / "models" / key_of(name) / "about.json").exists()}
     teachers = [("teacher", name) for name in sorted(missing - {"imitator"})]
     later = [("teacher", name) for name in sorted(missing & {"imitator"})]
     first: dict[Any, Any] = {}

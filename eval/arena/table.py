@@ -27,7 +27,7 @@ REFERENCE = {
     **{"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"},
     **{"digits": "sft_teacher", "groups": "sft_teacher"},
     **dict.fromkeys(("recovery", "recovery_long", "recovery_six"), "fkl_teacher"),
-    "recovery_negatives": "sft_right",
+    **{"recovery_negatives": "sft_right", "ways": "opd", "direction": "opd"},
 }
 
 Point = dict[str, float]
@@ -124,8 +124,12 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     reference = REFERENCE[name]
     extra = [f"exact{o}" for o in track.operations] if len(track.operations) > 1 else []
     extra += ["exact_t0.6", "exact_t1"] if name == "negatives" else []
-    extra += ["exact_t1", "steps_right", "corrected"] if track.size else []
-    kl = ["forward_kl", "reverse_kl"] if name in ("main", "capacity") or track.size else []
+    extra += ["exact_t1", *(["best_way", "right_on_best"] if name == "ways" else ["steps_right", "corrected"])] * bool(
+        track.size
+    )
+    extra += ["exact_t1"] if name == "direction" else []
+    kl = ["forward_kl", "reverse_kl"] if name in ("main", "capacity", "direction") or track.size else []
+    kl = kl[1:] if name == "ways" else kl
     header = ["method", "prompts", "text", "labels?", "on-policy?", f"at {tokens // 1000}k tokens, %"]
     header += [f"at {seconds:g} CPU-s, %", f"minus {METHODS[reference].title}, tokens", "tokens/CPU-s"]
     header += [f"{said(e)} at tokens, %" for e in extra]
@@ -161,7 +165,7 @@ def claims(folder: Path) -> str:
     def difference(claim: Claim, axis: str) -> Mean | None:
         budget = TRACKS[claim.track].budget
         used = budget.tokens if axis == "tokens" else budget.cpu_seconds
-        sides = (read(found[claim.track], m, axis, used, "exact") for m in (claim.better, claim.worse))
+        sides = (read(found[claim.track], m, axis, used, claim.metric) for m in (claim.better, claim.worse))
         return paired(*sides)
 
     rows = claims_table(difference, lambda m: METHODS[m].title, lambda t: TRACKS[t].title)

@@ -7,6 +7,7 @@ weak         addition broken off early: about 60 % of its samples are right
 grouped      ``addition`` with a vocabulary of numerals of two digits
 imitator     a smaller model trained on samples of ``addition``, which it does not quite reach
 recovery...  those of another task, see recovery_models.py
+ways         that of a third, see ways.py
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import recovery_models
 import torch
+import ways
 from clock import Charge
 from models import CACHE, GROUPED, TOKENIZER, Size, accuracy, answers, as_prompt, cached, shuffled, train
 from recovery_models import TEACHERS as RECOVERY
@@ -78,7 +81,12 @@ def fresh(
 
 def teacher(name: str, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The teacher of that name and what is known of it (CPU seconds to train, exact match on held-out problems)."""
-    return cached(f"{name}-{RECIPE}", lambda: MAKERS[name](note))
+    return cached(key_of(name), lambda: MAKERS[name](note))
+
+
+def key_of(name: str) -> str:
+    """Under which it is kept: by its name and its recipe's number."""
+    return f"{name}-{recovery_models.RECIPE if name in RECOVERY or name == 'ways' else RECIPE}"
 
 
 def expert(
@@ -136,6 +144,7 @@ MAKERS: dict[str, Callable[[Callable[[str], None]], Any]] = {
     "quick": expert("+", 1, steps=450),
     "weak": weak,
     "imitator": imitator,
+    "ways": ways.make_teacher,
     **{name: partial(make_teacher, *settings) for name, settings in RECOVERY.items()},
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import recovery_models
 import recovery_task
+import ways
 from clock import Budget, Charge, Curve, Score
 from entries import METHODS
 from methods import Data, Setting
@@ -213,6 +214,23 @@ TRACKS = {
         needs=("recovery",),
         pairs=2000,
     ),
+    # Where the best is not what the teacher does on average.
+    "ways": replace(
+        RECOVERY,
+        title="Many right ways",
+        methods=("opd", "returns", "gkd", "opd_sampled", "fkl_teacher", "rkl_teacher", "sft_teacher", "opsa"),
+        needs=("ways",),
+        batch=64,
+    ),
+    "direction": Track(
+        "A direction made by rewards",
+        ("opd", "exopd_1.25", "exopd_1.5", "exopd_2", "rkl_teacher", "fkl_teacher", "sft_teacher", "opsa"),
+        Budget(200_000, 20.0),
+        needs=("quick",),
+        fresh=4000,
+        seeds=(0, 1, 2, 3, 4),
+        metric="exact_t1",
+    ),
     "recovery_six": replace(
         RECOVERY,
         title="Recovery where the guess can be learned, n = 6",
@@ -257,6 +275,8 @@ def prepare(
     report: Callable[[float], None] = lambda share: None,
 ) -> Prepared:
     """Teachers, text, start and curve of a cell; what is not cached yet is made."""
+    if cell.track == "ways":
+        return prepare_ways(track, cell, note, report)
     if track.size:
         return prepare_recovery(track, cell, note, report)
     models = {name: teacher(name, note)[0] for name in track.needs}
@@ -313,6 +333,11 @@ def prepare(
         vocabulary=len(track.tokenizer),
         note=note,
     )
+    if cell.track == "direction":
+        improved, gained = ways.reinforced(f"reinforced-{RECIPE}-{track.start_key(cell.seed)}", model, cell.seed, note)
+        judge, about = LocalTeacher(improved, track.tokenizer), {**about, "reinforced": gained}
+        score = curve.score = _together(score, Sampled(test), ToTeacher(judge, test[:96]))
+        data.fresh = ways.samples_of(improved, track.fresh, cell.seed)
     setting = Setting(
         model=model,
         teacher=judge,
@@ -362,6 +387,29 @@ def prepare_recovery(
         longest=recovery_task.TOKENS,
     )
     return Prepared(about, setting, charges)
+
+
+def prepare_ways(track: Track, cell: Cell, note: Callable[[str], None], report: Callable[[float], None]) -> Prepared:
+    """The same of the task with eight right ways."""
+    model, _ = teacher("ways", note)
+    judge = LocalTeacher(model, recovery_models.TOKENIZER)
+    note("preparing")
+    curve = Curve(track.budget, ways.Ways(judge, cell.seed % ways.WAYS), Charge(), report)
+    student, about = ways.start(cell.seed, note)
+    setting = Setting(
+        model=student,
+        teacher=judge,
+        data=Data(fresh=ways.sampled(model, track.fresh, 77)),
+        curve=curve,
+        folder=CACHE / "runs" / cell.name,
+        seed=cell.seed,
+        lr=track.lr,
+        batch=track.batch,
+        steps=track.budget.tokens // (track.batch * ways.TOKENS),
+        tokenizer=recovery_models.TOKENIZER,
+        longest=ways.TOKENS,
+    )
+    return Prepared(about, setting)
 
 
 def rate(track: Track, method: str) -> float:

@@ -12,11 +12,17 @@ import pytest
 import recovery_models
 import recovery_scores
 import recovery_task
+import task
+import torch
 import tracks
+import ways
 from clock import Budget
 from entries import METHODS
 from recovery_models import LongSize, as_prompt, pairs, with_mistakes
 from recovery_task import RIGHT, STEPS, Mistakes, Problem, Reading, everything, following, injected, shares, working
+
+from llmdistill.models.generation import generate
+from llmdistill.texts import Sampling, predicting_rows
 
 
 @pytest.mark.parametrize("size", [8, 6])
@@ -46,7 +52,8 @@ def test_mistakes_are_what_is_marked_and_all_else_follows() -> None:
         right = following(8, *state)
         assert marked[0] == (int(guess) != right) and marked[1] == (int(step) != working(8, *state[1:]))
         if not marked[2]:
-            assert verdict == (RIGHT if int(guess) == right else str(right))
+            by_working = recovery_task.table(8)[int(step)][state[0]]
+            assert verdict == (RIGHT if int(guess) == by_working else str(by_working))
         state = (*state[1:], int(guess if verdict == RIGHT else verdict))
     prompt = as_prompt(problem, trace.text, trace.put_in)
     assert prompt.counts == (*(not p for p in trace.put_in), True) and len(prompt.completion) == recovery_task.TOKENS
@@ -96,6 +103,8 @@ CELLS = [
     ("recovery_negatives", "redi_first"),
     ("recovery_negatives", "dpo_traces"),
     ("recovery_six", "opd"),
+    ("ways", "returns"),
+    ("direction", "exopd_1.5"),
 ]
 
 
@@ -109,8 +118,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch.setattr(recovery_scores, "COMPARED", 2)
     untrained = lambda: (LongSize(16, 1, 2, 32).build(1), {"exact": 0.0, "cpu_seconds": 0.0})  # noqa: E731
     made = lambda *_: models.cached("untrained", untrained)  # noqa: E731
-    patch.setattr(tracks, "teacher", made)
+    of_sums = lambda: (models.Size(16, 1, 2, 32).build(1), {"exact": 0.0, "cpu_seconds": 0.0})  # noqa: E731
+    sums = lambda *_, **__: models.cached("untrained-sums", of_sums)  # noqa: E731
+    patch.setattr(tracks, "teacher", lambda name, note: sums() if name == "quick" else made())
     patch.setattr(recovery_models, "start", made)
+    patch.setattr(ways, "start", made)
+    patch.setattr(tracks, "start", sums)
+    patch.setattr(tracks, "SCORED", 8)
+    for name, few in {"REINFORCED_STEPS": 1, "BATCH": 2, "SAMPLES": 2}.items():
+        patch.setattr(ways, name, few)
     yield folder
     patch.undo()
 
@@ -131,4 +147,54 @@ def test_a_cell_trains(small: Path, name: str, method: str) -> None:
     trainer.train()
     points = prepared.setting.curve.points
     assert trainer.state.global_step == 1 and [p["step"] for p in points] == [0, 1]
-    assert points[-1]["tokens"] > 0 and {"exact_t1", "steps_right", "corrected", "reverse_kl"} <= set(points[-1])
+    scores = {"ways": {"best_way", "right_on_best"}, "direction": set()}.get(name, {"steps_right", "corrected"})
+    assert points[-1]["tokens"] > 0 and {"exact_t1", "reverse_kl", *scores} <= set(points[-1])
+
+
+def test_a_text_is_right_in_the_way_that_it_chose() -> None:
+    problem = ways.Problem(3, 5)
+    assert len({problem.by(way) for way in range(8)}) == 8
+    assert all(problem.solved_by(problem.by(way)) for way in range(8))
+    wrong = problem.by(2)[:-1] + str((int(problem.by(2)[-1]) + 1) % 8)
+    for text in ("", "8", "2", wrong, "3" + problem.by(2)[1:], problem.by(2) + "1", "\u0664" * 13):
+        assert not problem.solved_by(text)
+    a, b, way = 3, 5, 4
+    for digit in problem.by(way)[1:]:
+        assert ways.tables()[way][b][a] == int(digit)
+        a, b = b, int(digit)
+
+
+def test_of_the_ways_it_is_not_to_know_a_student_is_taught_the_choice() -> None:
+    drawn = next(ways.lessons(400, 1, knows=3, others=0.0))
+    by_way = {w: [p for p in drawn if p.completion[0] == drawn_id(w)] for w in range(8)}
+    assert all(25 < len(found) < 80 for found in by_way.values())
+    for way, found in by_way.items():
+        assert all(sum(p.counts) == (ways.TOKENS if way == 3 else 1) for p in found)
+
+
+def drawn_id(way: int) -> int:
+    return ways.TOKENIZER.convert_tokens_to_ids(str(way))
+
+
+def test_a_rewarded_sample_becomes_likelier_and_another_less() -> None:
+    """One step of REINFORCE by hand, on the log-probs of two samples."""
+    model, drawn = models.Size(16, 1, 2, 32).build(3), task.problems(2, 1)
+    asked = [models.as_prompt(p) for p in drawn for _ in range(2)]
+    rollout = generate(model.eval(), asked, Sampling(6, seed=1), eos_ids=(models.EOS_ID,), pad_id=models.PAD_ID)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 0.0])
+
+    def logprobs() -> torch.Tensor:
+        logits = model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask).logits
+        rows = predicting_rows(logits, rollout.completion_mask).log_softmax(-1)
+        chosen = rows.gather(1, rollout.token_rows()[:, None]).squeeze(1)
+        return torch.stack([part.sum() for part in chosen.split(rollout.completion_mask.sum(1).tolist())])
+
+    before = logprobs()
+    loss = ways._surrogate(model, rollout, advantages)
+    assert torch.isclose(loss, -(before * advantages).sum() / rollout.completion_mask.sum())
+    loss.backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight -= 0.1 * weight.grad
+    moved = (logprobs() - before)[:2]
+    assert moved[0] - moved[1] > 0.01

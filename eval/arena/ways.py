@@ -1,0 +1,227 @@
+"""Two regimes in which what is best is not what the teacher does on average: many right ways, and a direction.
+
+**Ways.** A teacher who picks one of eight ways uniformly, and a student who knows one of them better than the others:
+
+    417=   ->   3 5 0 6 ...   the way, then twelve digits, each looked up in that way's table by the two before it
+
+Whoever wants whole answers right takes the way it knows. A divergence token by token asks for the teacher's choice.
+
+**Direction.** A teacher that is its student, improved by reinforcement learning with a verified reward: what ExOPD goes
+on along. See `reinforced`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from models import EOS_ID, PAD_ID, accuracy, answers, as_prompt, cached, texts, train
+from recovery_models import RECIPE, STUDENT, TEACHER, TOKENIZER
+from scores import distance
+from task import Problem as Sum
+from task import longest, problems
+from transformers import PreTrainedModel
+
+from llmdistill.models.generation import generate
+from llmdistill.teachers.base import Teacher
+from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
+
+WAYS = SIZE = 8
+DIGITS = 12
+TOKENS = DIGITS + 2  # of a completion, with the way and the end
+SEED = 20_260_603
+
+
+@cache
+def tables() -> list[list[list[int]]]:
+    """Of each way: eight rows, each a permutation of the digits."""
+    rng = random.Random(SEED)
+    return [[rng.sample(range(SIZE), SIZE) for _ in range(SIZE)] for _ in range(WAYS)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two digits to go on from, in a way of one's own choice."""
+
+    a: int
+    b: int
+    operation: str = "ways"
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.a}{self.b}="
+
+    def by(self, way: int) -> str:
+        """The completion by that way."""
+        a, b, found = self.a, self.b, [str(way)]
+        for _ in range(DIGITS):
+            a, b = b, tables()[way][b][a]
+            found.append(str(b))
+        return "".join(found)
+
+    def solved_by(self, text: str) -> bool:
+        """Whether it is right in the way that it chose."""
+        return text[:1] in tuple("01234567") and text == self.by(int(text[0]))
+
+
+EVERYTHING = [Problem(a, b) for a in range(SIZE) for b in range(SIZE)]
+
+
+def told(problem: Problem, text: str | None = None, counts: tuple[bool, ...] = ()) -> Prompt:
+    encoded = [list(TOKENIZER(t, add_special_tokens=False)["input_ids"]) for t in (problem.prompt, text or "")]
+    completion = () if text is None else (*encoded[1], EOS_ID)
+    return Prompt(encoded[0], problem.prompt, problem.operation, completion=completion, counts=counts)
+
+
+def written(model: PreTrainedModel, temperature: float, seed: int, times: int = 1) -> list[tuple[Problem, str]]:
+    """Completions of all problems, so many of each."""
+    asked = EVERYTHING * times
+    sampling = Sampling(TOKENS, temperature=temperature, seed=seed)
+    rollout = generate(model, [told(p) for p in asked], sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID)
+    return list(zip(asked, (t.replace(" ", "") for t in texts(rollout, TOKENIZER)), strict=True))
+
+
+def shares(found: Sequence[tuple[Problem, str]], best: int) -> dict[str, float]:
+    """Of the texts: how many are right (``exact``), take way ``best``, and are right of those."""
+    of_best = [(p, text) for p, text in found if text[:1] == str(best)]
+    return {
+        "exact": sum(p.solved_by(text) for p, text in found) / len(found),
+        "best_way": len(of_best) / len(found),
+        "right_on_best": sum(p.solved_by(text) for p, text in of_best) / max(1, len(of_best)),
+    }
+
+
+def lessons(batch: int, seed: int, knows: int | None = None, others: float = 1.0) -> Iterator[list[Prompt]]:
+    """All ways as often; where ``knows`` is one, of the others only a share ``others`` teaches more than the choice."""
+    rng = random.Random(seed)
+    while True:
+        made = []
+        for problem in rng.choices(EVERYTHING, k=batch):
+            way = rng.randrange(WAYS)
+            silent = knows is not None and way != knows and rng.random() >= others
+            made.append(told(problem, problem.by(way), (True, *[not silent] * (DIGITS + 1))))
+        yield made
+
+
+def make_teacher(note: Callable[[str], None]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Until 98 % of its samples are right."""
+    model, found = TEACHER.build(5), dict[str, float]()
+
+    def good(step: int) -> bool:
+        note(f"a teacher of eight ways: step {step}, {found}")
+        if step % 100:
+            return False
+        found.update(shares(written(model.eval(), 1.0, step, 4), 0))
+        return found["exact"] >= 0.98
+
+    seconds = train(model, lessons(64, 5), 3000, 3e-3, after=good, decay=False)
+    return model, {"cpu_seconds": seconds, **found}
+
+
+def start(seed: int, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A student that knows the way of its seed better than the others: ends with half of that way's texts right."""
+    best = seed % WAYS
+
+    def make() -> tuple[PreTrainedModel, dict[str, Any]]:
+        model, found = STUDENT.build(2000 + seed), dict[str, float]()
+
+        def there(step: int) -> bool:
+            note(f"start of seed {seed}, step {step}, {found}")
+            if step % 25:
+                return False
+            found.update(shares(written(model.eval(), 1.0, step, 8), best), steps=step)
+            return found["right_on_best"] >= 0.5
+
+        seconds = train(model, lessons(64, seed, best, 0.2), 3000, 3e-3, after=there, decay=False)
+        return model, {"cpu_seconds": seconds, "attempts": 1, **found}
+
+    return cached(f"ways-start-{RECIPE}-{seed}", make)
+
+
+def sampled(teacher: PreTrainedModel, n: int, seed: int) -> list[dict[str, str]]:
+    """Rows of the teacher's samples."""
+    found = written(teacher, 1.0, seed, -(-n // len(EVERYTHING)))[:n]
+    random.Random(seed).shuffle(found)
+    return [{"prompt": p.prompt, "completion": text, "domain": p.operation} for p, text in found if text]
+
+
+@dataclass
+class Ways:
+    """Right texts greedily (``exact``) and at temperature 1 (``exact_t1``), how the best way fares, and nats a token
+    from the teacher on the student's own text."""
+
+    teacher: Teacher
+    best: int
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        drawn = shares(written(model, 1.0, 14, 8), self.best)
+        own = generate(
+            model, [told(p) for p in EVERYTHING], Sampling(TOKENS, seed=12), eos_ids=(EOS_ID,), pad_id=PAD_ID
+        )
+        return {
+            "exact": shares(written(model, 0.0, 0), self.best)["exact"],
+            "exact_t1": drawn.pop("exact"),
+            **drawn,
+            "reverse_kl": distance(model, self.teacher, own).mean("reverse_kl"),
+        }
+
+
+# ----------------------------------------------------------------------------------------- a direction made by rewards
+
+REINFORCED_STEPS, SAMPLES, BATCH, RATE = 75, 8, 16, 5e-4
+
+
+def reinforced(
+    key: str, begin: PreTrainedModel, seed: int, note: Callable[[str], None] = lambda text: None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """``begin`` after REINFORCE on sums: the reward is a right answer, less the mean of the prompt's other samples."""
+
+    def make() -> tuple[PreTrainedModel, dict[str, Any]]:
+        model = type(begin)(begin.config)
+        model.load_state_dict(begin.state_dict())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+        asked, check = problems(4000, 60 + seed), problems(500, 72)
+        rewards, torch_seed = list[float](), 7000 * (seed + 1)
+        before = accuracy(model.eval(), check, temperature=1.0)
+        for step in range(REINFORCED_STEPS):
+            note(f"reinforcing the start of seed {seed}: step {step}/{REINFORCED_STEPS}")
+            drawn = [p for p in asked[BATCH * step : BATCH * (step + 1)] for _ in range(SAMPLES)]
+            sampling = Sampling(longest(), seed=torch_seed + step)
+            rollout = generate(model.eval(), [as_prompt(p) for p in drawn], sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID)
+            solved = _rewards(drawn, rollout)
+            others = (solved.sum(1, keepdim=True) - solved) / (SAMPLES - 1)
+            optimizer.zero_grad()
+            _surrogate(model.train(), rollout, (solved - others).flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            rewards.append(float(solved.mean()))
+        after = accuracy(model.eval(), check, temperature=1.0)
+        return model, {"exact_t1_before": before, "exact_t1": after, "rewards": rewards}
+
+    return cached(key, make)
+
+
+def samples_of(model: PreTrainedModel, n: int, seed: int) -> list[dict[str, str]]:
+    """Rows of its samples on sums, for methods that learn from its text."""
+    asked = problems(n, 90 + seed)
+    found = answers(model, asked, temperature=1.0, seed=seed)
+    return [p.row(text) for p, text in zip(asked, found, strict=True) if text]
+
+
+def _rewards(drawn: Sequence[Sum], rollout: Rollout) -> torch.Tensor:
+    """(prompts, samples): 1 where the answer is right."""
+    right = [p.solved_by(text) for p, text in zip(drawn, texts(rollout), strict=True)]
+    return torch.tensor(right, dtype=torch.float32).view(-1, SAMPLES)
+
+
+def _surrogate(model: PreTrainedModel, rollout: Rollout, advantages: torch.Tensor) -> torch.Tensor:
+    """Whose gradient is REINFORCE's, a mean over tokens."""
+    logits = model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, use_cache=False).logits
+    rows = predicting_rows(logits, rollout.completion_mask)
+    logprobs = -torch.nn.functional.cross_entropy(rows, rollout.token_rows(), reduction="none")
+    lengths = rollout.completion_mask.sum(1)
+    return -(logprobs * advantages.repeat_interleave(lengths)).mean()
