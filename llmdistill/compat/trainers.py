@@ -108,6 +108,17 @@ def derive_random_states(trainer: Any) -> None:
     trainer._load_rng_state = loaded
 
 
+def load_best_with(trainer: Any, put: Callable[[str], bool]) -> None:
+    """What ``load_best_model_at_end`` loads, ``put(checkpoint)`` does, or where that says false transformers."""
+    load = trainer._load_best_model
+
+    def loaded() -> None:
+        if not put(str(trainer.state.best_model_checkpoint)):
+            load()
+
+    trainer._load_best_model = loaded
+
+
 def save_without(trainer: Any, part: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], file: str) -> None:
     """Whatever transformers' trainer saves as the model is without ``part(state_dict)``.
 

@@ -17,8 +17,8 @@ from llmdistill.compat import checkpoints, fsdp, trainers, zero3
 from llmdistill.errors import UserError
 from llmdistill.recipe.launches import asks_for_fsdp
 from llmdistill.record.run_folder import RunFolder
-from llmdistill.training.layout import check_layout, named_checkpoint
-from llmdistill.training.relayout import lay_out
+from llmdistill.training.layout import check_layout, is_relaid, named_checkpoint
+from llmdistill.training.relayout import lay_out, lay_out_weights
 
 LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # 1.8e19: the square of more is inf, in every norm of a model
 
@@ -38,6 +38,7 @@ class FiniteTrainer(Trainer):
         self._checkpoint_finished = checkpoints.saved_aside(self, self._refuse_lost_weights, in_background=behind)
         self.relaid = False  # resumed from a checkpoint that another launch wrote
         trainers.lay_out_anew(self, lambda: self.relaid, lambda checkpoint: lay_out(self, Path(checkpoint)))
+        trainers.load_best_with(self, self._put_best)
         trainers.derive_random_states(self)
         trainers.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
 
@@ -94,6 +95,15 @@ class FiniteTrainer(Trainer):
                 f"train.metric_for_best_model is {self.args.metric_for_best_model!r}, and the evaluation has "
                 f"{rest.partition(']')[0][1:]}. Fix: one of those."
             ) from error
+
+    def _put_best(self, checkpoint: str) -> bool:
+        """The best checkpoint of a run that was resumed may be another launch's."""
+        self._checkpoint_finished()
+        fsdp.shard_again(self.model)  # type: ignore[arg-type]
+        if not is_relaid(checkpoint, self.args):
+            return False
+        lay_out_weights(self, Path(checkpoint))
+        return True
 
     def _no_step(self, why: str) -> UserError:
         return UserError(

@@ -50,6 +50,24 @@ def lay_out(trainer: Any, checkpoint: Path) -> None:
         )
 
 
+def lay_out_weights(trainer: Any, checkpoint: Path) -> None:
+    """Weights alone, of a checkpoint that another launch wrote, into a model that has been trained in this one.
+
+    Raises:
+        UserError: the checkpoint is not of these weights.
+    """
+    named = {_plain(name): p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    try:
+        place(trainer.model, optimizer_inside(trainer.optimizer), _stored(checkpoint, [], keeps=False), named)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"{checkpoint}, the best of the run, was written {written_layout(checkpoint)} and cannot be laid out for a "
+            f"launch {launch_layout(trainer.args)}: {reason}. Fix: --load_best_model_at_end false; the newest "
+            "checkpoint has what was trained."
+        ) from error
+
+
 def _stored(checkpoint: Path, order: list[str], keeps: bool) -> Stored:
     """
     Args:

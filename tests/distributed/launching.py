@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,26 @@ def end(process: subprocess.Popen[str], time_limit: float = TIME_LIMIT) -> str:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and to all that it started."""
+    """SIGKILL to the launcher and to all that it started, each of which leads a session of its own."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in (process.pid, *started_by(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
+
+
+def started_by(pid: int) -> list[int]:
+    """The processes that descend from one."""
+    children = defaultdict[int, list[int]](list)
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):  # it has ended; it is none
+            children[int((entry / "stat").read_text().rpartition(")")[2].split()[1])].append(int(entry.name))
+    found, at = list[int](), [pid]
+    while at:
+        below = children[at.pop()]
+        found += below
+        at += below
+    return found
 
 
 def launch(config: str, *command: str) -> None:

@@ -42,6 +42,7 @@ from tests.trainer import pair_cases
 STEPS, GLOBAL_BATCH, ACCUMULATION, SEED = 4, 8, 2, 3
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 GREEDY = RolloutConfig(engine="vllm", temperature=0, max_new_tokens=8, dtype="float32", kv_cache_gib=0.05)
+UNEVEN = {"0": 2, "1": 40}  # tokens that each rank's completions have
 BY_VLLM = {"rollouts": GREEDY, "head_dim": 32}  # the smallest that its CPU attention runs
 
 
@@ -150,6 +151,7 @@ CELLS = {
     "sharded_teacher": Cell(opd, settings={"sharded": True}),
     "vllm": Cell(opd, settings=BY_VLLM),
     "vllm_lora": Cell(opd, lora=True, settings=BY_VLLM),
+    "uneven": Cell(opd, settings={"rollouts": RolloutConfig(max_new_tokens=max(UNEVEN.values()), ignore_eos=True)}),
     "no_teacher": Cell(opd, settings={"lost": True}),
     "few_prompts": Cell(opd, settings={"prompts": 1}),
     "nan": Cell(opd, settings={"bad": True}),  # after which the ranks are no group any more
@@ -177,6 +179,8 @@ def trained(name: str, folder: Path, checkpoint: Path | None) -> tuple[dict[str,
     trainer = cell.make(common, LORA if cell.lora else None, **cell.settings)
     if "rollouts" not in cell.settings and "student" in trainer.method.uses:
         trainer.rollout_engine = ByRow(eos_ids=trainer.eos_ids, pad_id=trainer.pad_id, ready=trainer._generating)
+    if name == "uneven":
+        _each_its_length(trainer.rollout_engine)
     begun = Start()
     trainer.add_callback(begun)
     if isinstance(judge := trainer.judges.get("teacher"), BadTeacher):
@@ -194,6 +198,12 @@ def trained(name: str, folder: Path, checkpoint: Path | None) -> tuple[dict[str,
         "lines": lines(trainer)[begun.step :],
     }
     return numbers, weights
+
+
+def _each_its_length(engine: Any) -> None:
+    """transformers' ``generate`` on ranks that make very different numbers of passes."""
+    own, drawn = engine.generate, UNEVEN[os.environ["RANK"]]
+    engine.generate = lambda prompts, sampling: own(prompts, replace(sampling, max_new_tokens=drawn))
 
 
 def main(out: Path, chosen: list[str], others: list[Path]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from llmdistill import Ask, DistillationConfig, DistillationTrainer, Method, RolloutConfig, Term, methods
-from llmdistill.compat import zero3
+from llmdistill.compat import fsdp, zero3
 from llmdistill.composition.method import Measured, Schedule
 from llmdistill.composition.term import Hidden
 from llmdistill.models.generation import HFRollouts, generate
@@ -193,14 +193,20 @@ class Watched(StudentTeacher):
 
     @contextmanager
     def _as_judge(self) -> Iterator[None]:
-        before = [zero3.local_shard(p).detach().clone() for p in self._bound.parameters()]
+        before = [part.clone() for part in self._parts()]
         with super()._as_judge():
             yield
-        for kept, p in zip(before, self._bound.parameters(), strict=True):
-            self.moved += not torch.equal(kept, zero3.local_shard(p).detach())
+        for kept, part, p in zip(before, self._parts(), self._bound.parameters(), strict=True):
+            self.moved += not torch.equal(kept, part)
             if hasattr(p, "ds_id") and not zero3.is_sharded(p):  # whole at the moment: of the same parts
                 self.moved += not torch.equal(kept, zero3.shard_like(p.detach(), p)[: len(kept)])
         self.judged += 1
+
+    def _parts(self) -> list[Tensor]:
+        """What this rank holds of every weight."""
+        fsdp.shard_again(self._bound)
+        parts = [zero3.local_shard(p).detach() for p in self._bound.parameters()]
+        return [part.to_local() if fsdp.is_shard(part) else part for part in parts]  # type: ignore[operator]
 
 
 class Start(TrainerCallback):
@@ -288,7 +294,7 @@ def whole_average(judge: StudentTeacher) -> dict[str, Tensor]:
     for name in mine:
         parts = [rank[name] for rank in every]
         if judge.sharded:
-            shape = named[name].ds_shape
+            shape = getattr(named[name], "ds_shape", named[name].shape)
             found[name] = torch.cat(parts)[: shape.numel()].view(shape)
         else:
             assert all(torch.equal(parts[0], part) for part in parts), name
@@ -298,7 +304,7 @@ def whole_average(judge: StudentTeacher) -> dict[str, Tensor]:
 
 def whole_helpers(trainer: DistillationTrainer) -> dict[str, Tensor]:
     with gathered(list(trainer.helpers.parameters())):
-        return {name: p.detach().clone() for name, p in trainer.helpers.named_parameters()}
+        return {name: fsdp.whole(p).clone() for name, p in trainer.helpers.named_parameters()}
 
 
 def lines(trainer: DistillationTrainer) -> list[dict[str, float]]:

@@ -14,10 +14,11 @@ from tests.service.faulty import Faulty
 
 
 @pytest.mark.proof
-def test_two_processes_make_rounds_ahead_and_end_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ("two_processes", "zero3", "fsdp2"))
+def test_two_processes_make_rounds_ahead_and_end_together(tmp_path: Path, config: str) -> None:
     services = [Faulty(LocalTeacher(tiny.llama(seed), tiny.tokenizer())) for seed in (9, 2, 2)]
     with services[0] as student, services[1] as one, services[2] as other:
-        launch("two_processes", "-m", "tests.distributed.ahead_worker", str(tmp_path), student.url, one.url, other.url)
+        launch(config, "-m", "tests.distributed.ahead_worker", str(tmp_path), student.url, one.url, other.url)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first["staleness"] == [0, 1, 1, 1]  # the first rank logs
     assert first["weights"] == second["weights"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from eval.proof.layouts import CELLS, LAYOUTS, measured
 from llmdistill.record.run_folder import RunFolder
-from tests.distributed.launching import ROOT, begin, kill
+from tests.distributed.launching import ROOT, begin, kill, started_by
+from tests.distributed.layouts_worker import STEPS, UNEVEN
 from tests.distributed.test_methods_distributed import logged, start, write_recipe
 
 WORKER = "tests.distributed.layouts_worker"
@@ -36,8 +39,8 @@ def test_accelerate_reads_every_launch_file(file: Path) -> None:
 
 
 def failing(config: str, folder: Path) -> str:
-    """What a launch said in which one rank after the other fails."""
-    process = begin(config, "-m", WORKER, str(folder), "no_teacher,few_prompts,nan")
+    """What a launch said in which ranks sample at different length, and then one after the other fails."""
+    process = begin(config, "-m", WORKER, str(folder), "uneven,no_teacher,few_prompts,nan")
     try:
         said, _ = process.communicate(timeout=TIME_LIMIT)
     finally:
@@ -48,6 +51,8 @@ def failing(config: str, folder: Path) -> str:
 
 def check_failing(config: str, folder: Path) -> None:
     said = failing(config, folder)
+    steps = json.loads((folder / "found.json").read_text())["uneven/undisturbed"]["lines"]
+    assert [step["rollout/mean_length"] for step in steps] == [sum(UNEVEN.values()) / 2] * STEPS, said[-3000:]
     errors = {file.stem: file.read_text() for file in folder.glob("*.txt")}
     assert errors["no_teacher-0"] == errors["no_teacher-1"], said[-3000:]
     assert "teacher.model" in errors["no_teacher-0"] and "Fix: " in errors["no_teacher-0"]
@@ -57,7 +62,8 @@ def check_failing(config: str, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_no_rank_waits_for_one_that_failed(tmp_path: Path) -> None:
-    """One rank's part of the teacher does not load; more ranks than prompts; a loss on one rank that is no number."""
+    """Texts of 2 tokens on one rank and of 40 on the other; then one rank's part of the teacher does not load; more
+    ranks than prompts; a loss on one rank that is no number."""
     check_failing("fsdp2", tmp_path)
 
 
@@ -69,13 +75,10 @@ def test_no_rank_waits_for_one_that_failed_in_any_layout(tmp_path: Path, config:
 
 def of_rank(launcher: int, rank: str) -> int:
     """The process of a launch that has a rank."""
-    for entry in Path("/proc").iterdir():
-        try:
-            group = os.getpgid(int(entry.name)) if entry.name.isdecimal() else -1
-            if group == launcher and f"\0RANK={rank}\0" in f"\0{(entry / 'environ').read_text()}":
-                return int(entry.name)
-        except (OSError, ValueError):  # it has ended
-            continue
+    for pid in started_by(launcher):
+        with suppress(OSError):  # it has ended
+            if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}":
+                return pid
     raise AssertionError(f"no process of rank {rank}")
 
 

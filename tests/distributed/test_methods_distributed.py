@@ -199,6 +199,25 @@ def test_helpers_are_trained_alike_and_not_saved_with_the_student(layouts: Any, 
     assert found.numbers(case)["saved"] == {"helpers": [], "difference": 0.0}
 
 
+@pytest.mark.proof
+def test_judges_and_helpers_where_fsdp2_shards(layouts: Any, tmp_path: Path) -> None:
+    """The student as its own judge (as it is, as it began, its average), with LoRA too; projectors; gone on with from
+    what one process wrote; the judge's weights put back bit for bit."""
+    alone, cases = layouts("one_process"), sorted({*JUDGED, *HELPED})
+    words = ("-m", "tests.distributed.methods_worker", str(tmp_path), str(alone.folder), *cases)
+    end(begin("fsdp2", *words), TIME_LIMIT)
+    found = Layout(tmp_path)
+    assert len(found.ranks) == 2
+    for case in cases:
+        for run in found.ranks[0][case]:
+            close(found.numbers(case, run)["lines"], alone.numbers(case)["lines"])
+            for kind, expected in alone.tensors(case).items():
+                close_tensors(found.tensors(case, run)[kind], expected)
+        assert [found.numbers(case, rank=rank)["moved"] for rank in range(2)] == [0, 0]
+        if case in HELPED:
+            assert found.numbers(case)["saved"] == {"helpers": [], "difference": 0.0}
+
+
 # ---------------------------------------------------------------- killed
 
 

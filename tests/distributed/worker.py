@@ -44,7 +44,7 @@ def main(out: Path, folder: Path, one: Path | None = None) -> None:
         tied, on_policy = run.startswith("tied/"), run.endswith("/student")
         results[run] = one_run(folder, tied, on_policy)
     if one is not None:
-        results["from one process"] = gone_on(folder / "from-one", one / "tied-dataset")
+        results["from one process"] = gone_on(folder / "from-one", one / "tied-dataset", one / "tied-dataset")
     if int(os.environ.get("RANK", 0)) == 0:
         out.write_text(json.dumps(results))
 
@@ -84,13 +84,18 @@ def one_run(folder: Path, tied: bool, on_policy: bool) -> dict[str, Any]:
     }
 
 
-def gone_on(folder: Path, run: Path) -> dict[str, Any]:
-    """The run ``tied/dataset``, resumed in the middle of what may have been another launch's."""
+def gone_on(folder: Path, run: Path, one: Path) -> dict[str, Any]:
+    """The run ``tied/dataset``, resumed in the middle of what may have been another launch's. In the end that is taken
+    for its best checkpoint: how far it then is from the same one of ``one``, which one process wrote."""
     resumed, start = make_trainer(folder, True, False), Start()
     resumed.add_callback(start)
     resumed.train(resume_from_checkpoint=str(run / f"checkpoint-{STEPS // 2}"))
     logged = [line for line in resumed.state.log_history if "loss" in line and line["step"] > start.step]
-    return {"resumed_at": start.step, "logged": logged}
+    resumed.evaluate()
+    resumed.state.best_model_checkpoint = str(run / f"checkpoint-{STEPS // 2}")
+    resumed._load_best_model()
+    best = saved_difference(resumed, one / f"checkpoint-{STEPS // 2}")
+    return {"resumed_at": start.step, "logged": logged, "best": best}
 
 
 class Start(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import subprocess
@@ -17,15 +18,19 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import save
+from transformers import TrainerCallback
 
+from llmdistill import DataConfig, OPDConfig, OPDTrainer, RolloutConfig
 from llmdistill.cli import main
 from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
 from llmdistill.models.weights import named_weights
+from llmdistill.recipe.config import TOKEN_ENV
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
 from llmdistill.texts import Prompt, Sampling, collate
+from llmdistill.texts.views import plain
 from llmdistill.wire import protocol
 from tests import tiny
 from tests.service.inprocess import assert_same, blocks_of, stored
@@ -362,3 +367,52 @@ def test_a_port_that_is_taken(model: str, capsys: pytest.CaptureFixture[str]) ->
         port = taken.getsockname()[1]
         assert main(["serve", "--model", model, "--port", str(port)]) == 2
     assert f"--port {port}" in capsys.readouterr().err
+
+
+def test_rounds_are_made_ahead_by_a_service(
+    server: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that is a step old, by the weights of that step: what the engine drew with is what they say."""
+    monkeypatch.setenv(TOKEN_ENV, "secret")
+    args = OPDConfig(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        estimator="sampled",
+        rollouts=RolloutConfig(engine="remote", url=server.url, staleness=1, max_new_tokens=8),
+    )
+    trainer = OPDTrainer(
+        tiny.llama(7, hidden=64),
+        args,
+        tiny.llama(2, hidden=64),
+        train_dataset=tiny.rows(8, completion=False),
+        processing_class=tiny.tokenizer(),
+        data=DataConfig(max_prompt_tokens=60),
+        preflight=False,
+    )
+    weights, rounds = [copy.deepcopy(trainer.model)], list[Any]()
+
+    class Keeps(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            weights.append(copy.deepcopy(trainer.model))
+
+    trainer.add_callback(Keeps())
+    made = trainer.batches
+
+    def seen(texts: Any, *args: Any, **kwargs: Any) -> Any:
+        rounds.append(texts["main"].rollout)
+        return made(texts, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "batches", seen)
+    trainer.train()
+    trainer.close()
+    assert [line["rollout/staleness"] for line in trainer.state.log_history if "loss" in line] == [0, 1, 1, 1]
+    for rollout, then in zip(rounds, (0, 0, 1, 2), strict=True):
+        view = plain(rollout)
+        logits_BTV = weights[then].eval()(**view.inputs(), use_cache=False).logits
+        own_N = view.rows(logits_BTV).log_softmax(-1).gather(1, view.targets[:, None]).squeeze(1)
+        drawn_N = rollout.behavior_logprobs[:, 1:][rollout.completion_mask[:, 1:]]
+        torch.testing.assert_close(drawn_N, own_N.detach(), rtol=0, atol=1e-3)
