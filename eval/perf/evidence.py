@@ -43,6 +43,7 @@ class FreeEngine:
     """Implements :class:`~llmdistill.service.engine.Engine` with the same rows for every text."""
 
     kind, dtype, chosen_ids, partial_weights = "free", "float32", False, False
+    transfer, workers = "", 1
     adapters: dict[str, str] = {}
     tokenizer: Any = None
     weights_bytes = 0

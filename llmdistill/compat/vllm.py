@@ -137,11 +137,18 @@ def load_vllm(
 
 
 def load_async_vllm(
-    model_path: str, *, dtype: str, updatable: bool = False, kv_cache_bytes: int = 1 << 29, **options: Any
+    model_path: str,
+    *,
+    dtype: str,
+    updatable: bool = False,
+    kv_cache_bytes: int = 1 << 29,
+    transfer: str = "",
+    **options: Any,
 ) -> Any:
     """vLLM's ``AsyncLLM``: the engine in processes of its own, for the service, whose process this changes for good.
 
-    Args as of :func:`load_vllm`. The workers carry :class:`llmdistill.service.worker.Worker`.
+    Args as of :func:`load_vllm`; ``transfer``: vLLM's name of the backend that brings it weights. The workers carry
+    :class:`llmdistill.service.worker.Worker`.
 
     Raises:
         UserError: as :func:`load_vllm`.
@@ -152,6 +159,7 @@ def load_async_vllm(
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     os.environ["LLMDISTILL_PARENT"] = str(os.getpid())
     os.environ["LLMDISTILL_UPDATABLE"] = "1" if updatable and not on_gpu else "0"
+    os.environ["LLMDISTILL_TRANSFER"] = transfer
     if not on_gpu:
         options.pop("gpu_memory_utilization", None)
         options["kv_cache_memory_bytes"] = kv_cache_bytes
@@ -161,6 +169,10 @@ def load_async_vllm(
     except ImportError as error:
         raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
     keep_arrays()
+    if transfer:
+        from vllm.config.weight_transfer import WeightTransferConfig
+
+        options["weight_transfer_config"] = WeightTransferConfig(backend=transfer)
     try:
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -179,6 +191,23 @@ def load_async_vllm(
     except (ValueError, OSError, RuntimeError) as error:
         reason = _last_line(error)
         raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+
+
+@contextmanager
+def imported_beside_training() -> Iterator[None]:
+    """Inside, vLLM may be imported in a process that trains; afterwards that is as it was.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    require_vllm()
+    _prepare_environment(torch.cuda.is_available())
+    with _contained():
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
+        yield
 
 
 def kv_cache_tokens(engine: Any) -> int | None:

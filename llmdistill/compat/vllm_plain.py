@@ -34,6 +34,30 @@ def keep_plain_weights() -> None:
     utils.dispatch_cpu_unquantized_gemm = packer(utils.dispatch_cpu_unquantized_gemm)
 
 
+def weight_of(layer: Any) -> Tensor:
+    found: Tensor = layer.weight
+    return found
+
+
+def pack_tied_heads(model: nn.Module) -> None:
+    """After new weights came layer by layer: on a CPU a head that is the embedding matrix got none of its own, and what
+    was packed of it is the old one."""
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    layers: list[Any] = list(model.modules())
+    embeddings = {
+        weight_of(layer).data_ptr()
+        for layer in layers
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    }
+    pack = packer(utils.dispatch_cpu_unquantized_gemm)
+    for layer in layers:
+        packed = isinstance(layer, ParallelLMHead) and "cpu_linear" in vars(layer)
+        if packed and weight_of(layer).data_ptr() in embeddings:
+            pack(layer)
+
+
 @contextmanager
 def keeping_plain_weights() -> Iterator[None]:
     """Layers packed meanwhile keep their plain weights; an embedding that is no output head is not packed at all."""

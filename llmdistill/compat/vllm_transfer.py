@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmdistill.compat.vllm_plain import cast_for, keeping_plain_weights, without_a_head_it_lacks
+from llmdistill.compat.vllm_plain import cast_for, keeping_plain_weights, pack_tied_heads, without_a_head_it_lacks
 
 PROCESS = "llmdistill_process"
 BUCKET_BYTES = 1 << 29
@@ -106,6 +106,7 @@ def _engine_class() -> Any:
         def finish_weight_update(self) -> None:
             with keeping_plain_weights():
                 finalize_layerwise_reload(self.model, self.model_config)
+                pack_tied_heads(self.model)
 
         def shutdown(self) -> None:
             """Nothing is held."""

@@ -209,6 +209,9 @@ class RolloutConfig:
         0, "steps that engine remote and teacher services work ahead; 0: text is by the weights it trains"
     )
     push_folder: str = option("", "folder the service can read: weights go there and not through HTTP")
+    transfer: Literal["http", "nccl", "nccl_m2n", "ipc", "gloo"] = option(
+        "http", "how weights reach the services: http, or vLLM's transfer by this backend (llmdistill serve --transfer)"
+    )
 
     def __post_init__(self) -> None:
         remote = self.engine == "remote"
@@ -216,6 +219,13 @@ class RolloutConfig:
         for name in ("url", "push_folder"):
             value = getattr(self, name)
             require(remote or not value, f"rollouts.{name}", value, f"empty for engine {self.engine}", "engine remote")
+        direct = self.transfer != "http"
+        require(
+            remote or not direct, "rollouts.transfer", self.transfer, f"http for engine {self.engine}", "leave it out"
+        )
+        needed = "http beside rollouts.push_folder" if self.push_folder else "http beside rollouts.staleness"
+        apart = not direct or not (self.push_folder or self.staleness)
+        require(apart, "rollouts.transfer", self.transfer, needed, "--rollouts.transfer http")
         require(self.push_every >= 1, "rollouts.push_every", self.push_every, ">= 1", "use 1")
         needed = "1 for engine hf, which samples from the student itself"
         require(self.engine != "hf" or self.push_every == 1, "rollouts.push_every", self.push_every, needed, "use 1")

@@ -75,6 +75,7 @@ def make_rollout_engine(
             pad_id=pad_id,
             token=bearer_token(config.token_env, "rollouts.token_env"),
             folder=config.push_folder or None,
+            transfer=config.transfer,
             batch_tokens=config.batch_tokens,
         )
     else:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from llmdistill.ranks import from_first_rank, is_first
 from llmdistill.rollouts.asking import sample
 from llmdistill.rollouts.engine import Hear
 from llmdistill.rollouts.probe import check_engine
+from llmdistill.rollouts.transfer import Transfers
 from llmdistill.texts.rollout import Prompt, Rollout, Sampling
 from llmdistill.wire.protocol import (
     INFO,
@@ -64,6 +65,7 @@ class RemoteRollouts:
         eos_ids, pad_id: every id that ends a completion, and the padding id.
         push_every: optimizer steps between two pushes; what is sampled meanwhile says how old it is.
         folder: on a disk that the service can read: weights are written there, and only the path is sent.
+        transfer: http, or a backend of vLLM's weight-transfer API (:mod:`llmdistill.rollouts.transfer`).
         batch_tokens: of :func:`sample`.
         options: of :class:`~llmdistill.wire.transport.Transport`.
 
@@ -81,6 +83,7 @@ class RemoteRollouts:
         push_every: int = 1,
         folder: str | Path | None = None,
         timeout_s: float = 600.0,
+        transfer: str = "http",
         batch_tokens: int = 0,
         **options: Any,
     ) -> None:
@@ -98,6 +101,7 @@ class RemoteRollouts:
         settings = {"token": token, "section": "rollouts", "timeout_s": timeout_s, "admit": self._admit, **options}
         self.transport = Transport(url, **settings)
         self._each: dict[str, Transport] = {}  # to one replica each
+        self._transfers = Transfers(transfer, self._one_by_one) if transfer != "http" else None
         try:
             self.transport.wait_ready()
         except BaseException:
@@ -119,6 +123,8 @@ class RemoteRollouts:
         if self.policy_version is not None and 0 <= policy_version - self.policy_version < self.push_every:
             return
         trained_only = self._pushes_trained_only(model)
+        if self._transfers is not None and self._transferred(self._transfers, model, policy_version):
+            return
         # a service that was started again has not got the weights that the trained ones belong to
         plan = from_first_rank(lambda: self._plan(trained_only))
         partial, digest = bool(plan["partial"]), str(plan["digest"])
@@ -129,6 +135,18 @@ class RemoteRollouts:
         self.policy_version, self._digest = policy_version, f"{digest}-whole" if partial else digest
         if first:
             check_engine(self, model, float32=self._info["dtype"] == "float32")
+
+    def _transferred(self, transfers: Transfers, model: nn.Module, policy_version: int) -> bool:
+        """Whether all replicas have the weights now, without HTTP."""
+        digest = str(from_first_rank(lambda: uuid.uuid4().hex))
+        found = transfers.push(model, lambda: self._sent(model), policy_version, digest)
+        if found is None:
+            return False
+        first = self.policy_version is None
+        self._fingerprint, self.policy_version, self._digest = found, policy_version, digest
+        if first:
+            check_engine(self, model, float32=self._info["dtype"] == "float32")
+        return True
 
     def snapshot(self, model: nn.Module, policy_version: int) -> Snapshot:
         """The weights of ``model`` as they are now, for :meth:`install` to push while training goes on.
@@ -196,6 +214,8 @@ class RemoteRollouts:
     def close(self) -> None:
         for transport in (self.transport, *self._each.values()):
             transport.close()
+        if self._transfers is not None:
+            self._transfers.close()
         self._forget_written()
 
     def _admit(self, get: Get) -> None:
@@ -258,6 +278,15 @@ class RemoteRollouts:
                 kept[name] = tensor.to("cpu", dtype if narrower else tensor.dtype, copy=copy)
         return kept
 
+    def _sent(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """All weights as they are sent, where they are: no wider than the service holds them."""
+        dtype = getattr(torch, self._info["dtype"], torch.float32)
+        tied = getattr(base_model(model).config, "tie_word_embeddings", False)
+        for name, tensor in named_weights(model):
+            if not (tied and name == "lm_head.weight"):
+                narrower = tensor.is_floating_point() and dtype.itemsize < tensor.dtype.itemsize
+                yield name, tensor.detach().to(dtype) if narrower else tensor.detach()
+
     def _push(self, weights: Weights, policy_version: int, partial: bool, digest: str) -> str:
         """The fingerprint that the services give the weights. All are sent to at one time, those that lack them."""
         made = _Once(weights)
@@ -296,24 +325,31 @@ class RemoteRollouts:
 
     def _at_each(self, work: Callable[[Transport], T]) -> list[T]:
         """``work`` with every replica there is now, all at one time."""
+        each = self._one_by_one()
+
+        def there(url: str) -> list[T]:
+            try:
+                return [work(each[url])]
+            except Gone:
+                return []
+
+        if len(each) == 1:
+            return [work(self.transport)]
+        with ThreadPoolExecutor(len(each)) as threads:
+            found = [one for answer in threads.map(there, each) for one in answer]
+        return found or self._at_each(work)  # all of them went meanwhile
+
+    def _one_by_one(self) -> dict[str, Transport]:
+        """A transport to each replica there is now."""
         urls = self.transport.replicas()
         for url in self._each.keys() - set(urls):
             self._each.pop(url).close()
         if len(urls) == 1:
-            return [work(self.transport)]
+            return {urls[0]: self.transport}
         for url in urls:
             if url not in self._each:
                 self._each[url] = self.transport.only(url)
-
-        def there(url: str) -> list[T]:
-            try:
-                return [work(self._each[url])]
-            except Gone:
-                return []
-
-        with ThreadPoolExecutor(len(urls)) as threads:
-            found = [one for answer in threads.map(there, urls) for one in answer]
-        return found or self._at_each(work)  # all of them went meanwhile
+        return dict(self._each)
 
     def _write(self, weights: Mapping[str, Tensor], policy_version: int) -> Path:
         """A folder of its own for every push: another rank may be writing too."""

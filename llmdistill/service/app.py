@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from llmdistill.wire.tokens import secrets_of
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 COMING_S = 0.5  # until a replica may have loaded what another one has
+Beside = Callable[[Coroutine[Any, Any, list[list[Sample]]]], Awaitable[list[list[Sample]]]]
 Read = Callable[[bytes, str], Work]  # of a body and its content type, on a thread
 
 
@@ -77,6 +78,7 @@ class Service:
         shared = Versions(versions) if versions is not None else None
         folders = list(weight_folders)
         self.weights = Weights(engine, self.gate, self.limits, self.uploads, folders, accept_weights, shared)
+        self.weights.died = self.died
         self.adapters, self._changing_adapters = Adapters(self.uploads), asyncio.Lock()
 
     # ---------------------------------------------------------------- what is computed
@@ -168,17 +170,22 @@ class Service:
         return await asyncio.to_thread(_drawn, head, drawn, as_bytes)
 
     async def samples(
-        self, job: GenerateJob, expected: str | None = None, told: Told | None = None
+        self, job: GenerateJob, expected: str | None = None, told: Told | None = None, beside: Beside | None = None
     ) -> tuple[list[list[Sample]], str, int]:
-        """Samples of every prompt, and the fingerprint and version of the weights that drew them; ``told`` hears of
-        them as they grow."""
+        """Samples of every prompt, and the fingerprint and version of the weights that drew them.
+
+        Args:
+            told: hears of them as they grow.
+            beside: awaits them and asks the same weights about them meanwhile.
+        """
         n, each = job.sampling.samples_per_prompt, self.lengths.expected(job.sampling.max_new_tokens)
         read = n * sum(map(len, job.prompts))
         async with self.gate.admitted(read + n * len(job.prompts) * each) as place:
             await self._expect(expected)
             bodies.known_adapter(job.adapter, self.engine)  # it may have gone while the request waited
             try:
-                drawn = await (self.engine.generate(job) if told is None else self.engine.generate(job, told))
+                drawing = self.engine.generate(job) if told is None else self.engine.generate(job, told)
+                drawn = await (drawing if beside is None else beside(drawing))
             except EngineDead:
                 self.died()  # an answer that has begun to go out cannot say so
                 raise
@@ -199,6 +206,12 @@ class Service:
 
     def offer(self, data: bytes, kind: str) -> Work:
         return _as_json(self.weights.offer(data))
+
+    def join(self, data: bytes, kind: str) -> Work:
+        return _as_json(self.weights.join(data))
+
+    def receive(self, data: bytes, kind: str) -> Work:
+        return _as_json(self.weights.receive(data))
 
     def add_adapter(self, data: bytes, kind: str) -> Work:
         body = bodies.read(bodies.AdapterBody, data)
@@ -297,6 +310,7 @@ class Service:
             "partial_weights": engine.partial_weights and self.weights.partial,
             "adapters": list(engine.adapters),
             "head": self._head_info(),
+            "transfer": self.weights.transfer(),
             "limits": {
                 "top_k": min(limits.top_k, engine.max_top_k),
                 "sequence_tokens": min(limits.sequence_tokens, engine.max_model_len),

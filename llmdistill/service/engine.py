@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,8 @@ class Engine(Protocol):
 
     weights_bytes: int  # of all weights in float32
     partial_weights: bool  # whether a push may hold only the weights that changed; known once it is started
+    transfer: str  # how a trainer may send weights to the engine itself, as in rollouts.transfer; "": not
+    workers: int  # processes that such a sender reaches
 
     @property
     def info(self) -> TeacherInfo: ...
@@ -125,6 +127,22 @@ class Engine(Protocol):
         Raises:
             ValueError: they do not fit the model; the old ones are still in place.
             EngineDead: they are half loaded.
+        """
+        ...
+
+    async def join(self, init: dict[str, Any], replica: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Joins a trainer that will send weights of these shapes.
+
+        Raises:
+            ValueError: they do not fit the model, or vLLM refuses the trainer.
+        """
+        ...
+
+    async def receive(self, update: dict[str, Any]) -> None:
+        """Loads what the trainer sends meanwhile. Nothing else is running.
+
+        Raises:
+            EngineDead: it did not come whole.
         """
         ...
 

@@ -18,19 +18,24 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
 
+from llmdistill.compat.ray import quiet
 from llmdistill.errors import UserError
 from llmdistill.service.engine import EngineDead
 from llmdistill.service.routes import create_app
 from llmdistill.service.serve import ServeConfig, bind, follow, limits_of, load, measure_lag, service_of, watch
 
 APP, DEPLOYMENT = "llmdistill", "Replica"
-LOOK_S, HEALTH_S = 1.0, 5.0
+LOOK_S, HEALTH_S, ANSWER_S = 1.0, 5.0, 20.0
+AGAIN = "Fix: see to its head node (ray status), then start this command again."
+DIED = "has died"
+T = TypeVar("T")
 
 
 class Replica:
@@ -95,18 +100,22 @@ def run(config: ServeConfig, token: str | None) -> int:
         scheme = "https" if config.tls_cert else "http"
         if deployed.is_set():
             print(f"serving {config.model} by Ray Serve on {scheme}://{config.host}:{port}", flush=True)
-        shown, code = -1, 0
+        shown, code = (-1, False), 0
         while not stopped.wait(LOOK_S):
             try:
-                up, wanted, why = standing()
+                up, wanted, why = _within(ANSWER_S, standing)
+            except TimeoutError:
+                words = f"its head has not answered for {ANSWER_S:g} s"
+                print(f"the Ray cluster is gone: {words}. {AGAIN}", file=sys.stderr, flush=True)
+                os._exit(1)  # Ray would go on trying to reach it
             except (RayError, ConnectionError, RuntimeError, KeyError) as error:
-                print(f"the Ray cluster is gone: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                print(f"the Ray cluster is gone: {str(error).splitlines()[0]}. {AGAIN}", file=sys.stderr, flush=True)
                 code = 1
                 break
-            if up != shown:
-                lost = f": {why}; Ray starts others where there is room" if up < wanted else ""
+            lost = f": {why}; Ray starts others where there is room" if up < wanted else ""
+            if (up, DIED in why) != shown:
                 print(f"{up} of {wanted} replicas{lost}", flush=True)
-                shown = up
+                shown = up, DIED in why
         with contextlib.suppress(Exception):  # of a cluster that is gone
             serve.shutdown()
         ray.shutdown()
@@ -134,6 +143,8 @@ def deploy(config: ServeConfig, port: int, guarded: bool) -> None:
                 "min_replicas": config.replicas,
                 "max_replicas": config.max_replicas,
                 "target_ongoing_requests": config.queue_depth,
+                "upscale_delay_s": config.scale_up_s,
+                "downscale_delay_s": config.scale_down_s,
             }
         }
     deployment = serve.deployment(
@@ -157,14 +168,35 @@ def deploy(config: ServeConfig, port: int, guarded: bool) -> None:
 
 def standing() -> tuple[int, int, str]:
     """Replicas that answer, how many there are to be, and what Ray says of those that are missing."""
+    import ray
     from ray import serve
 
     found = serve.status().applications[APP].deployments[DEPLOYMENT]
     up = found.replica_states.get("RUNNING", 0)
-    others = ", ".join(
-        f"{count} {state.lower()}" for state, count in found.replica_states.items() if state != "RUNNING"
-    )
-    return up, max(up, sum(found.replica_states.values())), others or found.message or "lost"
+    missing = {state: n for state, n in found.replica_states.items() if state not in ("RUNNING", "STOPPING")}
+    others = ", ".join(f"{count} {state.lower()}" for state, count in missing.items())
+    dead = sorted({str(node["NodeManagerAddress"]) for node in ray.nodes() if not node["Alive"]})
+    if dead:
+        others = f"{others or 'lost'}, Ray node {', '.join(dead)} {DIED}"
+    return up, up + sum(missing.values()), others or found.message or "lost"
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What ``work`` returns.
+
+    Raises:
+        TimeoutError: not in that time; it goes on on its thread.
+    """
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(seconds)
 
 
 @contextlib.contextmanager
@@ -176,6 +208,7 @@ def _cluster(config: ServeConfig) -> Iterator[None]:
     """
     import ray
 
+    quiet()
     try:
         ray.init(
             address=config.ray_address or "local",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class HFEngine:
     kind = "hf"
     chosen_ids = True
     partial_weights = True
+    transfer, workers = "", 1  # weights come over HTTP
 
     def __init__(self, teacher: LocalTeacher, *, batch_tokens: int = 16384, max_model_len: int | None = None) -> None:
         self.teacher, self.tokenizer, self.batch_tokens = teacher, teacher.tokenizer, batch_tokens
@@ -70,6 +72,7 @@ class HFEngine:
         self._numbers = itertools.count()
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._scorings: SimpleQueue[tuple[list[ScoreJob], Future[list[Evidence]]]] = SimpleQueue()
         self._loop_task: asyncio.Task[None] | None = None
         self._more = asyncio.Event()
         self._peft: Any = None
@@ -117,7 +120,7 @@ class HFEngine:
             raise EngineDead(self._dead)
         given_up = threading.Event()
         try:
-            grown = None if told is None else _Grown(told, asyncio.get_running_loop())
+            grown = None if told is None else _Grown(told, asyncio.get_running_loop(), self._score_next)
             with self._uses.of(job.adapter):
                 return await self._on_thread(self._generate, job, given_up, grown)
         except asyncio.CancelledError:
@@ -129,6 +132,12 @@ class HFEngine:
 
     async def load_weights(self, folder: Path, partial: bool) -> None:
         await self._on_thread(self._load, folder, partial)
+
+    async def join(self, init: dict[str, Any], replica: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        raise ValueError("transformers takes weights over HTTP")
+
+    async def receive(self, update: dict[str, Any]) -> None:
+        raise EngineDead("transformers takes weights over HTTP")
 
     def check_adapter(self, folder: Path) -> None:
         check_adapter(folder, self._shapes)
@@ -164,7 +173,7 @@ class HFEngine:
             taken = {id(w) for w in batch}
             self._waiting = [w for w in self._waiting if id(w) not in taken]
             try:
-                blocks = await self._on_thread(self._score, [w.job for w in batch])
+                blocks = await self._scored([w.job for w in batch])
             except Exception as error:
                 self._failed = True
                 for waiting in batch:
@@ -174,6 +183,24 @@ class HFEngine:
             for waiting, block in zip(batch, blocks, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(block)
+
+    async def _scored(self, jobs: list[ScoreJob]) -> list[Evidence]:
+        """On the model's thread: when it is free, or between two tokens of samples that somebody watches grow."""
+        scored: Future[list[Evidence]] = Future()
+        self._scorings.put((jobs, scored))
+        self._thread.submit(self._score_next)
+        return await asyncio.wrap_future(scored)
+
+    def _score_next(self) -> None:
+        try:
+            jobs, scored = self._scorings.get_nowait()
+        except Empty:  # it was done in between
+            return
+        if scored.set_running_or_notify_cancel():
+            try:
+                scored.set_result(self._score(jobs))
+            except BaseException as error:
+                scored.set_exception(error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """The task that scores is done: at the end, or it has died, and those who wait must not for ever."""
@@ -306,10 +333,10 @@ class HFEngine:
 
 
 class _Grown:
-    """Tells, on the loop, of samples that grow on the model's thread."""
+    """Tells, on the loop, of samples that grow on the model's thread; ``between`` works there after each token."""
 
-    def __init__(self, told: Told, loop: asyncio.AbstractEventLoop) -> None:
-        self.told, self.loop = told, loop
+    def __init__(self, told: Told, loop: asyncio.AbstractEventLoop, between: Callable[[], None]) -> None:
+        self.told, self.loop, self.between = told, loop, between
         self.ids: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[float]] = {}
 
@@ -321,6 +348,7 @@ class _Grown:
             self.logprobs.setdefault(first + number, []).append(logprob)
             so_far = (list(self.ids[first + number]), list(self.logprobs[first + number]))
             self.loop.call_soon_threadsafe(self.told, first + number, *so_far)
+        self.between()
         return not given_up.is_set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 import uuid
@@ -18,7 +19,7 @@ from llmdistill.service import requests as bodies
 from llmdistill.service.answers import Answer, Work, Writing
 from llmdistill.service.app import Service
 from llmdistill.service.engine import GenerateJob, Sample, ScoreJob
-from llmdistill.service.openai_stream import Piece, TokenEvents
+from llmdistill.service.openai_stream import Listing, Piece, Row, TokenEvents, own_of, rows_of
 from llmdistill.service.parts import Parts
 from llmdistill.service.problems import Problem, invalid
 from llmdistill.service.responses import response
@@ -27,7 +28,6 @@ from llmdistill.wire.bodies import Prompts
 from llmdistill.wire.protocol import JSON_TYPE
 
 EVENTS_TYPE = "text/event-stream"
-IMPOSSIBLE = -9999.0  # the log-prob of what cannot be: JSON has no infinity, and this is what others write
 Asked = TypeVar("Asked", bound="SampledBody")
 
 
@@ -64,7 +64,7 @@ class SampledBody(BaseModel):
 
 class CompletionBody(SampledBody):
     prompt: Any  # text, ids, or a list of either: told apart below
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    max_tokens: Annotated[int, Field(ge=0)] = 16
     logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
@@ -94,12 +94,17 @@ def _work(data: bytes, service: Service) -> Work:
         raise invalid("best_of", f"is {body.best_of}; only n ({body.n}) is supported")
     adapter, listed = adapter_of(body, service), body.logprobs or 0
     check_listed("logprobs", listed, adapter, service)
-    job = sampled_job(body, _prompt_ids(body.prompt, service), body.max_tokens, adapter, service)
-    if body.stream and not listed:
-        return streamed(
-            body, job, service, head_of(body, "cmpl", "text_completion", service), partial(_chunks, body, job, service)
-        )
-    return work_of(service, job, listed, partial(_answer, body, job, service))
+    echoed = body.echo and body.logprobs is not None  # the prompt's tokens have log-probs too
+    if echoed and adapter:
+        raise invalid("logprobs", "of a prompt are the model's own; with an adapter leave it out, or echo")
+    if not (body.max_tokens or body.echo):
+        raise invalid("max_tokens", "is 0, which needs echo: true")
+    job = sampled_job(body, _prompt_ids(body.prompt, service), max(body.max_tokens, 1), adapter, service)
+    if body.stream and body.max_tokens and not echoed:
+        head = head_of(body, "cmpl", "text_completion", service)
+        return streamed(body, job, service, head, partial(_chunks, body, job, service), listed)
+    ways = {"echoed": echoed, "draws": body.max_tokens > 0}
+    return work_of(service, job, listed, partial(_answer, body, job, service), **ways)
 
 
 def _chunks(body: CompletionBody, job: GenerateJob, service: Service, piece: Piece) -> Iterator[dict[str, Any]]:
@@ -109,7 +114,7 @@ def _chunks(body: CompletionBody, job: GenerateJob, service: Service, piece: Pie
         text = str(service.engine.tokenizer.decode(prompt, skip_special_tokens=True)) + text
     choice: dict[str, Any] = {"index": piece.index, "text": text, "finish_reason": piece.finish, "logprobs": None}
     if body.logprobs is not None:
-        choice["logprobs"] = _logprobs(Sample(piece.ids, piece.logprobs, "stop"), None, service)
+        choice["logprobs"] = _logprobs(piece.ids, piece.logprobs, piece.rows, service)
     if body.return_token_ids:
         choice["token_ids"] = piece.ids
         choice |= {"prompt_token_ids": prompt} if piece.first else {}
@@ -127,7 +132,7 @@ def _answer(
             text = str(service.engine.tokenizer.decode(prompt, skip_special_tokens=True)) + text
         choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
         if body.logprobs is not None:
-            choice["logprobs"] = _logprobs(sample, blocks[index] if blocks else None, service)
+            choice["logprobs"] = _listed(body.echo, prompt, sample, blocks[index] if blocks else None, service)
         if body.return_token_ids:
             choice["token_ids"], choice["prompt_token_ids"] = sample.ids, prompt
         choices.append(choice)
@@ -137,14 +142,29 @@ def _answer(
     return whole(head, choices, usage_of(job, drawn))
 
 
-def _logprobs(sample: Sample, block: ScoreBlock | None, service: Service) -> dict[str, Any]:
-    """As drawn; with lists of others, as the model says at temperature 1."""
-    decode = service.engine.tokenizer.decode
-    found: dict[str, Any] = {"tokens": [decode([i]) for i in sample.ids], "top_logprobs": None}
+def _listed(
+    echoed: bool, prompt: list[int], sample: Sample, block: ScoreBlock | None, service: Service
+) -> dict[str, Any]:
+    """As drawn; with lists of others, as the model says at temperature 1, and so of a prompt that is given back."""
     if block is None:
-        return {**found, "token_logprobs": sample.logprobs}
-    found["top_logprobs"] = [{decode([i]): p for i, p in row} for row in rows_of(block)]
-    return {**found, "token_logprobs": [finite(p) for p in block.token_logprobs.tolist()]}
+        return _logprobs(sample.ids, sample.logprobs, None, service)
+    rows = rows_of(block) if block.header.top_k else None
+    if not echoed:
+        return _logprobs(sample.ids, own_of(block), rows, service)
+    own: list[float | None] = [None, *own_of(block)]  # nothing says how likely the first token was
+    return _logprobs(prompt + sample.ids, own, None if rows is None else [None, *rows], service)
+
+
+def _logprobs(
+    ids: Sequence[int], own: Sequence[float | None], rows: Sequence[Row | None] | None, service: Service
+) -> dict[str, Any]:
+    decode = service.engine.tokenizer.decode
+    tokens = [str(decode([i])) for i in ids]
+    found: dict[str, Any] = {"tokens": tokens, "token_logprobs": list(own), "top_logprobs": None}
+    found["text_offset"] = list(itertools.accumulate(map(len, tokens[:-1]), initial=0)) if tokens else []
+    if rows is not None:
+        found["top_logprobs"] = [None if row is None else {decode([i]): p for i, p in row} for row in rows]
+    return found
 
 
 # ---------------------------------------------------------------- of both protocols
@@ -219,15 +239,31 @@ def sampled_job(
 
 
 def work_of(
-    service: Service, job: GenerateJob, listed: int, answer: Callable[[list[list[Sample]], list[ScoreBlock]], Answer]
+    service: Service,
+    job: GenerateJob,
+    listed: int,
+    answer: Callable[[list[list[Sample]], list[ScoreBlock]], Answer],
+    *,
+    echoed: bool = False,
+    draws: bool = True,
 ) -> Work:
     """Draws the samples of every prompt, and asks for the ``listed`` likeliest tokens of every sample in turn (none for
-    0); ``answer`` writes both down, on a thread. Raises Problem 409 when other weights came between the two."""
+    0); ``answer`` writes both down, on a thread. Raises Problem 409 when other weights came between the two.
+
+    Args:
+        echoed: the prompt's tokens are asked about too.
+        draws: False: there is the prompt alone.
+    """
 
     async def work() -> Answer:
-        drawn, fingerprint, _ = await service.samples(job)
-        behind = each(job, drawn) if listed else []
-        jobs = [ScoreJob(prompt + s.ids, len(prompt), len(prompt) + len(s.ids), listed) for prompt, s in behind]
+        fingerprint = service.engine.info.fingerprint
+        drawn = [[Sample([], [], "length")] * job.sampling.samples_per_prompt for _ in job.prompts]
+        if draws:
+            drawn, fingerprint, _ = await service.samples(job)
+        behind = each(job, drawn) if listed or echoed else []
+        starts = [min(1, len(prompt)) if echoed else len(prompt) for prompt, _ in behind]
+        texts = [(start, prompt + s.ids) for start, (prompt, s) in zip(starts, behind, strict=True)]
+        jobs = [ScoreJob(ids, start, len(ids), listed) for start, ids in texts]
         blocks = await service.scored(jobs, fingerprint) if jobs else []
         return await asyncio.to_thread(answer, drawn, blocks)
 
@@ -240,15 +276,20 @@ def streamed(
     service: Service,
     head: dict[str, Any],
     chunks: Callable[[Piece], Iterable[dict[str, Any]]],
+    listed: int = 0,
 ) -> Work:
-    """Events as tokens are sampled."""
+    """Events as tokens are sampled, each with the ``listed`` likeliest at its position."""
 
     async def write(parts: Parts) -> None:
         count, tokenizer = len(job.prompts) * body.n, service.engine.tokenizer
         whole_text = partial(text_of, stops=body.stops, service=service)
         events = TokenEvents(tokenizer, body.stops, count, parts, head, chunks, whole_text)
-        drawn, _, _ = await service.samples(job, told=events.sampled)
-        events.finished([sample for of in drawn for sample in of])
+        if listed:
+            listing = Listing(service.engine, job, listed, events)
+            drawn, _, _ = await service.samples(job, told=listing.sampled, beside=listing.beside)
+        else:
+            drawn, _, _ = await service.samples(job, told=events.sampled)
+            events.finished([sample for of in drawn for sample in of])
         asked = body.stream_options is not None and body.stream_options.include_usage
         events.last(usage_of(job, drawn) if asked else None)
 
@@ -265,18 +306,6 @@ def text_of(sample: Sample, stops: Sequence[str], service: Service) -> tuple[str
     text = str(service.engine.tokenizer.decode(sample.ids, skip_special_tokens=True))
     cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=-1)
     return (text, sample.finish) if cut < 0 else (text[:cut], "stop")
-
-
-def rows_of(block: ScoreBlock) -> list[list[tuple[int, float]]]:
-    """The listed ids of every position with their log-probs, likeliest first."""
-    return [
-        [(i, finite(p)) for i, p in zip(ids, logprobs, strict=True) if i >= 0]
-        for ids, logprobs in zip(block.topk_ids.tolist(), block.topk_logprobs.tolist(), strict=True)
-    ]
-
-
-def finite(logprob: float) -> float:
-    return max(logprob, IMPOSSIBLE)
 
 
 def head_of(body: SampledBody, prefix: str, kind: str, service: Service) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,11 +18,8 @@ from llmdistill.service.openai import (
     adapter_of,
     check_listed,
     each,
-    events,
-    finite,
     head_of,
     read_body,
-    rows_of,
     sampled_job,
     streamed,
     text_of,
@@ -30,7 +27,7 @@ from llmdistill.service.openai import (
     whole,
     work_of,
 )
-from llmdistill.service.openai_stream import Piece
+from llmdistill.service.openai_stream import Piece, Row, finite, own_of, rows_of
 from llmdistill.service.problems import invalid
 from llmdistill.service.responses import response
 from llmdistill.service.text import rendered, template_of
@@ -71,9 +68,9 @@ def _work(data: bytes, service: Service) -> Work:
     check_listed("top_logprobs", listed, adapter, service)
     ids = _ids(body, service)
     job = sampled_job(body, [ids], _new_tokens(body, len(ids), service), adapter, service)
-    if body.stream and not listed:
+    if body.stream:
         head = head_of(body, "chatcmpl", "chat.completion.chunk", service)
-        return streamed(body, job, service, head, partial(_pieces, body, job, service))
+        return streamed(body, job, service, head, partial(_pieces, body, job, service), listed)
     return work_of(service, job, listed, partial(_answer, body, job, service))
 
 
@@ -102,25 +99,23 @@ def _answer(
         message = {"role": "assistant", "content": text, "refusal": None}
         choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish, "logprobs": None}
         if body.logprobs:
-            choice["logprobs"] = {"content": _logprobs(sample, blocks[index] if blocks else None, service)}
+            block = blocks[index] if blocks else None
+            own, rows = (sample.logprobs, None) if block is None else (own_of(block), rows_of(block))
+            choice["logprobs"] = {"content": _logprobs(sample.ids, own, rows, service)}
         if body.return_token_ids:
             choice["token_ids"], choice["prompt_token_ids"] = sample.ids, prompt
         choices.append(choice)
-    if not body.stream:
-        return whole(head_of(body, "chatcmpl", "chat.completion", service), choices, usage_of(job, drawn))
-    head = head_of(body, "chatcmpl", "chat.completion.chunk", service)
-    return events(body, job, drawn, ({**head, "choices": [c]} for choice in choices for c in _chunks(choice)), head)
+    return whole(head_of(body, "chatcmpl", "chat.completion", service), choices, usage_of(job, drawn))
 
 
 def _pieces(body: ChatBody, job: GenerateJob, service: Service, piece: Piece) -> Iterator[dict[str, Any]]:
-    """A piece in events, as :func:`_chunks` has a whole choice."""
+    """A piece in events: who speaks, what is said, why it ends."""
     if piece.first:
         yield {"index": piece.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
     if piece.text or piece.ids:
         choice: dict[str, Any] = {"index": piece.index, "delta": {"content": piece.text}, "finish_reason": None}
         if body.logprobs:
-            one = Sample(piece.ids, piece.logprobs, "stop")
-            choice["logprobs"] = {"content": _logprobs(one, None, service)}
+            choice["logprobs"] = {"content": _logprobs(piece.ids, piece.logprobs, piece.rows, service)}
         if body.return_token_ids:
             choice["token_ids"] = piece.ids
             choice |= {"prompt_token_ids": job.prompts[0]} if piece.first else {}
@@ -129,16 +124,9 @@ def _pieces(body: ChatBody, job: GenerateJob, service: Service, piece: Piece) ->
         yield {"index": piece.index, "delta": {}, "finish_reason": piece.finish}
 
 
-def _chunks(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A choice in events: who speaks, what is said, why it ends."""
-    rest = {name: value for name, value in choice.items() if name not in ("message", "finish_reason")}
-    message = choice["message"]
-    yield {"index": choice["index"], "delta": {"role": message["role"], "content": ""}, "finish_reason": None}
-    yield {**rest, "delta": {"content": message["content"]}, "finish_reason": None}
-    yield {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
-
-
-def _logprobs(sample: Sample, block: ScoreBlock | None, service: Service) -> list[dict[str, Any]]:
+def _logprobs(
+    ids: Sequence[int], own: Sequence[float], rows: Sequence[Row] | None, service: Service
+) -> list[dict[str, Any]]:
     """As drawn; with lists of others, as the model says at temperature 1."""
 
     def told(token: int, logprob: float) -> dict[str, Any]:
@@ -146,9 +134,8 @@ def _logprobs(sample: Sample, block: ScoreBlock | None, service: Service) -> lis
         part = "\ufffd" in text  # of a character: which bytes it is the text does not say
         return {"token": text, "logprob": finite(logprob), "bytes": None if part else list(text.encode())}
 
-    own = sample.logprobs if block is None else block.token_logprobs.tolist()
-    listed = [[] for _ in sample.ids] if block is None else rows_of(block)
+    listed: Sequence[Row] = [[] for _ in ids] if rows is None else rows
     return [
         {**told(token, logprob), "top_logprobs": [told(*other) for other in others]}
-        for token, logprob, others in zip(sample.ids, own, listed, strict=True)
+        for token, logprob, others in zip(ids, own, listed, strict=True)
     ]

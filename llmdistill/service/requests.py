@@ -112,6 +112,19 @@ class WeightsBody(_Body):
     digest: Annotated[str, Field(pattern=DIGEST)] | None = None
 
 
+class JoinBody(_Body):
+    group: Annotated[str, Field(pattern=DIGEST)]
+    backend: str
+    replica: Annotated[int, Field(strict=True, ge=0, lt=1 << 16)]
+    init: dict[str, Any]
+    shapes: dict[str, list[Annotated[int, Field(strict=True, ge=0)]]]
+
+
+class ReceiveBody(OfferBody):
+    group: Annotated[str, Field(pattern=DIGEST)]
+    update: dict[str, Any] | None = None
+
+
 class AdapterBody(_Body):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     path: str

@@ -47,6 +47,9 @@ def create_app(service: Service) -> ASGIApp:
     posted(protocol.ADAPTERS, service.add_adapter, waits=True)
     posted(protocol.OFFER, service.offer, kept=False)  # what is true of it changes
 
+    posted(protocol.JOIN, service.join, kept=False)
+    posted(protocol.RECEIVE, service.receive)
+
     @app.post(protocol.WEIGHTS)
     async def weights(request: Request) -> Response:
         if content_type(request) == protocol.TENSORS_TYPE:

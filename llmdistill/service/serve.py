@@ -31,6 +31,7 @@ from llmdistill.service.problems import Problem
 from llmdistill.service.routes import create_app
 
 # Limits that are settings of the command; the others are the same for everybody.
+SCALING = (("scale_up_s", 0.0), ("scale_down_s", 0.0))
 WATCH_S, LAG_EVERY_S, FOLLOW_S = 2.0, 0.05, 0.25
 OTHER_FILES = 256  # than connections: the model's, the engine's, libraries'
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
@@ -52,6 +53,9 @@ class ServeConfig:
     tls_key: str = option("", "file with its private key")
     max_model_len: int = option(4096, "longest sequence, prompt and completion")
     updatable: bool = option(False, "take new weights: a student's, for rollouts")
+    transfer: Literal["", "nccl", "nccl_m2n", "ipc", "gloo"] = option(
+        "", "by which backend of vLLM a trainer may send weights (vllm, --updatable); empty: over HTTP alone"
+    )
     allow_weights: list[str] = field(
         default_factory=list, metadata={"help": "folders that weights and adapters may be read from"}
     )
@@ -81,6 +85,8 @@ class ServeConfig:
     queue_depth: float = option(
         8.0, "requests at a replica, waiting ones included, from which more of them are started"
     )
+    scale_up_s: float = option(30.0, "the queue has to be long for so many seconds before a replica is started")
+    scale_down_s: float = option(600.0, "and short for so many before one goes")
     replica_cpus: float = option(1.0, "CPUs that Ray sets aside for a replica")
     replica_gpus: float = option(
         -1.0, "GPUs that Ray sets aside for a replica; -1: --tensor_parallel where there are any"
@@ -129,6 +135,11 @@ def check(config: ServeConfig, token: str | None) -> None:
             f"--updatable and --max_lora_rank {config.max_lora_rank} are both given; vLLM takes either new weights or "
             "adapters. Fix: leave out the one your student does not send."
         )
+    if config.transfer and (config.engine != "vllm" or not config.updatable or config.versions):
+        raise UserError(
+            f"--transfer {config.transfer} is given; it is for --engine vllm with --updatable, each replica by its own "
+            "address (without --versions). Fix: leave it out, and weights come over HTTP."
+        )
     for name, folder in [
         *(("allow_weights", f) for f in config.allow_weights),
         ("upload_folder", config.upload_folder),
@@ -151,7 +162,7 @@ def check(config: ServeConfig, token: str | None) -> None:
 
 
 def _check_fleet(config: ServeConfig) -> None:
-    for name, least in (("replicas", 1), ("max_replicas", 0), ("queue_depth", 0.1), ("replica_cpus", 0.0)):
+    for name, least in (("replicas", 1), ("max_replicas", 0), ("queue_depth", 0.1), ("replica_cpus", 0.0), *SCALING):
         if (value := getattr(config, name)) < least:
             raise UserError(f"--{name} is {value}; it must be at least {least}. Fix: --{name} {max(least, 1)}.")
     if 0 < config.max_replicas < config.replicas:
@@ -199,6 +210,7 @@ def load(config: ServeConfig) -> Engine:
             updatable=config.updatable,
             max_lora_rank=config.max_lora_rank,
             max_adapters=config.max_adapters,
+            transfer=config.transfer,
             max_num_batched_tokens=max(config.batch_tokens, config.max_model_len + 1),
             tensor_parallel_size=config.tensor_parallel,
         )

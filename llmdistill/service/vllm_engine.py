@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from llmdistill.compat.vllm import kv_cache_tokens, load_async_vllm
 from llmdistill.compat.vllm_prompts import free_bytes, step_tokens
 from llmdistill.compat.vllm_scores import admit_chosen_ids
+from llmdistill.compat.vllm_senders import BACKENDS
 from llmdistill.errors import UserError
 from llmdistill.models.vllm_requests import drawn, generation_params, hidden_rows, scored_rows, scoring_params
 from llmdistill.service.adapters import Uses, check_adapter
@@ -44,6 +46,7 @@ class AsyncVLLMEngine:
         updatable: whether :meth:`load_weights` will be called (twice the memory for weights on a CPU).
         max_lora_rank: 0: no adapters.
         max_adapters: that will be loaded at one time.
+        transfer: the backend of vLLM's weight-transfer API by which a trainer may send weights; empty: none.
         options: further arguments of vLLM's engine.
 
     Raises:
@@ -68,6 +71,7 @@ class AsyncVLLMEngine:
         updatable: bool = False,
         max_lora_rank: int = 0,
         max_adapters: int = 4,
+        transfer: str = "",
         **options: Any,
     ) -> None:
         self._info, self.tokenizer = describe(model_path, trust_remote_code)
@@ -103,8 +107,10 @@ class AsyncVLLMEngine:
             gpu_memory_utilization=gpu_memory_utilization,
             trust_remote_code=trust_remote_code,
             updatable=updatable,
+            transfer=BACKENDS[transfer] if transfer else "",
             **options,
         )
+        self.transfer, self.workers = transfer, int(self.engine.vllm_config.parallel_config.world_size)
         self._must_mend = admit_chosen_ids(self.engine)
         self.adapters: dict[str, str] = {}
         self._lora: dict[str, Any] = {}
@@ -232,6 +238,21 @@ class AsyncVLLMEngine:
         if partial:  # the rest is what it was
             pushed = hashlib.blake2b(f"{self._info.fingerprint}{pushed}".encode(), digest_size=8).hexdigest()
         self._info = replace(self._info, fingerprint=pushed)
+
+    async def join(self, init: dict[str, Any], replica: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._check(dict(shapes), partial=False)
+        try:
+            await self.engine.collective_rpc("llmdistill_join", args=(json.dumps(init), replica))
+        except Exception as error:
+            raise ValueError(f"vLLM cannot join the trainer: {first_line(error)}") from error
+
+    async def receive(self, update: dict[str, Any]) -> None:
+        try:
+            found = await self.engine.collective_rpc("llmdistill_receive", args=(json.dumps(update),))
+            await self._forget_prefixes()
+        except Exception as error:  # some weights may be in
+            raise EngineDead(f"the trainer's weights did not come whole: {first_line(error)}") from error
+        self._info = replace(self._info, fingerprint=found[0])
 
     async def _forget_prefixes(self) -> None:
         """What the prefix cache holds was computed with the old weights. vLLM says no while a block of it is in use, as

@@ -6,7 +6,8 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from llmdistill.errors import UserError
 from llmdistill.service import requests as bodies
 from llmdistill.service.bodies import too_large
-from llmdistill.service.engine import Engine
+from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.gate import Gate
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid
@@ -25,6 +26,8 @@ from llmdistill.service.versions import Version, Versions
 from llmdistill.teachers.fingerprint import weights_fingerprint
 
 Told = dict[str, Any]
+LEASE_S = 60.0  # for a trainer to begin what it was let to
+TRANSFER_S = 600.0  # for all weights to come from a trainer
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,16 @@ class Push:
     partial: bool
     version: int
     digest: str
+
+
+@dataclass
+class _Session:
+    """A push by a trainer to the engine itself."""
+
+    push: Push
+    begun: asyncio.Future[None]  # nothing else is at work
+    update: asyncio.Future[dict[str, Any]]  # what will be sent
+    work: asyncio.Task[Told] = field(init=False)
 
 
 class Weights:
@@ -64,6 +77,9 @@ class Weights:
         self.policy_version = 0
         self._last: Push | None = None
         self._uploading = asyncio.Lock()
+        self._session: _Session | None = None  # the last push of a trainer to the engine
+        self.group: str | None = None  # of the trainer that sends to the engine
+        self.died: Callable[[], None] = lambda: None
         self._offered: dict[str, asyncio.Event] = {}  # set when the one who was told to push has, or has not
 
     def offer(self, data: bytes) -> Callable[[], Awaitable[Told]]:
@@ -155,6 +171,100 @@ class Weights:
                 found = await written(stream, folder / "model.safetensors", most, self.limits.silence_s)
                 await asyncio.to_thread(check_files, folder)
                 return await self._load(folder, Push(partial in ("true", "1"), int(version), digest or found))
+
+    # ---------------------------------------------------------------- weights that a trainer sends to the engine itself
+
+    def transfer(self) -> dict[str, Any] | None:
+        """How that may be done; None where it may not."""
+        if not (self.accepts and self.versions is None and self.engine.transfer):
+            return None
+        return {"backend": self.engine.transfer, "workers": self.engine.workers, "group": self.group}
+
+    def join(self, data: bytes) -> Callable[[], Awaitable[Told]]:
+        """The engine joins a trainer.
+
+        Raises:
+            Problem: 400, 403.
+        """
+        self.check(False)
+        body, offered = bodies.read(bodies.JoinBody, data), self.transfer()
+        if offered is None or offered["backend"] != body.backend:
+            there = "over HTTP only" if offered is None else f"by {offered['backend']}"
+            raise invalid("backend", f"is {body.backend[:20]!r}; this service takes weights {there} (--transfer)")
+        shapes = {name: tuple(shape) for name, shape in body.shapes.items()}
+
+        async def join() -> Told:
+            async with self.gate.alone():
+                self.group = None
+                try:
+                    async with asyncio.timeout(TRANSFER_S):
+                        await self.engine.join(body.init, body.replica, shapes)
+                except ValueError as error:
+                    raise invalid("init", f"was refused: {first_line(error)}") from None
+                except (TimeoutError, asyncio.CancelledError) as error:
+                    raise self._half(error) from None
+                self.group = body.group
+            return {"group": self.group}
+
+        return join
+
+    def receive(self, data: bytes) -> Callable[[], Awaitable[Told]]:
+        """The engine takes what its trainer sends. That is asked twice: whether it may be sent, and with what it is; in
+        between nothing is at work, for a while.
+
+        Raises:
+            Problem: 400, 403; 409, of another trainer.
+        """
+        self.check(False)
+        body = bodies.read(bodies.ReceiveBody, data)
+        return partial(self._begun, body) if body.update is None else partial(self._received, body, body.update)
+
+    async def _begun(self, body: bodies.ReceiveBody) -> Told:
+        if body.group != self.group:
+            raise Problem(409, "group", f"the engine is in no group {body.group!r} now", field="group")
+        session = self._session
+        if session is None or session.push.digest != body.digest:
+            if session is not None and not session.work.done():
+                raise Problem(409, "group", "another push is under way", field="digest")
+            loop = asyncio.get_running_loop()
+            push = Push(False, body.policy_version, body.digest)
+            session = self._session = _Session(push, loop.create_future(), loop.create_future())
+            session.work = loop.create_task(self._taken(session, body.group))
+        await asyncio.wait((session.begun, session.work), return_when=asyncio.FIRST_COMPLETED)
+        if session.work.done():
+            session.work.result()
+        return {"group": self.group}
+
+    async def _received(self, body: bodies.ReceiveBody, update: dict[str, Any]) -> Told:
+        session = self._session
+        if session is None or session.push.digest != body.digest:
+            raise Problem(409, "group", f"no push {body.digest!r} was begun", field="digest")
+        if not session.update.done():
+            session.update.set_result(update)
+        return await session.work  # a caller who has gone for good ends it
+
+    async def _taken(self, session: _Session, group: str) -> Told:
+        async with self.gate.alone():
+            session.begun.set_result(None)
+            try:
+                async with asyncio.timeout(LEASE_S):
+                    update = await session.update
+            except TimeoutError:
+                raise Problem(409, "group", f"the trainer sent nothing for {LEASE_S:g} s", field="group") from None
+            self.group = None  # whatever happens meanwhile ends it
+            try:
+                async with asyncio.timeout(TRANSFER_S):
+                    await self.engine.receive(update)
+            except (TimeoutError, asyncio.CancelledError) as error:
+                raise self._half(error) from None
+            self.policy_version, self._last, self.group = session.push.version, session.push, group
+            return self._told()
+
+    def _half(self, error: BaseException) -> EngineDead:
+        """A worker that waits for a trainer cannot be called back: the process has to be started again."""
+        self.died()
+        why = f"nothing came in {TRANSFER_S:g} s" if isinstance(error, TimeoutError) else "its caller has gone"
+        return EngineDead(f"weights were to come from a trainer, and {why}")
 
     def check(self, partial: bool) -> None:
         """Raises Problem: 403, no weights are taken; 400, no part of them."""

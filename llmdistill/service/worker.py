@@ -7,6 +7,7 @@ be pushed, makes layers keep the plain weights they are loaded into (see :mod:`l
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from llmdistill.compat.vllm_plain import keep_plain_weights
 from llmdistill.compat.vllm_prompts import bound_prompt_scores, gives_hidden
+from llmdistill.compat.vllm_receiving import join, receive, register_for
 from llmdistill.compat.vllm_scores import mend_first_runner
 from llmdistill.compat.vllm_weights import load_into_worker, worker_is_plain
+from llmdistill.teachers.fingerprint import Fingerprint
 
 UPDATABLE = "LLMDISTILL_UPDATABLE"  # set by the service for the processes it starts
 PARENT = "LLMDISTILL_PARENT"
+TRANSFER = "LLMDISTILL_TRANSFER"
 
 
 class Worker:
@@ -35,6 +39,17 @@ class Worker:
     def llmdistill_takes_part(self) -> bool:
         """Whether a push may hold only the weights that changed."""
         return worker_is_plain(self)
+
+    def llmdistill_join(self, init: str, replica: int) -> None:
+        """Joins the trainer that sends weights: to vLLM's backends replicas are data-parallel copies of the engine."""
+        join(self, json.loads(init), replica)
+
+    def llmdistill_receive(self, update: str) -> str:
+        """Loads what the trainer sends meanwhile; the fingerprint of what came, as of a checkpoint."""
+        config: Any = self.model_config  # type: ignore[attr-defined]
+        found = Fingerprint(bool(getattr(config.hf_config, "tie_word_embeddings", False)))
+        receive(self, json.loads(update), found.add)
+        return found.name()
 
     def llmdistill_mend(self, first_runner: bool) -> None:
         bound_prompt_scores(self)
@@ -67,6 +82,7 @@ def _prepare() -> Any:
     _die_with_parent()
     if os.environ.get(UPDATABLE) == "1":
         keep_plain_weights()
+    register_for(os.environ.get(TRANSFER, ""))
 
 
 _prepare()

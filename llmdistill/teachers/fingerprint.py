@@ -29,7 +29,6 @@ def weights_fingerprint(source: str | Path | nn.Module, revision: str = "") -> s
     from the local cache, at ``revision`` where one is given. A checkpoint without safetensors files is named by its
     path, file sizes and dates.
     """
-    digest = hashlib.blake2b(digest_size=8)
     if isinstance(source, nn.Module):
         base = base_model(source)
         tied, tensors = _is_tied(getattr(base, "config", None)), named_weights(source)
@@ -41,12 +40,33 @@ def weights_fingerprint(source: str | Path | nn.Module, revision: str = "") -> s
             return hashlib.blake2b(repr((str(source), stats)).encode(), digest_size=8).hexdigest()
         tied = is_tied(folder)
         tensors = (pair for file in files for pair in stored_tensors(file))
-    entries = {name: entry for name, tensor in tensors if (entry := _entry(name, tensor))}
-    if tied:  # some checkpoints store the second name of the same matrix, some do not
-        entries.pop("lm_head.weight", None)
-    for name in sorted(entries):
-        digest.update(entries[name])
-    return digest.hexdigest()
+    found = Fingerprint(tied)
+    for name, tensor in tensors:
+        found.add(name, tensor)
+    return found.name()
+
+
+class Fingerprint:
+    """:func:`weights_fingerprint` of tensors that come one by one, in any order.
+
+    Args:
+        tied: whether the output head is the embedding matrix.
+    """
+
+    def __init__(self, tied: bool) -> None:
+        self.tied, self._entries = tied, dict[str, bytes]()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._entries[name] = _entry(name, tensor)
+
+    def name(self) -> str:
+        """Of what was added so far."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name in sorted(self._entries):
+            # some checkpoints store the second name of the same matrix, some do not
+            if not (self.tied and name == "lm_head.weight"):
+                digest.update(self._entries[name])
+        return digest.hexdigest()
 
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

@@ -37,13 +37,18 @@ call that is split over requests or replicas draws what the whole call would hav
 "policy_version"}``. d is any word that names these weights: whoever pushes the same ones gives the same word.
 ``POST /v1/weights/offer``: ``{"digest": d, "policy_version": n}`` -> ``{"needed": true}`` to the one who is to push
 them now, ``{"needed": false, "teacher", "policy_version"}`` where they are. It waits while another one pushes.
+``POST /v1/weights/join``: ``{"group", "backend", "replica": i, "init": {...}, "shapes": {name: [n, ...]}}`` ->
+``{"group"}`` and ``POST /v1/weights/receive``: ``{"group", "digest", "policy_version", "update": {...}}`` ->
+``{"teacher", "policy_version"}``, after one with ``"update": null``, which waits until nothing is at work. Where
+``transfer`` of the info is not null: the engine joins a trainer, by vLLM's weight-transfer API, and takes what that
+sends to it beside this protocol. ``group`` is any word for that trainer and all that joined it.
 ``POST /v1/adapters``: ``{"name", "path"}``; ``DELETE /v1/adapters/NAME``.
 
 ``GET /v1/info``::
 
     {"protocol", "name", "teacher", "tokenizer", "vocab_size", "eos_ids", "context_length", "template", "engine",
      "dtype", "policy_version", "chosen_ids", "weights", "partial_weights", "adapters": [name, ...],
-     "head": {"fingerprint", "width", "bytes"} | null,
+     "head": {"fingerprint", "width", "bytes"} | null, "transfer": {"backend", "workers", "group": word | null} | null,
      "limits": {"top_k", "sequence_tokens", "sequences", "positions", "new_tokens", "body_bytes", "json_bytes",
                 "in_flight", "adapters"}}
 
@@ -76,6 +81,7 @@ from collections.abc import Iterator, Sequence
 
 SCORE, GENERATE, SCORE_TEXT = "/v1/score", "/v1/generate", "/v1/score_text"
 WEIGHTS, OFFER, ADAPTERS = "/v1/weights", "/v1/weights/offer", "/v1/adapters"
+JOIN, RECEIVE = "/v1/weights/join", "/v1/weights/receive"
 HEAD = "/v1/head"
 INFO, HEALTH, READY, METRICS = "/v1/info", "/health", "/ready", "/metrics"
 

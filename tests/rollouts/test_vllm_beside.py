@@ -51,6 +51,18 @@ def test_a_merged_lora_goes_the_same_way(by_transfer):
     assert_samples_from(by_transfer, adapted)
 
 
+def test_a_head_that_is_the_embedding_matrix_is_new_too():
+    """On a CPU it is packed for itself, and nothing is loaded under its own name."""
+    old, new = llama(1, hidden=64, tied=True), llama(2, hidden=64, tied=True)
+    engine = engine_for(old, transfer=True)
+    try:
+        engine.sync(old, 1)
+        engine.sync(new, 2)
+        assert_samples_from(engine, new)
+    finally:
+        engine.close()
+
+
 def test_an_engine_that_sleeps_is_awake_when_it_is_asked(by_transfer):
     inner, model = by_transfer.engine, llama(4, hidden=64)
     inner.sleeps = True

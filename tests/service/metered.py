@@ -26,6 +26,7 @@ class Metered:
     """Implements :class:`~llmdistill.service.engine.Engine`: one meter, which sequences pass one after another."""
 
     kind, dtype, chosen_ids, partial_weights = "hf", "float32", False, False
+    transfer, workers = "", 1
     max_top_k, max_model_len, weights_bytes = 8, 4096, 0
     capacity_tokens: int | None = CAPACITY
 

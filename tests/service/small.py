@@ -129,6 +129,7 @@ class Small:
             "weights": self.weights,
             "partial_weights": self.partial_weights,
             "adapters": [],
+            "transfer": None,
             "limits": self.limits,
         }
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +73,59 @@ def test_one_of_two_replicas_is_killed_under_load_and_nothing_is_lost(model: str
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(ask, range(80)))
         assert killed.is_set()
+        teacher.close()
+        assert service.terminate() == 0
+
+
+@pytest.mark.proof
+def test_replicas_come_with_the_load_and_go_with_it_and_nothing_is_lost(model: str) -> None:
+    """One, two while eight ask at one time, one again while one asks: every answer of all that time is right."""
+    before, wanted = replicas(), expected(8)
+    scaling = (
+        "--replicas",
+        "1",
+        "--max_replicas",
+        "2",
+        "--queue_depth",
+        "2",
+        "--scale_up_s",
+        "1",
+        "--scale_down_s",
+        "5",
+    )
+    rollout = collate([ids[:2] for ids in SEQUENCES], [ids[2:] for ids in SEQUENCES], pad_id=0)
+    with fleet(model, *scaling) as service:
+        teacher = RemoteTeacher(service.url, lossless=True, in_flight=8, timeout_s=60.0, max_outage_s=120.0)
+        began, answers, seen = time.monotonic(), [0], list[tuple[float, int, int]]()
+
+        def until(count: int, at_once: int) -> None:
+            """Asks until there are so many replicas."""
+            over = threading.Event()
+
+            def ask() -> None:
+                while not over.is_set():
+                    assert_same(teacher.score(rollout, 8), wanted)
+                    answers[0] += 1
+
+            with ThreadPoolExecutor(at_once) as threads:
+                asking = [threads.submit(ask) for _ in range(at_once)]
+                end = time.monotonic() + 200
+                while (
+                    len(replicas() - before) != count and time.monotonic() < end and not any(a.done() for a in asking)
+                ):
+                    time.sleep(0.5)
+                over.set()
+                for one in asking:
+                    one.result()
+            assert len(replicas() - before) == count
+            seen.append((time.monotonic() - began, count, answers[0]))
+
+        assert len(replicas() - before) == 1
+        until(2, at_once=8)
+        until(1, at_once=1)
+        until(2, at_once=8)
+        print("; ".join(f"after {s:.0f} s {count} replicas, {n} answers" for s, count, n in seen))
+        print("".join(line for line in service.log if "replicas" in line))
         teacher.close()
         assert service.terminate() == 0
 

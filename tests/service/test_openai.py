@@ -11,9 +11,8 @@ import torch
 
 from llmdistill.service.app import Service
 from llmdistill.service.limits import Limits
-from llmdistill.service.openai import IMPOSSIBLE
 from llmdistill.service.openai import _work as service_work
-from llmdistill.service.openai_stream import TextSoFar
+from llmdistill.service.openai_stream import IMPOSSIBLE, TextSoFar
 from llmdistill.wire import protocol
 from tests import tiny
 from tests.service.inprocess import Client, with_service
@@ -121,13 +120,15 @@ def test_a_stream_says_the_same_in_events() -> None:
     with_service(test)
 
 
+@pytest.mark.parametrize("listed", [0, 3])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_a_stream_comes_token_by_token(path: str) -> None:
-    """The same text, ids and log-probs as in one body, while the samples still grow; two prompts' worth of choices."""
+def test_a_stream_comes_token_by_token(path: str, listed: int) -> None:
+    """The same text, ids, log-probs and lists as in one body, while the samples still grow; two prompts' worth of
+    choices."""
 
     async def test(client: Client, service: Service) -> None:
-        asked: dict[str, Any] = {"messages": MESSAGES, "logprobs": True} if path == CHAT else {}
-        asked = asked or {"prompt": [[5, 6, 7], [50, 51]], "logprobs": 0}
+        chat = {"messages": MESSAGES, "logprobs": True, "top_logprobs": listed}
+        asked: dict[str, Any] = chat if path == CHAT else {"prompt": [[5, 6, 7], [50, 51]], "logprobs": listed}
         body = {**asked, "n": 2, "max_tokens": 12, "seed": 3, "return_token_ids": True, "ignore_eos": True}
         whole = (await client.post(path, json=body)).json()["choices"]
         streamed = await client.post(path, json={**body, "stream": True})
@@ -138,11 +139,56 @@ def test_a_stream_comes_token_by_token(path: str) -> None:
             assert len([c for c in mine if c.get("token_ids")]) > 3
             said = "".join((c["delta"].get("content") or "") if path == CHAT else c["text"] for c in mine)
             assert said == (choice["message"]["content"] if path == CHAT else choice["text"])
-            lists = "content" if path == CHAT else "token_logprobs"
-            found = [one for c in mine if c.get("logprobs") for one in c["logprobs"][lists]]
-            assert found == choice["logprobs"][lists]
+            found, expected = flat([c["logprobs"] for c in mine if c.get("logprobs")]), flat([choice["logprobs"]])
+            assert [one[0] for one in found] == [one[0] for one in expected]
+            for streamed_one, one in zip(found, expected, strict=True):
+                assert streamed_one[1] == pytest.approx(one[1], abs=1e-5)
+                assert streamed_one[2] == pytest.approx(one[2], abs=1e-5)
+                assert listed == 0 or 0 < len(one[2]) <= listed  # two tokens may have one text
         first = [c["index"] for chunk in chunks for c in chunk["choices"]]
         assert first.index(len(whole) - 1) < len(first) - first[::-1].index(0) - 1  # they grow beside each other
+
+    with_service(test)
+
+
+def flat(logprobs: list[dict[str, Any]]) -> list[tuple[str, float, dict[str, float]]]:
+    """Token, log-prob and list of every position, of either protocol."""
+    if "content" in logprobs[0]:
+        content = [one for part in logprobs for one in part["content"]]
+        return [(c["token"], c["logprob"], {o["token"]: o["logprob"] for o in c["top_logprobs"]}) for c in content]
+    found = list[tuple[str, float, dict[str, float]]]()
+    for part in logprobs:
+        lists = part["top_logprobs"] or [{}] * len(part["tokens"])
+        found += zip(part["tokens"], part["token_logprobs"], lists, strict=True)
+    return found
+
+
+@pytest.mark.parametrize("new_tokens", [0, 1, 4])
+def test_a_prompt_that_is_given_back_has_log_probs(new_tokens: int) -> None:
+    """What evaluation harnesses score answers by: against a forward pass by hand."""
+
+    async def test(client: Client, service: Service) -> None:
+        prompts = [[5, 6, 7, 60], [50, 51], [9]]
+        asked = {"prompt": prompts, "max_tokens": new_tokens, "echo": True, "logprobs": 1, "temperature": 0, "seed": 1}
+        answer = (await client.post("/v1/completions", json={**asked, "return_token_ids": True})).json()
+        decode, model = service.engine.tokenizer.decode, service.engine.teacher.model  # type: ignore[attr-defined]
+        for prompt, choice in zip(prompts, answer["choices"], strict=True):
+            ids, told = prompt + choice["token_ids"], choice["logprobs"]
+            assert len(choice["token_ids"]) <= new_tokens and choice["text"] == decode(ids, skip_special_tokens=True)
+            assert told["tokens"] == [decode([i]) for i in ids]
+            assert told["text_offset"] == [len("".join(told["tokens"][:i])) for i in range(len(ids))]
+            assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+            with torch.no_grad():
+                rows = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            own = rows[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+            assert told["token_logprobs"][1:] == pytest.approx(own, abs=1e-4)
+            # a harness takes an answer for the greedy one where these two are equal, to the last bit
+            pairs = zip(told["token_logprobs"][1:], told["top_logprobs"][1:], strict=True)
+            greedy = [own == max(top.values()) for own, top in pairs]
+            assert greedy == [i == int(row.argmax()) for i, row in zip(ids[1:], rows, strict=False)]
+            assert all(greedy[len(prompt) - 1 :])  # what was drawn at temperature 0
+        none = {**asked, "max_tokens": 0, "echo": False}
+        assert (await client.post("/v1/completions", json=none)).json()["error"]["field"] == "max_tokens"
 
     with_service(test)
 
@@ -246,6 +292,11 @@ def test_the_official_client() -> None:
         stream = await api.chat.completions.create(**asked, stream=True)
         said = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
         assert said == chat.choices[0].message.content
+        stream = await api.chat.completions.create(**asked, stream=True, logprobs=True, top_logprobs=2)
+        told = [chunk.choices[0].logprobs async for chunk in stream]
+        content = [one for part in told if part is not None for one in part.content]
+        assert [one.token for one in content] == [one.token for one in chat.choices[0].logprobs.content]
+        assert all(len(one.top_logprobs) == 2 for one in content)
         text = await api.completions.create(model=name, prompt="2+2=", max_tokens=4, logprobs=2, seed=1)
         assert len(text.choices[0].logprobs.top_logprobs) == text.usage.completion_tokens
         with pytest.raises(openai.NotFoundError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -89,6 +90,13 @@ def test_no_rank_starves_where_all_want_four_times_what_there_is(model: str, cou
     """Two to six requests of each at one time are four, of which the replicas take in one. Shares by demand
     have an index of .89; before clients were told apart it was .68, and a rank had nothing."""
     with replica(model, count // 2) as one, replica(model, count // 2) as two:
-        answered = Ranks([one.url, two.url], [2 + rank % 5 for rank in range(count)], enough=12 * count).run()
+        began, widths = time.monotonic(), [2 + rank % 5 for rank in range(count)]
+        answered = Ranks([one.url, two.url], widths, enough=12 * count).run()
+        seconds = time.monotonic() - began
+    print(
+        f"{count} ranks that ask for {sum(widths)} requests at one time, {sum(widths) / count:.1f} times the {count} "
+        f"that two replicas take in: {sum(answered)} answers in {seconds:.0f} s, {min(answered)} to {max(answered)} a "
+        f"rank, Jain index {jain(answered):.3f} (shares by demand would have {jain(widths):.3f})"
+    )
     least = 0.95 if count == 64 else 0.9  # of few ranks one answer more or less is much
     assert min(answered) > 0 and jain(answered) >= least, sorted(answered)

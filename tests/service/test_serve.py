@@ -26,6 +26,7 @@ from llmdistill.errors import UserError
 from llmdistill.models.generation import generate
 from llmdistill.models.weights import named_weights
 from llmdistill.recipe.config import TOKEN_ENV
+from llmdistill.rollouts.remote import RemoteRollouts
 from llmdistill.teachers.fingerprint import weights_fingerprint
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.remote import RemoteTeacher
@@ -54,6 +55,7 @@ def server(request: Any, model: str, tmp_path_factory: pytest.TempPathFactory) -
         pytest.importorskip("vllm", reason="the vllm extra is not installed")
     options = ["--engine", request.param, "--dtype", "float32", "--max-model-len", "128", "--kv-cache-gib", "0.05"]
     options += ["--updatable", "--allow_weights", str(allowed)]
+    options += ["--transfer", "gloo"] if request.param == "vllm" else []
     with ServiceProcess(model, *options, token="secret") as running:
         running.allowed = allowed  # type: ignore[attr-defined]
         yield running
@@ -107,6 +109,69 @@ def test_the_process_scores_and_samples_as_transformers_does(server: ServiceProc
         part = {"prompts": PROMPTS[3:], "rows": [3, 4], "sampling": sampling}
         again = http.post(protocol.GENERATE, json=part).json()["completions"]
         assert [[s["ids"] for s in ss] for ss in again] == [[s["ids"] for s in ss] for ss in whole[3:]]
+
+
+def test_a_trainer_sends_to_the_engine_itself(server: ServiceProcess) -> None:
+    """By vLLM's weight-transfer API, and over HTTP where that fails: the same weights under the same name."""
+    if "--transfer" not in server.options:
+        with pytest.raises(
+            UserError, match="takes weights by HTTP alone.*--transfer gloo, or --rollouts.transfer http"
+        ):
+            sent_to(server).sync(tiny.llama(2, hidden=64, tied=True), 0)
+        return
+    engine, model = sent_to(server), tiny.llama(2, hidden=64, tied=True)
+    try:
+        with client(server) as http:
+            for step in (4, 5):
+                engine.sync(model, step)
+                assert engine._transfers is not None and engine._transfers._sender is not None
+                info = http.get(protocol.INFO)
+                assert info.json()["teacher"] == weights_fingerprint(model) and info.json()["policy_version"] == step
+                assert info.headers["x-policy-version"] == str(step)
+                assert greedy(http, teacher=weights_fingerprint(model)) == greedily(model)
+                with torch.no_grad():
+                    model.model.layers[0].mlp.down_proj.weight.mul_(-2)
+            # another trainer takes the engine: the first one finds itself out, and makes a group of its own again
+            other, theirs = sent_to(server), tiny.llama(3, hidden=64, tied=True)
+            other.sync(theirs, 0)
+            assert greedy(http) == greedily(theirs)
+            engine.sync(model, 6)
+            assert greedy(http) == greedily(model)
+            # what the engine does not take in the middle of a push is told, and the push goes over HTTP
+            for update in (None, {}):
+                told = {"group": "no-group", "digest": "d", "policy_version": 7, "update": update}
+                assert http.post(protocol.RECEIVE, json=told).json()["error"]["type"] == "group"
+            assert other._transfers is not None
+            other._transfers._fleet.start_weight_update = broken  # type: ignore[method-assign]
+            other.sync(theirs, 8)
+            assert other._transfers._sender is None and http.get(protocol.INFO).json()["policy_version"] == 8
+            assert greedy(http) == greedily(theirs)
+            unfit = {"group": "g", "backend": "gloo", "replica": 0, "init": {}, "shapes": {"model.norm.weight": [5]}}
+            refused = http.post(protocol.JOIN, json=unfit)
+            assert refused.status_code == 400 and "do not fit the model" in refused.text
+            pushed = http.post(
+                protocol.WEIGHTS, params={"policy_version": 9}, content=save(first_weights()), headers=TENSORS
+            )
+            assert pushed.status_code == 200, pushed.text
+        other.close()
+    finally:
+        engine.close()
+
+
+TENSORS = {"Content-Type": protocol.TENSORS_TYPE}
+
+
+def first_weights() -> dict[str, torch.Tensor]:
+    return stored(tiny.llama(1, hidden=64, tied=True))
+
+
+def broken() -> None:
+    raise RuntimeError("the network is gone")
+
+
+def sent_to(server: ServiceProcess) -> RemoteRollouts:
+    where: dict[str, Any] = {"token": "secret", "transfer": "gloo", "max_outage_s": 60.0}
+    return RemoteRollouts(server.url, eos_ids=(1,), pad_id=0, **where)
 
 
 def test_pushed_weights_are_those_that_answer(server: ServiceProcess) -> None:

@@ -12,15 +12,18 @@ import yaml
 from llmdistill import DataConfig, OPDConfig, OPDTrainer, UserError
 from llmdistill.opd import main
 from llmdistill.record.page.page import write_report
+from llmdistill.service.hf_engine import HFEngine
 from llmdistill.teachers.local import LocalTeacher
 from llmdistill.teachers.stored import StoredTeacher
 from llmdistill.texts.prompts import PromptEncoder, completed
 from tests import tiny
+from tests.teachers.test_hidden import served
 
 STEPS = 6
 # Log-probs of the blocks are at most 2**-10 off (a row that spans 64 nats; these span less), and so is a KL over them,
 # to first order. Six steps of training keep it there.
 BLOCK_ERROR = 2e-3
+HIDDEN_ERROR = 5e-3  # of hidden states in bfloat16: 2**-9 of each of 32 columns, not all one way
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,19 @@ def test_a_run_from_disk_has_the_losses_of_the_live_one(folder: Path, tmp_path: 
     assert first == second == filling
     assert first == pytest.approx(straight, rel=BLOCK_ERROR)
     assert straight[0] > 0.5 > abs(straight[-1] - straight[0]) > 0.01  # there is a loss to compare, and it moves
+
+
+@pytest.mark.parametrize("sequences", ["dataset", "student"])
+def test_a_run_over_hidden_states_of_a_service_is_that_of_the_embedded_teacher(
+    folder: Path, tmp_path: Path, sequences: str
+) -> None:
+    """The full estimator, whole runs: on the dataset's text and on what the student writes as it is trained."""
+    objective = {"objective": {"sequences": sequences, "estimator": "full"}}
+    straight = run(folder, tmp_path / "straight", live(folder), **objective)
+    with served(HFEngine(LocalTeacher(tiny.llama(2), tiny.tokenizer()))) as url:
+        losses = run(folder, tmp_path / "over", {"url": url, "hidden": "bfloat16"}, **objective)
+    assert losses == pytest.approx(straight, rel=HIDDEN_ERROR) and losses != straight
+    assert abs(straight[-1] - straight[0]) > 0.01
 
 
 def test_a_lossless_store_changes_nothing(folder: Path, tmp_path: Path) -> None:
