@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +129,53 @@ def test_replicas_come_with_the_load_and_go_with_it_and_nothing_is_lost(model: s
         print("".join(line for line in service.log if "replicas" in line))
         teacher.close()
         assert service.terminate() == 0
+
+
+@pytest.mark.proof
+def test_nodes_that_die_are_a_line_each_and_no_answer_is_lost(model: str) -> None:
+    """A node of two, under load; then the head, without which there is no fleet."""
+    command = [sys.executable, "-m", "tests.service.ray_cluster"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen(command, env={**os.environ, **ray_path()}, text=True, **pipes)
+    assert cluster.stdin is not None and cluster.stdout is not None
+    service = fleet(
+        model, "--ray_address", cluster.stdout.readline().strip(), "--replicas", "2", "--replica_cpus", "0.6"
+    )
+    rollout = collate([ids[:2] for ids in SEQUENCES], [ids[2:] for ids in SEQUENCES], pad_id=0)
+    over, answers, wanted = threading.Event(), [0], expected(8)
+
+    def told(words: str) -> bool:
+        end = time.monotonic() + 120
+        while not any(words in line for line in service.log) and time.monotonic() < end:
+            time.sleep(0.5)
+        return any(words in line for line in service.log)
+
+    try:
+        service.start()
+        teacher = RemoteTeacher(service.url, lossless=True, in_flight=2, timeout_s=60.0, max_outage_s=200.0)
+
+        def ask() -> None:
+            while not over.is_set():
+                assert_same(teacher.score(rollout, 8), wanted)
+                answers[0] += 1
+
+        with ThreadPoolExecutor(2) as threads:
+            asking = [threads.submit(ask) for _ in range(2)]
+            print("kill", file=cluster.stdin, flush=True)
+            died = told("1 of 2 replicas: 1 starting, Ray node ")
+            over.set()
+            for one in asking:
+                one.result()
+        assert died and answers[0] > 0
+        print("headless", file=cluster.stdin, flush=True)
+        assert told("the Ray cluster is gone: ") and service.process is not None and service.process.wait(60) == 1
+        lines = [line for line in service.log if "task_manager.cc" not in line]  # Ray's own, of the head
+        print(f"{answers[0]} answers", "".join(lines), sep="\n")
+        assert len([line for line in lines if line.strip()]) <= 5
+        teacher.close()
+    finally:
+        service.__exit__(None, None, None)
+        cluster.kill()
 
 
 @pytest.mark.parametrize(
