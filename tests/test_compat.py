@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -479,3 +480,25 @@ def test_uvicorn_tells_its_protocol_of_every_connection_and_answer() -> None:
         assert callable(getattr(AutoHTTPProtocol, name))
     assert "response_complete" in Path(inspect.getfile(AutoHTTPProtocol)).read_text()
     assert "self.cycle" in Path(inspect.getfile(AutoHTTPProtocol)).read_text()
+
+
+def test_an_optimizers_empty_group_keeps_its_settings() -> None:
+    """torch's distributed checkpoint, which FSDP2 is loaded with, leaves one before others without any."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = torch.nn.Linear(2, 2)
+    groups = [{"params": [model.weight]}, {"params": [], "weight_decay": 0.5}, {"params": [model.bias], "lr": 0.2}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)  # as of an adapter, and of a helper at a rate of its own
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state, settings = get_optimizer_state_dict(model, optimizer), [dict(group) for group in optimizer.param_groups]
+    load = lambda checkpoint: set_optimizer_state_dict(model, optimizer, state)  # noqa: E731
+    trainer = SimpleNamespace(optimizer=optimizer, _load_optimizer_and_scheduler=load)
+    load(None)
+    assert "betas" not in optimizer.param_groups[1]
+    optimizer.param_groups[1].update(settings[1])
+    trainers.keep_empty_groups(trainer)
+    trainer._load_optimizer_and_scheduler(None)
+    assert [set(group) for group in optimizer.param_groups] == [set(group) for group in settings]
+    assert (optimizer.param_groups[1]["weight_decay"], optimizer.param_groups[2]["lr"]) == (0.5, 0.2)
+    optimizer.step()

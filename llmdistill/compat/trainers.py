@@ -51,6 +51,23 @@ def resume_at_present_rate(trainer: Any) -> None:
     trainer._load_optimizer_and_scheduler = loaded
 
 
+def keep_empty_groups(trainer: Any) -> None:
+    """A group of the optimizer without weights (an adapter has no biases, and helpers none) keeps its settings when
+    a checkpoint is loaded. torch's distributed checkpoint names groups by their weights, and leaves it without any.
+    """
+    load = trainer._load_optimizer_and_scheduler
+
+    def loaded(checkpoint: str | None) -> None:
+        groups = () if trainer.optimizer is None else trainer.optimizer.param_groups
+        before = [dict(group) for group in groups]
+        load(checkpoint)
+        for group, settings in zip(trainer.optimizer.param_groups if before else (), before, strict=False):
+            if not group["params"]:
+                group.update({name: value for name, value in settings.items() if name not in group})
+
+    trainer._load_optimizer_and_scheduler = loaded
+
+
 def lay_out_anew(trainer: Any, wanted: Callable[[], bool], put: Callable[[str], None]) -> None:
     """Where ``wanted()``, a checkpoint's weights, optimizer and schedule are not loaded by transformers' trainer but by
     ``put(checkpoint)``, once the model is wrapped. ``trainer.optimizer_groups`` has the names of the weights as the

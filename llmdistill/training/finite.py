@@ -40,6 +40,7 @@ class FiniteTrainer(Trainer):
         trainers.lay_out_anew(self, lambda: self.relaid, lambda checkpoint: lay_out(self, Path(checkpoint)))
         trainers.load_best_with(self, self._put_best)
         trainers.derive_random_states(self)
+        trainers.keep_empty_groups(self)
         trainers.resume_at_present_rate(self)  # a run that is resumed may have been given a lower one
 
     def create_accelerator_and_postprocess(self) -> None:
