@@ -43,11 +43,12 @@ def trainer_info(rank: int, address: str, port: int, world: int) -> Any:
 
 
 def _group(address: str, port: int, rank: int, world: int) -> Any:
-    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+    """Not by torch's rendezvous, nor vLLM's, which goes by that: under torchrun it takes its own launch's store."""
+    from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-    return stateless_init_torch_distributed_process_group(
-        address, port, rank, world, "gloo", timeout=timedelta(seconds=JOIN_S)
-    )
+    most = timedelta(seconds=JOIN_S)
+    store = torch.distributed.TCPStore(address, port, world, rank == 0, timeout=most, wait_for_workers=False)
+    return ProcessGroupGloo(torch.distributed.PrefixStore(GLOO, store), rank, world, timeout=most)
 
 
 def _broadcast(group: Any, tensor: Tensor, over: Future[Any] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -56,3 +58,18 @@ def test_two_replicas_are_sent_to_at_one_time_and_one_comes_back(tmp_path: Path)
     finally:
         one.kill()
         two.kill()
+
+
+@pytest.mark.proof
+def test_a_student_in_shards_is_sent_by_all_its_ranks(tmp_path: Path) -> None:
+    """FSDP2 over two processes: each tensor is gathered by both and sent by one."""
+    pytest.importorskip("vllm", reason="the vllm extra is not installed")
+    tiny.llama(1, hidden=64, tied=True).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    options = ("--dtype", "float32", "--max_model_len", "128", "--kv_cache_gib", "0.05", "--updatable")
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"]
+    with ServiceProcess(str(tmp_path), *options, "--transfer", "gloo") as service:
+        command = [*ranks, "-m", "tests.service.sharded_sender", service.url]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    print(ended.stdout)
+    assert ended.returncode == 0 and ended.stdout.count("both pushes came") == 2, ended.stderr[-3000:]
