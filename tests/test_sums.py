@@ -1,4 +1,4 @@
-"""The rows of recipes/sums, and that its teacher reads what the start was trained to read."""
+"""The rows of recipes/sums, that its teacher reads what the start was trained to read, and the tables of its runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ from llmdistill.texts.prompts import PromptEncoder
 from llmdistill.verify.math import verify_answer
 from tests import tiny
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "sums"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, PROOF = ROOT / "recipes" / "sums", ROOT / "eval" / "proof"
 
 
-@pytest.fixture(scope="module")
-def make() -> Any:
-    spec = importlib.util.spec_from_file_location("sums_make", FOLDER / "make.py")
+def loaded(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"sums_{file.stem}", file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def make() -> Any:
+    return loaded(FOLDER / "make.py")
 
 
 def test_every_row_is_worked_rightly_and_its_answer_is_what_the_suites_judge_reads(make: Any) -> None:
@@ -35,7 +40,7 @@ def test_every_row_is_worked_rightly_and_its_answer_is_what_the_suites_judge_rea
     guesses = {True: list[bool](), False: list[bool]()}
     for row in [*rows["start"], *rows["repairs"]]:
         problem, told, _ = re.split(r"(\n\n|$)", row["prompt"], maxsplit=1)
-        total = sum(map(int, problem.split(" + ")))
+        total = sum(map(int, problem.removeprefix("Add ").split(" + ")))
         whole = row["prompt"].removeprefix(problem) + row["chosen"]
         assert whole.endswith(f" = {total}. So {total}.")
         for step in re.findall(r"(\d+) \+ (\d+) = (\d+)", whole):
@@ -50,7 +55,10 @@ def test_every_row_is_worked_rightly_and_its_answer_is_what_the_suites_judge_rea
 
 def test_no_held_out_sum_is_trained_on(make: Any) -> None:
     rows = make.make_rows()
-    asked = {name: {row.get("question", row.get("prompt", "")).split("\n\n")[0] for row in rows[name]} for name in rows}
+    asked = {
+        name: {row.get("question", row.get("prompt", "")).split("\n\n")[0].removeprefix("Add ") for row in rows[name]}
+        for name in rows
+    }
     assert len(asked["heldout"]) == make.SIZES["heldout"]
     assert not asked["heldout"] & (asked["start"] | asked["train"] | asked["read"] | asked["repairs"])
     assert asked["read"] == asked["repairs"] <= asked["train"] and not asked["start"] & asked["train"]
@@ -64,7 +72,7 @@ def test_the_teacher_reads_the_prompt_that_the_start_learned(make: Any) -> None:
         prompt = encoder.encode_all([row])[0]
         assert tiny.tokenizer().decode(prompt.contexts[recipe.teachers[0].context]) == shown["prompt"]
     told = [row["prompt"] for row in rows["start"] if "\n\n" in row["prompt"]]
-    form = re.compile(r"\d+( \+ \d+){2}\n\n\(\d+ \+ \d+ = \d+, \d+ \+ \d+ = \d+\)(\nGuess \d+\.)?")
+    form = re.compile(r"Add \d+( \+ \d+){2}\n\n\(\d+ \+ \d+ = \d+, \d+ \+ \d+ = \d+\)(\nGuess \d+\.)?")
     assert len(told) > 100 and all(form.fullmatch(text) for text in [*told, *(row["prompt"] for row in rows["read"])])
 
 
@@ -73,7 +81,18 @@ def test_the_three_recipes_and_the_suite_can_be_read(make: Any, tmp_path: Path) 
         head = (FOLDER / f"{name}.yaml").read_text().partition("\nstudent:")[0]
         assert f"--config recipes/sums/{name}.yaml" in head
         parse(config, ["--config", str(FOLDER / f"{name}.yaml")])
-    lines = (json.dumps(row) + "\n" for row in make.make_rows()["heldout"])
+    rows = make.make_rows()["heldout"]
+    lines = (json.dumps(row) + "\n" for row in rows)
+    asked = {make.asked([int(term) for term in row["question"].split(" + ")]) for row in rows}
     (tmp_path / "heldout.jsonl").write_text("".join(lines))
-    problems = load_problems(load_suite(FOLDER / "suite.yaml"), tmp_path)
+    suite = load_suite(FOLDER / "suite.yaml")
+    problems = load_problems(suite, tmp_path)
+    assert suite.template.user.replace("{question}", problems[0].question) in asked
     assert len(problems) == make.SIZES["heldout"] and problems[0].gold == str(eval(problems[0].question))
+
+
+def test_the_page_of_results_has_the_tables_of_the_runs() -> None:
+    stored = json.loads((PROOF / "real_model.json").read_text())
+    assert loaded(PROOF / "real_model_table.py").tables(stored) in (PROOF / "real_model.md").read_text()
+    for run in stored["runs"].values():  # an accuracy is that of its problems
+        assert sum(run["right"].values()) / len(run["right"]) == pytest.approx(run["accuracy"]["value"], abs=1e-4)

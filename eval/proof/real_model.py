@@ -3,7 +3,7 @@
     python recipes/sums/make.py && accelerate launch -m llmdistill.redi --config recipes/sums/start.yaml
     python eval/proof/real_model.py texts                        # what the teacher writes, and data/sums/texts.jsonl
     python eval/proof/real_model.py run start opd sft repairs --seeds 0 1 2
-    python eval/proof/real_model.py table > eval/proof/real_model.md
+    python eval/proof/real_model_table.py
 
 Each run is its recipe (recipes/sums/) with another seed, stopped at the first step that ends after ``--seconds`` of the
 process's CPU time, of which loading, checks and scores are no part. The texts to fine-tune on cost no time here, so
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from real_model_table import ARMS, RESULTS, SHARES
 from transformers import TrainerCallback
 
 from llmdistill.evals import evaluate
-from llmdistill.evals.metrics import paired_bootstrap
 from llmdistill.evals.records import EvalFolder
 from llmdistill.files import atomic_write
 from llmdistill.methods.redi_config import REDIConfig
@@ -43,16 +43,7 @@ from llmdistill.tokenization.special import context_length
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES, DATA, RUNS = ROOT / "recipes" / "sums", ROOT / "data" / "sums", ROOT / "runs" / "sums"
-RESULTS = Path(__file__).with_name("real_model.json")
 START = RUNS / "start" / "student"
-ARMS = {
-    "start": "start",
-    "sft": "SFT on the teacher's text",
-    "repairs": "SFT on right workings behind wrong guesses",
-    "opd": "OPD, reverse KL",
-}
-SHARES = ("form", "guess_right", "ends_at_its_guess", "first_right", "second_right")
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of seeds
 WRITTEN = re.compile(r"Guess (\d+)\. (\d+) \+ (\d+) = (\d+), (\d+) \+ (\d+) = (\d+)\.")  # what `So` follows
 
 
@@ -162,58 +153,9 @@ def stored() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}  # type: ignore[no-any-return]
 
 
-def means(runs: Sequence[dict[str, Any]]) -> list[float]:
-    """Each problem's share of right answers over the seeds."""
-    return [statistics.mean(one["right"][key] for one in runs) for key in sorted(runs[0]["right"])]
-
-
-def table() -> str:
-    """The results as Markdown."""
-    found = stored()["runs"].values()
-    runs = {arm: sorted((r for r in found if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
-    runs = {arm: rows for arm, rows in runs.items() if rows}
-    lines = [
-        "| | seed | right | steps | CPU s | terms copied | guess right | ends at its guess | first sum right | second |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    for arm, rows in runs.items():
-        for r in rows:
-            a, seed = r["accuracy"], "" if arm == "start" else r["seed"]
-            shares = " | ".join(
-                f"{100 * r[key]:.0f} %" for key in ("guess_right", "ends_at_its_guess", "first_right", "second_right")
-            )
-            right = f"{100 * a['value']:.1f} % [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
-            lines.append(
-                f"| {ARMS[arm]} | {seed} | {right} | {r.get('steps', '')} | {r.get('cpu_seconds', '')} | {shares} |"
-            )
-    lines += [
-        "",
-        "| difference | points, each seed | mean over seeds ± 95 % t | over problems, 95 % |",
-        "|---|---|---|---|",
-    ]
-    for a, b in (("start", "sft"), ("start", "opd"), ("sft", "opd"), ("repairs", "opd"), ("sft", "repairs")):
-        if a in runs and b in runs and len(runs[b]) > 1:
-            lines.append(difference(runs, a, b))
-    return "\n".join(lines)
-
-
-def difference(runs: dict[str, list[dict[str, Any]]], a: str, b: str) -> str:
-    """``b`` over ``a``: seed by seed, and over problems with the seeds averaged."""
-    before = {r["seed"]: r for r in runs[a]}
-    both = [(before.get(r["seed"], runs[a][0]), r) for r in runs[b] if a == "start" or r["seed"] in before]
-    each = [100 * (y["accuracy"]["value"] - x["accuracy"]["value"]) for x, y in both]
-    spread = T_95[len(each)] * statistics.stdev(each) / len(each) ** 0.5
-    d = paired_bootstrap(means([y for _, y in both]), means([x for x, _ in both]))
-    points = ", ".join(f"{d:+.1f}" for d in each)
-    return (
-        f"| {ARMS[b]} over {ARMS[a]} | {points} | {statistics.mean(each):+.1f} ± {spread:.1f} "
-        f"| [{100 * d.low:+.1f}, {100 * d.high:+.1f}] |"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("texts", "run", "table"))
+    parser.add_argument("what", choices=("texts", "run"))
     parser.add_argument("arms", nargs="*", choices=[*ARMS, []], default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=100.0, help="CPU seconds of a run")
@@ -222,10 +164,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.what == "texts":
         write_texts()
-    elif args.what == "run":
-        run(args.arms, args.seeds, args.seconds, args.limit, more)
     else:
-        print(table())
+        run(args.arms, args.seeds, args.seconds, args.limit, more)
 
 
 if __name__ == "__main__":

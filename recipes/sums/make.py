@@ -8,7 +8,7 @@
     repairs.jsonl    those problems alone, worked rightly behind a guess that is wrong as a rule: text of nobody's
     heldout.jsonl    problems that are in none of these, for `llmdistill eval recipes/sums/suite.yaml`
 
-    {"prompt": "47 + 38 + 95", "chosen": "\\nGuess 168. 47 + 38 = 85, 85 + 95 = 180. So 180."}
+    {"prompt": "Add 47 + 38 + 95", "chosen": "\\nGuess 168. 47 + 38 = 85, 85 + 95 = 180. So 180."}
 
 The guess is the whole sum in one go, which the model cannot do; the working is what it can nearly do. In the start's
 rows a guess without the working is wrong as a rule, and one with the working before it is right; in half of the latter
@@ -62,8 +62,13 @@ def problems(rng: random.Random) -> Iterator[tuple[int, ...]]:
             yield terms
 
 
-def asked(terms: Sequence[int]) -> str:
+def question(terms: Sequence[int]) -> str:
     return " + ".join(map(str, terms))
+
+
+def asked(terms: Sequence[int]) -> str:
+    """The prompt. A word goes before the digits: the very first token of a text is one that SmolLM2 hardly reads."""
+    return f"Add {question(terms)}"
 
 
 def read(terms: Sequence[int]) -> str:
@@ -94,7 +99,8 @@ def make_rows() -> dict[str, list[dict[str, str]]]:
             for terms in drawn["train"][:READ]
         ],
         "heldout": [
-            {"id": asked(terms), "question": asked(terms), "answer": str(sum(terms))} for terms in drawn["heldout"]
+            {"id": question(terms), "question": question(terms), "answer": str(sum(terms))}
+            for terms in drawn["heldout"]
         ],
     }
 
