@@ -22,8 +22,10 @@ _MATH = re.compile(
 )
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 _VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: a number stands right behind a word
 _NUMBER = re.compile(
-    r"(?<![\w.^_/#])(?:\b(?:minus|negative)\s)?(?:[-−+](?=[\d.$€£√]))?(?:\\?[$€£¥]\s?)?[-−]?"
+    rf"(?<![^\W{_CJK}])(?<![.^_/#])"
+    r"(?:\b(?:minus|negative)\s)?(?:[-−+](?=[\d.$€£√]))?(?:\\?[$€£¥]\s?)?[-−]?"
     r"(?:(?P<time>\d{1,2}:\d\d(?:\s?[ap]\.?m\b\.?)?)"
     r"|(?:\d{1,3}(?:[, ]\d{3})+(?![\d])(?:\.\d+)?|\d+,\d{1,2}(?![\d,])|\d+(?:\.\d+)?|\.\d+)"
     rf"(?:\s\d{{1,3}}/\d{{1,3}}(?![\d/])|\s?/\s?\d+(?:\.\d+)?|\s?[{_VULGAR}])?(?:√\(?\d+\)?)?|√\(?\d+\)?|[{_VULGAR}])"
@@ -107,7 +109,8 @@ def answer_of_sentence(sentence: str) -> str | None:
     """The answer that a sentence such as "Jim walks **200 feet** less than Martha." gives; None if it gives none."""
     sentence = _ASIDE.sub("", _CALCULATOR.sub("", HOPE.sub("", sentence[:LONGEST_SENTENCE])).strip())
     sentence = re.sub(r"^\s{0,9}\d{1,2}[.)]\s+(?=[-$\d])", "", sentence)  # a step's number
-    sentence = _NOT_THAT.sub(r"\g<kept>", sentence.lstrip(" ,→⇒➜∴"))
+    sentence = _LEADS.sub("", sentence.lstrip(" ,→⇒➜∴"))
+    sentence = _NOT_THAT.sub(r"\g<kept>", sentence)
     sentence = _CIRCUMSTANCE.sub(r"\g<kept>", sentence)
     sentence = _BETWEEN.sub(" ", sentence)
     if looks_like_answer(sentence):
@@ -143,6 +146,12 @@ def answer_of_sentence(sentence: str) -> str | None:
     return _number_of_clause(plain)
 
 
+# "So 199", "And so, $199$", "Thus Rs 199", "所以199": what leads up to a number is not of it.
+_LEADS = re.compile(
+    r"^(?:(?:so|and|or|then|thus|hence|therefore|donc|ainsi|somit|also|daher),?\s{1,9}|(?:所以|因此|故|따라서|よって)[,，、]?\s{0,9})"
+    r"{1,3}(?=[*_]{0,3}\\?[(\[]?(?:rs\.?\s?|usd\s?|eur\s?|us)?[$€£₹]?[-+−]?\d)",
+    re.I,
+)
 # "45, not 44", "45 rather than 44".
 _NOT_THAT = re.compile(
     r"(?P<kept>^.{0,200}?\d.{0,80}?)(?:,\s(?:and\s)?not|,?\srather\sthan|,?\sinstead\sof)\s[^.]{1,80}"
@@ -223,7 +232,16 @@ def _numbers_in(text: str) -> list[re.Match[str]]:
         if not re.match(r"-[A-Za-z]", text[m.end() : m.end() + 2])
         and not _DENIED.search(text[max(0, m.start() - 24) : m.start()])
         and not _REFUTED.match(text, m.end())
+        and not _CJK_DENIED[0].search(text[max(0, m.start() - 8) : m.start()])
+        and not _CJK_DENIED[1].match(text, m.end())
     ]
+
+
+# 不是45, 并非45; 45가 아닙니다, 45ではない, 45個じゃありません.
+_CJK_DENIED = (
+    re.compile(r"(?:不|非|没有|沒有|未)[是等于為为到超过過]{0,3}\s?$"),
+    re.compile(rf"\s?[{_CJK}]{{0,3}}?\s?(?:아니|아닙|않|ではな|ではあり|じゃな|じゃあり)"),
+)
 
 
 def _whole_number(text: str, match: re.Match[str]) -> str:
@@ -246,6 +264,8 @@ def _run_of(text: str, maths: list[tuple[int, int, str]], at: int) -> str:
     return ", ".join(content for _, _, content in maths[first : last + 1])
 
 
+# "一共有199个苹果" is a sentence, "199元" an answer.
+_CJK_SENTENCE = re.compile(rf"[{_CJK}]\s?[-$€£¥]?\d|\d\s?[{_CJK}]{{4}}")
 _JOINS = re.compile(r"\s{0,3}(?:,|;|,?\s?\b(?:and|or)\b)\s{0,3}")
 
 
@@ -298,11 +318,13 @@ _SUBJECT = re.compile(
 def looks_like_answer(text: str) -> bool:
     """Whether a text is an answer and nothing else: a formula, a number with its unit, a word or two."""
     text = text.strip().strip("*_").strip()
-    if not text or len(text) > 400 or "\n\n" in text or BOX.search(text):
+    if not text or len(text) > 400 or "\n\n" in text or BOX.search(text) or _LEADS.match(text):
         return False
     maths = maths_in(text)
     if len(maths) == 1 and maths[0][:2] == (0, len(text.rstrip(" .,"))):
         return True
+    if _CJK_SENTENCE.search(text):
+        return False
     text = _SPELT.sub("1", text.replace("\\$", "$"))
     bare = re.sub(r"\\[A-Za-z]+", " ", text)
     words = [w for w in _WORD.findall(bare) if w.lower() not in _NOT_PROSE]
@@ -312,7 +334,13 @@ def looks_like_answer(text: str) -> bool:
     if not digit or not words or "\\" in text:
         return True
     before = [w for w in words if text.find(w) < digit.start()]
-    return not before or (len(before) == 1 and len(before[0]) <= 2)  # "It costs $3.50" is a sentence
+    # "It costs $3.50" is a sentence, "So 199" one too; "Rs 5" and "x = 5" are answers.
+    return not before or (len(before) == 1 and len(before[0]) <= 2 and not _NO_UNIT.fullmatch(before[0]))
+
+
+# "一共有199个苹果" is a sentence, "199元" an answer.
+_CJK_SENTENCE = re.compile(rf"[{_CJK}]\s?[-$€£¥]?\d|\d\s?[{_CJK}]{{4}}")
+_NO_UNIT = re.compile(r"so|as|at|by|if|in|it|of|on|or|to|we|an|be|he|do|go|my|up", re.I)  # and never a unit or a name
 
 
 def paragraphs(text: str) -> list[str]:
