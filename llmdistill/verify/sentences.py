@@ -318,7 +318,9 @@ _SUBJECT = re.compile(
 def looks_like_answer(text: str) -> bool:
     """Whether a text is an answer and nothing else: a formula, a number with its unit, a word or two."""
     text = text.strip().strip("*_").strip()
-    if not text or len(text) > 400 or "\n\n" in text or BOX.search(text) or _LEADS.match(text):
+    if not text or len(text) > 400 or "\n\n" in text or BOX.search(text):
+        return False
+    if any(_LEADS.match(sentence) for sentence in _SENTENCE_END.split(text)):
         return False
     maths = maths_in(text)
     if len(maths) == 1 and maths[0][:2] == (0, len(text.rstrip(" .,"))):
