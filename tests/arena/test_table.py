@@ -14,7 +14,7 @@ from clock import Charge, at
 from tracks import TRACKS, Cell
 
 OTHERS = ["exact+", "exact-", "exact_t0.6", "exact_t1", "forward_kl", "reverse_kl", "golden", "proxy", "proxy_train"]
-OTHERS += ["steps_right", "corrected"]
+OTHERS += ["steps_right", "corrected", "best_way", "right_on_best"]
 POINTS = [
     {"step": 0, "tokens": 0, "cpu_seconds": 0.0, "exact": 0.1},
     {"step": 5, "tokens": 1000, "cpu_seconds": 2.0, "exact": 0.2},
