@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -43,3 +44,43 @@ def _close_longest_idle(held: dict[Any, None]) -> None:
     if closed := next(waiting, idle[0] if idle else None):  # of those that only leave an answer unread, one at last
         del held[closed]
         closed.transport.abort()
+
+
+class Handed:
+    """Connections that another process has accepted, given to a running server.
+
+    Args:
+        closed: called when one of them is gone.
+    """
+
+    def __init__(self, server: Any, closed: Callable[[], None]) -> None:
+        self._server, self._closed = server, closed
+        self._tasks: set[asyncio.Task[None]] = set()
+        kind: Any = server.config.http_protocol_class
+
+        class Counted(kind):  # type: ignore[misc]
+            def connection_lost(self, error: Exception | None) -> None:
+                closed()
+                super().connection_lost(error)
+
+        self._kind = Counted
+
+    def take(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        task = asyncio.get_running_loop().create_task(self._connect(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        server, config = self._server, self._server.config
+
+        def protocol() -> asyncio.Protocol:
+            made = self._kind(config=config, server_state=server.server_state, app_state=server.lifespan.state)
+            return cast(asyncio.Protocol, made)
+
+        begin = asyncio.get_running_loop().connect_accepted_socket
+        try:
+            await begin(protocol, connection, ssl=config.ssl)
+        except OSError:  # it hung up, or speaks no TLS
+            connection.close()
+            self._closed()

@@ -136,7 +136,7 @@ def load_vllm(
     return llm
 
 
-def load_async_vllm(
+def async_arguments(
     model_path: str,
     *,
     dtype: str,
@@ -145,7 +145,8 @@ def load_async_vllm(
     transfer: str = "",
     **options: Any,
 ) -> Any:
-    """vLLM's ``AsyncLLM``: the engine in processes of its own, for the service, whose process this changes for good.
+    """vLLM's ``AsyncEngineArgs`` of the service's engine. It runs in processes of its own, and those read settings from
+    the environment of this one, which is changed for good.
 
     Args as of :func:`load_vllm`; ``transfer``: vLLM's name of the backend that brings it weights. The workers carry
     :class:`llmdistill.service.worker.Worker`.
@@ -165,32 +166,44 @@ def load_async_vllm(
         options["kv_cache_memory_bytes"] = kv_cache_bytes
     try:
         from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise _no_vllm(f"cannot be imported ({_last_line(error)})") from error
-    keep_arrays()
     if transfer:
         from vllm.config.weight_transfer import WeightTransferConfig
 
         options["weight_transfer_config"] = WeightTransferConfig(backend=transfer)
-    try:
-        return AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=model_path,
-                dtype=_checkpoint_dtype(model_path) if dtype == "auto" else dtype,  # type: ignore[arg-type]
-                enforce_eager=options.pop("enforce_eager", not on_gpu),
-                logprobs_mode="processed_logprobs",
-                skip_tokenizer_init=True,
-                generation_config="vllm",
-                disable_log_stats=False,  # they are at /metrics beside ours
-                use_tqdm_on_load=False,
-                worker_extension_cls="llmdistill.service.worker.Worker",
-                **options,
-            )
+    with refusals_named(model_path):
+        return AsyncEngineArgs(
+            model=model_path,
+            dtype=_checkpoint_dtype(model_path) if dtype == "auto" else dtype,  # type: ignore[arg-type]
+            enforce_eager=options.pop("enforce_eager", not on_gpu),
+            logprobs_mode="processed_logprobs",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            disable_log_stats=False,  # they are at /metrics beside ours
+            use_tqdm_on_load=False,
+            worker_extension_cls="llmdistill.service.worker.Worker",
+            **options,
         )
+
+
+def load_async_vllm(model_path: str, **settings: Any) -> Any:
+    """vLLM's ``AsyncLLM``: the engine for one process that asks it. Args and errors as of :func:`async_arguments`."""
+    arguments = async_arguments(model_path, **settings)
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    keep_arrays()
+    with refusals_named(model_path):
+        return AsyncLLM.from_engine_args(arguments)
+
+
+@contextmanager
+def refusals_named(model_path: str) -> Iterator[None]:
+    """What vLLM refuses to load, as UserError."""
+    try:
+        yield
     except (ValueError, OSError, RuntimeError) as error:
-        reason = _last_line(error)
-        raise UserError(f"vLLM cannot load {model_path!r}: {reason}") from error
+        raise UserError(f"vLLM cannot load {model_path!r}: {_last_line(error)}") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
+from prometheus_client import CollectorRegistry, generate_latest
 
 from llmdistill.service import requests as bodies
 from llmdistill.service.adapters import Adapters
@@ -28,6 +29,7 @@ from llmdistill.service.limits import Limits
 from llmdistill.service.metrics import Metrics, engine_metrics
 from llmdistill.service.parts import Parts
 from llmdistill.service.problems import Problem, first_line, invalid
+from llmdistill.service.remote_gate import RemoteGate
 from llmdistill.service.text import TokenizedText, template_of, tokenized
 from llmdistill.service.uploads import Uploads
 from llmdistill.service.versions import Versions
@@ -54,6 +56,7 @@ class Service:
         upload_folder: where they are written to on their way; None: memory.
         versions: where they are shared with other replicas; None: with none.
         on_dead: called once when the engine will not answer any more.
+        gate: of several processes with one engine; None: its own.
     """
 
     def __init__(
@@ -67,12 +70,15 @@ class Service:
         upload_folder: Path | None = None,
         versions: Path | None = None,
         on_dead: Callable[[], None] = lambda: None,
+        gate: Gate | RemoteGate | None = None,
     ) -> None:
         self.engine, self.limits, self.secrets = engine, limits or Limits(), secrets_of(token)
         self.on_dead, self.dead = on_dead, False
-        self.gate, self.lengths = Gate(self.limits, lambda: engine.capacity_tokens), Lengths()
+        self.gate = gate or Gate(self.limits, lambda: engine.capacity_tokens)
+        self.lengths = Lengths()
         self.answers = Answers(self.limits.answers_bytes, self.limits.answers_s, self.limits.abandoned_s)
         self.metrics = Metrics()
+        self.all_metrics: Callable[[], Awaitable[bytes]] = self._own_metrics
         self.bodies = Bodies(self.limits)
         self.uploads = Uploads(upload_folder)
         shared = Versions(versions) if versions is not None else None
@@ -324,8 +330,15 @@ class Service:
             },
         }
 
-    def exposition(self) -> bytes:
-        """The metrics as they are now."""
+    async def exposition(self) -> bytes:
+        """The metrics as they are now, of all processes with this engine."""
+        return await self.all_metrics() + engine_metrics()
+
+    async def _own_metrics(self) -> bytes:
+        return generate_latest(self.counted())
+
+    def counted(self) -> CollectorRegistry:
+        """This process's metrics as they are now."""
         m, gate = self.metrics, self.gate
         m.in_house.set(gate.requests)
         m.tokens.set(gate.tokens)
@@ -335,7 +348,7 @@ class Service:
         m.given_up.set(self.answers.cancelled)
         m.replayed.set(self.answers.replayed)
         m.kept.set(self.answers.bytes)
-        return m.text() + engine_metrics()
+        return m.now()
 
     def died(self) -> None:
         if not self.dead:

@@ -23,4 +23,8 @@ def main(argv: Sequence[str]) -> int:
 
         return fleet.run(config, token)
     quiet()
+    if config.api_processes > 1:
+        from llmdistill.service import processes  # vLLM is an extra
+
+        return processes.run(config, token)
     return asyncio.run(serve(config, token))

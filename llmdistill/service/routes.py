@@ -84,7 +84,7 @@ def create_app(service: Service) -> ASGIApp:
 
     @app.get(protocol.METRICS)
     async def metrics() -> Response:
-        return Response(service.exposition(), media_type="text/plain; version=0.0.4")
+        return Response(await service.exposition(), media_type="text/plain; version=0.0.4")
 
     openai.add_routes(app, service)
     openai_chat.add_routes(app, service)

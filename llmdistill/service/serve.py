@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -28,12 +28,25 @@ from llmdistill.service.app import Service
 from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem
+from llmdistill.service.remote_gate import RemoteGate
 from llmdistill.service.routes import create_app
+from llmdistill.service.uploads import Uploads
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from llmdistill.compat.vllm_clients import Seat
 
 # Limits that are settings of the command; the others are the same for everybody.
 SCALING = (("scale_up_s", 0.0), ("scale_down_s", 0.0))
 WATCH_S, LAG_EVERY_S, FOLLOW_S = 2.0, 0.05, 0.25
 OTHER_FILES = 256  # than connections: the model's, the engine's, libraries'
+WHY_ALONE = {  # what several processes in front of one engine do not go with
+    "ray": "a replica of a fleet is one process, and there may be more replicas",
+    "versions": "replicas that share a folder are one process each",
+    "transfer": "a trainer sends to an engine through one process",
+    "max_lora_rank": "an adapter is known to one process",
+}
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
 
 
@@ -70,6 +83,7 @@ class ServeConfig:
     gpu_memory_utilization: float = option(0.9, "vllm's share of the GPU")
     tensor_parallel: int = option(1, "GPUs one copy of the model is spread over (vllm)")
     drain_s: float = option(60.0, "at SIGTERM: seconds given to the requests that are there")
+    api_processes: int = option(1, "processes that answer, all with one engine (vllm)")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     top_k: int = option(Limits.top_k, "most tokens listed at a position")
     sequences: int = option(Limits.sequences, "most sequences of one request")
@@ -149,6 +163,7 @@ def check(config: ServeConfig, token: str | None) -> None:
             raise UserError(f"--{name} {folder}: no such folder. Fix: make it, or name another.")
     if config.versions and not config.updatable:
         raise UserError("--versions is given and --updatable is not: nobody may push any. Fix: --updatable true.")
+    _check_processes(config)
     if config.ray:
         _check_fleet(config)
     if config.max_adapters < 1:
@@ -159,6 +174,25 @@ def check(config: ServeConfig, token: str | None) -> None:
     for name, file in (("tls_cert", config.tls_cert), ("tls_key", config.tls_key)):
         if file and not Path(file).is_file():
             raise UserError(f"--{name} {file}: no such file. Fix: a PEM file.")
+
+
+def _check_processes(config: ServeConfig) -> None:
+    count = config.api_processes
+    if count < 1:
+        raise UserError(f"--api_processes is {count}; it must be at least 1. Fix: --api_processes 1.")
+    if count == 1:
+        return
+    if config.engine != "vllm":
+        raise UserError(
+            f"--api_processes {count} is given with --engine {config.engine}; only vLLM's engine runs in a process of "
+            "its own that several can ask. Fix: --engine vllm, or leave it out."
+        )
+    clashes = {"ray": config.ray, "versions": config.versions, "transfer": config.transfer}
+    clashes["max_lora_rank"] = config.max_lora_rank
+    if clash := next((name for name, value in clashes.items() if value), None):
+        raise UserError(
+            f"--api_processes {count} and --{clash} are both given; {WHY_ALONE[clash]}. Fix: leave one of them out."
+        )
 
 
 def _check_fleet(config: ServeConfig) -> None:
@@ -194,26 +228,12 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def load(config: ServeConfig) -> Engine:
-    """The engine, with the model in it."""
+def load(config: ServeConfig, seat: Seat | None = None) -> Engine:
+    """The engine, with the model in it; with a ``seat``, one that other processes ask too."""
     if config.engine == "vllm":
         from llmdistill.service.vllm_engine import AsyncVLLMEngine
 
-        return AsyncVLLMEngine(
-            config.model,
-            dtype=config.dtype,
-            max_top_k=config.top_k,
-            max_model_len=config.max_model_len,
-            kv_cache_gib=config.kv_cache_gib,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            trust_remote_code=config.trust_remote_code,
-            updatable=config.updatable,
-            max_lora_rank=config.max_lora_rank,
-            max_adapters=config.max_adapters,
-            transfer=config.transfer,
-            max_num_batched_tokens=max(config.batch_tokens, config.max_model_len + 1),
-            tensor_parallel_size=config.tensor_parallel,
-        )
+        return AsyncVLLMEngine(config.model, seat=seat, **settings_of(config))
     import torch
 
     from llmdistill.service.hf_engine import HFEngine
@@ -224,6 +244,24 @@ def load(config: ServeConfig) -> Engine:
     return HFEngine(local, batch_tokens=config.batch_tokens, max_model_len=config.max_model_len)
 
 
+def settings_of(config: ServeConfig) -> dict[str, Any]:
+    """Of :class:`~llmdistill.service.vllm_engine.AsyncVLLMEngine`."""
+    return {
+        "dtype": config.dtype,
+        "max_top_k": config.top_k,
+        "max_model_len": config.max_model_len,
+        "kv_cache_gib": config.kv_cache_gib,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "trust_remote_code": config.trust_remote_code,
+        "updatable": config.updatable,
+        "max_lora_rank": config.max_lora_rank,
+        "max_adapters": config.max_adapters,
+        "transfer": config.transfer,
+        "max_num_batched_tokens": max(config.batch_tokens, config.max_model_len + 1),
+        "tensor_parallel_size": config.tensor_parallel,
+    }
+
+
 def limits_of(config: ServeConfig) -> Limits:
     """What the service takes on."""
     own = {name: getattr(config, name) for name in LIMITS}
@@ -231,38 +269,72 @@ def limits_of(config: ServeConfig) -> Limits:
 
 
 def service_of(
-    config: ServeConfig, token: str | None, engine: Engine, on_dead: Callable[[], None] = lambda: None
+    config: ServeConfig,
+    token: str | None,
+    engine: Engine,
+    on_dead: Callable[[], None] = lambda: None,
+    gate: RemoteGate | None = None,
 ) -> Service:
-    """The service around an engine."""
+    """The service around an engine, or one of several processes around it."""
+    limits = limits_of(config)
+    if config.api_processes > 1:  # each has its part of what is held in memory
+        parts = {name: getattr(limits, name) // config.api_processes for name in ("answers_bytes", "bodies_bytes")}
+        limits = replace(limits, **parts)
     return Service(
         engine,
-        limits_of(config),
+        limits,
         token=token,
         weight_folders=[Path(folder) for folder in config.allow_weights],
         accept_weights=config.updatable,
         upload_folder=Path(config.upload_folder) if config.upload_folder else None,
         versions=Path(config.versions) if config.versions else None,
         on_dead=on_dead,
+        gate=gate,
     )
+
+
+def service_uploads(config: ServeConfig) -> Uploads:
+    """Where weights are written to on their way."""
+    return Uploads(Path(config.upload_folder) if config.upload_folder else None)
+
+
+def http_server(service: Service, config: ServeConfig) -> uvicorn.Server:
+    """What speaks HTTP for the service; signals are not its business."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    settings |= {"timeout_graceful_shutdown": 10, "ws": "none"}
+    settings["http"] = bounded_connections(service.limits.connections)
+    if config.tls_cert:
+        settings |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
+    return Server(uvicorn.Config(create_app(service), **settings))
+
+
+def announce(config: ServeConfig, engine: str, most: int, listening: socket.socket) -> None:
+    """Says that the service is there, and where.
+
+    Args:
+        engine: its kind and what else is to be said of it.
+        most: tokens that it lists at a position.
+    """
+    host, port = listening.getsockname()[:2]
+    shown, scheme = f"[{host}]" if ":" in host else host, "https" if config.tls_cert else "http"
+    print(f"serving {config.model} ({engine}, top-k up to {most}) on {scheme}://{shown}:{port}", flush=True)
 
 
 async def serve(config: ServeConfig, token: str | None) -> int:
     """Loads, listens, and drains when told to stop."""
-    import uvicorn
-
-    limits = limits_of(config)
-    allow_files(limits)
+    allow_files(limits_of(config))
     listening = bind(config.host, config.port)
     try:
         engine = load(config)
         await engine.start()
 
-        class Server(uvicorn.Server):
-            @contextmanager
-            def capture_signals(self) -> Iterator[None]:
-                yield  # ours are below
-
-        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
         server: uvicorn.Server
 
         def dead() -> None:
@@ -272,10 +344,7 @@ async def serve(config: ServeConfig, token: str | None) -> int:
         service = service_of(config, token, engine, dead)
         service.uploads.clear()
         await service.weights.fetch()
-        settings |= {"timeout_graceful_shutdown": 10, "ws": "none", "http": bounded_connections(limits.connections)}
-        if config.tls_cert:
-            settings |= {"ssl_certfile": config.tls_cert, "ssl_keyfile": config.tls_key}
-        server = Server(uvicorn.Config(create_app(service), **settings))
+        server = http_server(service, config)
         stopping: list[asyncio.Task[None]] = []
 
         async def stop() -> None:
@@ -292,13 +361,7 @@ async def serve(config: ServeConfig, token: str | None) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, told)
-        host, port = listening.getsockname()[:2]
-        most = min(limits.top_k, engine.max_top_k)
-        shown, scheme = f"[{host}]" if ":" in host else host, "https" if config.tls_cert else "http"
-        print(
-            f"serving {config.model} ({engine.kind}, {engine.dtype}, top-k up to {most}) on {scheme}://{shown}:{port}",
-            flush=True,
-        )
+        announce(config, f"{engine.kind}, {engine.dtype}", min(service.limits.top_k, engine.max_top_k), listening)
         watching = [asyncio.create_task(work) for work in (watch(service), measure_lag(service), follow(service))]
         await server.serve(sockets=[listening])
         for task in watching:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from llmdistill.compat.vllm import kv_cache_tokens, load_async_vllm
+from llmdistill.compat.vllm import async_arguments, kv_cache_tokens, load_async_vllm
+from llmdistill.compat.vllm_clients import Seat, seated
 from llmdistill.compat.vllm_prompts import free_bytes, step_tokens
 from llmdistill.compat.vllm_scores import admit_chosen_ids
 from llmdistill.compat.vllm_senders import BACKENDS
@@ -47,6 +48,7 @@ class AsyncVLLMEngine:
         max_lora_rank: 0: no adapters.
         max_adapters: that will be loaded at one time.
         transfer: the backend of vLLM's weight-transfer API by which a trainer may send weights; empty: none.
+        seat: at an engine that several processes ask; None: it has one of its own.
         options: further arguments of vLLM's engine.
 
     Raises:
@@ -72,6 +74,7 @@ class AsyncVLLMEngine:
         max_lora_rank: int = 0,
         max_adapters: int = 4,
         transfer: str = "",
+        seat: Seat | None = None,
         **options: Any,
     ) -> None:
         self._info, self.tokenizer = describe(model_path, trust_remote_code)
@@ -86,40 +89,40 @@ class AsyncVLLMEngine:
         self._head: HeadWeights | None = None  # one that is pushed to is another after each push
         self._updatable, self._trust_remote_code = updatable, trust_remote_code
         self.max_lora_rank = max_lora_rank
-        vocab = self._info.vocab_size
-        self.max_top_k = min(max_top_k, vocab)
+        self.max_top_k = min(max_top_k, self._info.vocab_size)
         self.max_model_len = min(max_model_len or self._info.context_length, self._info.context_length)
         self.dtype = dtype
-        if max_lora_rank:
-            # all of them in CPU memory, and room for the next one of a name before the last one goes
-            options |= {"enable_lora": True, "max_lora_rank": max_lora_rank}
-            options |= {"max_loras": min(max_adapters, GPU_ADAPTERS), "max_cpu_loras": max_adapters + 1}
-        if budget := options.get("max_num_batched_tokens"):
-            free = free_bytes(gpu_memory_utilization)
-            options["max_num_batched_tokens"] = step_tokens(budget, free, self.max_top_k, vocab)
-        self.engine = load_async_vllm(
-            model_path,
-            dtype=dtype,
-            seed=0,
-            max_model_len=self.max_model_len + 1,  # vLLM insists on generating a token after what it scores
-            max_logprobs=-1 if self.max_top_k == vocab else self.max_top_k,
-            kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
-            gpu_memory_utilization=gpu_memory_utilization,
-            trust_remote_code=trust_remote_code,
-            updatable=updatable,
-            transfer=BACKENDS[transfer] if transfer else "",
-            **options,
-        )
+        if seat is not None:
+            self.engine = seated(seat)
+        else:
+            settings = settings_of_vllm(
+                self._info,
+                dtype=dtype,
+                max_top_k=max_top_k,
+                max_model_len=max_model_len,
+                kv_cache_gib=kv_cache_gib,
+                gpu_memory_utilization=gpu_memory_utilization,
+                trust_remote_code=trust_remote_code,
+                updatable=updatable,
+                max_lora_rank=max_lora_rank,
+                max_adapters=max_adapters,
+                transfer=transfer,
+                **options,
+            )
+            self.engine = load_async_vllm(model_path, **settings)
         self.transfer, self.workers = transfer, int(self.engine.vllm_config.parallel_config.world_size)
         self._must_mend = admit_chosen_ids(self.engine)
         self.adapters: dict[str, str] = {}
         self._lora: dict[str, Any] = {}
         self._uses = Uses()
-        self._numbers = itertools.count(1)
+        # requests and adapters of all processes have numbers of their own
+        self._first = seat is None or seat.index == 0
+        self._numbers = itertools.count(1) if seat is None else itertools.count(1 + seat.index, seat.count)
 
     async def start(self) -> None:
         with _death_is_named():
-            await self.engine.collective_rpc("llmdistill_mend", args=(self._must_mend,))
+            if self._first:  # of those that ask the same workers
+                await self.engine.collective_rpc("llmdistill_mend", args=(self._must_mend,))
             if not self._updatable and all(await self.engine.collective_rpc("llmdistill_gives_hidden")):
                 self._head = await asyncio.to_thread(stored_head, self._info.name, self._trust_remote_code)
             self.capacity_tokens = kv_cache_tokens(self.engine)
@@ -148,6 +151,10 @@ class AsyncVLLMEngine:
 
     def head(self) -> HeadWeights | None:
         return self._head
+
+    def renamed(self, fingerprint: str) -> None:
+        """Another process has put weights of that name into the engine."""
+        self._info = replace(self._info, fingerprint=fingerprint)
 
     async def _hidden(self, job: ScoreJob, head: HeadWeights) -> HiddenBlock:
         if job.start == job.stop:
@@ -302,6 +309,53 @@ class AsyncVLLMEngine:
         if self._shapes and (wrong or unknown or missing or not found):
             what = f"of another shape: {wrong[:3]}" if wrong else f"unknown: {unknown[:3]}, missing: {missing[:3]}"
             raise ValueError(f"the weights do not fit the model; {what}")
+
+
+def settings_of_vllm(
+    info: TeacherInfo,
+    *,
+    dtype: str = "bfloat16",
+    max_top_k: int = 128,
+    max_model_len: int | None = None,
+    kv_cache_gib: float = 0.5,
+    gpu_memory_utilization: float = 0.9,
+    max_lora_rank: int = 0,
+    max_adapters: int = 4,
+    transfer: str = "",
+    **options: Any,
+) -> dict[str, Any]:
+    """Of :func:`~llmdistill.compat.vllm.async_arguments`, from those of :class:`AsyncVLLMEngine`."""
+    vocab = info.vocab_size
+    listed = min(max_top_k, vocab)
+    if max_lora_rank:
+        # all of them in CPU memory, and room for the next one of a name before the last one goes
+        options |= {"enable_lora": True, "max_lora_rank": max_lora_rank}
+        options |= {"max_loras": min(max_adapters, GPU_ADAPTERS), "max_cpu_loras": max_adapters + 1}
+    if budget := options.get("max_num_batched_tokens"):
+        free = free_bytes(gpu_memory_utilization)
+        options["max_num_batched_tokens"] = step_tokens(budget, free, listed, vocab)
+    return {
+        "dtype": dtype,
+        "seed": 0,
+        # vLLM insists on generating a token after what it scores
+        "max_model_len": min(max_model_len or info.context_length, info.context_length) + 1,
+        "max_logprobs": -1 if listed == vocab else listed,
+        "kv_cache_bytes": int(kv_cache_gib * (1 << 30)),
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "transfer": BACKENDS[transfer] if transfer else "",
+        **options,
+    }
+
+
+def shared_arguments(model_path: str, *, trust_remote_code: bool = False, **settings: Any) -> Any:
+    """vLLM's arguments of an engine that several processes ask, each by a seat at it. Args as of
+    :class:`AsyncVLLMEngine`.
+
+    Raises:
+        UserError: as there.
+    """
+    info, _ = describe(model_path, trust_remote_code)
+    return async_arguments(model_path, **settings_of_vllm(info, trust_remote_code=trust_remote_code, **settings))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from llmdistill.service.engine import Engine, EngineDead
 from llmdistill.service.gate import Gate
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem, first_line, invalid
+from llmdistill.service.remote_gate import RemoteGate
 from llmdistill.service.uploads import Uploads, no_room, written
 from llmdistill.service.versions import Version, Versions
 from llmdistill.teachers.fingerprint import weights_fingerprint
@@ -61,7 +62,7 @@ class Weights:
     def __init__(
         self,
         engine: Engine,
-        gate: Gate,
+        gate: Gate | RemoteGate,
         limits: Limits,
         uploads: Uploads,
         folders: list[Path],
@@ -294,6 +295,17 @@ class Weights:
                         raise no_room(first_line(error)) from None
                 self.policy_version, self._last = push.version, push
             return self._told()
+
+    # ---------------------------------------------------------------- what other processes put into the same engine
+
+    def state(self) -> dict[str, Any]:
+        """What they have to know of the weights that are in it."""
+        return {**self._told(), "push": asdict(self._last) if self._last else None}
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """What another one has told."""
+        self.policy_version = state["policy_version"]
+        self._last = Push(**state["push"]) if state["push"] else None
 
     # ---------------------------------------------------------------- versions that other replicas took
 

@@ -6,11 +6,8 @@ be pushed, makes layers keep the plain weights they are loaded into (see :mod:`l
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,10 @@ from llmdistill.compat.vllm_prompts import bound_prompt_scores, gives_hidden
 from llmdistill.compat.vllm_receiving import join, receive, register_for
 from llmdistill.compat.vllm_scores import mend_first_runner
 from llmdistill.compat.vllm_weights import load_into_worker, worker_is_plain
+from llmdistill.service.orphan import die_with_parent
 from llmdistill.teachers.fingerprint import Fingerprint
 
 UPDATABLE = "LLMDISTILL_UPDATABLE"  # set by the service for the processes it starts
-PARENT = "LLMDISTILL_PARENT"
 TRANSFER = "LLMDISTILL_TRANSFER"
 
 
@@ -70,16 +67,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def _die_with_parent() -> None:
-    """A service killed with SIGKILL cannot end its engine; the kernel does."""
-    if sys.platform == "linux" and PARENT in os.environ:
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            os._exit(1)
-
-
 def _prepare() -> Any:
-    _die_with_parent()
+    die_with_parent()
     if os.environ.get(UPDATABLE) == "1":
         keep_plain_weights()
     register_for(os.environ.get(TRANSFER, ""))
