@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m eval.perf.processes --count 1 2
 
-The service is the real one but for its engine, which costs nothing (``FreeEngine`` of eval/perf/evidence.py, one in every
-process); the client is a ``RemoteTeacher`` in this process. For each count: positions in a second of CPU of all the
-service's processes, the part of it that the one in front takes, and the smallest part of the others' work that one of
-them did. What is won on the clock takes more cores than processes, and one more for the client.
+The service is the real one but for its engine, which costs nothing (``FreeEngine`` of eval/perf/evidence.py, one in
+every process); the client is a ``RemoteTeacher`` in this process. For each count: positions in a second of CPU of all
+the service's processes, the part of it that the one in front takes, and the smallest part of the others' work that one
+of them did. What is won on the clock takes more cores than processes, and one more for the client.
 """
 
 from __future__ import annotations

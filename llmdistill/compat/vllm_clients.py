@@ -42,12 +42,13 @@ class SharedEngine:
 
         self.askers: list[BaseProcess] = []
         self._manager: Any = None
+        self._ends: Any = None
         arguments._api_process_count, arguments._api_process_rank = count, -1
         try:
             with refusals_named(arguments.model):
                 config = arguments.create_engine_config()
-                ends = bind_engine_zmq_listeners(config, count)
-                self._listeners = [*ends.inputs, *ends.outputs]
+                # whose end would take the sockets' names away, which the engine is still to connect to
+                ends = self._ends = bind_engine_zmq_listeners(config, count)
                 with launch_core_engines(config, Executor.get_class(config), True, ends.addresses) as launched:
                     self._manager = launched.engine_manager
                     for i, (into, out) in enumerate(zip(ends.inputs, ends.outputs, strict=True)):
@@ -73,8 +74,8 @@ class SharedEngine:
                 process.kill()
         if self._manager is not None:
             self._manager.shutdown()
-        for listener in getattr(self, "_listeners", ()):
-            listener.cleanup()
+        if self._ends is not None:
+            self._ends.cleanup()
 
 
 def seated(seat: Seat) -> Any:

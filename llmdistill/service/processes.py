@@ -32,7 +32,7 @@ from llmdistill.service.serve import ServeConfig, allow_files, announce, bind, l
 from llmdistill.service.vllm_engine import shared_arguments
 
 END_S = 15.0  # for the processes to end by themselves
-UP_S = 300.0  # from the engine being up to the processes being so
+UP_S = 120.0  # from the engine being up to the processes being so
 AGAIN_S = 0.05  # until a connection is tried to be accepted, or handed over, again
 
 
