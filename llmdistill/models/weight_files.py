@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmdistill.compat.models import as_stored, not_stored
-from llmdistill.files import full_disk_is_said
+from llmdistill.files import atomic_write
 from llmdistill.models.weights import base_model, named_weights, plain_name
 
 FILE_BYTES = 4 * 2**30  # of one file; a larger weight has one to itself
@@ -93,7 +93,7 @@ class _Files:
             self._place(i).rename(self.folder / file)
             where.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_parameters": self.parameters, "total_size": self.bytes}, "weight_map": where}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        atomic_write(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _is_new(self, tensor: Tensor) -> bool:
         return all(tensor.data_ptr() != other.data_ptr() for other in self.pending.values())
@@ -102,8 +102,7 @@ class _Files:
         return self.folder / f"model-{number:05d}.unfinished"
 
     def _write(self) -> None:
-        place = self._place(len(self.written))
-        with full_disk_is_said(place):
-            save_file(self.pending, place, metadata={"format": "pt"})
+        pending = self.pending
+        atomic_write(self._place(len(self.written)), lambda place: save_file(pending, place, metadata={"format": "pt"}))
         self.written.append(list(self.pending))
         self.pending = {}
