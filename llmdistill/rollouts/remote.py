@@ -131,10 +131,7 @@ class RemoteRollouts:
         weights = self._weights(model, partial, keep=is_first())
         self._fingerprint = from_first_rank(lambda: self._push(lambda: weights, policy_version, partial, digest))
         # should the service lose them, all weights go out: under a word that is the same on every rank
-        first = self.policy_version is None
-        self.policy_version, self._digest = policy_version, f"{digest}-whole" if partial else digest
-        if first:
-            check_engine(self, model, float32=self._info["dtype"] == "float32")
+        self._has(model, policy_version, f"{digest}-whole" if partial else digest)
 
     def _transferred(self, transfers: Transfers, model: nn.Module, policy_version: int) -> bool:
         """Whether all replicas have the weights now, without HTTP."""
@@ -142,11 +139,16 @@ class RemoteRollouts:
         found = transfers.push(model, lambda: self._sent(model), policy_version, digest)
         if found is None:
             return False
+        self._fingerprint = found
+        self._has(model, policy_version, digest)
+        return True
+
+    def _has(self, model: nn.Module, policy_version: int, digest: str) -> None:
+        """The service has the weights of ``model``; after the first of them it has to say what the student says."""
         first = self.policy_version is None
-        self._fingerprint, self.policy_version, self._digest = found, policy_version, digest
+        self.policy_version, self._digest = policy_version, digest
         if first:
             check_engine(self, model, float32=self._info["dtype"] == "float32")
-        return True
 
     def snapshot(self, model: nn.Module, policy_version: int) -> Snapshot:
         """The weights of ``model`` as they are now, for :meth:`install` to push while training goes on.

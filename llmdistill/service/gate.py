@@ -22,6 +22,10 @@ FADING = 0.98  # of the sums behind the rate, with every answer
 CREDIT = 8  # a client may be behind the others by that part of the queue, and catch up
 
 
+def shutting_down() -> Problem:
+    return Problem(503, "draining", "the service is shutting down", retry_after_s=5)
+
+
 class Gate:
     """Counts what is in the house. All of it runs on one event loop: counting needs no lock and cannot be cut off.
 
@@ -115,7 +119,7 @@ class Gate:
 
     def _refuse_when_draining(self) -> None:
         if self.draining:
-            raise Problem(503, "draining", "the service is shutting down", retry_after_s=5)
+            raise shutting_down()
 
     def _fits(self, tokens: int) -> bool:
         """One request always fits: its own size is bounded by the limits of a request."""

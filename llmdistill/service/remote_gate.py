@@ -13,15 +13,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from llmdistill.service.fair import CLIENT, Place
-from llmdistill.service.gate import Gate
+from llmdistill.service.gate import Gate, shutting_down
 from llmdistill.service.line import Line
-from llmdistill.service.problems import Problem
-
-DRAINING = ("draining", "the service is shutting down")
 
 
 class RemoteGate:
-    """As :class:`~llmdistill.service.gate.Gate`; its counts are those of this process.
+    """As :class:`~llmdistill.service.gate.Gate`, which drains where it stands; its counts are those of this process.
 
     Args:
         state: what the other processes have to know after the weights have changed.
@@ -60,14 +57,6 @@ class RemoteGate:
         async with self._held("beside"):
             yield
 
-    async def drained(self, timeout_s: float) -> bool:
-        """All of this process's: the gate itself drains where it stands."""
-        self.draining = True
-        end = asyncio.get_running_loop().time() + timeout_s
-        while self.requests and asyncio.get_running_loop().time() < end:
-            await asyncio.sleep(0.05)
-        return not self.requests
-
     @asynccontextmanager
     async def _held(self, kind: str) -> AsyncIterator[None]:
         self._refuse_when_draining()
@@ -81,7 +70,7 @@ class RemoteGate:
 
     def _refuse_when_draining(self) -> None:
         if self.draining:
-            raise Problem(503, *DRAINING, retry_after_s=5)
+            raise shutting_down()
 
 
 class Holds:

@@ -26,6 +26,7 @@ from llmdistill.recipe.config import DType, TeacherConfig
 from llmdistill.recipe.settings import option
 from llmdistill.service.app import Service
 from llmdistill.service.engine import Engine, EngineDead
+from llmdistill.service.gate import Gate
 from llmdistill.service.limits import Limits
 from llmdistill.service.problems import Problem
 from llmdistill.service.remote_gate import RemoteGate
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     from llmdistill.compat.vllm_clients import Seat
 
-# Limits that are settings of the command; the others are the same for everybody.
 SCALING = (("scale_up_s", 0.0), ("scale_down_s", 0.0))
 WATCH_S, LAG_EVERY_S, FOLLOW_S = 2.0, 0.05, 0.25
 OTHER_FILES = 256  # than connections: the model's, the engine's, libraries'
@@ -47,6 +47,7 @@ WHY_ALONE = {  # what several processes in front of one engine do not go with
     "transfer": "a trainer sends to an engine through one process",
     "max_lora_rank": "an adapter is known to one process",
 }
+# Limits that are settings of the command; the others are the same for everybody.
 LIMITS = ("top_k", "sequences", "positions", "new_tokens", "body_bytes", "in_flight", "queue_tokens")
 
 
@@ -273,7 +274,7 @@ def service_of(
     token: str | None,
     engine: Engine,
     on_dead: Callable[[], None] = lambda: None,
-    gate: RemoteGate | None = None,
+    gate: Gate | RemoteGate | None = None,
 ) -> Service:
     """The service around an engine, or one of several processes around it."""
     limits = limits_of(config)
@@ -341,16 +342,17 @@ async def serve(config: ServeConfig, token: str | None) -> int:
             print("the engine has died; the service ends", file=sys.stderr)
             server.should_exit = True
 
-        service = service_of(config, token, engine, dead)
+        gate = Gate(limits_of(config), lambda: engine.capacity_tokens)
+        service = service_of(config, token, engine, dead, gate)
         service.uploads.clear()
         await service.weights.fetch()
         server = http_server(service, config)
         stopping: list[asyncio.Task[None]] = []
 
         async def stop() -> None:
-            print(f"draining: {service.gate.requests} requests", file=sys.stderr, flush=True)
-            if not await service.gate.drained(config.drain_s):
-                print(f"{service.gate.requests} requests were not done in {config.drain_s:g} s", file=sys.stderr)
+            print(f"draining: {gate.requests} requests", file=sys.stderr, flush=True)
+            if not await gate.drained(config.drain_s):
+                print(f"{gate.requests} requests were not done in {config.drain_s:g} s", file=sys.stderr)
             server.should_exit = True
 
         def told() -> None:
@@ -369,7 +371,7 @@ async def serve(config: ServeConfig, token: str | None) -> int:
         await engine.close()
         service.adapters.close()
         code = 1 if service.dead else 0
-        if service.gate.requests:  # what was not done in time must not keep the process
+        if gate.requests:  # what was not done in time must not keep the process
             sys.stdout.flush()
             os._exit(code)
         return code

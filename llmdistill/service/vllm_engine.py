@@ -89,8 +89,7 @@ class AsyncVLLMEngine:
         self._head: HeadWeights | None = None  # one that is pushed to is another after each push
         self._updatable, self._trust_remote_code = updatable, trust_remote_code
         self.max_lora_rank = max_lora_rank
-        self.max_top_k = min(max_top_k, self._info.vocab_size)
-        self.max_model_len = min(max_model_len or self._info.context_length, self._info.context_length)
+        self.max_top_k, self.max_model_len = bounds(self._info, max_top_k, max_model_len)
         self.dtype = dtype
         if seat is not None:
             self.engine = seated(seat)
@@ -311,22 +310,26 @@ class AsyncVLLMEngine:
             raise ValueError(f"the weights do not fit the model; {what}")
 
 
+def bounds(info: TeacherInfo, max_top_k: int, max_model_len: int | None) -> tuple[int, int]:
+    """Tokens listed at a position and tokens of a sequence, at most, of what is asked for and the model has."""
+    return min(max_top_k, info.vocab_size), min(max_model_len or info.context_length, info.context_length)
+
+
 def settings_of_vllm(
     info: TeacherInfo,
     *,
-    dtype: str = "bfloat16",
-    max_top_k: int = 128,
-    max_model_len: int | None = None,
-    kv_cache_gib: float = 0.5,
-    gpu_memory_utilization: float = 0.9,
-    max_lora_rank: int = 0,
-    max_adapters: int = 4,
-    transfer: str = "",
+    max_top_k: int,
+    max_model_len: int | None,
+    kv_cache_gib: float,
+    gpu_memory_utilization: float,
+    max_lora_rank: int,
+    max_adapters: int,
+    transfer: str,
     **options: Any,
 ) -> dict[str, Any]:
     """Of :func:`~llmdistill.compat.vllm.async_arguments`, from those of :class:`AsyncVLLMEngine`."""
     vocab = info.vocab_size
-    listed = min(max_top_k, vocab)
+    listed, longest = bounds(info, max_top_k, max_model_len)
     if max_lora_rank:
         # all of them in CPU memory, and room for the next one of a name before the last one goes
         options |= {"enable_lora": True, "max_lora_rank": max_lora_rank}
@@ -335,10 +338,9 @@ def settings_of_vllm(
         free = free_bytes(gpu_memory_utilization)
         options["max_num_batched_tokens"] = step_tokens(budget, free, listed, vocab)
     return {
-        "dtype": dtype,
         "seed": 0,
         # vLLM insists on generating a token after what it scores
-        "max_model_len": min(max_model_len or info.context_length, info.context_length) + 1,
+        "max_model_len": longest + 1,
         "max_logprobs": -1 if listed == vocab else listed,
         "kv_cache_bytes": int(kv_cache_gib * (1 << 30)),
         "gpu_memory_utilization": gpu_memory_utilization,
@@ -349,7 +351,7 @@ def settings_of_vllm(
 
 def shared_arguments(model_path: str, *, trust_remote_code: bool = False, **settings: Any) -> Any:
     """vLLM's arguments of an engine that several processes ask, each by a seat at it. Args as of
-    :class:`AsyncVLLMEngine`.
+    :class:`AsyncVLLMEngine`, all of them.
 
     Raises:
         UserError: as there.

@@ -264,8 +264,6 @@ def _run_of(text: str, maths: list[tuple[int, int, str]], at: int) -> str:
     return ", ".join(content for _, _, content in maths[first : last + 1])
 
 
-# "一共有199个苹果" is a sentence, "199元" an answer.
-_CJK_SENTENCE = re.compile(rf"[{_CJK}]\s?[-$€£¥]?\d|\d\s?[{_CJK}]{{4}}")
 _JOINS = re.compile(r"\s{0,3}(?:,|;|,?\s?\b(?:and|or)\b)\s{0,3}")
 
 
