@@ -157,6 +157,20 @@ def shuffled(rows: Sequence[Prompt], batch: int, seed: int) -> Iterator[list[Pro
         yield from (order[i : i + batch] for i in range(0, len(order) - min(batch, len(order)) + 1, batch))
 
 
+def kept_text(name: str, make: Callable[[], list[Any]]) -> tuple[list[Any], float]:
+    """The texts kept under ``name`` and the CPU seconds that they took; made and kept when they are not there yet."""
+    file = CACHE / "texts" / f"{name}.json"
+    if not file.exists():
+        began = time.process_time()
+        made = {"texts": make(), "cpu_seconds": time.process_time() - began}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mine = file.with_suffix(f".{os.getpid()}.tmp")
+        mine.write_text(json.dumps(made))
+        mine.replace(file)
+    made = json.loads(file.read_text())
+    return made["texts"], made["cpu_seconds"]
+
+
 def cached(
     key: str, make: Callable[[], tuple[PreTrainedModel, dict[str, Any]]]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

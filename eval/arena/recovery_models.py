@@ -7,16 +7,14 @@ recovery_six      of the task with six digits, where the guess can be learned
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from models import CACHE, EOS_ID, PAD_ID, Size, cached, train
+from models import EOS_ID, PAD_ID, Size, cached, kept_text, train
+from models import texts as completions
 from recovery_task import (
     RIGHT,
     SIZE,
@@ -61,7 +59,17 @@ STUDENT = LongSize(48, 2, 4, 128)  # 56 thousand weights
 TEACHER = LongSize(64, 2, 4, 192)  # 107 thousand
 
 
-def as_prompt(problem: Problem, text: str | None = None, put_in: Sequence[bool] = ()) -> Prompt:
+class Asked(Protocol):
+    """What is asked, in these ten symbols."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def operation(self) -> str: ...
+
+
+def as_prompt(problem: Asked, text: str | None = None, put_in: Sequence[bool] = ()) -> Prompt:
     """With a completion, of which the tokens that were put in do not count."""
     encoded = [list(TOKENIZER(t, add_special_tokens=False)["input_ids"]) for t in (problem.prompt, text or "")]
     counts = (*(not p for p in put_in), True) if put_in else ()
@@ -69,12 +77,13 @@ def as_prompt(problem: Problem, text: str | None = None, put_in: Sequence[bool] 
     return Prompt(encoded[0], problem.prompt, problem.operation, completion=completion, counts=counts)
 
 
-def written(model: PreTrainedModel, problems: Sequence[Problem], temperature: float, seed: int = 0) -> list[str]:
+def written(
+    model: PreTrainedModel, problems: Sequence[Asked], temperature: float, seed: int = 0, tokens: int = TOKENS
+) -> list[str]:
     """A completion of every problem."""
-    sampling = Sampling(TOKENS, temperature=temperature, seed=seed)
+    sampling = Sampling(tokens, temperature=temperature, seed=seed)
     rollout = generate(model, [as_prompt(p) for p in problems], sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID)
-    found = [row[mask].tolist() for row, mask in zip(rollout.input_ids, rollout.completion_mask, strict=True)]
-    return [text.replace(" ", "") for text in TOKENIZER.batch_decode(found, skip_special_tokens=True)]
+    return [text.replace(" ", "") for text in completions(rollout, TOKENIZER)]
 
 
 def scored(model: PreTrainedModel, problems: Sequence[Problem], temperature: float, seed: int = 0) -> dict[str, float]:
@@ -190,18 +199,12 @@ def sampled(name: str, model: PreTrainedModel, size: int, n: int, seed: int) -> 
     """The teacher's samples on ``n`` prompts drawn from all there are, kept on disk."""
     rng = random.Random(seed)
     drawn = [rng.choice(everything(size)) for _ in range(n)]
-    file = CACHE / "text" / f"{name}-{RECIPE}-{n}-{seed}.json"
-    if not file.exists():
-        began, texts = time.process_time(), list[str]()
-        for k in range(0, n, 512):
-            texts += written(model, drawn[k : k + 512], 1.0, seed + k)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        mine = file.with_suffix(f".{os.getpid()}.tmp")
-        mine.write_text(json.dumps({"texts": texts, "cpu_seconds": time.process_time() - began}))
-        mine.replace(file)
-    made = json.loads(file.read_text())
-    rows = [p.row(text) for p, text in zip(drawn, made["texts"], strict=True) if text]
-    return Text(rows, made["cpu_seconds"])
+
+    def make() -> list[str]:
+        return [text for k in range(0, n, 512) for text in written(model, drawn[k : k + 512], 1.0, seed + k)]
+
+    texts, cpu_seconds = kept_text(f"{name}-{RECIPE}-{n}-{seed}", make)
+    return Text([p.row(text) for p, text in zip(drawn, texts, strict=True) if text], cpu_seconds)
 
 
 def with_mistakes(size: int, n: int, seed: int) -> Text:

@@ -12,10 +12,7 @@ ways         that of a third, see ways.py
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +22,7 @@ import recovery_models
 import torch
 import ways
 from clock import Charge
-from models import CACHE, GROUPED, TOKENIZER, Size, accuracy, answers, as_prompt, cached, shuffled, train
+from models import GROUPED, TOKENIZER, Size, accuracy, answers, as_prompt, cached, kept_text, shuffled, train
 from recovery_models import TEACHERS as RECOVERY
 from recovery_models import make_teacher
 from task import VOCABULARY, Problem, draw, heldout, problems
@@ -154,17 +151,13 @@ def sample(
 ) -> Text:
     """``samples`` completions by teacher ``name`` of each of ``n`` problems (those of that seed), kept on disk."""
     drawn = problems(n, seed, operations)
-    file = CACHE / "text" / f"{name}-{RECIPE}-{n}x{samples}-{seed}{''.join(operations)}.json"
-    if not file.exists():
-        start = time.process_time()
+
+    def make() -> list[Any]:
         columns = [answers(model, drawn, temperature=1.0, seed=seed + 7919 * k) for k in range(samples)]
-        made = {"completions": list(zip(*columns, strict=True)), "cpu_seconds": time.process_time() - start}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        mine = file.with_suffix(f".{os.getpid()}.tmp")
-        mine.write_text(json.dumps(made))
-        mine.replace(file)
-    made = json.loads(file.read_text())
-    return Text(drawn, [list(c) for c in made["completions"]], made["cpu_seconds"])
+        return list(zip(*columns, strict=True))
+
+    made, cpu_seconds = kept_text(f"{name}-{RECIPE}-{n}x{samples}-{seed}{''.join(operations)}", make)
+    return Text(drawn, [list(c) for c in made], cpu_seconds)
 
 
 def start(

@@ -334,10 +334,14 @@ def prepare(
         note=note,
     )
     if cell.track == "direction":
-        improved, gained = ways.reinforced(f"reinforced-{RECIPE}-{track.start_key(cell.seed)}", model, cell.seed, note)
+        name = f"reinforced-{RECIPE}-{track.start_key(cell.seed)}"
+        improved, gained = ways.reinforced(name, model, cell.seed, note)
         judge, about = LocalTeacher(improved, track.tokenizer), {**about, "reinforced": gained}
         score = curve.score = _together(score, Sampled(test), ToTeacher(judge, test[:96]))
-        data.fresh = ways.samples_of(improved, track.fresh, cell.seed)
+        text = sample(name, improved, track.fresh, 1, 90 + cell.seed)
+        data.fresh = text.rows()
+        if method.text == "teacher":
+            curve.charge = text.charge()
     setting = Setting(
         model=model,
         teacher=judge,

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import recovery_models
 import torch
-from models import EOS_ID, PAD_ID, accuracy, answers, as_prompt, cached, texts, train
-from recovery_models import RECIPE, STUDENT, TEACHER, TOKENIZER
+from models import EOS_ID, PAD_ID, accuracy, as_prompt, cached, texts, train
+from recovery_models import RECIPE, STUDENT, TEACHER
 from scores import distance
 from task import Problem as Sum
 from task import longest, problems
@@ -71,18 +72,10 @@ class Problem:
 EVERYTHING = [Problem(a, b) for a in range(SIZE) for b in range(SIZE)]
 
 
-def told(problem: Problem, text: str | None = None, counts: tuple[bool, ...] = ()) -> Prompt:
-    encoded = [list(TOKENIZER(t, add_special_tokens=False)["input_ids"]) for t in (problem.prompt, text or "")]
-    completion = () if text is None else (*encoded[1], EOS_ID)
-    return Prompt(encoded[0], problem.prompt, problem.operation, completion=completion, counts=counts)
-
-
 def written(model: PreTrainedModel, temperature: float, seed: int, times: int = 1) -> list[tuple[Problem, str]]:
     """Completions of all problems, so many of each."""
     asked = EVERYTHING * times
-    sampling = Sampling(TOKENS, temperature=temperature, seed=seed)
-    rollout = generate(model, [told(p) for p in asked], sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID)
-    return list(zip(asked, (t.replace(" ", "") for t in texts(rollout, TOKENIZER)), strict=True))
+    return list(zip(asked, recovery_models.written(model, asked, temperature, seed, TOKENS), strict=True))
 
 
 def shares(found: Sequence[tuple[Problem, str]], best: int) -> dict[str, float]:
@@ -103,7 +96,8 @@ def lessons(batch: int, seed: int, knows: int | None = None, others: float = 1.0
         for problem in rng.choices(EVERYTHING, k=batch):
             way = rng.randrange(WAYS)
             silent = knows is not None and way != knows and rng.random() >= others
-            made.append(told(problem, problem.by(way), (True, *[not silent] * (DIGITS + 1))))
+            lesson = recovery_models.as_prompt(problem, problem.by(way))
+            made.append(replace(lesson, counts=(True, *[not silent] * (DIGITS + 1))))
         yield made
 
 
@@ -159,9 +153,8 @@ class Ways:
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         drawn = shares(written(model, 1.0, 14, 8), self.best)
-        own = generate(
-            model, [told(p) for p in EVERYTHING], Sampling(TOKENS, seed=12), eos_ids=(EOS_ID,), pad_id=PAD_ID
-        )
+        asked = [recovery_models.as_prompt(p) for p in EVERYTHING]
+        own = generate(model, asked, Sampling(TOKENS, seed=12), eos_ids=(EOS_ID,), pad_id=PAD_ID)
         return {
             "exact": shares(written(model, 0.0, 0), self.best)["exact"],
             "exact_t1": drawn.pop("exact"),
@@ -203,13 +196,6 @@ def reinforced(
         return model, {"exact_t1_before": before, "exact_t1": after, "rewards": rewards}
 
     return cached(key, make)
-
-
-def samples_of(model: PreTrainedModel, n: int, seed: int) -> list[dict[str, str]]:
-    """Rows of its samples on sums, for methods that learn from its text."""
-    asked = problems(n, 90 + seed)
-    found = answers(model, asked, temperature=1.0, seed=seed)
-    return [p.row(text) for p, text in zip(asked, found, strict=True) if text]
 
 
 def _rewards(drawn: Sequence[Sum], rollout: Rollout) -> torch.Tensor:

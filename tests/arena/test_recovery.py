@@ -112,7 +112,7 @@ CELLS = [
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Teachers and starts of no training at all, under a folder of their own."""
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("arena")
-    for module in (models, recovery_models, tracks):
+    for module in (models, tracks):
         patch.setattr(module, "CACHE", folder)
     patch.setattr(recovery_scores, "SCORED", 4)
     patch.setattr(recovery_scores, "COMPARED", 2)
@@ -173,7 +173,7 @@ def test_of_the_ways_it_is_not_to_know_a_student_is_taught_the_choice() -> None:
 
 
 def drawn_id(way: int) -> int:
-    return ways.TOKENIZER.convert_tokens_to_ids(str(way))
+    return recovery_models.TOKENIZER.convert_tokens_to_ids(str(way))
 
 
 def test_a_rewarded_sample_becomes_likelier_and_another_less() -> None:
