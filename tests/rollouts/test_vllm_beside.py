@@ -25,6 +25,7 @@ from llmdistill.compat.vllm_weights import forget_prefixes
 @pytest.fixture(scope="module")
 def by_transfer():
     engine = engine_for(llama(0, hidden=64), transfer=True)
+    engine.sync(llama(0, hidden=64), 0)  # whichever test comes first on its worker
     yield engine
     engine.close()
 
