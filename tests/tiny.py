@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ def llama(seed: int, *, vocab: int = 264, hidden: int = 32, layers: int = 2, tie
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).float().eval()
+
+
+def saved(folder: Path) -> str:
+    """A checkpoint with its tokenizer, small, of a width that vLLM's attention takes."""
+    llama(1, hidden=64, tied=True).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def rows(n: int, *, completion: bool = True) -> list[dict[str, Any]]:

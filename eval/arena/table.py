@@ -21,8 +21,8 @@ from methods import Method
 from plot import write_plot
 from tracks import TRACKS, Cell, Track, rate
 
-# 97.5 % quantile of Student's t by degrees of freedom, 1 to 9.
-T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from llmdistill.record.intervals import MOST_SEEDS, t_half_width
+
 REFERENCE = {
     **{"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"},
     **{"digits": "sft_teacher", "groups": "sft_teacher"},
@@ -53,10 +53,9 @@ class Mean:
 def mean(values: Sequence[float]) -> Mean:
     """Raises ValueError for no value, or more than ten (the table of quantiles ends there)."""
     n = len(values)
-    if not 1 <= n <= len(T_QUANTILE) + 1:
-        raise ValueError(f"{n} seeds; 1 to {len(T_QUANTILE) + 1} can be averaged")
-    half = T_QUANTILE[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return Mean(statistics.fmean(values), half, n)
+    if not 1 <= n <= MOST_SEEDS:
+        raise ValueError(f"{n} seeds; 1 to {MOST_SEEDS} can be averaged")
+    return Mean(statistics.fmean(values), t_half_width(values) if n > 1 else math.nan, n)
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> Mean | None:
@@ -86,7 +85,7 @@ def current(folder: Path, cell: Cell, share: float = 1.0, lr: float = 0.0) -> bo
 def curves(folder: Path, name: str, share: float = 1.0) -> Curves:
     track, found = track_of(name, share), Curves()
     for method in track.methods:
-        for seed in range(len(T_QUANTILE) + 1):
+        for seed in range(MOST_SEEDS):
             result = load(folder, Cell(name, method, seed))
             if result and result["key"] == track.key():
                 found.setdefault(method, {})[seed] = result["points"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmdistill.record.intervals import paired_bootstrap
+from llmdistill.record.intervals import paired_bootstrap, t_half_width
 
 RESULTS = Path(__file__).with_name("real_model.json")
 ARMS = {
@@ -25,7 +25,6 @@ SHARES = {  # of the texts, all of them
     "second_right": "second",
 }
 COMPARED = (("start", "sft"), ("start", "repairs"), ("start", "opd"), ("sft", "opd"), ("repairs", "opd"))
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # Student's t, by the number of seeds
 Run = dict[str, Any]
 
 
@@ -57,7 +56,7 @@ def difference(runs: dict[str, list[Run]], a: str, b: str) -> str:
     each = [100 * (y["accuracy"]["value"] - x["accuracy"]["value"]) for x, y in both]
     over_seeds = f"{statistics.mean(each):+.1f}"
     if len(each) > 1:
-        over_seeds += f" ± {T_95[len(each)] * statistics.stdev(each) / len(each) ** 0.5:.1f}"
+        over_seeds += f" ± {t_half_width(each):.1f}"
     d = paired_bootstrap(means([y for _, y in both]), means([x for x, _ in both]))
     points = ", ".join(f"{points:+.1f}" for points in each)
     return f"| {ARMS[b]}, over {ARMS[a]} | {points} | {over_seeds} | [{100 * d.low:+.1f}, {100 * d.high:+.1f}] |"

@@ -5,14 +5,20 @@ Nothing here draws from numpy's global random state; the same arguments give the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, stdev
 
 import numpy as np
 
 _CHUNK = 4_000_000  # random numbers held at a time by the resampling loops: 32 MB
 _EXACT_FLIPS = 16  # 65,536 sign patterns are enumerated; more are sampled
+
+
+# 97.5 % quantiles of Student's t by degrees of freedom, 1 to 9.
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(T_QUANTILE) + 1
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,18 @@ def share_interval(values: Sequence[float], *, confidence: float = 0.95, seed: i
     if max(values) - min(values) > 1e-9:
         return bootstrap_ci(values, confidence=confidence, seed=seed)
     return wilson_interval(min(max(values[0], 0.0), 1.0) * len(values), len(values), confidence)
+
+
+def t_half_width(values: Sequence[float]) -> float:
+    """Half the width of Student's 95 % interval of the mean of a few seeds: t(n-1) s/√n.
+
+    Raises:
+        ValueError: fewer than two values, or more than ten.
+    """
+    n = len(values)
+    if not 2 <= n <= MOST_SEEDS:
+        raise ValueError(f"{n} values; an interval is of 2 to {MOST_SEEDS}")
+    return T_QUANTILE[n - 2] * stdev(values) / math.sqrt(n)
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -210,10 +210,7 @@ def test_metrics_of_several_processes_are_those_of_one() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("shared")
-    tiny.llama(1, hidden=64, tied=True).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny.saved(tmp_path_factory.mktemp("shared"))
 
 
 OPTIONS = ("--api_processes", "2", "--dtype", "float32", "--max_model_len", "128", "--drain_s", "30")

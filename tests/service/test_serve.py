@@ -42,10 +42,7 @@ ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("served")
-    tiny.llama(1, hidden=64, tied=True).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
+    return tiny.saved(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module", params=ENGINES)

@@ -20,15 +20,15 @@ from tests.rollouts.test_remote import assert_samples_from
 from tests.service.process import ServiceProcess
 
 GREEDY = Sampling(8, temperature=0)
+OPTIONS = ["--dtype", "float32", "--max_model_len", "128", "--kv_cache_gib", "0.05"]
+OPTIONS += ["--updatable", "--transfer", "gloo"]
 
 
 @pytest.mark.proof
 def test_two_replicas_are_sent_to_at_one_time_and_one_comes_back(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="the vllm extra is not installed")
-    tiny.llama(1, hidden=64, tied=True).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    options = ("--dtype", "float32", "--max_model_len", "128", "--kv_cache_gib", "0.05", "--updatable")
-    one, two = (ServiceProcess(str(tmp_path), *options, "--transfer", "gloo") for _ in range(2))
+    model = tiny.saved(tmp_path)
+    one, two = (ServiceProcess(model, *OPTIONS) for _ in range(2))
     try:
         for service in (one, two):
             service.start(wait=False)
@@ -38,15 +38,15 @@ def test_two_replicas_are_sent_to_at_one_time_and_one_comes_back(tmp_path: Path)
         engine = RemoteRollouts([one.url, two.url], eos_ids=(1,), pad_id=0, transfer="gloo", **where)
 
         def push(step: int) -> None:
-            model, began = tiny.llama(2 + step, hidden=64, tied=True), time.monotonic()
-            engine.sync(model, step)
+            student, began = tiny.llama(2 + step, hidden=64, tied=True), time.monotonic()
+            engine.sync(student, step)
             assert engine._transfers is not None and engine._transfers._sender is not None  # not over HTTP
             print(f"step {step}: {time.monotonic() - began:.2f} s")
             for service in (one, two):
                 info = httpx.get(service.url + protocol.INFO)
-                assert info.json()["teacher"] == weights_fingerprint(model)
+                assert info.json()["teacher"] == weights_fingerprint(student)
                 assert info.headers["x-policy-version"] == str(step)
-            assert_samples_from(engine, model, GREEDY)
+            assert_samples_from(engine, student, GREEDY)
 
         for step in range(3):
             push(step)
@@ -64,11 +64,9 @@ def test_two_replicas_are_sent_to_at_one_time_and_one_comes_back(tmp_path: Path)
 def test_a_student_in_shards_is_sent_by_all_its_ranks(tmp_path: Path) -> None:
     """FSDP2 over two processes: each tensor is gathered by both and sent by one."""
     pytest.importorskip("vllm", reason="the vllm extra is not installed")
-    tiny.llama(1, hidden=64, tied=True).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    options = ("--dtype", "float32", "--max_model_len", "128", "--kv_cache_gib", "0.05", "--updatable")
+    model = tiny.saved(tmp_path)
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29741"]
-    with ServiceProcess(str(tmp_path), *options, "--transfer", "gloo") as service:
+    with ServiceProcess(model, *OPTIONS) as service:
         command = [*ranks, "-m", "tests.service.sharded_sender", service.url]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     print(ended.stdout)
