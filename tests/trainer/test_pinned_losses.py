@@ -1,8 +1,11 @@
 """Recipes whose losses stay what they were: six steps of tiny models, sampled and trained from fixed seeds.
 
 The numbers are those of the code before texts, judges and terms (commit 1caeb1d), which the composition repeats to the
-bit on one machine; 1e-5 leaves room for another processor's order of summation. A change of them is a change of what is
-trained, and belongs into the changelog.
+bit on one machine. A change of them is a change of what is trained, and belongs into the changelog.
+
+Another processor sums in another order. Adam with its usual epsilon of 1e-8 makes a whole step of a gradient that is
+rounding only, and the six losses then differ by up to 1e-3 between processors; with 1e-4 they differ by 3e-5 at most
+over the instruction sets of one (SSE 4.2, AVX2, AVX-512), and the tolerance is 1e-4.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ COMMON: dict[str, Any] = dict(
     logging_steps=1,
     save_strategy="no",
     max_grad_norm=0.0,
+    adam_epsilon=1e-4,
 )
 
 
@@ -52,60 +56,60 @@ RECIPES: dict[str, tuple[Callable[..., Any], dict[str, Any], list[float]]] = {
     "opd full jsd": (
         opd,
         {"divergence": "jsd", "beta": 0.3},
-        [0.35564506, 0.34968227, 0.32811397, 0.32855588, 0.30850679, 0.29755774],
+        [0.35564506, 0.34090415, 0.33446521, 0.33125615, 0.32882881, 0.32486424],
     ),
     "opd top_k": (
         opd,
         {"estimator": "top_k", "top_k": 8},
-        [0.41372839, 0.42493108, 0.48314369, 0.47077942, 0.51335871, 0.44787854],
+        [0.41372839, 0.47329915, 0.48160273, 0.44155818, 0.47973096, 0.43266392],
     ),
     "opd top_k student": (
         opd,
         {"estimator": "top_k", "top_k": 8, "support": "student"},
-        [1.3901508, 1.2394254, 1.0464767, 0.89870405, 0.87236893, 0.78685212],
+        [1.3901507, 1.2586918, 1.1880128, 1.2050533, 0.88730657, 0.8692888],
     ),
     "opd sampled, weighed with cap 5": (
         opd,
         {"estimator": "sampled", "samples": 2},
-        [-8.1755829, -9.098978, -9.9159946, -9.3364401, -11.746547, -10.089419],
+        [-8.1755848, -8.350029, -9.9695635, -11.589537, -10.051401, -8.144104],
     ),
     "taid": (
         taid,
         {},
-        [0.45008647, 0.40458512, 0.82299256, 1.0442121, 1.2418857, 1.4581832],
+        [0.45008647, 0.40581867, 0.82650501, 1.0498306, 1.2493401, 1.4709923],
     ),
     "taid driven by the cross-entropy": (
         taid,
         FASTER,
-        [0.11036681, 0.10188304, 0.49117082, 0.76683086, 1.0478148, 1.4007698],
+        [0.11036677, 0.10247512, 0.4939158, 0.77478468, 1.0541961, 1.4173645],
     ),
     "taid forward_kl": (
         taid,
         {"divergence": "forward_kl"},
-        [2.7809105, 2.4080632, 2.292635, 2.1458983, 1.9731338, 1.7867179],
+        [2.7809103, 2.413491, 2.3032861, 2.1609356, 1.9869128, 1.7989352],
     ),
     "redi": (
         redi,
         {},
-        [0.77651858, -0.80702889, -0.20885265, -0.67453611, -0.29551744, -4.1030159],
+        [0.7765187, -0.80085671, -0.20741856, -0.67538035, -0.28885174, -4.0882473],
     ),
     "redi simpo": (
         redi,
         {"method": "simpo"},
-        [0.9786756, 0.41983429, 1.1347834, 0.45636004, 0.090264007, 0.0021652547],
+        [0.97867584, 0.42320839, 1.1307261, 0.4572638, 0.091059171, 0.002177679],
     ),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_losses_are_those_of_before(tmp_path: Path, name: str) -> None:
-    assert losses(tmp_path, name) == pytest.approx(RECIPES[name][2], rel=1e-5)
+    assert losses(tmp_path, name) == pytest.approx(RECIPES[name][2], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["opd full jsd", "opd top_k student", "taid", "redi"])
 def test_packed_they_are_the_same(tmp_path: Path, name: str) -> None:
-    """Sampled, asked about and trained on: an Adam step at this rate makes 2e-4 of an order of summation, seen once."""
-    assert losses(tmp_path, name, packing=True) == pytest.approx(RECIPES[name][2], rel=1e-3)
+    """Sampled, asked about and trained on."""
+    assert losses(tmp_path, name, packing=True) == pytest.approx(RECIPES[name][2], rel=1e-4)
 
 
 def losses(folder: Path, name: str, **more: Any) -> list[float]:

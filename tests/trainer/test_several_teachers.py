@@ -239,7 +239,7 @@ def test_the_remote_engine_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyP
         )
     )
     expected = {"url": "http://a,http://b", "token": "secret", "folder": "w", "eos_ids": [1], "pad_id": 0}
-    assert given == {**expected, "batch_tokens": 9}
+    assert given == {**expected, "transfer": "http", "batch_tokens": 9}
     monkeypatch.delenv("LLMDISTILL_TOKEN", raising=False)
     make(RolloutConfig(engine="remote", url="http://a"))
     assert given["token"] is None and given["folder"] is None
