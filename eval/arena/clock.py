@@ -53,6 +53,7 @@ class Curve(TrainerCallback):
     score: Score
     charge: Charge = field(default_factory=Charge)
     report: Callable[[float], None] = lambda share: None  # told how much of the run is done
+    before: dict[str, float] | None = None  # the start's scores, where another cell from that start took them
     points: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0  # both counted by the trainer (methods.counting)
     sequences: int = 0
@@ -82,8 +83,9 @@ class Curve(TrainerCallback):
         seconds, paused = self.used_seconds(), time.process_time()
         was_training = model.training
         model.eval()
-        scores = self.score(model)
+        scores = self.score(model) if step or self.before is None else self.before
         model.train(was_training)
+        self.before = self.before or scores
         self.points.append({"step": step, "tokens": self.tokens, "cpu_seconds": seconds, **scores})
         self._aside += time.process_time() - paused
 

@@ -6,6 +6,7 @@ weights, with one learning rate, batch and optimizer per track unless the track 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ class Data:
     fresh: Sequence[Row] = ()
     fixed: Sequence[Row] = ()  # few of the fresh ones: an offline set
     mistakes: Sequence[Row] = ()  # true text into which mistakes were put, with their repairs
+    noised: Sequence[Row] = ()  # the fresh ones, some of their digits others
     right: Sequence[Row] = ()  # samples of the teacher whose answer is right
     pairs: Sequence[Row] = ()  # prompt, chosen (right), rejected (wrong)
 
@@ -103,7 +105,7 @@ class Setting:
 @dataclass(frozen=True)
 class Method:
     title: str
-    prompts: Literal["labelled", "fresh", "fixed", "pairs", "mistakes"]
+    prompts: Literal["labelled", "fresh", "fixed", "pairs", "mistakes", "noised"]
     text: Literal["labels", "teacher", "student", "verified"]
     build: Callable[[Setting], Trainer] = field(repr=False)
 
@@ -147,6 +149,16 @@ def built(base: type[Trainer], setting: Setting, *args: Any, **kwargs: Any) -> T
     for callback in (RunFolderCallback, PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+def noised(rows: Sequence[Row], digits: str, seed: int, share: float = 0.1) -> list[Row]:
+    """The rows, in whose completions so many of the digits are drawn anew."""
+    rng = random.Random(seed)
+
+    def drawn(character: str) -> str:
+        return rng.choice(digits) if character in digits and rng.random() < share else character
+
+    return [{**row, "completion": "".join(map(drawn, row["completion"]))} for row in rows]
 
 
 def rows_of(setting: Setting, source: str) -> list[Row]:
@@ -318,6 +330,8 @@ METHODS = {
     "skew_teacher": on_teacher_text("skew KL, α = 0.1", taid("fresh", divergence="skew_forward_kl", alpha=0.1)),
     "rkl_teacher": on_teacher_text("reverse KL", taid("fresh", divergence="reverse_kl")),
     "taid": on_teacher_text("TAID", taid("fresh", divergence="taid")),
+    # The control of being on-policy: the teacher's word on wrong text that is nobody's own.
+    "fkl_noised": Method("forward KL, text with noise", "noised", "teacher", taid("noised", divergence="forward_kl")),
     # The student's own text for the same fresh prompts.
     "opd": Method("OPD (reverse KL)", "fresh", "student", opd("fresh", "student")),
     "opd_sampled": Method("OPD, sampled tokens", "fresh", "student", opd("fresh", "student", estimator="sampled")),

@@ -98,6 +98,9 @@ def next_job(jobs: Any, parent: int) -> Any:
     return None
 
 
+STARTS: dict[tuple[str, int], dict[str, float]] = {}  # the scores of a start, by track and seed
+
+
 def one(job: tuple[Any, ...], note: Any, out: Path, share: float, lr: float = 0.0) -> str:
     """Does one job; returns a line about it."""
     from across import aligned_share
@@ -116,9 +119,13 @@ def one(job: tuple[Any, ...], note: Any, out: Path, share: float, lr: float = 0.
         return f"exact match {about['exact']:.3f}, attempt {about['attempts']}, {about['cpu_seconds']:.0f} CPU-s"
     if lr:
         prepared.setting.lr = lr
+    curve = prepared.setting.curve
+    curve.before = STARTS.get((cell.track, cell.seed))
     trainer = METHODS[cell.method].build(prepared.setting)
     trainer.train()
-    points = prepared.setting.curve.points
+    if curve.before is not None:
+        STARTS[cell.track, cell.seed] = curve.before
+    points = curve.points
     if track.group and (aligned := aligned_share(trainer)) is not None:
         points = [{**point, "aligned": aligned} for point in points]
     result = {
@@ -232,7 +239,7 @@ def run(cells: list[Any], workers: int, out: Path, share: float, lr: float = 0.0
 
 
 def main() -> int:
-    from table import current, report, table_of
+    from table import current, guide, report, table_of
     from tracks import TRACKS, cells
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,7 +274,9 @@ def main() -> int:
         print(table_of("main", options.out, share))
     elif options.out == RESULTS:
         report(options.out, HERE)
-        print(f"wrote {HERE / 'RESULTS.md'} and accuracy.svg", file=sys.stderr)
+        page = HERE.parents[1] / "docs" / "methods.md"
+        page.write_text(guide(options.out, page))
+        print(f"wrote {HERE / 'RESULTS.md'}, accuracy.svg and the guide in {page.name}", file=sys.stderr)
     return 1 if failed else 0
 
 

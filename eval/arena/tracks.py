@@ -18,7 +18,7 @@ import recovery_task
 import ways
 from clock import Budget, Charge, Curve, Score
 from entries import METHODS
-from methods import Data, Setting
+from methods import Data, Setting, noised
 from models import CACHE, GROUPED, TOKENIZER, Size, as_prompt, tokenizer_of
 from recovery_methods import RATES
 from recovery_scores import Recovery
@@ -115,6 +115,7 @@ TRACKS = {
             "opd_labelled",
             "sft_teacher",
             "fkl_teacher",
+            "fkl_noised",
             "jsd_teacher",
             "skew_teacher",
             "rkl_teacher",
@@ -145,7 +146,7 @@ TRACKS = {
     ),
     "capacity": Track(
         "Capacity gap",
-        ("sft_teacher", "fkl_teacher", "skew_teacher", "taid", "opd"),
+        ("sft_teacher", "fkl_teacher", "skew_teacher", "taid", "opd", "fkl_noised", "opsa"),
         Budget(350_000, 25.0),
         student=SMALL,
         labels=400,
@@ -166,7 +167,7 @@ TRACKS = {
     ),
     "experts": Track(
         "Two experts",
-        ("sft_teacher", "fkl_teacher", "opd", "exopd_1.25", "opd_one"),
+        ("sft_teacher", "fkl_teacher", "opd", "exopd_1.25", "opd_one", "fkl_noised", "opsa"),
         Budget(250_000, 20.0),
         needs=("addition", "subtraction"),
         operations=("+", "-"),
@@ -218,13 +219,19 @@ TRACKS = {
     "ways": replace(
         RECOVERY,
         title="Many right ways",
-        methods=("opd", "returns", "gkd", "opd_sampled", "fkl_teacher", "rkl_teacher", "sft_teacher", "opsa"),
+        methods=(
+            *("opd", "returns", "gkd", "opd_sampled", "fkl_teacher", "rkl_teacher", "sft_teacher"),
+            *("fkl_noised", "opsa"),
+        ),
         needs=("ways",),
         batch=64,
     ),
     "direction": Track(
         "A direction made by rewards",
-        ("opd", "exopd_1.25", "exopd_1.5", "exopd_2", "rkl_teacher", "fkl_teacher", "sft_teacher", "opsa"),
+        (
+            *("opd", "exopd_1.25", "exopd_1.5", "exopd_2", "rkl_teacher", "fkl_teacher", "sft_teacher"),
+            *("fkl_noised", "opsa"),
+        ),
         Budget(200_000, 20.0),
         needs=("quick",),
         fresh=4000,
@@ -319,6 +326,8 @@ def prepare(
     if cell.track in ("main", "capacity"):
         score = _together(score, ToTeacher(first, test[:96]))
     method = METHODS[cell.method]
+    if "fresh" in charges:
+        charges["noised"] = charges["fresh"]
     charge = charges.get(method.prompts, Charge()) if method.text in ("teacher", "verified") else Charge()
     curve = Curve(track.budget, score, charge, report)
     model, about = start(
@@ -342,6 +351,8 @@ def prepare(
         data.fresh = text.rows()
         if method.text == "teacher":
             curve.charge = text.charge()
+    if not track.group:
+        data.noised = noised(data.fresh, "0123456789", 83)
     setting = Setting(
         model=model,
         teacher=judge,
@@ -400,10 +411,11 @@ def prepare_ways(track: Track, cell: Cell, note: Callable[[str], None], report: 
     note("preparing")
     curve = Curve(track.budget, ways.Ways(judge, cell.seed % ways.WAYS), Charge(), report)
     student, about = ways.start(cell.seed, note)
+    fresh = ways.sampled(model, track.fresh, 77)
     setting = Setting(
         model=student,
         teacher=judge,
-        data=Data(fresh=ways.sampled(model, track.fresh, 77)),
+        data=Data(fresh=fresh, noised=noised(fresh, "01234567", 83)),
         curve=curve,
         folder=CACHE / "runs" / cell.name,
         seed=cell.seed,

@@ -48,6 +48,20 @@ def test_every_method_of_the_package_has_a_cell() -> None:
     assert set(CELLS) <= set(TRACKS["main"].methods)
 
 
+def test_noise_is_of_digits_alone_and_of_a_tenth_of_them() -> None:
+    rows = [p.row() for p in problems(400, 3)]
+    made = methods.noised(rows, "0123456789", 5)
+    pairs = [
+        (old, new)
+        for row, other in zip(rows, made, strict=True)
+        for old, new in zip(row["completion"], other["completion"], strict=True)
+    ]
+    assert [r["prompt"] for r in made] == [r["prompt"] for r in rows]
+    assert all(old == new or (old.isdigit() and new.isdigit()) for old, new in pairs)
+    digits = [(old, new) for old, new in pairs if old.isdigit()]
+    assert 0.08 < sum(old != new for old, new in digits) / len(digits) < 0.1  # one draw of ten is the same digit
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_it_trains(tmp_path: Path, cell: str) -> None:
     torch.manual_seed(0)

@@ -104,6 +104,7 @@ CELLS = [
     ("recovery_negatives", "dpo_traces"),
     ("recovery_six", "opd"),
     ("ways", "returns"),
+    ("ways", "fkl_noised"),
     ("direction", "exopd_1.5"),
 ]
 

@@ -6,11 +6,13 @@ import json
 import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 import table
+import torch
 from claims import CLAIMS, verdict
-from clock import Charge, at
+from clock import Budget, Charge, Curve, at
 from tracks import TRACKS, Cell
 
 OTHERS = ["exact+", "exact-", "exact_t0.6", "exact_t1", "forward_kl", "reverse_kl", "golden", "proxy", "proxy_train"]
@@ -28,6 +30,22 @@ def test_a_budget_is_read_where_it_is_first_used_up() -> None:
     assert at(POINTS, "cpu_seconds", 4.0)["exact"] == 0.4
     with pytest.raises(ValueError, match="before its budget"):
         at(POINTS, "tokens", 3000)
+
+
+def test_a_start_is_scored_once_for_all_that_begin_there() -> None:
+    scored: list[int] = []
+
+    def score(model: Any) -> dict[str, float]:
+        scored.append(1)
+        return {"exact": 0.5}
+
+    first = Curve(Budget(10, 1.0), score)
+    first.on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
+    second = Curve(Budget(10, 1.0), score, before=first.before)
+    second.on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
+    assert len(scored) == 1 and first.points[0]["exact"] == second.points[0]["exact"] == 0.5
+    second._note(3, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert len(scored) == 2
 
 
 def test_interval_is_student_s_t() -> None:
