@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from typing import Any
 import httpx
 import safetensors.torch
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -102,6 +104,8 @@ def started(work: Callable[..., None], *arguments: Any) -> Any:
             os.dup2(nothing.fileno(), 1)
             if not os.environ.get("KILLS_VERBOSE"):
                 os.dup2(nothing.fileno(), 2)
+        # tqdm's own is a semaphore that all forks share: whoever is killed while holding it leaves it held for ever.
+        tqdm.set_lock(threading.RLock())
         work(*arguments)
         os._exit(0)
 
@@ -152,9 +156,11 @@ def wait_for(there: Callable[[], bool], what: str, nap_s: float = 0.002) -> None
 
 def finish(process: Any) -> None:
     process.join(WAIT_S)
-    if process.exitcode != 0:
+    status = process.exitcode
+    if status != 0:
         kill(process)
-        raise RuntimeError(f"a run ended with {process.exitcode}; KILLS_VERBOSE=1 shows what it said")
+        how = f"did not end within {WAIT_S:g} s" if status is None else f"ended with {status}"
+        raise RuntimeError(f"a run {how}; KILLS_VERBOSE=1 shows what it said")
 
 
 def newest(output: Path) -> int:
