@@ -2,8 +2,9 @@
 
     python eval/perf/plot.py [--results eval/perf/results.csv] [--out eval/perf/results.svg]
 
-Left: seconds of the streamed loss by rows and vocabulary, a bar for each contender. Middle: its extra memory. Right: a
-whole step over TRL's and over the floor. Bars are medians, whiskers go from the 20th to the 80th percentile.
+Above: seconds of the streamed loss by rows and vocabulary, a bar for each contender, and its extra memory; tokens a
+second of packed and padded passes. Below: a whole step beside TRL's and the floor, and its memory; starts by the number
+of prompts. Bars are medians, whiskers go from the 20th to the 80th percentile.
 """
 
 from __future__ import annotations
@@ -26,27 +27,58 @@ COLOURS = {
     "trl": "#c2543d",
     "liger": "#d9a441",
     "floor": "#888888",
+    "packed": "#1b7f5c",
+    "padded": "#b0b0b0",
+    "first start": "#b0b0b0",
+    "second start": "#1b7f5c",
 }
 _LOSS = re.compile(r"(\w+), (\d+) rows, (\d+) columns, .*: (time|extra memory)")
 _STEP = re.compile(r"(\w+), (\d+ x \d+) new tokens, .*: (step|peak resident memory)")
+_PACKING = re.compile(r"(padded|packed), up to (\d+) tokens, .*: (tokens/s)")  # its unit stands in for a last word
+_STARTUP = re.compile(r"arrow, (\d+) prompts, (first start|second start): (start|anonymous)")
 
 
-def latest(path: str | Path) -> dict[tuple[str, str], dict[str, str]]:
-    """The last line of each benchmark's cell."""
+Lines = dict[tuple[str, str, str], dict[str, str]]  # by benchmark, cell and unit
+
+
+def latest(path: str | Path) -> Lines:
+    """The last line of each."""
     with open(path, newline="") as file:
-        return {(line["benchmark"], line["cell"]): line for line in csv.DictReader(file)}
+        return {(line["benchmark"], line["cell"], line["unit"]): line for line in csv.DictReader(file)}
 
 
-def found(lines: dict[tuple[str, str], dict[str, str]], benchmark: str, pattern: Any, what: str) -> Any:
+def found(lines: Lines, benchmark: str, pattern: Any, what: str) -> Any:
     """{group: {contender: (p20, p50, p80)}} in the order of the file."""
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for (name, cell), line in lines.items():
+    for (name, cell, _), line in lines.items():
         match = pattern.fullmatch(cell) if name == benchmark else None
         if match is None or match.group(match.lastindex) != what:
             continue
         group = f"{int(match[3]) // 1000}k, {match[2]} rows" if benchmark == "loss" else match[2].replace(" ", "")
-        groups.setdefault(group, {})[match[1]] = tuple(float(line[p]) for p in ("p20", "p50", "p80"))  # type: ignore[assignment]
+        groups.setdefault(group, {})[match[1]] = quantiles(line)
     return groups
+
+
+def of_packing(lines: Lines) -> Any:
+    groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for (name, cell, unit), line in lines.items():
+        match = _PACKING.fullmatch(f"{cell}: {unit}") if name == "packing" else None
+        if match:
+            groups.setdefault(match[2], {})[match[1]] = quantiles(line)
+    return groups
+
+
+def of_startup(lines: Lines) -> Any:
+    groups: dict[int, dict[str, tuple[float, float, float]]] = {}
+    for (name, cell, _), line in lines.items():
+        match = _STARTUP.fullmatch(cell) if name == "startup" else None
+        if match and match[3] == "start":
+            groups.setdefault(int(match[1]), {})[match[2]] = quantiles(line)
+    return {f"{count:,}": groups[count] for count in sorted(groups)}
+
+
+def quantiles(line: dict[str, str]) -> tuple[float, float, float]:
+    return float(line["p20"]), float(line["p50"]), float(line["p80"])
 
 
 def bars(axes: Any, groups: Any, title: str, unit: str) -> None:
@@ -78,11 +110,14 @@ def main(words: list[str] | None = None) -> None:
     from matplotlib import pyplot
 
     lines = latest(options.results)
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6))
-    bars(axes[0], found(lines, "loss", _LOSS, "time"), "loss and gradients", "seconds")
-    bars(axes[1], found(lines, "loss", _LOSS, "extra memory"), "its extra memory", "GiB")
-    bars(axes[2], found(lines, "step", _STEP, "step"), "a whole step", "seconds")
-    bars(axes[3], found(lines, "step", _STEP, "peak resident memory"), "peak resident memory of a run", "GiB")
+    figure, ((a, b, c), (d, e, f)) = pyplot.subplots(2, 3, figsize=(13, 7))
+    bars(a, found(lines, "loss", _LOSS, "time"), "loss and gradients", "seconds")
+    bars(b, found(lines, "loss", _LOSS, "extra memory"), "its extra memory", "GiB")
+    bars(c, of_packing(lines), "a training pass, by the longest text", "tokens/s")
+    bars(d, found(lines, "step", _STEP, "step"), "a whole step", "seconds")
+    bars(e, found(lines, "step", _STEP, "peak resident memory"), "peak resident memory of a run", "GiB")
+    bars(f, of_startup(lines), "start of a run, by prompts", "seconds")
+    f.set_yscale("log")
     figure.tight_layout()
     figure.savefig(options.out, metadata={"Date": None})
     print(options.out)
