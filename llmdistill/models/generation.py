@@ -286,7 +286,7 @@ def _generated(
         eos_token_id=list(ends.eos_ids) or None,
         pad_token_id=ends.pad_id,
         use_cache=True,
-        logits_processor=LogitsProcessorList([_finite, *_warpers(sampling, mask_BT), draw]),
+        logits_processor=LogitsProcessorList([_Finite(), *_warpers(sampling, mask_BT), draw]),
         stopping_criteria=StoppingCriteriaList([*stopping, *more]),
         synced_gpus=False,  # parameters are gathered: ranks need not take equally many steps
     )
@@ -389,11 +389,17 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn_B1, 0.0)
 
 
-def _finite(ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
-    """Refuses to sample from weights that have exploded, with a word on why, before torch's assertion does."""
-    if not bool(scores_BV.amax(-1).isfinite().all()):
-        raise UserError(
-            "the model's logits are not finite; it cannot be sampled from. "
-            "Fix: lower train.learning_rate, then --resume."
-        )
-    return scores_BV
+class _Finite(LogitsProcessor):
+    """Refuses to sample from weights that have exploded, with a word on why, before torch's assertion does.
+
+    A class and no function: transformers reads the signature of ``__call__`` at every token, and to read a function's
+    takes 0.3 ms.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise UserError(
+                "the model's logits are not finite; it cannot be sampled from. "
+                "Fix: lower train.learning_rate, then --resume."
+            )
+        return scores
