@@ -165,7 +165,9 @@ class Ways:
 
 # ----------------------------------------------------------------------------------------- a direction made by rewards
 
-REINFORCED_STEPS, SAMPLES, BATCH, RATE = 75, 8, 16, 5e-4
+# Without a warm-up Adam's first steps, of noise, took a start from 22 to 11 % of rewards at 3e-4, and to 2 % at 5e-4
+# with a quarter of the samples.
+REINFORCED_STEPS, SAMPLES, BATCH, RATE, WARM_UP = 120, 16, 32, 3e-4, 20
 
 
 def reinforced(
@@ -188,6 +190,7 @@ def reinforced(
             solved = _rewards(drawn, rollout)
             others = (solved.sum(1, keepdim=True) - solved) / (SAMPLES - 1)
             optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
             _surrogate(model.train(), rollout, (solved - others).flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
