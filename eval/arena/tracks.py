@@ -62,7 +62,7 @@ class Track:
 
     def key(self) -> str:
         """Changes with anything that a result depends on; a result of another key is measured again."""
-        recipe = recovery_models.RECIPE if self.size else RECIPE
+        recipe = [recovery_models.RECIPE, recovery_models.STARTS] if self.size else RECIPE
         settings = {**asdict(self), "recipe": recipe, "methods": None, "seeds": None, "title": None}
         # results from before there were two tokenizers, or two tasks
         for name in ("group", "size", "pairs"):
