@@ -50,6 +50,12 @@ CLAIMS = (
     Claim("recovery", "fkl_mistakes", "fkl_teacher", "seeing mistakes and their repairs, whoever made them"),
     Claim("recovery", "opd", "fkl_mistakes", "seeing one's own mistakes beats seeing others'"),
     Claim("recovery", "opd", "rkl_mistakes", "the same, one objective: reverse KL"),
+    Claim(
+        "recovery", "opd", "fkl_mistakes", "seeing one's own mistakes beats seeing others', sampled", metric="exact_t1"
+    ),
+    Claim("recovery", "opd", "sft_mistakes", "the same, SFT on others', sampled", metric="exact_t1"),
+    Claim("recovery", "opd", "sft_mistakes", "the same, SFT on others', greedily"),
+    Claim("recovery", "opd", "opd_fkl", "on-policy the reverse KL beats the forward KL, sampled", metric="exact_t1"),
     Claim("recovery", "opd", "opd_blind", "the teacher must know how to repair"),
     Claim("recovery", "opd", "opsa", "the teacher matters: a fixed negative advantage does not do it (2608.31046)"),
     Claim("recovery", "opd", "opd_sampled", "the whole vocabulary beats the sampled token"),

@@ -13,6 +13,8 @@ from typing import Any
 
 BEGIN, END = "<!-- guide: written by eval/arena/run.py --table -->", "<!-- end of the guide -->"
 
+READ = {"exact": "", "exact_t1": ", sampled", "best_way": ", share on the way it knows best"}  # how a metric is said
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -45,7 +47,9 @@ def guide_table(entries: tuple[Entry, ...], found: Callable[[Shown], Any], title
         for shown in entry.shown:
             difference = found(shown)
             value = "not run yet" if difference is None else difference.percent(sign=True)
-            parts.append(f"{shown.track}: {value} against {title(shown.against)}")
+            parts.append(
+                f"{shown.track}{READ[shown.metric]}: {title(shown.method)} {value} against {title(shown.against)}"
+            )
         cells = [entry.method, entry.recipe, entry.pays, entry.does_not, "; ".join(parts) or "no cell", entry.published]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

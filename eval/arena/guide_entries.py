@@ -2,15 +2,17 @@
 
 from guide import Entry, Shown
 
-SFT_TOO = Shown("recovery", "opd", "fkl_teacher")
-
 GUIDE = (
     Entry(
         "SFT on the teacher's traces (Kim and Rush, 1606.07947)",
         "`llmdistill.redi`, `--method sft`, the traces as `chosen`",
         "short answers with one right way, new prompts: as good as anything, and the cheapest",
         "the student makes mistakes that the traces never show it: it has never seen where it then is",
-        (Shown("main", "sft_teacher", "sft_labels"), Shown("recovery", "sft_teacher", "opd")),
+        (
+            Shown("main", "sft_teacher", "sft_labels"),
+            Shown("recovery", "sft_teacher", "opd"),
+            Shown("recovery", "sft_mistakes", "sft_teacher"),
+        ),
         "R1-Distill-Qwen-1.5B, SFT on traces alone: average of its benchmarks 48.6 (as REDI's paper has it)",
     ),
     Entry(
@@ -45,7 +47,7 @@ GUIDE = (
         "TAID (2501.16937)",
         "`taid.yaml`",
         "short answers, by a little",
-        "a small student, its own claim; long traces, where it is the teacher's text all the same",
+        "a small student, its own claim",
         (
             Shown("main", "taid", "fkl_teacher"),
             Shown("capacity", "taid", "fkl_teacher"),
@@ -59,6 +61,7 @@ GUIDE = (
         "short answers with one right way; a teacher that cannot go on after a mistake destroys the student",
         (
             Shown("recovery", "opd", "fkl_teacher"),
+            Shown("recovery", "opd", "sft_mistakes", "exact_t1"),
             Shown("recovery", "opd_blind", "opd"),
             Shown("main", "opd", "fkl_teacher"),
         ),
@@ -67,14 +70,18 @@ GUIDE = (
     Entry(
         "forward KL on the student's text",
         "`quickstart.yaml`, `--divergence forward_kl`",
-        "between the teacher's text and the reverse KL",
-        "sampled at temperature 1, and it breaks down late in short answers",
-        (Shown("recovery", "opd_fkl", "opd"), Shown("main", "opd_fkl", "opd")),
+        "greedily, nearly as the reverse KL",
+        "sampled at temperature 1; in short answers it breaks down late",
+        (
+            Shown("recovery", "opd_fkl", "opd"),
+            Shown("recovery", "opd_fkl", "opd", "exact_t1"),
+            Shown("main", "opd_fkl", "opd"),
+        ),
     ),
     Entry(
         "GKD: JSD, or a mix of both texts (2306.13649)",
         "`gkd.yaml` (a mix), `--student_fraction 1`",
-        "where one wants some of each; JSD is level with the reverse KL in short answers",
+        "JSD: as the reverse KL; the mix: where sampling is the dearer part",
         "half of the text on-policy wins less than all of it where mistakes matter",
         (Shown("main", "gkd", "opd"), Shown("recovery", "gkd", "opd"), Shown("recovery", "gkd_half", "opd")),
     ),
@@ -88,22 +95,22 @@ GUIDE = (
     Entry(
         "sampled tokens with a baseline (vOPD, 2605.07865)",
         "`vopd.yaml`, `--baseline kl`, `optimal`",
-        "sampled tokens, with the teacher's top-k for the baseline",
-        "in place of the whole row",
+        "says its paper: sampled tokens, where student and teacher are far apart",
+        "in place of whole rows; no cell has been run",
         (Shown("recovery", "vopd", "opd_sampled"), Shown("recovery", "vopd", "opd")),
     ),
     Entry(
         "any f-divergence from sampled tokens (OPD+, 2606.01039)",
         "`sampled_f.yaml`, `--f jensen_shannon`",
-        "as sampled tokens",
-        "as sampled tokens",
+        "as sampled tokens, for other divergences",
+        "no cell has been run",
         (Shown("recovery", "sampled_f", "opd_sampled"),),
     ),
     Entry(
         "returns: a token answers for the KL behind it (MiniLLM, 2306.08543)",
         "`returns.yaml`, `--discount 0.9`",
         "many right ways, of which the student knows one: it takes that one",
-        "one right way and long traces: the variance costs",
+        "long traces: whoever ends the text at once has nothing more to answer for, and that is learned",
         (
             Shown("ways", "returns", "opd"),
             Shown("ways", "returns", "opd", "best_way"),
@@ -113,14 +120,14 @@ GUIDE = (
     Entry(
         "DistiLLM-2: two texts, two skewed KLs (2503.07067)",
         "`distillm2.yaml`",
-        "against the teacher's text alone, where mistakes matter",
-        "against the student's text alone",
+        "says its paper: where both texts are to be had",
+        "no cell has been run",
         (Shown("recovery", "distillm2", "fkl_teacher"), Shown("recovery", "distillm2", "opd")),
     ),
     Entry(
         "G-OPD, ExOPD: λ times the teacher's reward (2602.12125)",
         "`gopd.yaml`, `--reward_scale 1.25`",
-        "the teacher is the student improved by rewards, and only a little past λ = 1",
+        "says its paper: the teacher is the student improved by rewards; no such cell has been run",
         "a larger teacher of all the answers: nothing lies beyond it; λ = 0.5 costs",
         (
             Shown("direction", "exopd_1.5", "opd", "exact_t1"),
@@ -140,16 +147,16 @@ GUIDE = (
     Entry(
         "TIP: tokens at which it is unsure or wrong (2604.14084)",
         "`tip.yaml`, `--keep 0.5`",
-        "memory: the loss is of half of the tokens",
-        "points, at equal tokens",
+        "says its paper: memory, at no loss",
+        "no cell has been run",
         (Shown("recovery", "tip", "opd"),),
         "half of the tokens match all of them with 47 % less memory",
     ),
     Entry(
         "entropy-aware OPD (2603.07079)",
         "`entropy_aware.yaml`",
-        "against sampled tokens alone",
-        "whole rows are to be had",
+        "says its paper: where the teacher is unsure",
+        "no cell has been run",
         (Shown("recovery", "entropy_aware", "opd_sampled"), Shown("recovery", "entropy_aware", "opd")),
     ),
     Entry(
@@ -182,8 +189,8 @@ GUIDE = (
     Entry(
         "REDI; α = 1; SimPO; DPO (2505.24850, 2405.14734, 2305.18290)",
         "`redi.yaml`, `--method redi`, `symmetric`, `simpo`, `dpo`; `--rejected_tokens first_divergent`",
-        "the penalty on the first wrong token alone costs least",
-        "wrong traces that share long right prefixes with right ones: the penalty unlearns the prefix too",
+        "says its paper: long traces whose wrong halves hold right steps",
+        "a start that has seen the right traces already",
         (
             Shown("negatives", "redi", "sft_right"),
             Shown("recovery_negatives", "redi_all", "sft_right"),

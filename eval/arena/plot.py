@@ -18,8 +18,8 @@ from tracks import TRACKS
 from llmdistill.record.page.svg import Axis, label_at, tick_label
 from llmdistill.record.page.text import safe
 
-WIDTH, HEIGHT, COLUMNS = 510, 300, 3
-LEFT, RIGHT, TOP, BOTTOM = 48, 172, 30, 40  # the legend stands on the right, where no curve is
+WIDTH, HEIGHT, COLUMNS = 560, 300, 3
+LEFT, RIGHT, TOP, BOTTOM = 48, 222, 30, 40  # the legend stands on the right, where no curve is
 # Told apart also without colour vision (Okabe and Ito), darker or lighter where a thin line would vanish on the page;
 # when all have been used, again with dashes.
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a88400", "#56b4e9", "#000000", "#7a5195", "#8c564b")

@@ -13,8 +13,10 @@ import table
 import torch
 from claims import CLAIMS, verdict
 from clock import Budget, Charge, Curve, at
+from guide_entries import GUIDE
 from tracks import TRACKS, Cell
 
+ARENA = Path(table.__file__).parent
 OTHERS = ["exact+", "exact-", "exact_t0.6", "exact_t1", "forward_kl", "reverse_kl", "golden", "proxy", "proxy_train"]
 OTHERS += ["steps_right", "corrected", "best_way", "right_on_best"]
 POINTS = [
@@ -131,3 +133,16 @@ def test_keys_change_with_the_settings_and_not_with_the_list_of_methods() -> Non
     assert replace(track, lr=track.lr * 2).key() != track.key()
     assert replace(track, methods=("opd",), seeds=(0,)).key() == track.key()
     assert track.smaller(0.5).key() != track.key()
+
+
+def test_the_committed_pages_are_those_of_the_committed_cells(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text((ARENA / "notes.md").read_text())
+    table.report(ARENA / "results", tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text() == (ARENA / "RESULTS.md").read_text()
+    page = ARENA.parents[1] / "docs" / "methods.md"
+    assert table.guide(ARENA / "results", page) == page.read_text()
+
+
+def test_every_line_of_the_guide_is_about_methods_of_its_track() -> None:
+    for shown in (shown for entry in GUIDE for shown in entry.shown):
+        assert {shown.method, shown.against} <= set(TRACKS[shown.track].methods)
