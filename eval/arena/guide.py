@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- guide: written by eval/arena/run.py --table -->", "<!-- end of the guide -->"
+HEAD = ("method", "recipe, settings", "pays", "does not", "shown here, points at equal tokens", "published")
 
 READ = {"exact": "", "exact_t1": ", sampled", "best_way": ", share on the way it knows best"}  # how a metric is said
 
@@ -38,10 +39,11 @@ class Entry:
     published: str = ""
 
 
-def guide_table(entries: tuple[Entry, ...], found: Callable[[Shown], Any], title: Callable[[str], str]) -> str:
-    """The lines as a table. ``found`` gives the difference with its interval, or None where a cell was not run."""
-    head = ["method", "recipe, settings", "pays", "does not", "shown here, points at equal tokens", "published"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+def guide_rows(
+    entries: tuple[Entry, ...], found: Callable[[Shown], Any], title: Callable[[str], str]
+) -> list[list[str]]:
+    """A row per line. ``found`` gives the difference with its interval, or None where a cell was not run."""
+    rows = []
     for entry in entries:
         parts = []
         for shown in entry.shown:
@@ -50,9 +52,9 @@ def guide_table(entries: tuple[Entry, ...], found: Callable[[Shown], Any], title
             parts.append(
                 f"{shown.track}{READ[shown.metric]}: {title(shown.method)} {value} against {title(shown.against)}"
             )
-        cells = [entry.method, entry.recipe, entry.pays, entry.does_not, "; ".join(parts) or "no cell", entry.published]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        shown_here = "; ".join(parts) or "no cell"
+        rows.append([entry.method, entry.recipe, entry.pays, entry.does_not, shown_here, entry.published])
+    return rows
 
 
 def put_in(page: Path, table: str) -> str:

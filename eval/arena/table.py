@@ -17,7 +17,7 @@ from typing import Any
 from claims import Claim, claims_table
 from clock import at
 from entries import METHODS
-from guide import Shown, guide_table, put_in
+from guide import HEAD, Shown, guide_rows, put_in
 from guide_entries import GUIDE
 from methods import Method
 from plot import write_plot
@@ -99,8 +99,16 @@ def read(found: Curves, method: str, axis: str, budget: float, metric: str) -> d
     return {seed: at(points, axis, budget)[metric] for seed, points in found.get(method, {}).items()}
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+def difference(found: dict[str, Curves], name: str, a: str, b: str, metric: str, axis: str = "tokens") -> Mean | None:
+    """Of methods ``a`` and ``b`` of the track, at its budget; None where they share no seed."""
+    budget = TRACKS[name].budget
+    used = budget.tokens if axis == "tokens" else budget.cpu_seconds
+    return paired(*(read(found[name], method, axis, used, metric) for method in (a, b)))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], column: str = "---:|") -> str:
+    """``column``: of all but the first; figures stand on the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + column * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
@@ -163,13 +171,10 @@ def claims(folder: Path) -> str:
     """The papers' claims against the differences measured, in points of exact match."""
     found = {name: curves(folder, name) for name in REFERENCE}
 
-    def difference(claim: Claim, axis: str) -> Mean | None:
-        budget = TRACKS[claim.track].budget
-        used = budget.tokens if axis == "tokens" else budget.cpu_seconds
-        sides = (read(found[claim.track], m, axis, used, claim.metric) for m in (claim.better, claim.worse))
-        return paired(*sides)
+    def measured(claim: Claim, axis: str) -> Mean | None:
+        return difference(found, claim.track, claim.better, claim.worse, claim.metric, axis)
 
-    rows = claims_table(difference, lambda m: METHODS[m].title, lambda t: TRACKS[t].title)
+    rows = claims_table(measured, lambda m: METHODS[m].title, lambda t: TRACKS[t].title)
     header = ["said", "difference", "at equal tokens, points", "at equal CPU time, points", "so here, by tokens"]
     return markdown(header, rows) if rows else ""
 
@@ -200,14 +205,10 @@ def guide(folder: Path, page: Path) -> str:
     """The page of methods with the guide's differences as the results have them."""
     found = {name: curves(folder, name) for name in TRACKS}
 
-    def difference(shown: Shown) -> Mean | None:
-        sides = (
-            read(found[shown.track], m, "tokens", TRACKS[shown.track].budget.tokens, shown.metric)
-            for m in (shown.method, shown.against)
-        )
-        return paired(*sides)
+    def measured(shown: Shown) -> Mean | None:
+        return difference(found, shown.track, shown.method, shown.against, shown.metric)
 
-    return put_in(page, guide_table(GUIDE, difference, lambda m: METHODS[m].title))
+    return put_in(page, markdown(HEAD, guide_rows(GUIDE, measured, lambda m: METHODS[m].title), "---|"))
 
 
 def report(folder: Path, here: Path) -> None:
