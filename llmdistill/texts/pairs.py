@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from llmdistill.recipe.data_config import DataConfig
 from llmdistill.texts import Prompt, Rollout, collate
 from llmdistill.texts.encoded_rows import encode_rows
 from llmdistill.texts.messages import from_json, is_chat
-from llmdistill.texts.pair import Pair
+from llmdistill.texts.pair import Pair, RejectedTokens
 from llmdistill.texts.prompts import Completion, Overlong, PromptEncoder, located
 from llmdistill.texts.sources import Drawn, Round, Stateless
 from llmdistill.texts.streams import has_length
@@ -28,7 +28,6 @@ from llmdistill.texts.turns import Turn, is_empty
 logger = logging.getLogger(__name__)
 
 BadPairs = Literal["error", "skip"]
-RejectedTokens = Literal["all", "after_divergence", "first_divergent"]
 
 
 def numbers_of(pairs: Sequence[Pair], name: str, of: Callable[[Pair], int]) -> Any:
@@ -67,8 +66,7 @@ class PairEncoder:
         context: tokens the student was built for.
         bad_pairs: what to do with rows that have an empty side or two sides alike. Rows that are too long are
             ``data.overlong``'s.
-        rejected_tokens: which of the rejected side count, in the loss and in |y|: all; those from where it parts from
-            the chosen side; or the one token where it parts.
+        rejected_tokens: which of the rejected side the loss pushes down: see :meth:`Pair.penalised`.
     """
 
     prompts: PromptEncoder
@@ -115,8 +113,14 @@ class PairEncoder:
                 "compared. Fix: data.assistant_turns last."
             )
         prompt = self._prompt(sides[0], row, index)
-        counts = (chosen.counts, self._penalised(chosen.ids, rejected, index) if other else rejected.counts)
-        pair = Pair(prompt, chosen.ids, rejected.ids, cut_chosen + cut_rejected, *counts)
+        pair = Pair(prompt, chosen.ids, rejected.ids, cut_chosen + cut_rejected, chosen.counts, rejected.counts)
+        if other and not any(pair.penalised(self.rejected_tokens)):
+            raise _Unfit(
+                "without a divergence",
+                f"row {index}: {self.rejected_column} is the beginning of {self.chosen_column}, and "
+                f"objective.rejected_tokens {self.rejected_tokens} counts what it says otherwise. "
+                "Fix: remove the row, --bad_pairs skip, or --rejected_tokens all.",
+            )
         if pair.num_tokens > self.context:
             raise _Unfit(
                 "longer than the context",
@@ -200,23 +204,6 @@ class PairEncoder:
         skipped.setdefault(error.kind, []).append(index)
         return []
 
-    def _penalised(self, chosen: Sequence[int], rejected: Completion, index: int) -> tuple[bool, ...]:
-        """Which tokens of the rejected side count."""
-        if self.rejected_tokens == "all":
-            return rejected.counts
-        shared = common_prefix(chosen, rejected.ids)
-        end = len(rejected.ids) if self.rejected_tokens == "after_divergence" else shared + 1
-        given = rejected.counts or (True,) * len(rejected.ids)
-        counts = tuple(counts and shared <= i < end for i, counts in enumerate(given))
-        if not any(counts):
-            raise _Unfit(
-                "without a divergence",
-                f"row {index}: {self.rejected_column} is the beginning of {self.chosen_column}, and "
-                f"objective.rejected_tokens {self.rejected_tokens} counts what it says otherwise. "
-                "Fix: remove the row, --bad_pairs skip, or --rejected_tokens all.",
-            )
-        return counts
-
     def _unfit_apart(self, encode: Callable[[Any, int], list[Pair]]) -> Callable[[Any, int], list[Pair]]:
         """``encode`` with what settings of their own decide about as another kind of error."""
 
@@ -277,8 +264,13 @@ def pair_encoder(
     """A :class:`PairEncoder` over a tokenizer.
 
     Raises:
-        UserError: a tokenizer without an eos: nothing would teach the student to stop.
+        UserError: a tokenizer without an eos: nothing would teach the student to stop; or weights of rows.
     """
+    if data.weight_column:
+        raise UserError(
+            f"data.weight_column is {data.weight_column!r}, and a loss of pairs, and what is fine-tuned before it, is "
+            "a mean that reads no weights. Fix: leave it out."
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the student's tokenizer has no eos token, so no completion could be closed. Fix: set tokenizer.eos_token "
@@ -286,11 +278,6 @@ def pair_encoder(
         )
     prompts = PromptEncoder(tokenizer, data)
     return PairEncoder(prompts, max_completion_tokens=max_completion_tokens, context=context, **names)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:
@@ -301,12 +288,12 @@ def collate_pairs(pairs: Sequence[Pair], pad_id: int) -> Rollout:
 
 
 class Side(Stateless):
-    """One side of the round's pairs, as a source of text."""
+    """One side of the round's pairs, as a source of text; tokens of the rejected one that are not penalised weigh 0."""
 
     uses = frozenset({"dataset"})
 
-    def __init__(self, name: str, pad_id: int) -> None:
-        self.name, self.pad_id = name, pad_id
+    def __init__(self, name: str, pad_id: int, rejected_tokens: RejectedTokens = "all") -> None:
+        self.name, self.pad_id, self.rejected_tokens = name, pad_id, rejected_tokens
 
     def draw(self, round_: Round) -> Drawn:
         pairs: Sequence[Any] = round_.prompts
@@ -315,4 +302,7 @@ class Side(Stateless):
         counts = [getattr(pair, f"{self.name}_counts") for pair in pairs]
         prompts = [p.prompt.ids for p in pairs]
         rollout = collate(prompts, sides, pad_id=self.pad_id, counts=counts, policy_version=round_.step)
-        return rollout, [p.prompt for p in pairs]
+        if self.name == "chosen" or self.rejected_tokens == "all":
+            return rollout, [p.prompt for p in pairs]
+        penalised = [tuple(map(float, p.penalised(self.rejected_tokens))) for p in pairs]
+        return rollout, [replace(p.prompt, weight=of_tokens) for p, of_tokens in zip(pairs, penalised, strict=True)]

@@ -18,8 +18,8 @@ from llmdistill.models.loading import named_student
 from llmdistill.recipe.config import DistillationConfig
 from llmdistill.recipe.data_config import DataConfig
 from llmdistill.recipe.settings import Conflict, setting
-from llmdistill.texts.pair import Pair
-from llmdistill.texts.pairs import BadPairs, PairEncoder, RejectedTokens, Side, pair_encoder
+from llmdistill.texts.pair import Pair, RejectedTokens
+from llmdistill.texts.pairs import BadPairs, PairEncoder, Side, pair_encoder
 from llmdistill.texts.streams import ExampleStream, are_examples, at_hand, has_length, spans_of, to_measure
 from llmdistill.tokenization.special import also_end_at, context_length, pad_id
 from llmdistill.training.guard import Guard
@@ -41,8 +41,8 @@ class PairConfig(DistillationConfig):
     bad_pairs: BadPairs = setting("error", "skip leaves out rows with an empty side or two sides alike")
     rejected_tokens: RejectedTokens = setting(
         "all",
-        "of the rejected side the loss reads: all, after_divergence (from where it parts from the chosen one), or "
-        "first_divergent (that token alone)",
+        "of the rejected side the loss pushes down: all, after_divergence (from where it parts from the chosen one), "
+        "or first_divergent (that token alone); divided by the whole side's length",
     )
     guard_drop: float = setting(
         0.5, "nats per token log p(chosen) may fall before a warning; 0: not watched", at_least=0
@@ -64,6 +64,12 @@ class PairConfig(DistillationConfig):
             "objective.mixture_every is {mixture_every}, and pairs have no teacher that a student could be behind",
             "leave it out",
         ),
+        Conflict(
+            lambda s: s.domain_weights,
+            "objective.domain_weights is {domain_weights}, and a loss of pairs, and what is fine-tuned before it, is a "
+            "mean that reads no weights",
+            "leave it out",
+        ),
     )
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, context: int) -> PairEncoder:
@@ -72,9 +78,9 @@ class PairConfig(DistillationConfig):
         return pair_encoder(tokenizer, data, context=context, **{name: getattr(self, name) for name in names})
 
 
-def pair_method(loss: PairLoss, pad: int) -> Method:
+def pair_method(loss: PairLoss, pad: int, rejected_tokens: RejectedTokens = "all") -> Method:
     """One term over the texts ``chosen`` and ``rejected``."""
-    texts = {name: Side(name, pad) for name in ("chosen", "rejected")}
+    texts = {name: Side(name, pad, rejected_tokens) for name in ("chosen", "rejected")}
     return Method((Term("pairs", group=PairMeans(loss), reads=("tokens",), text=("chosen", "rejected")),), texts)
 
 
@@ -107,7 +113,7 @@ class PairTrainer(DistillationTrainer):
         self.encoder = args.encoder(processing_class, data or DataConfig(), context_length(model.config))
         self.guard = Guard(args.guard_drop or math.inf, args.guard_window, args.guard_rejected_drop or math.inf)
         self.step_sums = [0.0, 0.0, 0.0]  # chosen, rejected, pairs of this process since the last optimizer step
-        method = pair_method(loss, pad_id(processing_class))
+        method = pair_method(loss, pad_id(processing_class), args.rejected_tokens)
         super().__init__(model, args, method=method, processing_class=processing_class, data=data, **kwargs)
         self.encode = self.encoder.prompts  # which has read the rows
         self.eos_ids = also_end_at(self.model, processing_class, self.encode.ends)
@@ -129,12 +135,15 @@ class PairTrainer(DistillationTrainer):
 
     def _measured(self, pairs: Sequence[Pair], prefix: str) -> dict[str, float]:
         found = self.measure_heldout_pairs(pairs)
-        loss = self.pair_loss(torch.tensor(found.chosen), torch.tensor(found.rejected)).item()
+        loss = self.pair_loss(torch.tensor(found.chosen), torch.tensor(found.penalised)).item()
         return {**{f"{prefix}_redi/{k}": v for k, v in found.flat().items()}, f"{prefix}_loss": loss}
 
     def measure_heldout_pairs(self, pairs: Sequence[Pair]) -> PairMeasurement:
         """See :func:`~llmdistill.training.pair_losses.measure_pairs`."""
-        return measure_pairs(self, pairs, pad_id=self.pad_id, chunk_tokens=self.args.chunk_tokens)
+        args = self.args
+        return measure_pairs(
+            self, pairs, pad_id=self.pad_id, chunk_tokens=args.chunk_tokens, rejected_tokens=args.rejected_tokens
+        )
 
     def _log_groups(self, result: Result) -> None:
         super()._log_groups(result)

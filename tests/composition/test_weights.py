@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from llmdistill import OPDConfig, OPDTrainer
+from llmdistill.composition.batch import row_weights
+from llmdistill.composition.term import Term
+from llmdistill.errors import UserError
 from llmdistill.recipe.data_config import DataConfig
 from tests import tiny
 from tests.methods import rounds
@@ -119,3 +122,14 @@ def test_a_run_with_weights_does_not_depend_on_the_split(tmp_path: Path) -> None
         runs.append([(x["loss"], x["grad_norm"]) for x in t.state.log_history if "loss" in x])
     for other in runs[1:]:
         assert runs[0] == [pytest.approx(x, rel=1e-4) for x in other]
+
+
+def test_a_loss_of_groups_that_reads_no_weights_is_refused_where_there_are_some(tmp_path: Path) -> None:
+    class Blind:
+        """Has no attribute ``weighs``."""
+
+    t = make(tmp_path, NUMBERS)
+    texts = [t.draw(t.train_dataset)["main"]]  # type: ignore[arg-type]
+    term = Term("blind", group=Blind(), reads=("tokens",), text="main")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="term 'blind' is a loss of groups of rows.*leave data.weight_column"):
+        row_weights(term, texts, {}, t.pad_id)
