@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import direction
 import recovery_models
 import recovery_task
 import ways
@@ -59,13 +60,14 @@ class Track:
     group: int = 0  # across tokenizers: digits of the student's longest token, and the other for the teacher
     size: int = 0  # of the task "recovery": its digits; 0: the task of columns
     pairs: int = 0  # of that task: right traces beside wrong ones
+    direction: int = 0  # number of the recipe by which the teacher is made of the start, see direction.py
 
     def key(self) -> str:
         """Changes with anything that a result depends on; a result of another key is measured again."""
         recipe = [recovery_models.RECIPE, recovery_models.STARTS] if self.size else RECIPE
         settings = {**asdict(self), "recipe": recipe, "methods": None, "seeds": None, "title": None}
         # results from before there were two tokenizers, or two tasks
-        for name in ("group", "size", "pairs"):
+        for name in ("group", "size", "pairs", "direction"):
             if not settings[name]:
                 del settings[name]
         if not self.budget.points:
@@ -237,6 +239,7 @@ TRACKS = {
         fresh=4000,
         seeds=(0, 1, 2, 3, 4),
         metric="exact_t1",
+        direction=direction.RECIPE,
     ),
     "recovery_six": replace(
         RECOVERY,
@@ -342,9 +345,9 @@ def prepare(
         vocabulary=len(track.tokenizer),
         note=note,
     )
-    if cell.track == "direction":
-        name = f"reinforced-{RECIPE}-{track.start_key(cell.seed)}"
-        improved, gained = ways.reinforced(name, model, cell.seed, note)
+    if track.direction:
+        name = f"reinforced-{track.direction}-{track.start_key(cell.seed)}"
+        improved, gained = direction.reinforced(name, model, cell.seed, note)
         judge, about = LocalTeacher(improved, track.tokenizer), {**about, "reinforced": gained}
         score = curve.score = _together(score, Sampled(test), ToTeacher(judge, test[:96]))
         text = sample(name, improved, track.fresh, 1, 90 + cell.seed)

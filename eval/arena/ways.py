@@ -1,13 +1,10 @@
-"""Two regimes in which what is best is not what the teacher does on average: many right ways, and a direction.
+"""Many right ways: a regime in which what is best is not what the teacher does on average.
 
-**Ways.** A teacher who picks one of eight ways uniformly, and a student who knows one of them better than the others:
+A teacher picks one of eight ways uniformly, and a student knows one of them better than the others:
 
     417=   ->   3 5 0 6 ...   the way, then twelve digits, each looked up in that way's table by the two before it
 
 Whoever wants whole answers right takes the way it knows. A divergence token by token asks for the teacher's choice.
-
-**Direction.** A teacher that is its student, improved by reinforcement learning with a verified reward: what ExOPD goes
-on along. See `reinforced`.
 """
 
 from __future__ import annotations
@@ -19,17 +16,14 @@ from functools import cache
 from typing import Any
 
 import recovery_models
-import torch
-from models import EOS_ID, PAD_ID, accuracy, as_prompt, cached, texts, train
+from models import EOS_ID, PAD_ID, cached, train
 from recovery_models import RECIPE, STUDENT, TEACHER
 from scores import distance
-from task import Problem as Sum
-from task import longest, problems
 from transformers import PreTrainedModel
 
 from llmdistill.models.generation import generate
 from llmdistill.teachers.base import Teacher
-from llmdistill.texts import Prompt, Rollout, Sampling, predicting_rows
+from llmdistill.texts import Prompt, Sampling
 
 WAYS = SIZE = 8
 DIGITS = 12
@@ -161,56 +155,3 @@ class Ways:
             **drawn,
             "reverse_kl": distance(model, self.teacher, own).mean("reverse_kl"),
         }
-
-
-# ----------------------------------------------------------------------------------------- a direction made by rewards
-
-# Without a warm-up Adam's first steps, of noise, took a start from 22 to 11 % of rewards at 3e-4, and to 2 % at 5e-4
-# with a quarter of the samples.
-REINFORCED_STEPS, SAMPLES, BATCH, RATE, WARM_UP = 120, 16, 32, 3e-4, 20
-
-
-def reinforced(
-    key: str, begin: PreTrainedModel, seed: int, note: Callable[[str], None] = lambda text: None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """``begin`` after REINFORCE on sums: the reward is a right answer, less the mean of the prompt's other samples."""
-
-    def make() -> tuple[PreTrainedModel, dict[str, Any]]:
-        model = type(begin)(begin.config)
-        model.load_state_dict(begin.state_dict())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
-        asked, check = problems(4000, 60 + seed), problems(500, 72)
-        rewards, torch_seed = list[float](), 7000 * (seed + 1)
-        before = accuracy(model.eval(), check, temperature=1.0)
-        for step in range(REINFORCED_STEPS):
-            note(f"reinforcing the start of seed {seed}: step {step}/{REINFORCED_STEPS}")
-            drawn = [p for p in asked[BATCH * step : BATCH * (step + 1)] for _ in range(SAMPLES)]
-            sampling = Sampling(longest(), seed=torch_seed + step)
-            rollout = generate(model.eval(), [as_prompt(p) for p in drawn], sampling, eos_ids=(EOS_ID,), pad_id=PAD_ID)
-            solved = _rewards(drawn, rollout)
-            others = (solved.sum(1, keepdim=True) - solved) / (SAMPLES - 1)
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / WARM_UP)
-            _surrogate(model.train(), rollout, (solved - others).flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rewards.append(float(solved.mean()))
-        after = accuracy(model.eval(), check, temperature=1.0)
-        return model, {"exact_t1_before": before, "exact_t1": after, "rewards": rewards}
-
-    return cached(key, make)
-
-
-def _rewards(drawn: Sequence[Sum], rollout: Rollout) -> torch.Tensor:
-    """(prompts, samples): 1 where the answer is right."""
-    right = [p.solved_by(text) for p, text in zip(drawn, texts(rollout), strict=True)]
-    return torch.tensor(right, dtype=torch.float32).view(-1, SAMPLES)
-
-
-def _surrogate(model: PreTrainedModel, rollout: Rollout, advantages: torch.Tensor) -> torch.Tensor:
-    """Whose gradient is REINFORCE's, a mean over tokens."""
-    logits = model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, use_cache=False).logits
-    rows = predicting_rows(logits, rollout.completion_mask)
-    logprobs = -torch.nn.functional.cross_entropy(rows, rollout.token_rows(), reduction="none")
-    lengths = rollout.completion_mask.sum(1)
-    return -(logprobs * advantages.repeat_interleave(lengths)).mean()

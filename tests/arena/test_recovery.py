@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import direction
 import models
 import pytest
 import recovery_models
@@ -23,6 +24,7 @@ from recovery_task import RIGHT, STEPS, Mistakes, Problem, Reading, everything, 
 
 from llmdistill.models.generation import generate
 from llmdistill.texts import Sampling, predicting_rows
+from llmdistill.texts.prompts import completed
 
 
 @pytest.mark.parametrize("size", [8, 6])
@@ -126,8 +128,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch.setattr(ways, "start", made)
     patch.setattr(tracks, "start", sums)
     patch.setattr(tracks, "SCORED", 8)
-    for name, few in {"REINFORCED_STEPS": 1, "BATCH": 2, "SAMPLES": 2}.items():
-        patch.setattr(ways, name, few)
+    for name, few in {"STEPS": 1, "BATCH": 2, "SAMPLES": 2}.items():
+        patch.setattr(direction, name, few)
     yield folder
     patch.undo()
 
@@ -183,19 +185,37 @@ def test_a_rewarded_sample_becomes_likelier_and_another_less() -> None:
     asked = [models.as_prompt(p) for p in drawn for _ in range(2)]
     rollout = generate(model.eval(), asked, Sampling(6, seed=1), eos_ids=(models.EOS_ID,), pad_id=models.PAD_ID)
     advantages = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    lengths = rollout.completion_mask.sum(1)
 
     def logprobs() -> torch.Tensor:
         logits = model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask).logits
         rows = predicting_rows(logits, rollout.completion_mask).log_softmax(-1)
         chosen = rows.gather(1, rollout.token_rows()[:, None]).squeeze(1)
-        return torch.stack([part.sum() for part in chosen.split(rollout.completion_mask.sum(1).tolist())])
+        return torch.stack([part.sum() for part in chosen.split(lengths.tolist())])
 
     before = logprobs()
-    loss = ways._surrogate(model, rollout, advantages)
-    assert torch.isclose(loss, -(before * advantages).sum() / rollout.completion_mask.sum())
+    loss = direction.surrogate(model, rollout, advantages.repeat_interleave(lengths))
+    assert torch.isclose(loss, -(before * advantages).sum() / lengths.sum())
     loss.backward()
     with torch.no_grad():
         for weight in model.parameters():
             weight -= 0.1 * weight.grad
     moved = (logprobs() - before)[:2]
     assert moved[0] - moved[1] > 0.01
+
+
+def test_a_token_answers_for_its_part_and_those_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direction, "SAMPLES", 2)
+    problem = task.Problem(417, 385)
+    right = problem.completion
+    columns = right.split(";")
+    slip = ";".join([columns[0], columns[1], "4+3+1=09", "902"])
+    assert direction.right_parts(problem, right) == [1.0] * 4
+    assert direction.right_parts(problem, slip) == [1.0, 1.0, 0.0, 0.0]
+    assert direction.right_parts(problem, "") == direction.right_parts(problem, ";;;;;;") == [0.0] * 4
+    assert direction.right_parts(problem, right + ";802") == [1.0, 1.0, 1.0, 0.0]
+    rollout = completed([models.as_prompt(problem, text) for text in (right, slip)], models.PAD_ID)
+    rewards = torch.tensor([direction.right_parts(problem, text) for text in (right, slip)])
+    first, second = direction.advantages(rewards, [right, slip], rollout).split(len(right) + 1)
+    part = [right.count(";", 0, i) for i in range(len(right) + 1)]
+    assert first.tolist() == [[2.0, 2.0, 2.0, 1.0][p] for p in part] and torch.equal(second, -first)
