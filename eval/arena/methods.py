@@ -332,6 +332,7 @@ METHODS = {
     "taid": on_teacher_text("TAID", taid("fresh", divergence="taid")),
     # The control of being on-policy: the teacher's word on wrong text that is nobody's own.
     "fkl_noised": Method("forward KL, text with noise", "noised", "teacher", taid("noised", divergence="forward_kl")),
+    "sft_noised": Method("SFT, text with noise", "noised", "teacher", sft("noised")),
     # The student's own text for the same fresh prompts.
     "opd": Method("OPD (reverse KL)", "fresh", "student", opd("fresh", "student")),
     "opd_sampled": Method("OPD, sampled tokens", "fresh", "student", opd("fresh", "student", estimator="sampled")),

@@ -106,7 +106,10 @@ RECOVERY = Track(
     fresh=6000,
 )
 
-ACROSS = ("sft_teacher", "same_kl", "alm", "p_kl", "h_kl", "simct", "chunk_opd", "uld", "gold", "dskd", "mined")
+ACROSS = (
+    *("sft_teacher", "same_kl", "alm", "p_kl", "h_kl", "simct", "chunk_opd", "uld", "gold", "dskd", "mined"),
+    *("sft_noised", "opsa"),
+)
 
 TRACKS = {
     "main": Track(
@@ -158,7 +161,7 @@ TRACKS = {
     ),
     "negatives": Track(
         "Negatives",
-        ("sft_right", "redi", "symmetric", "simpo", "dpo"),
+        ("sft_right", "redi", "symmetric", "simpo", "dpo", "sft_noised", "opsa"),
         Budget(150_000, 8.0),
         needs=("weak",),
         labels=0,
@@ -180,7 +183,7 @@ TRACKS = {
     ),
     "hacking": Track(
         "Teacher hacking",
-        ("offline", "online_teacher", "online_student"),
+        ("offline", "online_teacher", "online_student", "fkl_noised", "opsa"),
         Budget(600_000, 25.0, marks=8),
         needs=("imitator", "addition"),
         metric="golden",
@@ -206,14 +209,14 @@ TRACKS = {
     "recovery_long": replace(
         RECOVERY,
         title="Recovery, 900k tokens",
-        methods=("opd", "fkl_teacher", "fkl_mistakes", "opd_blind"),
+        methods=("opd", "fkl_teacher", "fkl_mistakes", "sft_mistakes", "opd_blind", "opsa"),
         budget=Budget(900_000, 45.0, points=(1 / 9, 1 / 3, 1.0)),
         needs=("recovery", "recovery_blind"),
     ),
     "recovery_negatives": replace(
         RECOVERY,
         title="Negatives with long right prefixes",
-        methods=("sft_right", "redi_all", "redi_after", "redi_first", "dpo_traces"),
+        methods=("sft_right", "redi_all", "redi_after", "redi_first", "dpo_traces", "sft_mistakes", "opsa"),
         needs=("recovery",),
         pairs=2000,
     ),
@@ -244,7 +247,7 @@ TRACKS = {
     "recovery_six": replace(
         RECOVERY,
         title="Recovery where the guess can be learned, n = 6",
-        methods=("opd", "fkl_teacher", "fkl_mistakes"),
+        methods=("opd", "fkl_teacher", "fkl_mistakes", "sft_mistakes", "opsa"),
         needs=("recovery_six",),
         size=6,
         seeds=tuple(range(8)),
@@ -303,6 +306,7 @@ def prepare(
         text = sample("weak", models["weak"], track.fresh, 4, 500 + cell.seed)
         score = _together(score, Sampled(test))
         data.right, data.pairs = text.right(), text.pairs()
+        data.fresh = data.right
         charges["pairs"] = text.charge()
         by_prompt = {p.prompt: p for p in text.problems}
         begin = [as_prompt(by_prompt[row["prompt"]], row["completion"]) for row in data.right]
@@ -329,8 +333,7 @@ def prepare(
     if cell.track in ("main", "capacity"):
         score = _together(score, ToTeacher(first, test[:96]))
     method = METHODS[cell.method]
-    if "fresh" in charges:
-        charges["noised"] = charges["fresh"]
+    charges["noised"] = charges.get("fresh", charges.get("pairs", Charge()))
     charge = charges.get(method.prompts, Charge()) if method.text in ("teacher", "verified") else Charge()
     curve = Curve(track.budget, score, charge, report)
     model, about = start(
@@ -354,8 +357,7 @@ def prepare(
         data.fresh = text.rows()
         if method.text == "teacher":
             curve.charge = text.charge()
-    if not track.group:
-        data.noised = noised(data.fresh, "0123456789", 83)
+    data.noised = noised(data.fresh, "0123456789", 83)
     setting = Setting(
         model=model,
         teacher=judge,

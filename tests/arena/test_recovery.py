@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import direction
 import models
 import pytest
 import recovery_models
-import recovery_scores
 import recovery_task
 import task
 import torch
-import tracks
 import ways
-from clock import Budget
-from entries import METHODS
-from recovery_models import LongSize, as_prompt, pairs, with_mistakes
+from recovery_models import as_prompt, pairs, with_mistakes
 from recovery_task import RIGHT, STEPS, Mistakes, Problem, Reading, everything, following, injected, shares, working
 
 from llmdistill.models.generation import generate
@@ -97,63 +90,6 @@ def test_offline_text_holds_mistakes_and_their_repairs() -> None:
 
 
 # One of every way that cells of these tracks are built; test_methods.py has the others.
-CELLS = [
-    ("recovery", "sft_mistakes"),
-    ("recovery", "fkl_mistakes"),
-    ("recovery", "gkd_half"),
-    ("recovery", "opd_blind"),
-    ("recovery_negatives", "redi_first"),
-    ("recovery_negatives", "dpo_traces"),
-    ("recovery_six", "opd"),
-    ("ways", "returns"),
-    ("ways", "fkl_noised"),
-    ("direction", "exopd_1.5"),
-]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Teachers and starts of no training at all, under a folder of their own."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("arena")
-    for module in (models, tracks):
-        patch.setattr(module, "CACHE", folder)
-    patch.setattr(recovery_scores, "SCORED", 4)
-    patch.setattr(recovery_scores, "COMPARED", 2)
-    untrained = lambda: (LongSize(16, 1, 2, 32).build(1), {"exact": 0.0, "cpu_seconds": 0.0})  # noqa: E731
-    made = lambda *_: models.cached("untrained", untrained)  # noqa: E731
-    of_sums = lambda: (models.Size(16, 1, 2, 32).build(1), {"exact": 0.0, "cpu_seconds": 0.0})  # noqa: E731
-    sums = lambda *_, **__: models.cached("untrained-sums", of_sums)  # noqa: E731
-    patch.setattr(tracks, "teacher", lambda name, note: sums() if name == "quick" else made())
-    patch.setattr(recovery_models, "start", made)
-    patch.setattr(ways, "start", made)
-    patch.setattr(tracks, "start", sums)
-    patch.setattr(tracks, "SCORED", 8)
-    for name, few in {"STEPS": 1, "BATCH": 2, "SAMPLES": 2}.items():
-        patch.setattr(direction, name, few)
-    yield folder
-    patch.undo()
-
-
-def test_every_method_of_a_track_is_there() -> None:
-    for track in tracks.TRACKS.values():
-        assert set(track.methods) <= set(METHODS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), CELLS)
-def test_a_cell_trains(small: Path, name: str, method: str) -> None:
-    track = replace(
-        tracks.TRACKS[name], fresh=32, pairs=32 if tracks.TRACKS[name].pairs else 0, budget=Budget(1, 0.0, 1)
-    )
-    prepared = tracks.prepare(track, tracks.Cell(name, method, 0))
-    trainer = METHODS[method].build(prepared.setting)
-    trainer.train()
-    points = prepared.setting.curve.points
-    assert trainer.state.global_step == 1 and [p["step"] for p in points] == [0, 1]
-    scores = {"ways": {"best_way", "right_on_best"}, "direction": set()}.get(name, {"steps_right", "corrected"})
-    assert points[-1]["tokens"] > 0 and {"exact_t1", "reverse_kl", *scores} <= set(points[-1])
-
-
 def test_a_text_is_right_in_the_way_that_it_chose() -> None:
     problem = ways.Problem(3, 5)
     assert len({problem.by(way) for way in range(8)}) == 8
