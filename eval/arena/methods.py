@@ -187,11 +187,15 @@ def opd(source: str, sequences: str, **objective: Any) -> Callable[[Setting], Tr
     return build
 
 
-def composed(name: str, source: str = "fresh", **objective: Any) -> Callable[[Setting], Trainer]:
+def composed(
+    name: str, source: str = "fresh", rollouts: dict[str, Any] | None = None, **objective: Any
+) -> Callable[[Setting], Trainer]:
     """A method of llmdistill.methods."""
 
     def build(s: Setting) -> Trainer:
-        args = compositions.config_class(name)(**s.ours(), **objective)
+        ours = s.ours()
+        ours["rollouts"] = replace(ours["rollouts"], **rollouts or {})
+        args = compositions.config_class(name)(**ours, **objective)
         return built(MethodTrainer, s, s.model, args, s.teacher, train_dataset=rows_of(s, source))
 
     return build

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from methods import Method, Setting, built, dpo, exopd, opd, rows_of, sft, taid
+from methods import Method, Setting, built, composed, dpo, exopd, opd, rows_of, sft, taid
+from recovery_task import STEPS
 from transformers import Trainer
 
 from llmdistill.redi import REDIConfig, REDITrainer
@@ -48,6 +49,13 @@ METHODS: dict[str, Method] = {
     "fkl_mistakes": of_mistakes("forward KL", taid("mistakes", divergence="forward_kl")),
     "rkl_mistakes": of_mistakes("reverse KL", taid("mistakes", divergence="reverse_kl")),
     "sft_mistakes": of_mistakes("SFT", sft("mistakes")),
+    # No text ends before its forty steps: there is no end to flee to from what comes later.
+    "returns_fixed": Method(
+        "returns, γ = 0.9, fixed length",
+        "fresh",
+        "student",
+        composed("returns", rollouts={"ignore_eos": True, "max_new_tokens": 3 * STEPS}),
+    ),
     "opd_blind": Method("OPD, teacher without mistakes", "fresh", "student", blind),
     "exopd_2": exopd(2.0),
     "redi_all": Method("REDI, all of the rejected", "pairs", "verified", penalised("all")),

@@ -167,6 +167,25 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     return markdown(header, rows)
 
 
+def best_of_both(name: str, folder: Path) -> str:
+    """The best on the student's own text less the best on given text, at equal tokens and at equal CPU time."""
+    track, found, said = TRACKS[name], curves(folder, name), list[str]()
+    for metric in dict.fromkeys((track.metric, *["exact_t1"] * bool(track.size))):
+        for axis, words in (("tokens", "tokens"), ("cpu_seconds", "CPU time")):
+            scores = {m: read(found, m, axis, getattr(track.budget, axis), metric) for m in found}
+            by_text = [[m for m in found if METHODS[m].on_policy == own] for own in (True, False)]
+            if not all(by_text):
+                return ""
+            own, given = (max(of_it, key=lambda m: mean(list(scores[m].values())).value) for of_it in by_text)
+            if less := paired(scores[own], scores[given]):
+                titles = f"{METHODS[own].title} − {METHODS[given].title}"
+                sampled = " sampled," if metric == "exact_t1" else ""
+                said.append(
+                    f"{titles} {less.percent(sign=True)} ({sampled.strip()} at equal {words})".replace("( ", "(")
+                )
+    return f"Best on the student's text less best on given text, each picked by these very seeds: {'; '.join(said)}."
+
+
 def claims(folder: Path) -> str:
     """The papers' claims against the differences measured, in points of exact match."""
     found = {name: curves(folder, name) for name in REFERENCE}
@@ -242,6 +261,6 @@ def report(folder: Path, here: Path) -> None:
             f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; learning rate {track.lr:g}, batch "
             f"{track.batch}, {seeds} seeds. {places[0]}, commit {places[1]}."
         )
-        parts.append(hacking_table(folder) if name == "hacking" else table_of(name, folder))
+        parts += [hacking_table(folder)] if name == "hacking" else [table_of(name, folder), best_of_both(name, folder)]
     (here / "RESULTS.md").write_text("\n\n".join(p for p in parts if p) + "\n")
     write_plot(here / "accuracy.svg", {name: curves(folder, name) for name in TRACKS})

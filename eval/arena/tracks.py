@@ -201,7 +201,7 @@ TRACKS = {
         methods=(
             *("sft_teacher", "fkl_teacher", "jsd_teacher", "rkl_teacher", "taid"),
             *("opd", "gkd", "opd_fkl", "gkd_half", "gkd_half_rkl", "gkd_half_fkl"),
-            *("opd_sampled", "vopd", "returns", "distillm2", "sampled_f", "tip", "entropy_aware"),
+            *("opd_sampled", "vopd", "returns", "returns_fixed", "distillm2", "sampled_f", "tip", "entropy_aware"),
             *("opsa", "opd_blind", "sft_mistakes", "fkl_mistakes", "rkl_mistakes"),
         ),
         needs=("recovery", "recovery_blind"),

@@ -36,6 +36,7 @@ CELLS = [
     ("recovery", "fkl_mistakes"),
     ("recovery", "gkd_half"),
     ("recovery", "opd_blind"),
+    ("recovery", "returns_fixed"),
     ("recovery_long", "opd"),
     ("recovery_negatives", "redi_first"),
     ("recovery_negatives", "dpo_traces"),
