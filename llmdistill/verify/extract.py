@@ -24,7 +24,7 @@ from llmdistill.verify.answers.wording import read_option
 from llmdistill.verify.asked import LONGEST_COMPLETION
 from llmdistill.verify.boxes import last_boxes, without_denied
 from llmdistill.verify.choices import chosen
-from llmdistill.verify.phrases import DENIES, FINAL, FOREIGN, HASHES, HOPE, TAG, announcing
+from llmdistill.verify.phrases import DENIED_BEHIND, DENIES, FINAL, FOREIGN, HASHES, HOPE, INSTEAD, TAG, announcing
 from llmdistill.verify.sentences import (
     LONGEST_SENTENCE,
     Extraction,
@@ -141,8 +141,8 @@ def _answer_tails(text: str) -> Iterator[tuple[str, str]]:
         if text[max(0, match.start() - 1) : match.start()] in ('"', "'") or _JSON.search(text, 0, match.start()):
             tail = _json_value(tail)
         if match.re is FOREIGN:
-            denied = DENIES.search(match.group()) or DENIES.match(tail.lstrip(" *_"))
-            tail = f"not {tail}" if denied else _first_of_foreign(tail)
+            denied = DENIES.search(match.group()) or DENIES.match(tail.lstrip(" *_")) or _denied_behind(tail)
+            tail = _of_denied(tail) if denied else _first_of_foreign(tail)
         # "#### 18" and "final answer" are meant as marks, whatever comes after them.
         strong = match.re in (HASHES, TAG) or re.search(
             r"final\s*$", text[max(0, match.start() - 8) : match.start()], re.I
@@ -161,10 +161,24 @@ def _json_value(tail: str) -> str:
 _FIGURE = re.compile(r"[*_$\s\\(]{0,8}(?P<value>[-−+]?[$€£¥]?\d[\d.,]*(?:/\d+)?\s?%?)(?=[^\d]|$)")
 
 
+_FORMULA = re.compile(r"[*_\s]{0,8}(?:\$[^$]{1,300}\$|\\\(.{1,300}?\\\)|\\\[.{1,300}?\\\])")
+
+
+def _denied_behind(tail: str) -> bool:
+    """Whether a sentence in another language says of the number it begins with that it is not the answer."""
+    said = _FORMULA.match(tail) or _FIGURE.match(tail)
+    return said is not None and DENIED_BEHIND.match(tail, said.end()) is not None
+
+
+def _of_denied(tail: str) -> str:
+    """As English has it: "not 199", or "not 199, but 200"."""
+    instead = INSTEAD.search(tail, 0, 80)
+    return f"not this, but {_first_of_foreign(tail[instead.end() :])}" if instead else f"not {tail}"
+
+
 def _first_of_foreign(tail: str) -> str:
     """The number that a sentence in another language begins with; the sentence itself if it begins with none."""
-    match = _FIGURE.match(tail)
-    formula = re.match(r"[*_\s]{0,8}(?:\$[^$]{1,300}\$|\\\(.{1,300}?\\\)|\\\[.{1,300}?\\\])", tail)
+    match, formula = _FIGURE.match(tail), _FORMULA.match(tail)
     if formula:
         return formula.group()
     if match and not re.match(r"\s?[-+*/^=×√\\]|\s?[A-Za-z]\b(?!\w)", tail[match.end() :]):

@@ -27,8 +27,10 @@ _NOUNS = (
 _NOUN_LIST = tuple(_NOUNS.split("|"))
 _VERBS = (
     r"[:：=]|\b(?:ist|lautet|beträgt|es|est|é|è|jest|to|равен|это|is|är|er|là|adalah)\b"
-    r"|n['’]est\b|\b(?:είναι|on|هو|هي|será|sarà|sera)\b|คือ"
+    r"|n['’]est\b|\b(?:είναι|on|ei ole|bukan(?:lah)?|هو|هي|será|sarà|sera)\b|คือ"
     r"|(?<=[\u3040-\u9fff\uac00-\ud7a3])(?:是|为|為|は|が|은|는|选|選)"
+    # Languages that need no verb, or have it at the end: "Ответ 199", "Cevap 199'dur", "उत्तर 199 है".
+    r"|(?:(?<=उत्तर[ \t])|(?<=cevap[ \t])|(?<=ответ[ \t]))(?=(?:не[ \t])?[$\\(]{0,3}[-−]?\d)"
 )
 # An answer in another language: the noun, at most three words, and the verb.
 FOREIGN = re.compile(
@@ -37,7 +39,24 @@ FOREIGN = re.compile(
     re.I,
 )
 DENIES = re.compile(
-    r"\b(?:no|non|não|nicht|kein\w{0,2}|не|nie|inte|niet|tidak|değil|ei)\b|\bn['’]|\bpas\b|不|ない|아니|ไม่", re.I
+    r"\b(?:no|non|não|nicht|kein\w{0,2}|не|nie|inte|ikke|ikkje|niet|tidak|bukan(?:lah)?|không|chưa|değil|ei|δεν|ليس\w?)\b"
+    r"|\bn['’]|\bpas\b|नहीं|不|ない|아니|ไม่",
+    re.I,
+)
+# Languages that deny behind the number, and what calls it wrong: "199ではない", "199 değil", "199 ist falsch".
+DENIED_BEHIND = re.compile(
+    r"[*_$\s)\\\]]{0,6}(?:[^\W\d]{0,4}?(?:では|じゃ)(?:な|あり|ござ)(?![^。\n]{0,8}か)"
+    r"|[^\W\d]{0,3}?\s?아(?:니|닙|님|닌)|[^\W\d]{0,12}\s?\bdeğil|नहीं"
+    r"|[^\W\d]{0,2}[（(，,]?\s?[这那]?是?(?:不对|不對|不正确|不正確|错|錯)|(?:は|이라는 답은)?(?:間違|誤り|틀)"
+    r"|(?:(?:ist|es|est|è|é|is|är|er|on|jest|to|là)\s)?(?:falsch|nicht (?:richtig|korrekt)|incorrect[oa]?|fau(?:x|sse)"
+    r"|sbagliat[oa]|errad[oa]|неверно|неправильно|błędn\w|fel|forkert|feil|väärin|onjuist|fout|yanlış|salah|sai)\b)",
+    re.I,
+)
+# What is said in its place.
+INSTEAD = re.compile(
+    r"\b(?:sondern|sino|mais|bensì|mas|а|lecz|ale|maar|men|utan|vaan|aksine|melainkan|mà là)\b"
+    r"|而是|(?<=な)く|(?<=아니)라|(?<=değil),",
+    re.I,
 )
 ANNOUNCED = (HASHES, LETTER_A, ANSWER, HEADING)
 
