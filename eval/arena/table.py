@@ -220,6 +220,24 @@ def hacking_table(folder: Path) -> str:
     return markdown(header, rows)
 
 
+def sweep_table(folder: Path, name: str) -> str:
+    """Greedy / sampled scores of seed 0 at the track's budget, by learning rate; the best of both together is bold."""
+    track = TRACKS[name]
+    rates = sorted(float(rate.name) for rate in folder.glob("*") if (rate / name).is_dir())
+    rows = []
+    for method in track.methods:
+        of_rates = [load(folder / f"{rate:g}", Cell(name, method, 0)) for rate in rates]
+        points = [r and at(r["points"], "tokens", track.budget.tokens) for r in of_rates]
+        if not any(points):
+            continue
+        best = max((p["exact"] + p["exact_t1"] for p in points if p), default=0.0)
+        cells = [f"{100 * p['exact']:.1f} / {100 * p['exact_t1']:.1f}" if p else "" for p in points]
+        bold = [bool(p) and p["exact"] + p["exact_t1"] == best > 0 for p in points]
+        marked = [f"**{cell}**" if of_best else cell for cell, of_best in zip(cells, bold, strict=True)]
+        rows.append([METHODS[method].title, *marked, f"{rate(track, method):g}"])
+    return markdown(["method", *(f"{rate:g}" for rate in rates), "taken"], rows) if rows else ""
+
+
 def guide(folder: Path, page: Path) -> str:
     """The page of methods with the guide's differences as the results have them."""
     found = {name: curves(folder, name) for name in TRACKS}
@@ -262,5 +280,7 @@ def report(folder: Path, here: Path) -> None:
             f"{track.batch}, {seeds} seeds. {places[0]}, commit {places[1]}."
         )
         parts += [hacking_table(folder)] if name == "hacking" else [table_of(name, folder), best_of_both(name, folder)]
+        if swept := sweep_table(here / "sweeps", name):
+            parts.append(f"Learning rates, seed 0, exact match greedily / sampled, %:\n\n{swept}")
     (here / "RESULTS.md").write_text("\n\n".join(p for p in parts if p) + "\n")
     write_plot(here / "accuracy.svg", {name: curves(folder, name) for name in TRACKS})

@@ -60,12 +60,14 @@ class Track:
     group: int = 0  # across tokenizers: digits of the student's longest token, and the other for the teacher
     size: int = 0  # of the task "recovery": its digits; 0: the task of columns
     pairs: int = 0  # of that task: right traces beside wrong ones
+    swept: bool = False  # every method has its own learning rate, see recovery_methods.RATES
     direction: int = 0  # number of the recipe by which the teacher is made of the start, see direction.py
 
     def key(self) -> str:
         """Changes with anything that a result depends on; a result of another key is measured again."""
         recipe = [recovery_models.RECIPE, recovery_models.STARTS] if self.size else RECIPE
-        settings = {**asdict(self), "recipe": recipe, "methods": None, "seeds": None, "title": None}
+        settings = {**asdict(self), "recipe": recipe, **dict.fromkeys(("methods", "seeds", "title"))}
+        del settings["swept"]  # a result says its learning rate itself
         # results from before there were two tokenizers, or two tasks
         for name in ("group", "size", "pairs", "direction"):
             if not settings[name]:
@@ -205,6 +207,7 @@ TRACKS = {
             *("opsa", "opd_blind", "sft_mistakes", "fkl_mistakes", "rkl_mistakes"),
         ),
         needs=("recovery", "recovery_blind"),
+        swept=True,
     ),
     "recovery_long": replace(
         RECOVERY,
@@ -212,6 +215,7 @@ TRACKS = {
         methods=("opd", "fkl_teacher", "fkl_mistakes", "sft_mistakes", "opd_blind", "opsa"),
         budget=Budget(900_000, 45.0, points=(1 / 9, 1 / 3, 1.0)),
         needs=("recovery", "recovery_blind"),
+        swept=True,
     ),
     "recovery_negatives": replace(
         RECOVERY,
@@ -249,6 +253,7 @@ TRACKS = {
         title="Recovery where the guess can be learned, n = 6",
         methods=("opd", "fkl_teacher", "fkl_mistakes", "sft_mistakes", "opsa"),
         needs=("recovery_six",),
+        swept=True,
         size=6,
         seeds=tuple(range(8)),
     ),
@@ -434,8 +439,8 @@ def prepare_ways(track: Track, cell: Cell, note: Callable[[str], None], report: 
 
 
 def rate(track: Track, method: str) -> float:
-    """The learning rate of a cell: the track's, or the method's own on the task "recovery"."""
-    return RATES.get(method, track.lr) if track.size else track.lr
+    """The learning rate of a cell: the track's, or the method's own where it was looked for."""
+    return RATES.get(method, track.lr) if track.swept else track.lr
 
 
 def _together(*scores: Score) -> Score:
