@@ -137,6 +137,7 @@ def test_keys_change_with_the_settings_and_not_with_the_list_of_methods() -> Non
 
 def test_the_committed_pages_are_those_of_the_committed_cells(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text((ARENA / "notes.md").read_text())
+    (tmp_path / "sweeps").symlink_to(ARENA / "sweeps")
     table.report(ARENA / "results", tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (ARENA / "RESULTS.md").read_text()
     page = ARENA.parents[1] / "docs" / "methods.md"
