@@ -85,12 +85,23 @@ def current(folder: Path, cell: Cell, share: float = 1.0, lr: float = 0.0) -> bo
 
 
 def curves(folder: Path, name: str, share: float = 1.0) -> Curves:
-    track, found = track_of(name, share), Curves()
+    """The results of a track.
+
+    Raises:
+        ValueError: cells of a seed that began elsewhere, as on two machines, which train two starts: nothing pairs them.
+    """
+    track, found, starts = track_of(name, share), Curves(), dict[int, tuple[str, float]]()
     for method in track.methods:
         for seed in range(MOST_SEEDS):
             result = load(folder, Cell(name, method, seed))
             if result and result["key"] == track.key():
                 found.setdefault(method, {})[seed] = result["points"]
+                first, score = starts.setdefault(seed, (method, result["points"][0][track.metric]))
+                if result["points"][0][track.metric] != score:
+                    raise ValueError(
+                        f"{name}, seed {seed}: {method} and {first} began at {result['points'][0][track.metric]} and "
+                        f"{score}. Fix: run.py --tracks {name} --seeds {seed} --again, on one machine."
+                    )
     return found
 
 

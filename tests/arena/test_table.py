@@ -115,6 +115,18 @@ def test_report_has_every_track_and_only_results_of_these_settings(tmp_path: Pat
     ET.parse(tmp_path / "accuracy.svg")
 
 
+def test_cells_that_began_at_two_starts_are_not_compared(tmp_path: Path) -> None:
+    for method in ("opd", "taid"):
+        written(tmp_path, "main", method, 0)
+    assert set(table.curves(tmp_path, "main")) == {"opd", "taid"}
+    file = tmp_path / "main/taid-0.json"
+    result = json.loads(file.read_text())
+    result["points"][0]["exact"] += 0.01
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="main, seed 0: opd and taid began at .*--again"):
+        table.curves(tmp_path, "main")
+
+
 def test_a_claim_is_judged_by_its_interval() -> None:
     assert verdict(0.1, 0.05) == "yes" and verdict(-0.1, 0.05) == "**the other way round**"
     assert verdict(0.04, 0.05) == verdict(0.3, math.nan) == verdict(-0.04, 0.05, equal=True) == "not told apart"
