@@ -88,7 +88,7 @@ def curves(folder: Path, name: str, share: float = 1.0) -> Curves:
     """The results of a track.
 
     Raises:
-        ValueError: cells of a seed that began elsewhere, as on two machines, which train two starts: nothing pairs them.
+        ValueError: cells of a seed that began elsewhere, as on two machines, which train two starts.
     """
     track, found, starts = track_of(name, share), Curves(), dict[int, tuple[str, float]]()
     for method in track.methods:
