@@ -12,8 +12,10 @@ from transformers import Trainer
 
 from llmdistill.redi import REDIConfig, REDITrainer
 
-# Of methods whose best rate on seed 0 (run.py --lr, greedy and sampled added up) is more than 2 points above 1e-3.
+# Of methods whose best rate on seed 0 (run.py --lr, greedy and sampled added up) is more than 2 points above 1e-3; of
+# penalties and what they are measured against, the best.
 RATES: dict[str, float] = {
+    "dpo_traces": 0.0001,
     "entropy_aware": 0.0003,
     "fkl_mistakes": 0.01,
     "fkl_teacher": 0.003,
@@ -22,10 +24,14 @@ RATES: dict[str, float] = {
     "opd": 0.003,
     "opd_fkl": 0.003,
     "opd_sampled": 0.0003,
+    "redi_after": 0.0003,
+    "redi_all": 0.0003,
+    "redi_first": 0.0003,
     "returns_fixed": 0.0003,
     "rkl_mistakes": 0.003,
     "sampled_f": 0.0003,
     "sft_mistakes": 0.0003,
+    "sft_right": 0.0003,
     "sft_teacher": 0.003,
     "taid": 0.003,
     "tip": 0.003,

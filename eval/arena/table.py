@@ -32,6 +32,8 @@ REFERENCE = {
     **{"recovery_negatives": "sft_right", "ways": "opd", "direction": "opd"},
 }
 
+CONTROL = "opsa"  # hears of no teacher
+
 Point = dict[str, float]
 Curves = dict[str, dict[int, list[Point]]]  # method -> seed -> points
 
@@ -184,7 +186,7 @@ def best_of_both(name: str, folder: Path) -> str:
     for metric in dict.fromkeys((track.metric, *["exact_t1"] * bool(track.size))):
         for axis, words in (("tokens", "tokens"), ("cpu_seconds", "CPU time")):
             scores = {m: read(found, m, axis, getattr(track.budget, axis), metric) for m in found}
-            by_text = [[m for m in found if METHODS[m].on_policy == own] for own in (True, False)]
+            by_text = [[m for m in found if METHODS[m].on_policy == own and m != CONTROL] for own in (True, False)]
             if not all(by_text):
                 return ""
             own, given = (max(of_it, key=lambda m: mean(list(scores[m].values())).value) for of_it in by_text)

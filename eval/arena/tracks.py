@@ -222,6 +222,7 @@ TRACKS = {
         title="Negatives with long right prefixes",
         methods=("sft_right", "redi_all", "redi_after", "redi_first", "dpo_traces", "sft_mistakes", "opsa"),
         needs=("recovery",),
+        swept=True,
         pairs=2000,
     ),
     # Where the best is not what the teacher does on average.
