@@ -157,6 +157,7 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     header += [f"{said(e)} at tokens, %" for e in extra]
     header += [f"{k.replace('_kl', ' KL')} at tokens" for k in kl] + ["aligned, %"] * bool(track.group)
     rows, base = [], read(found, reference, "tokens", tokens, "exact")
+    most = max(map(len, found.values()), default=0)
     starts = {seed: points[0]["exact"] for by_seed in found.values() for seed, points in by_seed.items()}
     if starts:
         rows.append(["(start)", "", "", "", "", mean(list(starts.values())).percent(), "", "", ""])
@@ -168,7 +169,8 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
         speed = mean(
             [at(p, "tokens", tokens)["tokens"] / at(p, "tokens", tokens)["cpu_seconds"] for p in found[method].values()]
         )
-        row = [METHODS[method].title, *described(METHODS[method])]
+        few = f" ({len(found[method])} seeds)" if len(found[method]) < most else ""
+        row = [METHODS[method].title + few, *described(METHODS[method])]
         row += [mean(list(by_tokens.values())).percent(), mean(list(by_time.values())).percent()]
         row += [less.percent(sign=True) if less else "", f"{speed.value:,.0f}"]
         row += [mean(list(read(found, method, "tokens", tokens, e).values())).percent() for e in extra]
@@ -182,7 +184,8 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
 
 def best_of_both(name: str, folder: Path) -> str:
     """The best on the student's own text less the best on given text, at equal tokens and at equal CPU time."""
-    track, found, said = TRACKS[name], curves(folder, name), list[str]()
+    track, every, said = TRACKS[name], curves(folder, name), list[str]()
+    found = {m: by_seed for m, by_seed in every.items() if len(by_seed) == max(map(len, every.values()))}
     for metric in dict.fromkeys((track.metric, *["exact_t1"] * bool(track.size))):
         for axis, words in (("tokens", "tokens"), ("cpu_seconds", "CPU time")):
             scores = {m: read(found, m, axis, getattr(track.budget, axis), metric) for m in found}

@@ -106,7 +106,7 @@ def test_report_has_every_track_and_only_results_of_these_settings(tmp_path: Pat
         assert f"## {track.title}" in text
     assert "by hand" in text
     # seeds 1 and 2: 12.7 * .00707 / 1.41
-    assert "| OPD (reverse KL) | fresh | student | no | yes | 81.5 ± 6.4 |" in text
+    assert "| OPD (reverse KL) (2 seeds) | fresh | student | no | yes | 81.5 ± 6.4 |" in text
     rows = [row for row in text.split("## Claims")[1].split("by hand")[0].splitlines() if row.startswith("| ")]
     assert len(rows) == 1 + len(CLAIMS)
     assert all("+0.0 ± 0.0 | +0.0 ± 0.0 | not told apart" in row for row in rows[1:])  # all methods have one curve
