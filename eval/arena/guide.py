@@ -6,12 +6,11 @@ What is said is written here by hand; the figures behind it are paired differenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- guide: written by eval/arena/run.py --table -->", "<!-- end of the guide -->"
 HEAD = ("method", "recipe, settings", "pays", "does not", "shown here, points at equal tokens", "published")
 
 READ = {"exact": "", "exact_t1": ", sampled", "best_way": ", share on the way it knows best"}  # how a metric is said
@@ -57,13 +56,23 @@ def guide_rows(
     return rows
 
 
-def put_in(page: Path, table: str) -> str:
-    """The page's text with the table between the marks.
+def decision_lines(lines: Sequence[tuple[str, tuple[Shown, ...]]], found: Callable[[Shown], Any]) -> str:
+    """A numbered list, the differences put into the words."""
+    made = []
+    for number, (words, shown) in enumerate(lines, 1):
+        values = [found(one) for one in shown]
+        text = words.format(*("not run yet" if v is None else v.percent(sign=True) for v in values))
+        made.append(textwrap.fill(f"{number}. {text}", 126, subsequent_indent="   ", break_on_hyphens=False))
+    return "\n".join(made)
+
+
+def put_in(text: str, mark: str, made: str) -> str:
+    """A page's text with what was made between the marks of that name.
 
     Raises:
         ValueError: the page has not got the marks.
     """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r} to put the guide between.")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n\n{table}\n\n" + text[text.index(END) :]
+    begin, end = f"<!-- {mark}: written by eval/arena/run.py --table -->", f"<!-- end of the {mark} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the page has no lines {begin!r} and {end!r} to put the {mark} between.")
+    return text[: text.index(begin) + len(begin)] + f"\n\n{made}\n\n" + text[text.index(end) :]

@@ -239,7 +239,7 @@ def run(cells: list[Any], workers: int, out: Path, share: float, lr: float = 0.0
 
 
 def main() -> int:
-    from table import current, guide, report, table_of
+    from table import current, report, table_of, with_figures
     from tracks import TRACKS, cells
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,9 +274,11 @@ def main() -> int:
         print(table_of("main", options.out, share))
     elif options.out == RESULTS:
         report(options.out, HERE)
-        page = HERE.parents[1] / "docs" / "methods.md"
-        page.write_text(guide(options.out, page))
-        print(f"wrote {HERE / 'RESULTS.md'}, accuracy.svg and the guide in {page.name}", file=sys.stderr)
+        for page in (HERE.parents[1] / "docs" / "methods.md", HERE.parents[1] / "README.md"):
+            page.write_text(with_figures(options.out, page.read_text(), guide=page.name != "README.md"))
+        print(
+            f"wrote {HERE / 'RESULTS.md'}, accuracy.svg, and the figures of methods.md and README.md", file=sys.stderr
+        )
     return 1 if failed else 0
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from claims import Claim, claims_table
 from clock import at
+from decision import DECISION
 from entries import METHODS
-from guide import HEAD, Shown, guide_rows, put_in
+from guide import HEAD, Shown, decision_lines, guide_rows, put_in
 from guide_entries import GUIDE
 from methods import Method
 from plot import write_plot
@@ -254,14 +255,16 @@ def sweep_table(folder: Path, name: str) -> str:
     return markdown(["method", *(f"{rate:g}" for rate in rates), "taken"], rows) if rows else ""
 
 
-def guide(folder: Path, page: Path) -> str:
-    """The page of methods with the guide's differences as the results have them."""
+def with_figures(folder: Path, page: str, *, guide: bool) -> str:
+    """A page's text with the differences as the results have them: the decision's, and the guide's if it has one."""
     found = {name: curves(folder, name) for name in TRACKS}
 
     def measured(shown: Shown) -> Mean | None:
         return difference(found, shown.track, shown.method, shown.against, shown.metric)
 
-    return put_in(page, markdown(HEAD, guide_rows(GUIDE, measured, lambda m: METHODS[m].title), "---|"))
+    page = put_in(page, "decision", decision_lines(DECISION, measured))
+    rows = guide_rows(GUIDE, measured, lambda m: METHODS[m].title)
+    return put_in(page, "guide", markdown(HEAD, rows, "---|")) if guide else page
 
 
 def report(folder: Path, here: Path) -> None:

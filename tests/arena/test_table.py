@@ -13,6 +13,7 @@ import table
 import torch
 from claims import CLAIMS, verdict
 from clock import Budget, Charge, Curve, at
+from decision import DECISION
 from guide_entries import GUIDE
 from tracks import TRACKS, Cell
 
@@ -152,10 +153,11 @@ def test_the_committed_pages_are_those_of_the_committed_cells(tmp_path: Path) ->
     (tmp_path / "sweeps").symlink_to(ARENA / "sweeps")
     table.report(ARENA / "results", tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (ARENA / "RESULTS.md").read_text()
-    page = ARENA.parents[1] / "docs" / "methods.md"
-    assert table.guide(ARENA / "results", page) == page.read_text()
+    for page, guide in (("docs/methods.md", True), ("README.md", False)):
+        text = (ARENA.parents[1] / page).read_text()
+        assert table.with_figures(ARENA / "results", text, guide=guide) == text
 
 
 def test_every_line_of_the_guide_is_about_methods_of_its_track() -> None:
-    for shown in (shown for entry in GUIDE for shown in entry.shown):
+    for shown in (*(s for entry in GUIDE for s in entry.shown), *(s for _, of_line in DECISION for s in of_line)):
         assert {shown.method, shown.against} <= set(TRACKS[shown.track].methods)
