@@ -64,6 +64,8 @@ CLAIMS = (
     Claim("recovery_long", "opd", "fkl_teacher", "on-policy beats the teacher's text, at 900k tokens"),
     Claim("recovery_long", "opd", "fkl_mistakes", "the same against truth with mistakes"),
     Claim("recovery_six", "opd", "fkl_teacher", "on-policy beats the teacher's text where the guess can be learned"),
+    Claim("recovery_six", "opd", "fkl_mistakes", "the same against truth with mistakes"),
+    Claim("recovery_six", "opd", "fkl_mistakes", "the same, sampled", metric="exact_t1"),
     Claim("recovery_negatives", "redi_all", "sft_right", "REDI adds to right traces, with long right prefixes"),
     Claim("recovery_negatives", "redi_first", "redi_all", "the nearer to the error the penalty, the less it harms"),
     Claim("ways", "returns", "opd", "per-token reverse KL does not seek the mode across tokens; returns do"),
