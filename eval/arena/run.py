@@ -1,6 +1,6 @@
 """The arena: methods of distillation against one another at equal tokens and equal CPU time.
 
-    python eval/arena/run.py                       # the whole grid, six hours on two cores; killed, it goes on where it was
+    python eval/arena/run.py                       # the whole grid, hours; killed and started again, it goes on
     python eval/arena/run.py --quick               # a first look at three methods, under five minutes
     python eval/arena/run.py --tracks main --methods opd trl --seeds 0 1
     python eval/arena/run.py --table               # only write RESULTS.md and accuracy.svg from the results there are

@@ -294,9 +294,10 @@ def report(folder: Path, here: Path) -> None:
         said = f"{track.labels} labels, " if track.labels else ""
         of_it = [r for place, r in results if place == name and r["key"] == track.key()]
         places = [", ".join(sorted({r[what] for r in of_it})) for what in ("machine", "commit")]
+        rates = f"learning rate {track.lr:g}{' or what the sweep says' if track.swept else ''}"
         parts.append(
-            f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; learning rate {track.lr:g}"
-            f"{' or what the sweep says' if track.swept else ''}, batch {track.batch}, {seeds} seeds. {places[0]}, commit {places[1]}."
+            f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; {rates}, batch {track.batch}, {seeds} seeds. "
+            f"{places[0]}, commit {places[1]}."
         )
         parts += [hacking_table(folder)] if name == "hacking" else [table_of(name, folder), best_of_both(name, folder)]
         if swept := sweep_table(here / "sweeps", name):
