@@ -296,8 +296,8 @@ def report(folder: Path, here: Path) -> None:
         places = [", ".join(sorted({r[what] for r in of_it})) for what in ("machine", "commit")]
         rates = f"learning rate {track.lr:g}{' or what the sweep says' if track.swept else ''}"
         parts.append(
-            f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; {rates}, batch {track.batch}, {seeds} seeds. "
-            f"{places[0]}, commit {places[1]}."
+            f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; {rates}, batch {track.batch}, {seeds} "
+            f"seeds. {places[0]}, commit {places[1]}."
         )
         parts += [hacking_table(folder)] if name == "hacking" else [table_of(name, folder), best_of_both(name, folder)]
         if swept := sweep_table(here / "sweeps", name):
