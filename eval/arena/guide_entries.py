@@ -205,8 +205,8 @@ GUIDE = (
     Entry(
         "REDI; α = 1; SimPO; DPO (2505.24850, 2405.14734, 2305.18290)",
         "`redi.yaml`, `--method redi`, `symmetric`, `simpo`, `dpo`; `--rejected_tokens first_divergent`",
-        "says its paper: long traces whose wrong halves hold right steps. No cell shows it; the nearer to the error the "
-        "penalty, the less it costs",
+        "says its paper: long traces whose wrong halves hold right steps. No cell shows it; the nearer to the error "
+        "the penalty, the less it costs",
         "a start that has seen the right traces already; long right prefixes under a penalty on all of the wrong side",
         (
             Shown("negatives", "redi", "sft_right"),
