@@ -70,9 +70,7 @@ def panels(found: dict[str, dict[str, dict[int, Points]]]) -> list[Panel]:
         "the student's text": lambda m: m.prompts == "fresh" and m.text == "student",
     }
     for name, track in TRACKS.items():
-        most = max(map(len, found[name].values()), default=0)  # fewer seeds are other starts: no line beside these
-        whole = {method: by_seed for method, by_seed in found[name].items() if len(by_seed) == most}
-        lines = {method: averaged(by_seed, track.budget, "exact") for method, by_seed in whole.items()}
+        lines = {method: averaged(by_seed, track.budget, "exact") for method, by_seed in found[name].items()}
         if name == "hacking":
             made += hacking_panels(found[name])
         elif name in ("main", "recovery"):

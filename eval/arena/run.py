@@ -239,7 +239,7 @@ def run(cells: list[Any], workers: int, out: Path, share: float, lr: float = 0.0
 
 
 def main() -> int:
-    from table import current, report, table_of, with_figures
+    from table import all_curves, current, curves, report, table_of, with_figures
     from tracks import TRACKS, cells
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,11 +271,12 @@ def main() -> int:
         run(todo, min(options.workers, len(todo)), options.out, share, options.lr) if todo and not options.table else 0
     )
     if options.quick:
-        print(table_of("main", options.out, share))
+        print(table_of("main", curves(options.out, "main", share), share))
     elif options.out == RESULTS:
-        report(options.out, HERE)
+        found = all_curves(options.out)
+        report(options.out, HERE, found)
         for page in (HERE.parents[1] / "docs" / "methods.md", HERE.parents[1] / "README.md"):
-            page.write_text(with_figures(options.out, page.read_text(), guide=page.name != "README.md"))
+            page.write_text(with_figures(found, page.read_text(), guide=page.name != "README.md"))
         print(
             f"wrote {HERE / 'RESULTS.md'}, accuracy.svg, and the figures of methods.md and README.md", file=sys.stderr
         )

@@ -108,6 +108,16 @@ def curves(folder: Path, name: str, share: float = 1.0) -> Curves:
     return found
 
 
+def all_curves(folder: Path) -> dict[str, Curves]:
+    return {name: curves(folder, name) for name in TRACKS}
+
+
+def whole(found: Curves) -> Curves:
+    """The methods that have all the seeds which any has: others began at other starts, and are not put beside these."""
+    most = max(map(len, found.values()), default=0)
+    return {method: by_seed for method, by_seed in found.items() if len(by_seed) == most}
+
+
 def read(found: Curves, method: str, axis: str, budget: float, metric: str) -> dict[int, float]:
     """Seed -> score at the first point that has used the budget."""
     return {seed: at(points, axis, budget)[metric] for seed, points in found.get(method, {}).items()}
@@ -140,9 +150,9 @@ def said(metric: str) -> str:
     return metric.removeprefix("exact").replace("_t", "sampled at ").replace("_", " ")
 
 
-def table_of(name: str, folder: Path, share: float = 1.0) -> str:
+def table_of(name: str, found: Curves, share: float = 1.0) -> str:
     """The table of a track whose metric is exact match."""
-    track, found = track_of(name, share), curves(folder, name, share)
+    track = track_of(name, share)
     tokens, seconds = track.budget.tokens, track.budget.cpu_seconds
     reference = REFERENCE[name]
     extra = [f"exact{o}" for o in track.operations] if len(track.operations) > 1 else []
@@ -158,7 +168,6 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     header += [f"{said(e)} at tokens, %" for e in extra]
     header += [f"{k.replace('_kl', ' KL')} at tokens" for k in kl] + ["aligned, %"] * bool(track.group)
     rows, base = [], read(found, reference, "tokens", tokens, "exact")
-    most = max(map(len, found.values()), default=0)
     starts = {seed: points[0]["exact"] for by_seed in found.values() for seed, points in by_seed.items()}
     if starts:
         rows.append(["(start)", "", "", "", "", mean(list(starts.values())).percent(), "", "", ""])
@@ -170,7 +179,7 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
         speed = mean(
             [at(p, "tokens", tokens)["tokens"] / at(p, "tokens", tokens)["cpu_seconds"] for p in found[method].values()]
         )
-        few = f" ({len(found[method])} seeds)" if len(found[method]) < most else ""
+        few = "" if method in whole(found) else f" ({len(found[method])} seeds)"
         row = [METHODS[method].title + few, *described(METHODS[method])]
         row += [mean(list(by_tokens.values())).percent(), mean(list(by_time.values())).percent()]
         row += [less.percent(sign=True) if less else "", f"{speed.value:,.0f}"]
@@ -183,10 +192,9 @@ def table_of(name: str, folder: Path, share: float = 1.0) -> str:
     return markdown(header, rows)
 
 
-def best_of_both(name: str, folder: Path) -> str:
+def best_of_both(name: str, found: Curves) -> str:
     """The best on the student's own text less the best on given text, at equal tokens and at equal CPU time."""
-    track, every, said = TRACKS[name], curves(folder, name), list[str]()
-    found = {m: by_seed for m, by_seed in every.items() if len(by_seed) == max(map(len, every.values()))}
+    track, found, said = TRACKS[name], whole(found), list[str]()
     for metric in dict.fromkeys((track.metric, *["exact_t1"] * bool(track.size))):
         for axis, words in (("tokens", "tokens"), ("cpu_seconds", "CPU time")):
             scores = {m: read(found, m, axis, getattr(track.budget, axis), metric) for m in found}
@@ -196,16 +204,13 @@ def best_of_both(name: str, folder: Path) -> str:
             own, given = (max(of_it, key=lambda m: mean(list(scores[m].values())).value) for of_it in by_text)
             if less := paired(scores[own], scores[given]):
                 titles = f"{METHODS[own].title} − {METHODS[given].title}"
-                sampled = " sampled," if metric == "exact_t1" else ""
-                said.append(
-                    f"{titles} {less.percent(sign=True)} ({sampled.strip()} at equal {words})".replace("( ", "(")
-                )
+                sampled = "sampled, " if metric == "exact_t1" else ""
+                said.append(f"{titles} {less.percent(sign=True)} ({sampled}at equal {words})")
     return f"Best on the student's text less best on given text, each picked by these very seeds: {'; '.join(said)}."
 
 
-def claims(folder: Path) -> str:
+def claims(found: dict[str, Curves]) -> str:
     """The papers' claims against the differences measured, in points of exact match."""
-    found = {name: curves(folder, name) for name in REFERENCE}
 
     def measured(claim: Claim, axis: str) -> Mean | None:
         return difference(found, claim.track, claim.better, claim.worse, claim.metric, axis)
@@ -219,9 +224,8 @@ def golden(point: Point) -> float:
     return point["golden"]
 
 
-def hacking_table(folder: Path) -> str:
+def hacking_table(found: Curves) -> str:
     """Distances to teacher and oracle: at the start, the smallest golden one and where, and at the end."""
-    found = curves(folder, "hacking")
     header = ["text", "tokens", "proxy, trained-on prompts", "proxy, held-out", "golden", "exact, %"]
     rows = []
     for method, by_seed in found.items():
@@ -255,9 +259,8 @@ def sweep_table(folder: Path, name: str) -> str:
     return markdown(["method", *(f"{rate:g}" for rate in rates), "taken"], rows) if rows else ""
 
 
-def with_figures(folder: Path, page: str, *, guide: bool) -> str:
+def with_figures(found: dict[str, Curves], page: str, *, guide: bool) -> str:
     """A page's text with the differences as the results have them: the decision's, and the guide's if it has one."""
-    found = {name: curves(folder, name) for name in TRACKS}
 
     def measured(shown: Shown) -> Mean | None:
         return difference(found, shown.track, shown.method, shown.against, shown.metric)
@@ -267,8 +270,11 @@ def with_figures(folder: Path, page: str, *, guide: bool) -> str:
     return put_in(page, "guide", markdown(HEAD, rows, "---|")) if guide else page
 
 
-def report(folder: Path, here: Path) -> None:
-    """Writes RESULTS.md (the figures, and around them the hand-written notes.md) and accuracy.svg."""
+def report(folder: Path, here: Path, every: dict[str, Curves]) -> None:
+    """Writes RESULTS.md (the figures, and around them the hand-written notes.md) and accuracy.svg.
+
+    ``every``: the results in ``folder``, as :func:`all_curves` reads them.
+    """
     notes = (here / "notes.md").read_text() if (here / "notes.md").exists() else ""
     results = [(f.parent.name, json.loads(f.read_text())) for f in sorted(folder.glob("*/*.json"))]
     if not results:
@@ -284,13 +290,13 @@ def report(folder: Path, here: Path) -> None:
         "## Claims\n\nDifferences are taken within a seed (same start, same prompts) and averaged over seeds, with "
         "95 % t intervals. An interval that holds zero says nothing either way; of so many, one leaves it out by "
         "chance.",
-        claims(folder),
+        claims(every),
         notes.strip(),
     ]
     for name, track in TRACKS.items():
-        if not curves(folder, name):
+        if not (found := every[name]):
             continue
-        seeds = max(len(by_seed) for by_seed in curves(folder, name).values())
+        seeds = max(map(len, found.values()))
         said = f"{track.labels} labels, " if track.labels else ""
         of_it = [r for place, r in results if place == name and r["key"] == track.key()]
         places = [", ".join(sorted({r[what] for r in of_it})) for what in ("machine", "commit")]
@@ -299,8 +305,8 @@ def report(folder: Path, here: Path) -> None:
             f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; {rates}, batch {track.batch}, {seeds} "
             f"seeds. {places[0]}, commit {places[1]}."
         )
-        parts += [hacking_table(folder)] if name == "hacking" else [table_of(name, folder), best_of_both(name, folder)]
+        parts += [hacking_table(found)] if name == "hacking" else [table_of(name, found), best_of_both(name, found)]
         if swept := sweep_table(here / "sweeps", name):
             parts.append(f"Learning rates, seed 0, exact match greedily / sampled, %:\n\n{swept}")
     (here / "RESULTS.md").write_text("\n\n".join(p for p in parts if p) + "\n")
-    write_plot(here / "accuracy.svg", {name: curves(folder, name) for name in TRACKS})
+    write_plot(here / "accuracy.svg", {name: whole(found) for name, found in every.items()})

@@ -35,11 +35,11 @@ class Pair:
 
     def penalised(self, tokens: RejectedTokens) -> tuple[bool, ...]:
         """Which tokens of the rejected side the loss pushes down, those that do not count left out."""
+        given = self.rejected_counts or (True,) * len(self.rejected)
         if tokens == "all":
-            return self.rejected_counts or (True,) * len(self.rejected)
+            return given
         shared = common_prefix(self.chosen, self.rejected)
         end = len(self.rejected) if tokens == "after_divergence" else shared + 1
-        given = self.rejected_counts or (True,) * len(self.rejected)
         return tuple(counts and shared <= i < end for i, counts in enumerate(given))
 
 

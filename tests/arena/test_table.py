@@ -101,7 +101,7 @@ def test_report_has_every_track_and_only_results_of_these_settings(tmp_path: Pat
     written(tmp_path / "results", "main", "opd", 0, key="of other settings")
     assert not table.current(tmp_path / "results", Cell("main", "opd", 0))
     (tmp_path / "notes.md").write_text("## What came out\n\nby hand")
-    table.report(tmp_path / "results", tmp_path)
+    table.report(tmp_path / "results", tmp_path, table.all_curves(tmp_path / "results"))
     text = (tmp_path / "RESULTS.md").read_text()
     for track in TRACKS.values():
         assert f"## {track.title}" in text
@@ -151,11 +151,12 @@ def test_keys_change_with_the_settings_and_not_with_the_list_of_methods() -> Non
 def test_the_committed_pages_are_those_of_the_committed_cells(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text((ARENA / "notes.md").read_text())
     (tmp_path / "sweeps").symlink_to(ARENA / "sweeps")
-    table.report(ARENA / "results", tmp_path)
+    found = table.all_curves(ARENA / "results")
+    table.report(ARENA / "results", tmp_path, found)
     assert (tmp_path / "RESULTS.md").read_text() == (ARENA / "RESULTS.md").read_text()
     for page, guide in (("docs/methods.md", True), ("README.md", False)):
         text = (ARENA.parents[1] / page).read_text()
-        assert table.with_figures(ARENA / "results", text, guide=guide) == text
+        assert table.with_figures(found, text, guide=guide) == text
 
 
 def test_every_line_of_the_guide_is_about_methods_of_its_track() -> None:
