@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from llmdistill.verify.phrases import DENIES, FOREIGN, GIVES_UP, HASHES, announcing
+from llmdistill.verify.phrases import DENIED_BEHIND, DENIES, FOREIGN, GIVES_UP, HASHES, announcing
 
 _BARE = r"\[?[*_\"'“`]{0,4}(?:\\(?:text|mathrm|textbf|mathbf|boldsymbol|bm)\{)?[*_\"'“`]{0,4}"
 _LETTER = rf"{_BARE}(?:[(（\[](?P<round>[A-Za-z])[)）\]]|(?P<alone>[A-Z])(?![A-Za-z0-9]|['’][A-Za-z]))"
@@ -110,11 +110,20 @@ def chosen(text: str) -> tuple[str | None, str]:
     return _unannounced(text)
 
 
+_OPTION = re.compile(r"[*_$\s(\[（]{0,6}[A-Za-z](?![A-Za-z])")
+
+
+def _denied_behind(ahead: str) -> bool:
+    """Whether a sentence in another language says of the letter it begins with that it is not the answer."""
+    option = _OPTION.match(ahead)
+    return option is not None and DENIED_BEHIND.match(ahead, option.end()) is not None
+
+
 def letters_at(text: str, at: int) -> str | None:
     """The letter that stands at a place, or the letters where there are several; None where there is none."""
     but = _BUT.match(text, at)
     ahead = text[but.end() if but else at :][:200]
-    if _NOT.match(ahead):
+    if _NOT.match(ahead) or _denied_behind(ahead):
         return None
     stripped = ahead.lstrip(" \t*_:\n") if not ahead.split("\n")[0].strip(" \t*_:") else ahead.split("\n")[0]
     match = _HEAD.match(stripped)
