@@ -127,7 +127,9 @@ def test_expected_outputs_are_not_in_the_programs_memory(pool):
     for _ in range(2):
         verdict = run_tests(program, tests, time_limit_s=20, sandbox=pool)
         assert verdict.passed, verdict
-    control = run_tests(program + "own = 'NEEDLE-7351'\n", "assert f(3) > 0", time_limit_s=20, sandbox=pool)
+    # Many of them: one alone may lie across two pages, or in an arena that the system put far away.
+    own = "own = ['NEEDLE-7351' + 'x' * (i % 400) for i in range(2000)]\n"
+    control = run_tests(program + own, "assert f(3) > 0", time_limit_s=20, sandbox=pool)
     assert control.passed, control
 
 
