@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from llmdistill.verify.answers.units import parse_unit
-from llmdistill.verify.phrases import CORRECTS
+from llmdistill.verify.phrases import CALLED_WRONG, CORRECTS, CROSSED_OUT
 
 BOX_WORD = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
 _BRACE = re.compile(r"\\{1,4}(?:boxed|fbox|framebox)(?![A-Za-z])|\\[\\{}]|[{}]")
@@ -43,12 +43,17 @@ _SIMPLE_BOX = re.compile(r"\\boxed\{[^{}]{0,200}\}")
 
 
 def without_denied(text: str) -> str:
-    """A text without the boxes that it says are not the answer: "45, not \\boxed{44}"."""
+    """A text without the boxes that it says are not the answer: "45, not \\boxed{44}", "\\boxed{44} (wrong)"."""
     kept, done = list[str](), 0
     for box in _SIMPLE_BOX.finditer(text):  # few: what stands before each is looked at, and not every place of the text
         before = text[max(done, box.start() - _LONGEST_DENIAL) : box.start()]
         if denial := _DENIAL.search(before):
             kept += [text[done : box.start() - len(before) + denial.start()], "not"]
+            done = box.end()
+        elif CROSSED_OUT.match(text, box.end()) or (
+            CALLED_WRONG.match(text, box.end()) and re.search(r"\d", box.group())
+        ):
+            kept += [text[done : box.start()], "not"]
             done = box.end()
     return "".join([*kept, text[done:]])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from llmdistill.verify.phrases import DENIED_BEHIND, DENIES, FOREIGN, GIVES_UP, HASHES, announcing
+from llmdistill.verify.phrases import CROSSED_OUT, DENIED_BEHIND, DENIES, FOREIGN, GIVES_UP, HASHES, announcing
 
 _BARE = r"\[?[*_\"'“`]{0,4}(?:\\(?:text|mathrm|textbf|mathbf|boldsymbol|bm)\{)?[*_\"'“`]{0,4}"
 _LETTER = rf"{_BARE}(?:[(（\[](?P<round>[A-Za-z])[)）\]]|(?P<alone>[A-Z])(?![A-Za-z0-9]|['’][A-Za-z]))"
@@ -111,19 +111,25 @@ def chosen(text: str) -> tuple[str | None, str]:
 
 
 _OPTION = re.compile(r"[*_$\s(\[（]{0,6}[A-Za-z](?![A-Za-z])")
+_BRACKETS = re.compile(r"[)\]）*_$\s]{0,6}[（(]")
 
 
-def _denied_behind(ahead: str) -> bool:
-    """Whether a sentence in another language says of the letter it begins with that it is not the answer."""
-    option = _OPTION.match(ahead)
-    return option is not None and DENIED_BEHIND.match(ahead, option.end()) is not None
+def _denied_behind(text: str, end: int) -> bool:
+    """Whether the letter that ends there is crossed out, or denied in another language.
+
+    What stands in brackets behind it is what the option reads, also where that is "wrong".
+    """
+    if CROSSED_OUT.match(text, end):
+        return True
+    return not _BRACKETS.match(text, end) and DENIED_BEHIND.match(text, end) is not None
 
 
 def letters_at(text: str, at: int) -> str | None:
     """The letter that stands at a place, or the letters where there are several; None where there is none."""
     but = _BUT.match(text, at)
     ahead = text[but.end() if but else at :][:200]
-    if _NOT.match(ahead) or _denied_behind(ahead):
+    option = _OPTION.match(ahead)
+    if _NOT.match(ahead) or (option and _denied_behind(ahead, option.end())):
         return None
     stripped = ahead.lstrip(" \t*_:\n") if not ahead.split("\n")[0].strip(" \t*_:") else ahead.split("\n")[0]
     match = _HEAD.match(stripped)
@@ -138,6 +144,12 @@ def letters_at(text: str, at: int) -> str | None:
     if following:
         return stripped[: following.end()].strip(" *_$")
     return letter.upper()
+
+
+_MENTIONED = re.compile(
+    r"(?P<not>\bnot\s+)?(?:\((?P<round>[A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\**(?P<named>[A-Z])\b)"
+    r"(?P<wrong>\s+is\s+(?:wrong|incorrect|false|not))?"
+)
 
 
 def _unannounced(text: str) -> tuple[str | None, str]:
@@ -159,13 +171,9 @@ def _unannounced(text: str) -> tuple[str | None, str]:
     if closing and not re.search(r"\b(?:not|except|neither)\b", text[-200:]):
         return closing.group(1), "last_option"
     # A bare "A" opens sentences and "I" is a word: without brackets only in the words "option B", "choice B".
-    named = list(
-        re.finditer(
-            r"(?P<not>\bnot\s+)?(?:\(([A-Z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\**([A-Z])\b)(?P<wrong>\s+is\s+(?:wrong|incorrect|false|not))?",
-            text[-4000:],
-        )
-    )
-    for match in reversed(named):
-        if not match["not"] and not match["wrong"]:
-            return match.group(2) or match.group(3), "last_option"
+    end = text[-4000:]
+    for match in reversed(list(_MENTIONED.finditer(end))):
+        which = "round" if match["round"] else "named"
+        if not (match["not"] or match["wrong"] or _denied_behind(end, match.end(which))):
+            return match[which], "last_option"
     return None, "none"

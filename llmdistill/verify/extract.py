@@ -24,7 +24,19 @@ from llmdistill.verify.answers.wording import read_option
 from llmdistill.verify.asked import LONGEST_COMPLETION
 from llmdistill.verify.boxes import last_boxes, without_denied
 from llmdistill.verify.choices import chosen
-from llmdistill.verify.phrases import DENIED_BEHIND, DENIES, FINAL, FOREIGN, HASHES, HOPE, INSTEAD, TAG, announcing
+from llmdistill.verify.phrases import (
+    CALLED_WRONG,
+    CROSSED_OUT,
+    DENIED_BEHIND,
+    DENIES,
+    FINAL,
+    FOREIGN,
+    HASHES,
+    HOPE,
+    INSTEAD,
+    TAG,
+    announcing,
+)
 from llmdistill.verify.sentences import (
     LONGEST_SENTENCE,
     Extraction,
@@ -142,7 +154,9 @@ def _answer_tails(text: str) -> Iterator[tuple[str, str]]:
             tail = _json_value(tail)
         if match.re is FOREIGN:
             denied = DENIES.search(match.group()) or DENIES.match(tail.lstrip(" *_")) or _denied_behind(tail)
-            tail = _of_denied(tail) if denied else _first_of_foreign(tail)
+            tail = _of_denied(tail) if denied else tail if _called_wrong(tail) else _first_of_foreign(tail)
+        if _called_wrong(tail):
+            tail = f"not {tail}"
         # "#### 18" and "final answer" are meant as marks, whatever comes after them.
         strong = match.re in (HASHES, TAG) or re.search(
             r"final\s*$", text[max(0, match.start() - 8) : match.start()], re.I
@@ -168,6 +182,14 @@ def _denied_behind(tail: str) -> bool:
     """Whether a sentence in another language says of the number it begins with that it is not the answer."""
     said = _FORMULA.match(tail) or _FIGURE.match(tail)
     return said is not None and DENIED_BEHIND.match(tail, said.end()) is not None
+
+
+def _called_wrong(tail: str) -> bool:
+    """Whether the number that a tail begins with is crossed out or called wrong in brackets."""
+    said = _FORMULA.match(tail) or _FIGURE.match(tail)
+    return (
+        said is not None and (CROSSED_OUT.match(tail, said.end()) or CALLED_WRONG.match(tail, said.end())) is not None
+    )
 
 
 def _of_denied(tail: str) -> str:

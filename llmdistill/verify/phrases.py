@@ -52,6 +52,15 @@ DENIED_BEHIND = re.compile(
     r"|sbagliat[oa]|errad[oa]|неверно|неправильно|błędn\w|fel|forkert|feil|väärin|onjuist|fout|yanlış|salah|sai)\b)",
     re.I,
 )
+# A cross behind an answer, and brackets that call a number wrong. Behind an option brackets say what it reads.
+CROSSED_OUT = re.compile(r"[*_$\s)\\\]]{0,6}[❌✗✘✖]")
+CALLED_WRONG = re.compile(
+    r"[*_$\s)\\\]]{0,6}[（(]\s?(?:(?:that|this|it)(?: is|['’]s) |which is )?(?:wrong|incorrect|not (?:correct|right)"
+    r"|[这那]?是?(?:不对|不對|不正确|不正確|错误?|錯誤?)|間違い|誤り|틀림|오답|falsch"
+    r"|nicht (?:richtig|korrekt)|incorrect[oea]?|fau(?:x|sse)|sbagliat[oa]|errad[oa]|неверно|неправильно"
+    r"|błędn\w|fel|forkert|feil|väärin|fout|onjuist|yanlış|salah)\s?[.!。！]?\s?[)）]",
+    re.I,
+)
 # What is said in its place.
 INSTEAD = re.compile(
     r"\b(?:sondern|sino|mais|bensì|mas|а|lecz|ale|maar|men|utan|vaan|aksine|melainkan|mà là)\b"
