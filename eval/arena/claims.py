@@ -32,6 +32,9 @@ CLAIMS = (
     Claim("main", "gkd", "opd", "JSD beats reverse KL on-policy (GKD: depends on the task)"),
     Claim("main", "skew_teacher", "fkl_teacher", "skew KL beats forward KL (DistiLLM, 2402.03898)"),
     Claim("main", "taid", "fkl_teacher", "TAID beats forward KL (2501.16937)"),
+    Claim("main", "tip", "opd", "half of the tokens, picked, are as good as all (TIP, 2604.14084)", equal=True),
+    Claim("main", "vopd", "opd_sampled", "a baseline helps the sampled token (vOPD, 2605.07865)"),
+    Claim("main", "distillm2", "fkl_teacher", "two texts beat the teacher's alone (DistiLLM-2, 2503.07067)"),
     Claim("capacity", "taid", "fkl_teacher", "the same where the student is small, which is TAID's claim"),
     Claim("main", "exopd_1.25", "opd", "ExOPD: λ = 1.25 beats 1 (2602.12125)"),
     Claim("main", "exopd_1.5", "opd", "ExOPD: λ = 1.5 beats 1"),
@@ -60,6 +63,8 @@ CLAIMS = (
     Claim("recovery", "opd", "opsa", "the teacher matters: a fixed negative advantage does not do it (2608.31046)"),
     Claim("recovery", "opd", "opd_sampled", "the whole vocabulary beats the sampled token"),
     Claim("recovery", "vopd", "opd_sampled", "a baseline helps the sampled token (vOPD, 2605.07865)"),
+    Claim("recovery", "tip", "opd", "half of the tokens, picked, are as good as all (TIP, 2604.14084)", equal=True),
+    Claim("recovery", "distillm2", "fkl_teacher", "two texts beat the teacher's alone (DistiLLM-2, 2503.07067)"),
     Claim("recovery", "opd", "returns", "per token beats returns"),
     Claim("recovery_long", "opd", "fkl_teacher", "on-policy beats the teacher's text, at 900k tokens"),
     Claim("recovery_long", "opd", "fkl_mistakes", "the same against truth with mistakes"),
@@ -80,6 +85,10 @@ CLAIMS = (
     Claim(
         "direction", "opd", "rkl_teacher", "on-policy reaches a reinforced teacher sooner, sampled", metric="exact_t1"
     ),
+    Claim("told", "opsd", "sft_labels", "judging oneself by the solution beats copying it (OPSD)"),
+    Claim("told", "opsd", "sft_labels", "the same, sampled", metric="exact_t1"),
+    Claim("told", "context", "context_given", "context distillation: one's own text beats the solution's"),
+    Claim("told", "sdpo", "opsa", "successes among one's own samples teach (SDPO)"),
     Claim("main", "opd", "trl", "our OPD and the peer's end at the same score", equal=True),
 )
 

@@ -46,8 +46,8 @@ GUIDE = (
     Entry(
         "TAID (2501.16937)",
         "`taid.yaml`",
-        "short answers, by a little",
-        "a small student, its own claim",
+        "no cell shows that it does",
+        "level with the forward KL in short answers, in long ones and with a small student, its own claim",
         (
             Shown("main", "taid", "fkl_teacher"),
             Shown("capacity", "taid", "fkl_teacher"),
@@ -71,7 +71,7 @@ GUIDE = (
         "forward KL on the student's text",
         "`quickstart.yaml`, `--divergence forward_kl`",
         "greedily, nearly as the reverse KL",
-        "sampled at temperature 1; in short answers it breaks down late",
+        "sampled at temperature 1; in short answers it can break down late",
         (
             Shown("recovery", "opd_fkl", "opd"),
             Shown("recovery", "opd_fkl", "opd", "exact_t1"),
@@ -81,7 +81,7 @@ GUIDE = (
     Entry(
         "GKD: JSD, or a mix of both texts (2306.13649)",
         "`gkd.yaml` (a mix), `--student_fraction 1`",
-        "JSD: as the reverse KL; the mix: where sampling is the dearer part",
+        "JSD: short answers, above the reverse KL; the mix: where sampling is the dearer part",
         "sampled at temperature 1, half of the text on-policy wins less than all of it where mistakes matter",
         (
             Shown("main", "gkd", "opd"),
@@ -104,16 +104,20 @@ GUIDE = (
     Entry(
         "sampled tokens with a baseline (vOPD, 2605.07865)",
         "`vopd.yaml`, `--baseline kl`, `optimal`",
-        "says its paper: sampled tokens, where student and teacher are far apart",
-        "in place of whole rows; not told apart from sampled tokens without one",
-        (Shown("recovery", "vopd", "opd_sampled"), Shown("recovery", "vopd", "opd")),
+        "sampled tokens in short answers, at the price of a list of tokens; says its paper: where both are far apart",
+        "in place of whole rows; in long traces not told apart from sampled tokens without one",
+        (
+            Shown("main", "vopd", "opd_sampled"),
+            Shown("recovery", "vopd", "opd_sampled"),
+            Shown("recovery", "vopd", "opd"),
+        ),
     ),
     Entry(
         "any f-divergence from sampled tokens (OPD+, 2606.01039)",
         "`sampled_f.yaml`, `--f jensen_shannon`",
-        "as sampled tokens, for other divergences",
-        "not told apart from the reverse KL of sampled tokens",
-        (Shown("recovery", "sampled_f", "opd_sampled"),),
+        "as sampled tokens, for other divergences: the Jensen-Shannon a little above the reverse KL in short answers",
+        "long traces: not told apart from the reverse KL of sampled tokens",
+        (Shown("main", "sampled_f", "opd_sampled"), Shown("recovery", "sampled_f", "opd_sampled")),
     ),
     Entry(
         "returns: a token answers for the KL behind it (MiniLLM, 2306.08543)",
@@ -132,8 +136,9 @@ GUIDE = (
         "DistiLLM-2: two texts, two skewed KLs (2503.07067)",
         "`distillm2.yaml`",
         "both texts are to be had: over text of the teacher's alone",
-        "level with the reverse KL on the student's text greedily, below it sampled",
+        "level with the reverse KL on the student's text greedily, below it sampled; short answers: below either text",
         (
+            Shown("main", "distillm2", "fkl_teacher"),
             Shown("recovery", "distillm2", "fkl_teacher"),
             Shown("recovery", "distillm2", "opd"),
             Shown("recovery", "distillm2", "opd", "exact_t1"),
@@ -142,8 +147,8 @@ GUIDE = (
     Entry(
         "G-OPD, ExOPD: λ times the teacher's reward (2602.12125)",
         "`gopd.yaml`, `--reward_scale 1.25`",
-        "the teacher is the student improved by rewards: λ = 1.25 and 1.5 at least cost nothing",
-        "λ = 2; a larger teacher of all the answers: nothing lies beyond it; λ = 0.5 costs",
+        "says its paper: the teacher is the student improved by rewards. Here λ = 1.25 and 1.5 cost nothing",
+        "no cell shows it: nothing lies beyond a teacher that is right on all; λ = 2 and 0.5 tend below 1",
         (
             Shown("direction", "exopd_1.25", "opd", "exact_t1"),
             Shown("direction", "exopd_1.5", "opd", "exact_t1"),
@@ -165,7 +170,7 @@ GUIDE = (
         "`tip.yaml`, `--keep 0.5`",
         "memory, at no loss: half of the tokens end level with all of them",
         "",
-        (Shown("recovery", "tip", "opd"), Shown("recovery", "tip", "opd", "exact_t1")),
+        (Shown("main", "tip", "opd"), Shown("recovery", "tip", "opd"), Shown("recovery", "tip", "opd", "exact_t1")),
         "half of the tokens match all of them with 47 % less memory",
     ),
     Entry(
@@ -179,7 +184,7 @@ GUIDE = (
         "prefix OPD, special tokens left out (2602.15260)",
         "`selected.yaml`, `--first 64`",
         "compute: half to a 47th of it at equal accuracy, says the paper",
-        "no cell has been run",
+        "texts whose rest needs to be taught: on the first half of short answers alone the student forgets the other",
         (Shown("main", "selected", "opd"),),
     ),
     Entry(
@@ -193,12 +198,14 @@ GUIDE = (
     Entry(
         "OPSD, context distillation, SDPO: the student as its own teacher (siyan-zhao/OPSD, 2112.00861, lasgroup/SDPO)",
         "`opsd.yaml`, `context_distillation.yaml`, `sdpo.yaml`",
-        "no larger teacher, but solutions, instructions or successes to show it",
-        "no cell has been run",
+        "no larger teacher, but solutions, instructions or successes to show it, and a student that reads better than "
+        "it reckons",
+        "a student that cannot read them: in the other tracks, whose models have never read one, it ends at 0 %",
         (
-            Shown("main", "opsd", "opd_labelled"),
-            Shown("main", "context", "opd_labelled"),
-            Shown("main", "sdpo", "opd_labelled"),
+            Shown("told", "opsd", "sft_labels"),
+            Shown("told", "opsd", "sft_labels", "exact_t1"),
+            Shown("told", "context", "context_given"),
+            Shown("told", "sdpo", "opsa"),
         ),
         "OPSD, Qwen3-1.7B on AIME24: 47.7 before, 51.7 after",
     ),
@@ -207,7 +214,8 @@ GUIDE = (
         "`redi.yaml`, `--method redi`, `symmetric`, `simpo`, `dpo`; `--rejected_tokens first_divergent`",
         "says its paper: long traces whose wrong halves hold right steps. No cell shows it; the nearer to the error "
         "the penalty, the less it costs",
-        "a start that has seen the right traces already; long right prefixes under a penalty on all of the wrong side",
+        "a start that has seen the right traces already: level with SFT; long right prefixes under a penalty on all of "
+        "the wrong side",
         (
             Shown("negatives", "redi", "sft_right"),
             Shown("recovery_negatives", "redi_all", "sft_right"),
@@ -221,7 +229,7 @@ GUIDE = (
         "hidden states: cosine, MSE, MI-α (1910.01108, 1909.10351)",
         "`layers.yaml`, `--distance …`",
         "teacher and student share a shape",
-        "no cell has been run",
+        "beside the reverse KL: level with it alone",
         (Shown("main", "layers", "opd"),),
     ),
     Entry(

@@ -17,6 +17,7 @@ from clock import Curve
 from datasets import Dataset
 from models import TOKENIZER
 from task import longest
+from told import context
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -202,11 +203,11 @@ def composed(
 
 
 def told(name: str, judge: Teacher | None = None, **objective: Any) -> Callable[[Setting], Trainer]:
-    """One whose judge, by default the track's teacher, reads the true completion behind the prompt."""
+    """One whose judge, by default the track's teacher, reads the true completion behind the prompt: see told.py."""
 
     def build(s: Setting) -> Trainer:
         args = compositions.config_class(name)(**s.ours(), **objective)
-        data, contexts = DataConfig(contexts={"solution": "completion"}), {"teacher": "solution"}
+        data, contexts = DataConfig(contexts={"solution": "told"}), {"teacher": "solution"}
         rows = rows_of(s, "labelled")
         return built(
             MethodTrainer, s, s.model, args, judge or s.teacher, train_dataset=rows, data=data, contexts=contexts
@@ -216,10 +217,10 @@ def told(name: str, judge: Teacher | None = None, **objective: Any) -> Callable[
 
 
 def sibling(row: Row, completions: list[str], rewards: list[float] | None) -> list[str | None]:
-    """SDPO's, without the words that this tokenizer has not got."""
+    """SDPO's, told as the start has learned to read it."""
     right = [i for i, reward in enumerate(rewards or []) if reward >= SUCCESS]
     chosen = [next((j for j in right if j != i), None) for i in range(len(completions))]
-    return [None if j is None else completions[j] for j in chosen]
+    return [None if j is None else context(completions[j]) for j in chosen]
 
 
 def answered(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float]:
@@ -228,7 +229,7 @@ def answered(prompts: Sequence[str], completions: Sequence[str], answer: Sequenc
     return [float(text.rpartition(";")[2] == true.rpartition(";")[2]) for true, text in pairs]
 
 
-def sdpo(samples: int) -> Callable[[Setting], Trainer]:
+def sdpo(samples: int, *judge: Any) -> Callable[[Setting], Trainer]:
     def build(s: Setting) -> Trainer:
         ours = {**s.ours(), "per_device_train_batch_size": max(1, s.batch // samples)}
         ours["rollouts"] = RolloutConfig(max_new_tokens=s.longest, samples_per_prompt=samples)
@@ -238,7 +239,7 @@ def sdpo(samples: int) -> Callable[[Setting], Trainer]:
             s,
             s.model,
             compositions.config_class("sdpo")(**ours, top_k=8),  # of sixteen columns
-            StudentTeacher("ema", 0.95),
+            StudentTeacher(*judge),
             train_dataset=rows_of(s, "labelled"),
             data=data,
             contexts={"teacher": "sibling"},
@@ -353,11 +354,15 @@ METHODS = {
     "entropy_aware": Method("entropy-aware OPD", "fresh", "student", composed("entropy_aware", top_k=8)),
     "selected": Method("prefix OPD, 15 tokens", "fresh", "student", composed("selected", first=15)),
     "layers": Method("OPD and last layer, cosine", "fresh", "student", composed("layers")),
-    "context": Method("OPD, teacher told the truth", "labelled", "student", told("context_distillation")),
+    "context": Method("context distillation, own text", "labelled", "student", told("context_distillation")),
+    "context_given": Method(
+        "context distillation, true text", "labelled", "labels", told("context_distillation", sequences="dataset")
+    ),
     "returns": Method("OPD with returns, γ = 0.9", "fresh", "student", composed("returns")),
     "opsa": Method("fixed −c, no teacher (OPSA)", "fresh", "student", composed("opsa")),
     "opsd": Method("OPSD", "labelled", "student", opsd),
-    "sdpo": Method("SDPO, 8 samples", "labelled", "student", sdpo(8)),
+    "sdpo": Method("SDPO, 8 samples", "labelled", "student", sdpo(8, "ema", 0.95)),
+    "sdpo_fixed": Method("SDPO, the start as judge", "labelled", "student", sdpo(8, "initial")),
     "trl": Method("TRL DistillationTrainer", "fresh", "student", trl_distillation),
     "opd_one": Method("OPD, addition expert for all", "fresh", "student", opd_of_one),
     # Teacher hacking: one objective, three sources of text.

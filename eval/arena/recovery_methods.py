@@ -30,6 +30,8 @@ RATES: dict[str, float] = {
     "returns_fixed": 0.0003,
     "rkl_mistakes": 0.003,
     "sampled_f": 0.0003,
+    "sdpo": 0.0003,
+    "sdpo_fixed": 0.0003,
     "sft_mistakes": 0.0003,
     "sft_right": 0.0003,
     "sft_teacher": 0.003,

@@ -30,7 +30,7 @@ REFERENCE = {
     **{"main": "fkl_teacher", "capacity": "fkl_teacher", "negatives": "sft_right", "experts": "sft_teacher"},
     **{"digits": "sft_teacher", "groups": "sft_teacher"},
     **dict.fromkeys(("recovery", "recovery_long", "recovery_six"), "fkl_teacher"),
-    **{"recovery_negatives": "sft_right", "ways": "opd", "direction": "opd"},
+    **{"recovery_negatives": "sft_right", "ways": "opd", "direction": "opd", "told": "sft_labels"},
 }
 
 CONTROL = "opsa"  # hears of no teacher
@@ -160,7 +160,7 @@ def table_of(name: str, found: Curves, share: float = 1.0) -> str:
     extra += ["exact_t1", *(["best_way", "right_on_best"] if name == "ways" else ["steps_right", "corrected"])] * bool(
         track.size
     )
-    extra += ["exact_t1"] if name == "direction" else []
+    extra += ["exact_t1"] if name in ("direction", "told") else []
     kl = ["forward_kl", "reverse_kl"] if name in ("main", "capacity", "direction") or track.size else []
     kl = kl[1:] if name == "ways" else kl
     header = ["method", "prompts", "text", "labels?", "on-policy?", f"at {tokens // 1000}k tokens, %"]
@@ -301,9 +301,10 @@ def report(folder: Path, here: Path, every: dict[str, Curves]) -> None:
         of_it = [r for place, r in results if place == name and r["key"] == track.key()]
         places = [", ".join(sorted({r[what] for r in of_it})) for what in ("machine", "commit")]
         rates = f"learning rate {track.lr:g}{' or what the sweep says' if track.swept else ''}"
+        teachers = ", ".join(track.needs) or "the start itself, told the solution"
         parts.append(
-            f"## {track.title}\n\n{said}teachers: {', '.join(track.needs)}; {rates}, batch {track.batch}, {seeds} "
-            f"seeds. {places[0]}, commit {places[1]}."
+            f"## {track.title}\n\n{said}teachers: {teachers}; {rates}, batch {track.batch}, {seeds} seeds. "
+            f"{places[0]}, commit {places[1]}."
         )
         parts += [hacking_table(found)] if name == "hacking" else [table_of(name, found), best_of_both(name, found)]
         if swept := sweep_table(here / "sweeps", name):

@@ -7,6 +7,7 @@ data and the sampling; the teachers and the fresh problems are the same for all.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import direction
 import recovery_models
 import recovery_task
+import told
 import ways
 from clock import Budget, Charge, Curve, Score
 from entries import METHODS
@@ -141,9 +143,6 @@ TRACKS = {
             "entropy_aware",
             "selected",
             "layers",
-            "context",
-            "opsd",
-            "sdpo",
             "returns",
             "opsa",
             "trl",
@@ -236,6 +235,19 @@ TRACKS = {
         needs=("ways",),
         batch=64,
     ),
+    # Where a student that is told the solution can judge itself.
+    "told": Track(
+        "Solutions to be told",
+        ("sft_labels", "context_given", "sft_noised", "context", "opsd", "sdpo", "sdpo_fixed", "opsa"),
+        Budget(100_000, 10.0),
+        student=told.STUDENT,
+        needs=(),
+        labels=told.LABELS,
+        start_steps=told.STEPS,
+        start_band=(told.KNOWS, 1.0),
+        fresh=4000,
+        swept=True,
+    ),
     "direction": Track(
         "A direction made by rewards",
         (
@@ -296,6 +308,8 @@ def prepare(
     """Teachers, text, start and curve of a cell; what is not cached yet is made."""
     if cell.track == "ways":
         return prepare_ways(track, cell, note, report)
+    if cell.track == "told":
+        return prepare_told(track, cell, note, report)
     if track.size:
         return prepare_recovery(track, cell, note, report)
     models = {name: teacher(name, note)[0] for name in track.needs}
@@ -435,6 +449,26 @@ def prepare_ways(track: Track, cell: Cell, note: Callable[[str], None], report: 
         steps=track.budget.tokens // (track.batch * ways.TOKENS),
         tokenizer=recovery_models.TOKENIZER,
         longest=ways.TOKENS,
+    )
+    return Prepared(about, setting)
+
+
+def prepare_told(track: Track, cell: Cell, note: Callable[[str], None], report: Callable[[float], None]) -> Prepared:
+    """The same where the start judges itself, told the solution."""
+    note("preparing")
+    model, about = told.start(cell.seed, note)
+    rows, test = told.rows(track.fresh, 77), heldout(SCORED)
+    curve = Curve(track.budget, _together(Exact(test), Sampled(test)), Charge(), report)
+    setting = Setting(
+        model=model,
+        teacher=LocalTeacher(copy.deepcopy(model), track.tokenizer),
+        data=Data(labelled=rows, fresh=rows, noised=noised(rows, "0123456789", 83)),
+        curve=curve,
+        folder=CACHE / "runs" / cell.name,
+        seed=cell.seed,
+        lr=rate(track, cell.method),
+        batch=track.batch,
+        steps=track.budget.tokens // (track.batch * TOKENS_A_SEQUENCE),
     )
     return Prepared(about, setting)
 

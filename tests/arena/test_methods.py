@@ -8,6 +8,7 @@ from typing import Any
 
 import methods
 import pytest
+import told
 import torch
 from models import TOKENIZER, Size
 from task import problems
@@ -45,7 +46,7 @@ class Curve(TrainerCallback):
 
 def test_every_method_of_the_package_has_a_cell() -> None:
     assert len(CELLS) == len(set(compositions.names()) - ACROSS_TOKENIZERS)
-    assert set(CELLS) <= set(TRACKS["main"].methods)
+    assert set(CELLS) <= {*TRACKS["main"].methods, *TRACKS["told"].methods}
 
 
 def test_noise_is_of_digits_alone_and_of_a_tenth_of_them() -> None:
@@ -66,7 +67,7 @@ def test_noise_is_of_digits_alone_and_of_a_tenth_of_them() -> None:
 def test_it_trains(tmp_path: Path, cell: str) -> None:
     torch.manual_seed(0)
     size = Size(16, 1, 2, 32)
-    rows = [p.row() for p in problems(16, 3)]
+    rows = told.rows(16, 3)
     setting = methods.Setting(
         model=size.build(0),
         teacher=LocalTeacher(size.build(1), TOKENIZER),

@@ -12,6 +12,7 @@ import models
 import pytest
 import recovery_models
 import recovery_scores
+import told
 import tracks
 import ways
 from clock import Budget
@@ -21,7 +22,7 @@ from teachers import Text
 
 CELLS = [
     ("main", "fkl_noised"),
-    ("main", "context"),
+    ("main", "opd"),
     ("capacity", "opsa"),
     ("negatives", "redi"),
     ("negatives", "sft_noised"),
@@ -44,6 +45,9 @@ CELLS = [
     ("ways", "returns"),
     ("ways", "fkl_noised"),
     ("direction", "exopd_1.5"),
+    ("told", "opsd"),
+    ("told", "sdpo"),
+    ("told", "context_given"),
 ]
 COMMON = {"step", "tokens", "cpu_seconds"}
 RECOVERY = {"exact", "exact_t1", "reverse_kl", "forward_kl", "steps_right", "corrected"}
@@ -52,6 +56,7 @@ SCORES = {
     "hacking": {"golden"},
     "ways": {"exact", "exact_t1", "reverse_kl", "best_way", "right_on_best"},
     "direction": {"exact", "exact_t1", "reverse_kl"},
+    "told": {"exact", "exact_t1"},
     **dict.fromkeys(("main", "capacity"), {"exact", "reverse_kl"}),
     **dict.fromkeys((name for name in tracks.TRACKS if name.startswith("recovery")), RECOVERY),
 }
@@ -92,6 +97,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setattr(tracks, "sample", sample)
     patch.setattr(recovery_models, "start", of_traces)
     patch.setattr(ways, "start", of_traces)
+    patch.setattr(told, "start", of_sums)
     patch.setattr(tracks, "start", of_sums)
     patch.setattr(tracks, "SCORED", 8)
     for name, few in {"STEPS": 1, "BATCH": 2, "SAMPLES": 2}.items():
