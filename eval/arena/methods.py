@@ -31,7 +31,7 @@ from trl import DistillationTrainer as TRLDistillationTrainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from llmdistill import methods as compositions
-from llmdistill.methods.sdpo import SUCCESS
+from llmdistill.methods.sdpo import successes
 from llmdistill.opd import OPDConfig, OPDTrainer
 from llmdistill.recipe.config import RolloutConfig
 from llmdistill.recipe.data_config import DataConfig
@@ -218,9 +218,7 @@ def told(name: str, judge: Teacher | None = None, **objective: Any) -> Callable[
 
 def sibling(row: Row, completions: list[str], rewards: list[float] | None) -> list[str | None]:
     """SDPO's, told as the start has learned to read it."""
-    right = [i for i, reward in enumerate(rewards or []) if reward >= SUCCESS]
-    chosen = [next((j for j in right if j != i), None) for i in range(len(completions))]
-    return [None if j is None else context(completions[j]) for j in chosen]
+    return [None if text is None else context(text) for text in successes(completions, rewards)]
 
 
 def answered(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float]:

@@ -53,10 +53,16 @@ def build(args: Any) -> Method:
     return Method((term.importance_weighted(cap, **args.sampler) if cap else term,))
 
 
-def sibling(row: dict[str, Any], completions: list[str], rewards: list[float] | None) -> list[str | None]:
-    """For every sample of a prompt the first other one that succeeded, as a solution to learn from; else None."""
+def successes(completions: list[str], rewards: list[float] | None) -> list[str | None]:
+    """For every sample of a prompt the first *other* one that succeeded; else None."""
     right = [i for i, reward in enumerate(rewards or []) if reward >= SUCCESS]
     chosen = [next((j for j in right if j != i), None) for i in range(len(completions))]
+    return [None if j is None else completions[j] for j in chosen]
+
+
+def sibling(row: dict[str, Any], completions: list[str], rewards: list[float] | None) -> list[str | None]:
+    """For every sample of a prompt the first other one that succeeded, as a solution to learn from; else None."""
     return [
-        None if j is None else f"A correct solution:\n\n{completions[j].strip()}\n\nSolve it yourself." for j in chosen
+        None if text is None else f"A correct solution:\n\n{text.strip()}\n\nSolve it yourself."
+        for text in successes(completions, rewards)
     ]

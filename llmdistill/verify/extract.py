@@ -152,11 +152,13 @@ def _answer_tails(text: str) -> Iterator[tuple[str, str]]:
             continue  # a heading
         if text[max(0, match.start() - 1) : match.start()] in ('"', "'") or _JSON.search(text, 0, match.start()):
             tail = _json_value(tail)
-        if match.re is FOREIGN:
-            denied = DENIES.search(match.group()) or DENIES.match(tail.lstrip(" *_")) or _denied_behind(tail)
-            tail = _of_denied(tail) if denied else tail if _called_wrong(tail) else _first_of_foreign(tail)
-        if _called_wrong(tail):
+        foreign = match.re is FOREIGN
+        if foreign and (DENIES.search(match.group()) or DENIES.match(tail.lstrip(" *_")) or _denied_behind(tail)):
+            tail = _of_denied(tail)
+        elif _called_wrong(tail):
             tail = f"not {tail}"
+        elif foreign:
+            tail = _first_of_foreign(tail)
         # "#### 18" and "final answer" are meant as marks, whatever comes after them.
         strong = match.re in (HASHES, TAG) or re.search(
             r"final\s*$", text[max(0, match.start() - 8) : match.start()], re.I
@@ -180,16 +182,18 @@ _FORMULA = re.compile(r"[*_\s]{0,8}(?:\$[^$]{1,300}\$|\\\(.{1,300}?\\\)|\\\[.{1,
 
 def _denied_behind(tail: str) -> bool:
     """Whether a sentence in another language says of the number it begins with that it is not the answer."""
-    said = _FORMULA.match(tail) or _FIGURE.match(tail)
-    return said is not None and DENIED_BEHIND.match(tail, said.end()) is not None
+    return _behind_number(tail, DENIED_BEHIND)
 
 
 def _called_wrong(tail: str) -> bool:
     """Whether the number that a tail begins with is crossed out or called wrong in brackets."""
+    return _behind_number(tail, CROSSED_OUT, CALLED_WRONG)
+
+
+def _behind_number(tail: str, *patterns: re.Pattern[str]) -> bool:
+    """Whether one of the patterns stands behind the number that a tail begins with."""
     said = _FORMULA.match(tail) or _FIGURE.match(tail)
-    return (
-        said is not None and (CROSSED_OUT.match(tail, said.end()) or CALLED_WRONG.match(tail, said.end())) is not None
-    )
+    return said is not None and any(pattern.match(tail, said.end()) for pattern in patterns)
 
 
 def _of_denied(tail: str) -> str:

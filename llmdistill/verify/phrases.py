@@ -43,22 +43,25 @@ DENIES = re.compile(
     r"|\bn['’]|\bpas\b|नहीं|不|ない|아니|ไม่",
     re.I,
 )
+# What calls an answer wrong, in other languages than English; in Chinese behind what may stand before it.
+_WRONG_CHINESE = r"[这那]?是?(?:不对|不對|不正确|不正確|错误?|錯誤?)"
+_WRONG = (
+    r"falsch|nicht (?:richtig|korrekt)|incorrect[oa]?|fau(?:x|sse)|sbagliat[oa]|errad[oa]|неверно|неправильно"
+    r"|błędn\w|fel|forkert|feil|väärin|onjuist|fout|yanlış|salah"
+)
 # Languages that deny behind the number, and what calls it wrong: "199ではない", "199 değil", "199 ist falsch".
 DENIED_BEHIND = re.compile(
     r"[*_$\s)\\\]]{0,6}(?:[^\W\d]{0,4}?(?:では|じゃ)(?:な|あり|ござ)(?![^。\n]{0,8}か)"
     r"|[^\W\d]{0,3}?\s?아(?:니|닙|님|닌)|[^\W\d]{0,12}\s?\bdeğil|नहीं"
-    r"|[^\W\d]{0,2}[（(，,]?\s?[这那]?是?(?:不对|不對|不正确|不正確|错|錯)|(?:は|이라는 답은)?(?:間違|誤り|틀)"
-    r"|(?:(?:ist|es|est|è|é|is|är|er|on|jest|to|là)\s)?(?:falsch|nicht (?:richtig|korrekt)|incorrect[oa]?|fau(?:x|sse)"
-    r"|sbagliat[oa]|errad[oa]|неверно|неправильно|błędn\w|fel|forkert|feil|väärin|onjuist|fout|yanlış|salah|sai)\b)",
+    rf"|[^\W\d]{{0,2}}[（(，,]?\s?{_WRONG_CHINESE}|(?:は|이라는 답은)?(?:間違|誤り|틀)"
+    rf"|(?:(?:ist|es|est|è|é|is|är|er|on|jest|to|là)\s)?(?:{_WRONG}|sai)\b)",
     re.I,
 )
 # A cross behind an answer, and brackets that call a number wrong. Behind an option brackets say what it reads.
 CROSSED_OUT = re.compile(r"[*_$\s)\\\]]{0,6}[❌✗✘✖]")
 CALLED_WRONG = re.compile(
-    r"[*_$\s)\\\]]{0,6}[（(]\s?(?:(?:that|this|it)(?: is|['’]s) |which is )?(?:wrong|incorrect|not (?:correct|right)"
-    r"|[这那]?是?(?:不对|不對|不正确|不正確|错误?|錯誤?)|間違い|誤り|틀림|오답|falsch"
-    r"|nicht (?:richtig|korrekt)|incorrect[oea]?|fau(?:x|sse)|sbagliat[oa]|errad[oa]|неверно|неправильно"
-    r"|błędn\w|fel|forkert|feil|väärin|fout|onjuist|yanlış|salah)\s?[.!。！]?\s?[)）]",
+    r"[*_$\s)\\\]]{0,6}[（(]\s?(?:(?:that|this|it)(?: is|['’]s) |which is )?(?:wrong|incorrecte?"
+    rf"|not (?:correct|right)|{_WRONG_CHINESE}|間違い|誤り|틀림|오답|{_WRONG})\s?[.!。！]?\s?[)）]",
     re.I,
 )
 # What is said in its place.
