@@ -1,4 +1,4 @@
-"""What stands beside other terms across tokenizers: likelihoods of chunks, tokens that both have, states, labels."""
+"""What stands beside other terms across tokenizers: tokens that both have, states, labels."""
 
 from __future__ import annotations
 
@@ -8,24 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmdistill.composition.chunks import ChunkLoss
 from llmdistill.composition.classes import ClassLoss
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Hidden, Rows, Term
-from llmdistill.objectives.alm import binary_divergence
 from llmdistill.objectives.classes import Direction, shared_kl
 from llmdistill.objectives.labels import cross_entropy
 from llmdistill.objectives.layers import channelwise, mean_square
-from llmdistill.teachers.chunks import Question
 from llmdistill.texts.sources import Kind, Only
-
-WORDS = Question(word_ends=True, merge_threshold=0.1)  # chunks as ALM has them
-
-
-def chunk_likelihood(weight: float) -> list[Term]:
-    """The KL of "this chunk or another" in nats, ALM's loss at temperature 1, which trains the tokens within chunks."""
-    group = ChunkLoss(partial(binary_divergence, temperature=1.0), WORDS)
-    return [Term("chunks", group=group, asks=(Ask("teacher", "chunks"),), weight=weight)] if weight else []
 
 
 def with_labels(terms: Sequence[Term], sequences: Kind, ce_weight: float) -> Method:

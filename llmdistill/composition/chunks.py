@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmdistill.composition.term import Ask, Groups, Term
-from llmdistill.objectives.alm import chunk_sums
+from llmdistill.objectives.alm import binary_divergence, chunk_sums
+from llmdistill.objectives.classes import Classes, log_open
 from llmdistill.teachers.chunks import ClassQuestion, EndQuestion, Question
 from llmdistill.tokenization.token_bytes import TokenTable
 
@@ -18,8 +20,11 @@ ChunkDivergence = Callable[[Tensor, Tensor], Tensor]  # (log S [C], log T [C]) -
 class ChunkLoss:
     """``loss(log S, log T)`` of the chunks that a judge of another tokenizer told of, as a loss of groups of rows.
 
-    A row's numbers are log S of its token and, with ``question.word_ends``, log S(a word ends before it), which is
-    added to the chunk that does, on both sides (ALM's outcome debiasing, arXiv 2503.20083 section 3.3). Where rows have
+    A row's numbers are log S of its token, log S(a word ends before it) with ``question.word_ends``, and log S(no digit
+    comes next that cannot), by what a token at the end of the chunk before says of it
+    (:mod:`llmdistill.tokenization.numerals`). The last goes with the chunk before, on both sides, and not with the
+    row's own: so chunks are the steps of one process on either side. In its place there a chunk has, with
+    ``word_ends``, that a word ends with it (ALM's outcome debiasing, arXiv 2503.20083 section 3.3). Where rows have
     weights, a chunk's is the mean of its rows'.
     """
 
@@ -29,20 +34,24 @@ class ChunkLoss:
         self.loss, self.question = loss, question
         self.table: TokenTable | None = None  # the student's
 
-    def bind(self, table: TokenTable) -> None:
-        """Told by the trainer which of the student's tokens begin a word."""
-        self.table = table
+    def bind(self, table: TokenTable, digits: Classes) -> None:
+        """Told by the trainer which of the student's tokens begin a word, and which digit."""
+        self.table, self.digits = table, digits
 
     def values(self, student_logits: Tensor, /, *evidence: Tensor) -> Tensor:
-        """[n], or [n, 2] with word ends."""
-        tokens_n = evidence[0]
+        """[n, 3]."""
+        tokens_n, closed_n = evidence[0], evidence[6]
         logp_nV = student_logits.float().log_softmax(-1)
         picked_n = logp_nV.gather(-1, tokens_n.unsqueeze(-1)).squeeze(-1)
-        if not self.question.word_ends:
-            return picked_n
-        assert self.table is not None
-        words_V = self.table.begins_word(logp_nV.shape[-1]).to(logp_nV.device)
-        return torch.stack([picked_n, logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1)], -1)
+        ended_n = torch.zeros_like(picked_n)
+        if self.question.word_ends:
+            assert self.table is not None
+            words_V = self.table.begins_word(logp_nV.shape[-1]).to(logp_nV.device)
+            ended_n = logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1)
+        open_n = (
+            log_open(logp_nV, self.digits, closed_n).to(picked_n) if closed_n.any() else ended_n.new_zeros(len(ended_n))
+        )
+        return torch.stack([picked_n, ended_n, open_n], -1)
 
     def losses(self, values_N: Tensor, groups: Groups) -> Tensor:
         """Of every chunk, [C]."""
@@ -83,18 +92,25 @@ class ChunkLoss:
         return numbers[absent:], place_N - absent, len(numbers) - absent
 
     def _chunks(self, values_N: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-        """log S and log T of the chunks of a micro-batch, [C] each; ``values_N`` [N], or [N, 2 and more]."""
-        _, share_N, _, before_N, ending_N = groups.evidence[:5]
+        """log S and log T of the chunks of a micro-batch, [C] each; ``values_N`` [N, 3 and more]."""
+        _, share_N, _, before_N, ending_N, open_N = groups.evidence[:6]
         numbers, place_N, count = self._places(groups)
-        tokens_N = values_N if values_N.ndim == 1 else values_N[:, 0]
-        student_C = chunk_sums(tokens_N, place_N, count)
-        teacher_C = chunk_sums(share_N.to(tokens_N), place_N, count)
-        if values_N.ndim == 2:
-            rows = (before_N >= 0).nonzero().flatten()
-            ended = torch.searchsorted(numbers, before_N[rows])
-            student_C = student_C.index_add(0, ended, values_N[rows, 1])
-            teacher_C = teacher_C.index_add(0, ended, ending_N[rows].to(teacher_C))
-        return student_C, teacher_C
+        told = (before_N >= 0).nonzero().flatten()
+        ended = torch.searchsorted(numbers, before_N[told])
+        own = place_N[told]
+        found = []
+        for of_tokens_N, words_N, opened_N in (values_N[:, :3].unbind(-1), (share_N, ending_N, open_N)):
+            sums_C = chunk_sums(of_tokens_N, place_N, count)
+            opened = opened_N[told].to(sums_C)
+            sums_C = sums_C.index_add(0, ended, words_N[told].to(sums_C) if self.question.word_ends else opened)
+            found.append(sums_C.index_add(0, own[own >= 0], -opened[own >= 0]))
+        return found[0], found[1].to(found[0])
+
+
+def chunk_likelihood(weight: float = 1.0) -> list[Term]:
+    """The KL of "this chunk or another" in nats, ALM's loss at temperature 1, which trains the tokens within chunks."""
+    group = ChunkLoss(partial(binary_divergence, temperature=1.0), Question())
+    return [Term("chunks", group=group, asks=(Ask("teacher", "chunks"),), weight=weight)] if weight else []
 
 
 def asked_of_chunks(term: Term, ask: Ask) -> Question | ClassQuestion | EndQuestion:

@@ -18,7 +18,7 @@ Mean = Literal["token", "sequence", "batch"]
 AskKind = Literal["full", "top_k", "sampled", "chunks", "classes"]
 OTHER_TOKENIZER: tuple[AskKind, ...] = ("chunks", "classes")  # what a judge of another tokenizer can say
 # Tensors of evidence from one judge.
-ARGUMENTS: dict[AskKind, int] = {"full": 1, "top_k": 2, "sampled": 2, "chunks": 5, "classes": 3}
+ARGUMENTS: dict[AskKind, int] = {"full": 1, "top_k": 2, "sampled": 2, "chunks": 7, "classes": 4}
 METRICS: dict[AskKind, Callable[..., dict[str, Tensor]]] = {
     "full": dense_metrics,
     "top_k": sparse_metrics,

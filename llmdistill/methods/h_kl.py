@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llmdistill.composition.beside import chunk_likelihood, with_labels
+from llmdistill.composition.beside import with_labels
+from llmdistill.composition.chunks import chunk_likelihood
 from llmdistill.composition.classes import ClassLoss
 from llmdistill.composition.method import Method
 from llmdistill.composition.term import Ask, Term

@@ -8,7 +8,8 @@ Mean over chunks of KL(S || T) over the chunk itself, the classes of tokens that
 As published the classes are softmaxed scores, and a chunk's score is the mean of its tokens' log-probabilities: no
 probability, too large for long chunks; the released code takes raw logits, so that adding a constant to them moves the
 loss (METHODS-2026 9.3.3). Here the chunk has its own probability and so have all others: they add up to 1, and two
-models that agree on the text have a loss of 0. ``debias`` counts in the chunk that a word ends with it, as ALM does.
+models that agree on the text have a loss of 0. ``debias`` counts in the chunk that a word ends with it, as ALM does;
+where words do not end, the tokens within chunks are then not trained, and unlearned (eval/arena, track "digits").
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Settings:
     """Settings of SimCT."""
 
     sequences: Literal["dataset", "student"] = setting("student", "who writes the completions")
-    debias: bool = setting(True, "the chunk is followed by a word's end, on both sides")
+    debias: bool = setting(False, "the chunk is followed by a word's end, on both sides")
     ce_weight: float = setting(0.0, "weight of the cross-entropy on the rows' own completions", at_least=0)
 
 

@@ -24,6 +24,7 @@ from llmdistill.objectives.fused import compute_dtype
 Direction = Literal["forward", "reverse"]
 # A side without tokens in no class gives none to "in no class"; the other's special tokens cost no more than this.
 NONE = math.log(1e-8)
+IMPOSSIBLE = -1e4  # the log-probability of what cannot come: finite, so that 0 times a difference of two is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,25 @@ class Classes:
         logs_nK = torch.where(sums_nK > 0, sums_nK, 1.0).log() + largest_nK
         logs_nK = torch.where(sums_nK > 0, logs_nK, NONE)
         return torch.cat([logs_nK[:, :-1], logs_nK[:, -1:].clamp_min(NONE)], -1)
+
+
+def log_open(logits_nV: Tensor, digits: Classes, closed_nD: Tensor) -> Tensor:
+    """log of the probability that none of the closed digits comes next -> [n], differentiable; 0 where none is closed.
+
+    digits: of every id the one that it begins with; closed_nD [n, 10] bool: those that cannot stand there
+    (:mod:`llmdistill.tokenization.numerals`).
+    """
+    asked_n = closed_nD.any(-1)
+    told = digits.logprobs(logits_nV[asked_n])
+    closed = torch.nn.functional.pad(closed_nD[asked_n], (0, 1))  # what is no digit can stand everywhere
+    open_n = told.masked_fill(closed, -torch.inf).logsumexp(-1)
+    return told.new_zeros(len(asked_n)).index_put((asked_n,), open_n)
+
+
+def given_open(logp_nK: Tensor, closed_nK: Tensor) -> Tensor:
+    """Log-probabilities of classes [n, K + 1], given that none of the closed ones [n, K + 1] bool comes next."""
+    left_nK = logp_nK.masked_fill(closed_nK, IMPOSSIBLE)
+    return left_nK - left_nK.logsumexp(-1, keepdim=True) * closed_nK.any(-1, keepdim=True)
 
 
 def class_kl(student_logp: Tensor, teacher_logp: Tensor, *, direction: Direction = "forward") -> Tensor:

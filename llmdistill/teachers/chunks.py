@@ -19,17 +19,19 @@ from transformers import PreTrainedTokenizerBase
 
 from llmdistill.errors import UserError
 from llmdistill.objectives.alm import chunk_sums, merged
-from llmdistill.objectives.classes import Classes
+from llmdistill.objectives.classes import Classes, log_open
 from llmdistill.objectives.placed_rows import ClassedRows, PlacedRows
 from llmdistill.objectives.rows import PairedRows, TeacherRows, TensorRows
-from llmdistill.teachers.base import DenseTeacher, HiddenTeacher, Teacher, TeacherInfo, is_live
+from llmdistill.teachers.base import DenseTeacher, HiddenTeacher, Teacher, TeacherInfo, is_live, max_top_k
 from llmdistill.teachers.fingerprint import tokenizer_fingerprint
 from llmdistill.teachers.mixture import leaves
 from llmdistill.texts import Prompt, Rollout
 from llmdistill.texts.retokenized import Retokenized, Retokenizer, Shares
+from llmdistill.tokenization.numerals import NO_DIGIT, NumeralEnds
 from llmdistill.tokenization.special import pad_id
 
 CHUNK_ROWS = 256  # rows whose logits exist at one time
+LISTED = 20  # tokens a row that a teacher elsewhere is asked for: the digits, or the likeliest
 TOLD = 3  # reasons in a message
 
 
@@ -70,6 +72,9 @@ class ChunkTeacher:
         self.live = is_live(teacher)
         self.shares = Shares()  # since the beginning
         self.fresh = Shares()  # since they were last logged
+        self.student_numerals = NumeralEnds.of(retokenizer.student)
+        self.judge_numerals = NumeralEnds.of(retokenizer.judge)
+        self.judge_digits = Classes(self.judge_numerals.first_V, NO_DIGIT)
         self._last: tuple[Rollout, Retokenized] | None = None
         self._rows: tuple[Retokenized, TeacherRows] | None = None
 
@@ -123,9 +128,10 @@ class ChunkTeacher:
         """What it says about the chunks of ``rollout``, for each of the N rows of the student.
 
         Returns:
-            Five tensors [N]: ids of the tokens; the share of the row's chunk in log T (their sum over its rows is the
+            Seven tensors [N]: ids of the tokens; the share of the row's chunk in log T (their sum over its rows is the
             chunk's); the chunk's number, -1 in none; the number of the chunk that ends just before the row, -1: none;
-            and of that one log T(a word ends there), 0 where nothing was asked.
+            of that one log T(a word ends there), 0 where nothing was asked, and log T(none of the digits follows that
+            the student's tokens rule out); and [N, 10] bool the digits that the judge's rule out.
 
         Raises:
             UserError: word ends of a teacher elsewhere. How little was aligned is for ``refuse_unaligned``, which all
@@ -133,34 +139,39 @@ class ChunkTeacher:
         """
         self.check(question)
         read = self._read(rollout, prompts)
-        logps_M, ends_M = self._asked(read, question)
         count, own_N, judged_M, before_N = len(read.lasts), read.student_chunks, read.judge_chunks, read.student_before
-        ends_C = torch.full((count,), math.nan)
+        tokens_N, tokens_M, before_M = rollout.token_rows().cpu(), read.rollout.token_rows().cpu(), read.judge_before
+        by_judge_C, by_student_C = self._closed(read, tokens_N, tokens_M)
+        closed_M = cannot_stand(by_student_C, before_M, self.judge_numerals.first_digits(tokens_M))
+        closed_N = cannot_stand(by_judge_C, before_N, self.student_numerals.first_digits(tokens_N))
+        logps_M, ends_M, open_M = self._asked(read, question, closed_M)
+        told_C = torch.zeros(count, dtype=torch.bool)
+        ends_C, open_C = torch.zeros(count), torch.zeros(count)
+        known_M = before_M >= 0
+        told_C[before_M[known_M]], ends_C[before_M[known_M]] = True, ends_M[known_M]
+        open_C[before_M[known_M]] = open_M[known_M]
+        told_N = (before_N >= 0) & _at(told_C, before_N, absent=False)
+        ending_N, open_N = _at(ends_C, before_N), _at(open_C, before_N)
         if question.word_ends:
-            known_M = read.judge_before >= 0
-            ends_C[read.judge_before[known_M]] = ends_M[known_M]
-            into_C = merged(ends_C.exp(), read.lasts, question.merge_threshold)
+            ending_C = torch.where(told_C, ends_C, math.nan).exp()
+            into_C = merged(ending_C, read.lasts, question.merge_threshold)
             own_N, judged_M, before_N = (_renumbered(x, into_C) for x in (own_N, judged_M, before_N))
-            before_N = torch.where(before_N == own_N, -1, before_N)
-            ends_C = ends_C[torch.cat([into_C[1:] != into_C[:-1], into_C.new_ones(min(count, 1)).bool()])]
-            count = len(ends_C)
+            told_N &= before_N != own_N  # no end within a chunk
+            count = int(into_C[-1]) + 1 if len(into_C) else 0
         teacher_C = chunk_sums(logps_M, judged_M, count)
         sizes_C = chunk_sums(torch.ones(len(own_N)), own_N, count).clamp(min=1)
-        share_N, ending_N = torch.zeros(len(own_N)), torch.zeros(len(own_N))
-        share_N[own_N >= 0] = (teacher_C / sizes_C)[own_N[own_N >= 0]]
-        told_N = before_N >= 0
-        told_N[told_N.clone()] = ends_C[before_N[told_N]].isfinite()
-        ending_N[told_N] = ends_C[before_N[told_N]]
-        tokens_N = rollout.token_rows().cpu()
-        tensors = (tokens_N, share_N, own_N, torch.where(told_N, before_N, -1), ending_N)
-        return TensorRows(tuple(x.to(device) for x in tensors), len(own_N))
+        share_N = _at(teacher_C / sizes_C, own_N)
+        ended = (torch.where(told_N, before_N, -1), ending_N * told_N, open_N * told_N, closed_N & told_N[:, None])
+        return TensorRows(tuple(x.to(device) for x in (tokens_N, share_N, own_N, *ended)), len(own_N))
 
     def classes(self, rollout: Rollout, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> TeacherRows:
         """What it says comes next, where a chunk begins: as classes of tokens that both vocabularies can tell.
 
         Returns:
-            Of the N rows of the student, log T of the classes [n, K + 1] and the class of its own next token [n] int64.
-            It says nothing of rows within a chunk, and of chunks that begin or spell otherwise than in the same bytes.
+            Of the N rows of the student, log T of the classes [n, K + 1], the class of its own next token [n] int64,
+            and the digits that cannot come next, by what either's tokens say of the end of the chunk before, [n, 10]
+            bool. It says nothing of rows within a chunk, and of chunks that begin or spell otherwise than in the same
+            bytes.
 
         Raises:
             UserError: a teacher elsewhere.
@@ -170,9 +181,11 @@ class ChunkTeacher:
         classes = Classes(classes_V, len(same))
         own_C, judged_C = (first_rows(x, len(read.level)) for x in (read.student_chunks, read.judge_chunks))
         level = read.level & (own_C >= 0) & (judged_C >= 0)
-        dense = self._dense(read)
-        token_classes_M = classes.of(read.rollout.token_rows()).to(device)
-        said = PairedRows((ClassedRows(dense, classes), TensorRows((token_classes_M,), len(token_classes_M))))
+        tokens_M = read.rollout.token_rows().cpu()
+        closed_C = torch.stack(self._closed(read, rollout.token_rows().cpu(), tokens_M)).any(0)
+        closed_M = cannot_stand(closed_C, read.judge_before, self.judge_numerals.first_digits(tokens_M))
+        of_tokens = TensorRows((classes.of(tokens_M).to(device), closed_M.to(device)), len(tokens_M))
+        said = PairedRows((ClassedRows(self._dense(read), classes), of_tokens))
         return PlacedRows(said, _placed(len(read.student_chunks), own_C[level], judged_C[level]))
 
     def ends(
@@ -217,23 +230,59 @@ class ChunkTeacher:
             f"Fix: {instead}, or {self.name}.model with engine hf."
         )
 
-    def _asked(self, read: Retokenized, question: Question) -> tuple[Tensor, Tensor]:
-        """log T of every token of the judge, and of a word's end just before it, [M] float32 on the CPU each."""
-        if not question.word_ends:
-            logps = [block.token_logprobs for block in self.teacher.score(read.rollout, 0)]
-            logps_M = torch.cat(logps).float().cpu() if logps else torch.zeros(0)
-            return logps_M, torch.zeros_like(logps_M)
-        rows, tokens_M = self._dense(read), read.rollout.token_rows()
-        logps, ends = [torch.zeros(0)], [torch.zeros(0)]
+    def _closed(self, read: Retokenized, tokens_N: Tensor, tokens_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The digits that cannot follow a chunk, as its last token of the judge says, and of the student, [C, 10]."""
+        sides = (
+            (self.judge_numerals, tokens_M, read.judge_chunks),
+            (self.student_numerals, tokens_N, read.student_chunks),
+        )
+        return tuple(side.closed(_at(tokens, last_rows(at, len(read.lasts)), absent=-1)) for side, tokens, at in sides)  # type: ignore[return-value]
+
+    def _asked(self, read: Retokenized, question: Question, closed_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log T of every token of the judge, of a word's end just before it, and of none of the closed digits there,
+        [M] float32 on the CPU each."""
+        tokens_M = read.rollout.token_rows()
+        if not question.word_ends and not (closed_M.any() and isinstance(self.teacher, DenseTeacher)):
+            logps_M, open_M = self._scored(read.rollout, closed_M)
+            return logps_M, torch.zeros_like(logps_M), open_M
+        rows, told = self._dense(read), [(torch.zeros(0),) * 3]
         for start in range(0, len(rows), CHUNK_ROWS):
             part = slice(start, min(start + CHUNK_ROWS, len(rows)))
             (logits_nV,) = rows.chunk(part, None)
             logp_nV = logits_nV.float().log_softmax(-1)
-            words_V = self.retokenizer.judge_table.begins_word(logp_nV.shape[-1]).to(logp_nV.device)
             picked = logp_nV.gather(1, tokens_M[part, None].to(logp_nV.device)).squeeze(1)
-            logps.append(picked.cpu())
-            ends.append(logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1).cpu())
-        return torch.cat(logps), torch.cat(ends)
+            ends = torch.zeros_like(picked)
+            if question.word_ends:
+                words_V = self.retokenizer.judge_table.begins_word(logp_nV.shape[-1]).to(logp_nV.device)
+                ends = logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1)
+            opened = log_open(logp_nV, self.judge_digits, closed_M[part].to(logp_nV.device))
+            told.append((picked.cpu(), ends.cpu(), opened.float().cpu()))
+        return tuple(map(torch.cat, zip(*told, strict=True)))  # type: ignore[return-value]
+
+    def _scored(self, rollout: Rollout, closed_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of a teacher elsewhere, which is asked for the closed digits where there are any."""
+        chosen, listed = None, 0
+        if closed_M.any():
+            ids = (self.judge_numerals.first_V < NO_DIGIT).nonzero().flatten()
+            most = min(LISTED, max_top_k(self.teacher))
+            if len(ids) <= most and getattr(self.teacher, "scores_chosen", True):
+                chosen = torch.where(closed_M.any(-1, keepdim=True), ids, -1)
+            else:
+                listed = most
+        blocks = self.teacher.score(rollout, listed, chosen)
+        if not blocks:
+            return torch.zeros(0), torch.zeros(0)
+        logps_M = torch.cat([block.token_logprobs for block in blocks]).float().cpu()
+        open_M = torch.zeros_like(logps_M)
+        if chosen is not None or listed:
+            ids_MK = torch.cat([block.topk_ids for block in blocks]).long().cpu()
+            listed_MK = torch.cat([block.topk_logprobs for block in blocks]).float().cpu()
+            digit_MK = torch.where(ids_MK < 0, NO_DIGIT, self.judge_numerals.first_digits(ids_MK))
+            counted_MK = torch.nn.functional.pad(closed_M, (0, 1)).gather(1, digit_MK)
+            taken_M = (listed_MK.exp() * counted_MK).sum(-1)
+            # never less than the token that did follow, which is none of them
+            open_M = torch.maximum(torch.log1p(-taken_M.clamp(max=1 - 1e-7)), logps_M) * closed_M.any(-1)
+        return logps_M, open_M
 
     def too_little(self, aligned_bytes: float, all_bytes: float) -> bool:
         """Whether so many bytes in chunks, of so many, are less than ``min_aligned``."""
@@ -276,6 +325,29 @@ def first_rows(chunks_N: Tensor, chunks: int) -> Tensor:
     known_N = chunks_N >= 0
     first_C = torch.full((chunks,), len(chunks_N)).scatter_reduce(0, chunks_N[known_N], rows[known_N], "amin")
     return torch.where(first_C < len(chunks_N), first_C, -1)
+
+
+def last_rows(chunks_N: Tensor, chunks: int) -> Tensor:
+    """The last row of every chunk, as :func:`first_rows`."""
+    known_N = chunks_N >= 0
+    return torch.full((chunks,), -1).scatter_reduce(0, chunks_N[known_N], torch.arange(len(chunks_N))[known_N], "amax")
+
+
+def cannot_stand(closed_C: Tensor, before_R: Tensor, digit_R: Tensor) -> Tensor:
+    """The digits that cannot stand at a row, by the chunk that ends before it, -1: none -> [R, 10] bool.
+
+    Where one of them does stand there, ``digit_R``, the token does not say what it was believed to: then none.
+    """
+    closed_R = _at(closed_C, before_R, absent=False)
+    stands_R = torch.nn.functional.pad(closed_R, (0, 1)).gather(1, digit_R[:, None])
+    return closed_R & ~stands_R
+
+
+def _at(values_C: Tensor, index: Tensor, absent: float = 0.0) -> Tensor:
+    """``values_C[index]``, and ``absent`` where that is -1."""
+    found = values_C.new_full((len(index), *values_C.shape[1:]), absent)
+    found[index >= 0] = values_C[index[index >= 0]]
+    return found
 
 
 def _placed(count: int, rows: Tensor, places: Tensor) -> Tensor:

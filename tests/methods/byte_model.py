@@ -37,7 +37,7 @@ def digits(most: int) -> Any:
 def texts(even: bool = True) -> dict[str, float]:
     """Texts and their probabilities under a Markov chain; ``even``: only those whose numerals have two digits or four.
 
-    A token of a single digit would tell the grouping model that no digit follows, which is in no byte of the text.
+    A token of a single digit tells the grouping model that no digit follows, which is in no byte so far.
     """
     generator = torch.Generator().manual_seed(0)
     chain = torch.rand(len(SYMBOLS), len(SYMBOLS), generator=generator, dtype=torch.float64) + 0.2

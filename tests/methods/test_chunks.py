@@ -69,6 +69,7 @@ def make(
 
 
 COMPLETIONS = ["ok ok 12", "add 1212 ok", "12", "é ok okok"]
+NUMERALS = ["1 ok 21", "121 ok 11", "1", "é 1 1 ok12"]  # lone digits, behind which one tokenizer has no 2
 
 
 def text(t: Any, completions: list[str] = COMPLETIONS, *, left: int = 0, right: int = 0) -> Text:
@@ -83,7 +84,7 @@ def by_hand(t: Any, given: Text, student: Any, *, word_ends: bool, threshold: fl
     """log S and log T of every chunk, sequence after sequence, from unpadded forwards and the contract's alignment."""
     judge: ChunkTeacher = t.judges["teacher"]
     model, tok, own_tok = judge.teacher.model, judge.retokenizer.judge, t.encode.tokenizer  # type: ignore[attr-defined]
-    student_C, teacher_C, ends_C, student_ends_C, last_C = [], [], [], [], []
+    student_C, teacher_C, ends_C, student_ends_C, last_C, open_C = [], [], [], [], [], []
     for b, prompt in enumerate(given.prompts):
         ids = given.rollout.input_ids[b][given.rollout.attention_mask[b]].tolist()
         tail = ids[len(prompt.ids) :]
@@ -92,16 +93,18 @@ def by_hand(t: Any, given: Text, student: Any, *, word_ends: bool, threshold: fl
         head = vocabularies.encode(tok, tok.apply_chat_template(t_row(b), tokenize=False, add_generation_prompt=True))
         judged = [*vocabularies.encode(tok, written), *([tok.eos_token_id] if tail != content else [])]
 
-        def logps(model: Any, head: list[int], tail: list[int], table: Any) -> tuple[list[Tensor], list[Tensor]]:
+        def logps(
+            model: Any, head: list[int], tail: list[int], table: Any
+        ) -> tuple[list[Tensor], list[Tensor], Tensor]:
             logp = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].double().log_softmax(-1)
             words = [
                 i for i, u in enumerate(table.units) if u and (u[0] in (32, 9, 10, 11, 12, 13) or u[0] >= 0x110000)
             ]
-            return [row[i] for row, i in zip(logp, tail, strict=True)], list(logp[:, words].logsumexp(-1))
+            return [row[i] for row, i in zip(logp, tail, strict=True)], list(logp[:, words].logsumexp(-1)), logp
 
-        own, own_ends = logps(student, list(prompt.ids), tail, table_of(own_tok))
+        own, own_ends, own_logp = logps(student, list(prompt.ids), tail, table_of(own_tok))
         with torch.no_grad():
-            other, other_ends = logps(model, head, judged, table_of(tok))
+            other, other_ends, other_logp = logps(model, head, judged, table_of(tok))
         for a, c in align_chunks(tail, judged, own_tok, tok):
             student_C.append(torch.stack(own[a]).sum())
             teacher_C.append(torch.stack(other[c]).sum())
@@ -109,14 +112,38 @@ def by_hand(t: Any, given: Text, student: Any, *, word_ends: bool, threshold: fl
             student_ends_C.append(own_ends[a.stop] if closed else torch.zeros((), dtype=torch.float64))
             ends_C.append(other_ends[c.stop] if closed else torch.zeros((), dtype=torch.float64))
             last_C.append(not closed)
+            sides = ((own_tok, own_logp, a.stop, tok), (tok, other_logp, c.stop, own_tok))
+            rest = [
+                digits_open(*side, tail[: a.stop], own_tok, written) if closed else torch.zeros(()) for side in sides
+            ]
+            open_C.append(torch.stack([x.double() for x in rest]))
     s, o, e, se = (torch.stack(x) for x in (student_C, teacher_C, ends_C, student_ends_C))
+    opened = torch.stack(open_C).unbind(-1)  # with the chunk that ends there, and not with the next
     if not word_ends:
+        s, o = (x + y - torch.cat([y.new_zeros(1), y[:-1]]) for x, y in zip((s, o), opened, strict=True))
         return s, o
     into = merged(e.exp(), torch.tensor(last_C), threshold)
     count = int(into[-1]) + 1
     closes = torch.cat([into[1:] != into[:-1], torch.tensor([True])])
-    sums = [torch.zeros(count, dtype=torch.float64).index_add(0, into, x) for x in (s, o)]
+    opens = [torch.cat([y.new_zeros(1), torch.where(closes, y, 0.0)[:-1]]) for y in opened]
+    sums = [
+        torch.zeros(count, dtype=torch.float64).index_add(0, into, x - y) for x, y in zip((s, o), opens, strict=True)
+    ]
     return sums[0] + se[closes], sums[1] + e[closes]
+
+
+def digits_open(tok: Any, logp: Tensor, row: int, by: Any, begun: list[int], own_tok: Any, written: str) -> Tensor:
+    """log P, in the tokens of ``tok``, that none of the digits follows behind which ``by`` would cut otherwise."""
+    raw = bytes(u for i in begun for u in table_of(own_tok).units[i])
+    if not raw[-1:].isdigit():
+        return torch.zeros(())
+    so_far = raw.decode()
+    behind, ids = written[len(so_far) :][:1], vocabularies.encode(by, so_far)
+    ruled_out = {ord(d) for d in "0123456789" if vocabularies.encode(by, so_far + d)[: len(ids)] != ids}
+    if behind and ord(behind) in ruled_out:
+        return torch.zeros(())
+    taken = [i for i, u in enumerate(table_of(tok).units) if u and u[0] in ruled_out]
+    return torch.log1p(-logp[row, taken].exp().sum())
 
 
 def t_row(b: int) -> Any:
@@ -158,6 +185,34 @@ def test_loss_and_gradients_by_hand(tmp_path: Path, case: str, padding: dict[str
     expected = loss(s, o).mean()
     value, found = rounds.gradients(t, text(t, **padding))
     assert value == pytest.approx(float(expected.detach()), rel=1e-4)
+    twin.zero_grad()
+    expected.backward()
+    rounds.assert_same(found, {n: p.grad.float() for n, p in twin.named_parameters() if p.grad is not None}, 1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("groups", ["teacher", "student"])
+def test_the_ends_of_numerals_by_hand(tmp_path: Path, case: str, groups: str) -> None:
+    """Where one of the two writes 12 as one token, and so says with a lone 1 that no 2 follows."""
+    method, settings, loss = CASES[case]
+    own = {}
+    if groups == "student":
+        tok = teacher_tokenizer()
+        tok.chat_template = tiny.TEMPLATE
+        splits = LocalTeacher(tiny.llama(2, vocab=len(tiny.tokenizer())), tiny.tokenizer())
+        student = tiny.llama(1, vocab=len(tok))
+        student.generation_config.eos_token_id = tok.eos_token_id
+        own = {"student": student, "processing_class": tok, "teacher": splits}
+    t = make(tmp_path, method, **own, **settings)
+    question, twin = t.method.terms[0].group.question, copy.deepcopy(t.model).double()
+    given = text(t, NUMERALS)
+    s, o = by_hand(t, given, twin, word_ends=question.word_ends, threshold=question.merge_threshold)
+    told = t.judges["teacher"].chunks(given.rollout, given.prompts, question).tensors
+    assert int(told[6].any(-1).sum() if groups == "teacher" else (told[5] < 0).sum()) > 1
+    expected = loss(s, o).mean()
+    for parts, padding in ((1, {}), (4, {"left": 2, "right": 3})):
+        value, found = rounds.gradients(t, text(t, NUMERALS, **padding), parts)
+        assert value == pytest.approx(float(expected.detach()), rel=1e-4)
     twin.zero_grad()
     expected.backward()
     rounds.assert_same(found, {n: p.grad.float() for n, p in twin.named_parameters() if p.grad is not None}, 1e-4)

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmdistill.objectives.classes import NONE, Classes, class_kl, hybrid_kl, shared_kl, span_kl
+from llmdistill.objectives.classes import (
+    NONE,
+    Classes,
+    class_kl,
+    given_open,
+    hybrid_kl,
+    log_open,
+    shared_kl,
+    span_kl,
+)
 from llmdistill.objectives.divergences import forward_kl, reverse_kl
 from tests.objectives import published
 
@@ -173,3 +182,38 @@ def test_the_part_of_a_chunk_is_a_binary_kl_where_nothing_else_is() -> None:
     expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).clamp_min(1e-30).log()
     torch.testing.assert_close(found[:2], expected[:2])
     assert bool(found.isfinite().all())
+
+
+# ---------------------------------------------------------------- given that some digits cannot come next
+
+
+def test_what_is_open_is_all_but_the_closed_digits() -> None:
+    """Ids 0 to 3 begin with 1, 1, 7 and none; columns past the vocabulary begin with none."""
+    torch.manual_seed(0)
+    digits = Classes(torch.tensor([1, 1, 7, 10]), 10)
+    logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    closed = torch.zeros(3, 10, dtype=torch.bool)
+    closed[0, 1], closed[2, [1, 7]] = True, True
+    p = logits.softmax(-1)
+    expected = torch.stack([p[0, 2:].sum().log(), p.new_zeros(()), p[2, 3:].sum().log()])
+    found = log_open(logits, digits, closed)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(found.sum(), logits), gradient(expected.sum(), logits))
+    assert torch.autograd.gradcheck(lambda x: log_open(x, digits, closed), logits)
+    assert log_open(logits.float(), digits, closed[[1]].expand(3, 10)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_classes_are_compared_given_that_none_of_the_closed_comes() -> None:
+    torch.manual_seed(0)
+    logp, other = (torch.randn(2, 5, dtype=torch.float64).log_softmax(-1).requires_grad_() for _ in range(2))
+    closed = torch.tensor([[True, False, True, False, False], [False] * 5])
+    found = given_open(logp, closed)
+    assert torch.equal(found[1], logp[1])
+    left = logp[0, [1, 3, 4]].exp()
+    torch.testing.assert_close(found[0, [1, 3, 4]].exp(), left / left.sum())
+    kl = class_kl(found, given_open(other, closed), direction="reverse")
+    q = other[0, [1, 3, 4]].exp()
+    p, q = left / left.sum(), q / q.sum()
+    torch.testing.assert_close(kl[0], (p * (p / q).log()).sum())
+    grad = gradient(kl[0], logp)
+    assert bool(grad.isfinite().all()) and grad[0, [0, 2]].tolist() == [0.0, 0.0]
