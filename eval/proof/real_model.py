@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("what", choices=("texts", "run"))
     parser.add_argument("arms", nargs="*", choices=[*ARMS, []], default=[])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=100.0, help="CPU seconds of a run")
+    parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of a run")
     parser.add_argument("--limit", type=int, default=200, help="held-out problems")
     args, more = parser.parse_known_args()
     torch.set_num_threads(1)
