@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from llmdistill import MethodTrainer, methods
 from llmdistill.composition.batch import Text
+from llmdistill.composition.term import Groups
 from llmdistill.errors import UserError
 from llmdistill.objectives.alm import binary_divergence, chunk_credit, merged
 from llmdistill.preflight import examine
@@ -22,11 +24,12 @@ from llmdistill.recipe.config import RolloutConfig
 from llmdistill.recipe.data_config import DataConfig
 from llmdistill.teachers.chunks import ChunkTeacher
 from llmdistill.teachers.local import LocalTeacher
-from llmdistill.texts import collate
+from llmdistill.texts import Prompt, collate
+from llmdistill.texts.rollout import Reading
 from llmdistill.tokenization.align import align_chunks
 from llmdistill.tokenization.token_bytes import table_of
 from tests import tiny
-from tests.methods import rounds
+from tests.methods import byte_model, rounds
 from tests.tokenization import vocabularies
 
 PAIRS = ["o k", "ok ok", "ad d", "a d", "1 2", "Ġ ok", "ok Ġok"]  # merges of the teacher's vocabulary
@@ -418,3 +421,65 @@ def test_the_preflight_says_what_is_aligned_and_compares_no_ids(tmp_path: Path) 
     rows = [{"prompt": "ok ", "completion": "ok 猫 add"}] * 4
     broken = next(f for f in examine(make(tmp_path / "b", "alm", teacher=teacher, rows=rows)) if f.check == "alignment")
     assert broken.level == "fail" and "no token for what comes after" in broken.message
+
+
+@pytest.mark.parametrize("groups", ["teacher", "student"])
+def test_the_credits_expected_gradient_is_that_of_the_kl_of_every_chunk(tmp_path: Path, groups: str) -> None:
+    """Over all texts, of two models of bytes that disagree, one of which writes two digits as one token.
+
+    A chunk's probability behind others is the share of the texts that are cut so, which knows nothing of tokens.
+    """
+    names = list(byte_model.texts(even=False))
+    judged_p = byte_model.texts(even=False)
+    own, other = (byte_model.digits(k) for k in ((1, 2) if groups == "teacher" else (2, 1)))
+    for tok in (own, other):
+        tok.chat_template = tiny.TEMPLATE
+    table = byte_model.Table(other, judged_p)
+    student = tiny.llama(1, vocab=len(own))
+    student.generation_config.eos_token_id = own.eos_token_id
+    t = make(tmp_path, "chunk_opd", student=student, processing_class=own, teacher=byte_model.TableTeacher(table))
+    generator = torch.Generator().manual_seed(1)
+    theta = torch.randn(len(names), generator=generator, dtype=torch.float64).requires_grad_()
+    written_p = theta.softmax(0)  # of whole texts
+    tokenized = [[*vocabularies.encode(own, name), own.eos_token_id] for name in names]
+    prompts = [Prompt([3], "1", readings={"teacher": Reading("1", (4,), False)}) for _ in names]
+    rollout = collate([p.ids for p in prompts], tokenized, pad_id=0)
+
+    # What the student's tokens say, from the texts that begin so.
+    shares: dict[tuple[int, ...], Tensor] = {}
+    for ids, p in zip(tokenized, written_p, strict=True):
+        for n in range(len(ids) + 1):
+            shares[tuple(ids[:n])] = shares.get(tuple(ids[:n]), p.new_zeros(())) + p
+    rows = []
+    for ids in tokenized:
+        for n in range(len(ids)):
+            next_V = torch.full((len(own),), byte_model.IMPOSSIBLE, dtype=torch.float64)
+            known = [i for i in range(len(own)) if (*ids[:n], i) in shares]
+            logs = torch.stack([(shares[(*ids[:n], i)] / shares[tuple(ids[:n])]).log() for i in known])
+            rows.append(next_V.index_put((torch.tensor(known),), logs))
+    evidence = t.judges["teacher"].chunks(rollout, prompts, t.method.terms[0].group.question).tensors
+    group = t.method.terms[0].group
+    values = group.values(torch.stack(rows), *evidence)
+    credit_C = group.losses(values, Groups(tuple(map(len, tokenized)), (len(names),), evidence))
+    judged_ids = [[*vocabularies.encode(other, name), other.eos_token_id] for name in names]
+    cuts = [[a for a, _ in align_chunks(*both, own, other)] for both in zip(tokenized, judged_ids, strict=True)]
+    counts = torch.tensor([len(c) for c in cuts])
+    expected_credit = (written_p.detach().repeat_interleave(counts) * credit_C).sum()
+    (found,) = torch.autograd.grad(expected_credit, theta, retain_graph=True)
+
+    # The same tree of chunks, from the texts alone.
+    of_own, of_judge = {}, {}
+    for name, ids, cut, p in zip(names, tokenized, cuts, written_p, strict=True):
+        chunks = tuple(tuple(ids[part]) for part in cut)
+        for n in range(len(chunks) + 1):
+            of_own[chunks[:n]] = of_own.get(chunks[:n], p.new_zeros(())) + p
+            of_judge[chunks[:n]] = of_judge.get(chunks[:n], 0.0) + judged_p[name]
+    kl = theta.new_zeros(())
+    for chunks, p in of_own.items():
+        if chunks:
+            before = chunks[:-1]
+            step, judged = p / of_own[before], of_judge[chunks] / of_judge[before]
+            kl = kl + of_own[before].detach() * step * (step.log() - math.log(judged))
+    (expected,) = torch.autograd.grad(kl, theta)
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-4)
