@@ -36,6 +36,9 @@ CLAIMS = (
     Claim("main", "vopd", "opd_sampled", "a baseline helps the sampled token (vOPD, 2605.07865)"),
     Claim("main", "distillm2", "fkl_teacher", "two texts beat the teacher's alone (DistiLLM-2, 2503.07067)"),
     Claim("capacity", "taid", "fkl_teacher", "the same where the student is small, which is TAID's claim"),
+    Claim("main", "akl_teacher", "fkl_teacher", "adaptive KL beats forward KL (2404.02657)"),
+    Claim("main", "tv_teacher", "fkl_teacher", "total variation beats forward KL (2307.15190)"),
+    Claim("main", "adaptive", "skew_teacher", "the student's text where it is needed beats none (DistiLLM's schedule)"),
     Claim("main", "exopd_1.25", "opd", "ExOPD: λ = 1.25 beats 1 (2602.12125)"),
     Claim("main", "exopd_1.5", "opd", "ExOPD: λ = 1.5 beats 1"),
     Claim("main", "opd", "exopd_0.5", "λ = 1 beats 0.5"),
@@ -66,6 +69,7 @@ CLAIMS = (
     Claim("recovery", "tip", "opd", "half of the tokens, picked, are as good as all (TIP, 2604.14084)", equal=True),
     Claim("recovery", "distillm2", "fkl_teacher", "two texts beat the teacher's alone (DistiLLM-2, 2503.07067)"),
     Claim("recovery", "opd", "returns", "per token beats returns"),
+    Claim("recovery", "returns_half", "returns_fixed", "the less the KL behind a token weighs, the less it costs"),
     Claim("recovery_long", "opd", "fkl_teacher", "on-policy beats the teacher's text, at 900k tokens"),
     Claim("recovery_long", "opd", "fkl_mistakes", "the same against truth with mistakes"),
     Claim("recovery_six", "opd", "fkl_teacher", "on-policy beats the teacher's text where the guess can be learned"),
@@ -84,6 +88,20 @@ CLAIMS = (
     ),
     Claim(
         "direction", "opd", "rkl_teacher", "on-policy reaches a reinforced teacher sooner, sampled", metric="exact_t1"
+    ),
+    Claim("direction", "opd_reward", "opd_sampled", "a verified reward takes it further, sampled", metric="exact_t1"),
+    *(
+        claim
+        for track in ("digits", "groups")
+        for claim in (
+            Claim(track, "alm", "uld", "another tokenizer: chunks of the same bytes beat places in the text (ULD)"),
+            Claim(track, "alm", "sft_teacher", "another tokenizer: the teacher's word on its text adds to the text"),
+            Claim(track, "alm", "same_kl", "and is worth as much as that of one with the student's tokens", equal=True),
+            Claim(track, "h_kl", "alm", "classes beside chunks add to chunks (H-KL)"),
+            Claim(track, "simct", "same_opd", "on-policy it is worth as much as OPD with the student's", equal=True),
+            Claim(track, "simct", "opd_classes", "the chunk among its classes beats classes with chunks beside"),
+            Claim(track, "simct", "chunk_opd", "and the credit of sampled chunks"),
+        )
     ),
     Claim("told", "opsd", "sft_labels", "judging oneself by the solution beats copying it (OPSD)"),
     Claim("told", "opsd", "sft_labels", "the same, sampled", metric="exact_t1"),

@@ -27,10 +27,10 @@ DECISION: tuple[tuple[str, tuple[Shown, ...]], ...] = (
     ),
     (
         "**Many right ways, of which one will do**: returns (discount .9) in texts of known length; every student "
-        "then takes the way it knows best ({} points against per-token OPD). In free text they teach to end at "
-        "once. Several teachers merge by OPD ({} against one for all). Wrong traces beside right ones: no "
-        "penalty, or one on the first wrong token alone ({} against SFT on the right ones; on all of the wrong "
-        "side {}). The guide has all else, and what was not run.",
+        "then takes the way it knows best ({} points against per-token OPD). In long free text they teach to end at "
+        "once; with discount .5 they do not. Several teachers merge by OPD ({} against one for all). Wrong traces "
+        "beside right ones: no penalty, or one on the first wrong token alone ({} against SFT on the right ones; on "
+        "all of the wrong side {}). The guide has all else.",
         (
             Shown("ways", "returns", "opd"),
             Shown("experts", "opd", "opd_one"),

@@ -121,15 +121,17 @@ GUIDE = (
     ),
     Entry(
         "returns: a token answers for the KL behind it (MiniLLM, 2306.08543)",
-        "`returns.yaml`, `--discount 0.9`",
-        "many right ways, of which the student knows one: it takes that one",
-        "long traces: whoever ends the text at once has nothing more to answer for, and that is learned; with a fixed "
-        "length (`--rollouts.ignore_eos`) the student steers to where it agrees with the teacher, right or wrong",
+        "`returns.yaml`, `--discount 0.9`, `0.5`",
+        "many right ways, of which the student knows one: it takes that one (γ = .9)",
+        "long traces at γ = .9: whoever ends the text at once has nothing more to answer for, and with a fixed length "
+        "(`--rollouts.ignore_eos`) the student steers to where it agrees with the teacher, right or wrong. At .5 level "
+        "with per-token OPD",
         (
             Shown("ways", "returns", "opd"),
             Shown("ways", "returns", "opd", "best_way"),
             Shown("recovery", "returns", "opd"),
             Shown("recovery", "returns_fixed", "opd"),
+            Shown("recovery", "returns_half", "opd"),
         ),
     ),
     Entry(
@@ -233,12 +235,30 @@ GUIDE = (
         (Shown("main", "layers", "opd"),),
     ),
     Entry(
-        "another tokenizer: ALM; P-KL, H-KL (2605.21699); SimCT (2605.07711); chunks (2503.20083)",
-        "`alm.yaml`, `p_kl.yaml`, `h_kl.yaml`, `simct.yaml`, `chunk_opd.yaml`",
-        "the teacher one wants has another tokenizer",
-        "a teacher of the student's tokenizer is as good: nothing has to be aligned then",
-        (Shown("digits", "alm", "sft_teacher"), Shown("digits", "p_kl", "sft_teacher")),
+        "another tokenizer, given text: ALM (2503.20083); P-KL, H-KL (2605.21699)",
+        "`alm.yaml`, `p_kl.yaml`, `h_kl.yaml`",
+        "the teacher one wants has another tokenizer: nothing is lost by it",
+        "the text itself will do: level with SFT on it",
+        tuple(Shown(track, name, "same_kl") for track in ("digits", "groups") for name in ("alm", "p_kl", "h_kl")),
         "Gemma2-2B to Qwen2's tokens, average: SFT 51.6, DSKD 51.6, MinED 53.0, ALM 55.1 (original 58.0)",
+    ),
+    Entry(
+        "another tokenizer, the student's text: SimCT (2605.07711); `teacher.view: classes`; chunk credit",
+        "`simct.yaml`; `quickstart.yaml`, `--teacher.view classes`; `chunk_opd.yaml`",
+        "where OPD would: SimCT is nearest to OPD with the student's tokenizer; chunk credit asks for log-probs alone",
+        "where OPD would not; chunk credit with a learning rate that is not a sampled token's",
+        tuple(
+            Shown(track, name, "same_opd")
+            for track in ("digits", "groups")
+            for name in ("simct", "opd_classes", "chunk_opd")
+        ),
+    ),
+    Entry(
+        "ULD (2402.12030); GOLD; DSKD (2406.17328); MinED: peers, not methods of llmdistill",
+        "",
+        "ULD, DSKD: with cross-entropy on the teacher's text, which does the work",
+        "numerals that are cut otherwise: GOLD and MinED unlearn them",
+        tuple(Shown("digits", name, "sft_teacher") for name in ("uld", "dskd", "mined", "gold")),
     ),
     Entry(
         "the same from a peer: TRL's DistillationTrainer",
@@ -255,18 +275,27 @@ GUIDE = (
         (Shown("main", "sft_labels", "fkl_teacher"),),
     ),
     Entry(
-        "total variation, adaptive KL, f-divergences (2404.02657, 2307.15190)", "`taid.yaml`, `--divergence …`", "", ""
+        "total variation, adaptive KL (2307.15190, 2404.02657)",
+        "`taid.yaml`, `--divergence total_variation`, `adaptive_kl`",
+        "no cell shows that they do",
+        "adaptive KL: level with the forward KL; total variation: below it",
+        (Shown("main", "tv_teacher", "fkl_teacher"), Shown("main", "akl_teacher", "fkl_teacher")),
     ),
     Entry(
         "a verified reward beside the teacher (GRPO, 2402.03300)",
         "`reward.yaml`",
-        "answers can be checked and the teacher is to be passed",
-        "",
+        "says its paper: answers can be checked and the teacher is to be passed. No cell shows it",
+        "a reward of the whole answer, right in a fifth of the samples: below sampled tokens alone",
+        (
+            Shown("direction", "opd_reward", "opd_sampled", "exact_t1"),
+            Shown("direction", "opd_reward", "opd", "exact_t1"),
+        ),
     ),
     Entry(
         "DistiLLM's schedule and replay (2402.03898)",
         "`gkd.yaml`, `--sequences adaptive` (see its head)",
-        "sampling is the dearer part",
-        "",
+        "sampling is the dearer part: it asks for the student's text only where the held-out loss rises",
+        "level with the skew KL on given text",
+        (Shown("main", "adaptive", "skew_teacher"), Shown("main", "adaptive", "opd")),
     ),
 )

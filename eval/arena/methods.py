@@ -40,6 +40,7 @@ from llmdistill.redi import REDIConfig, REDITrainer
 from llmdistill.taid import TAIDConfig, TAIDTrainer
 from llmdistill.teachers.base import Teacher
 from llmdistill.teachers.student import StudentTeacher
+from llmdistill.texts.sources import Adaptive, Drawn, Round
 from llmdistill.training.method_trainer import MethodTrainer
 
 Row = dict[str, str]
@@ -51,6 +52,7 @@ class Data:
 
     labelled: Sequence[Row] = ()
     fresh: Sequence[Row] = ()
+    checked: Sequence[Row] = ()  # the fresh prompts, with the truth that an answer is checked against
     fixed: Sequence[Row] = ()  # few of the fresh ones: an offline set
     mistakes: Sequence[Row] = ()  # true text into which mistakes were put, with their repairs
     noised: Sequence[Row] = ()  # the fresh ones, some of their digits others
@@ -106,7 +108,7 @@ class Setting:
 @dataclass(frozen=True)
 class Method:
     title: str
-    prompts: Literal["labelled", "fresh", "fixed", "pairs", "mistakes", "noised"]
+    prompts: Literal["labelled", "fresh", "checked", "fixed", "pairs", "mistakes", "noised"]
     text: Literal["labels", "teacher", "student", "verified"]
     build: Callable[[Setting], Trainer] = field(repr=False)
 
@@ -251,6 +253,45 @@ def opsd(s: Setting) -> Trainer:
     return told("opsd", StudentTeacher("initial"))(s)
 
 
+def rewarded(samples: int, weight: float) -> Callable[[Setting], Trainer]:
+    """OPD of sampled tokens and a verified reward, normalised over the samples of a prompt."""
+
+    def build(s: Setting) -> Trainer:
+        ours = {**s.ours(), "per_device_train_batch_size": max(1, s.batch // samples)}
+        ours["rollouts"] = RolloutConfig(max_new_tokens=s.longest, samples_per_prompt=samples)
+        args = OPDConfig(**ours, estimator="sampled", reward_weight=weight)
+        more = {"data": DataConfig(answer_column="completion"), "reward": answered}
+        return built(OPDTrainer, s, s.model, args, teacher=s.teacher, train_dataset=rows_of(s, "checked"), **more)
+
+    return build
+
+
+class Ending(Adaptive):
+    """DistiLLM's schedule, whose share of fresh samples ends at the token budget: ``max_steps`` is never reached."""
+
+    def __init__(self, end: int, *args: Any) -> None:
+        super().__init__(*args)
+        self.end = end
+
+    def draw(self, round_: Round) -> Drawn:
+        return super().draw(replace(round_, total=self.end))
+
+
+def adaptive(s: Setting) -> Trainer:
+    """The teacher's text, and more of the student's whenever the loss on held-out prompts rises; with its skew KL."""
+    looks = {"eval_strategy": "steps", "eval_steps": 5, "heldout_sequences": 64}
+    args = OPDConfig(**s.ours(), **looks, sequences="adaptive", divergence="skew_reverse_kl")
+    source = Ending(s.steps, args.off_policy, args.replay_size, args.adaptive_eps)
+    rows = rows_of(s, "fresh")
+    more = {"train_dataset": rows[64:], "eval_dataset": rows[:64], "sequences": source}
+    return built(OPDTrainer, s, s.model, args, teacher=s.teacher, **more)
+
+
+def opsa(s: Setting) -> Trainer:
+    """The control hears no teacher. The one that it is handed, to be measured against, has the student's tokens."""
+    return composed("opsa")(replace(s, teacher=s.same or s.teacher))
+
+
 def opd_of_one(s: Setting) -> Trainer:
     """OPD with the first of several experts as the teacher of all prompts: what merging them adds to."""
     first = next(iter(s.teacher.members.values()))  # type: ignore[attr-defined]
@@ -333,6 +374,9 @@ METHODS = {
     "skew_teacher": on_teacher_text("skew KL, α = 0.1", taid("fresh", divergence="skew_forward_kl", alpha=0.1)),
     "rkl_teacher": on_teacher_text("reverse KL", taid("fresh", divergence="reverse_kl")),
     "taid": on_teacher_text("TAID", taid("fresh", divergence="taid")),
+    "tv_teacher": on_teacher_text("total variation", taid("fresh", divergence="total_variation")),
+    "akl_teacher": on_teacher_text("adaptive KL", taid("fresh", divergence="adaptive_kl")),
+    "adaptive": on_teacher_text("DistiLLM: skew KL, its schedule and replay", adaptive),
     # The control of being on-policy: the teacher's word on wrong text that is nobody's own.
     "fkl_noised": Method("forward KL, text with noise", "noised", "teacher", taid("noised", divergence="forward_kl")),
     "sft_noised": Method("SFT, text with noise", "noised", "teacher", sft("noised")),
@@ -341,6 +385,7 @@ METHODS = {
     "opd_sampled": Method("OPD, sampled tokens", "fresh", "student", opd("fresh", "student", estimator="sampled")),
     "opd_fkl": Method("forward KL on-policy", "fresh", "student", opd("fresh", "student", divergence="forward_kl")),
     "gkd": Method("JSD on-policy (GKD)", "fresh", "student", opd("fresh", "student", divergence="jsd", beta=0.5)),
+    "opd_reward": Method("OPD, sampled tokens, and a reward", "checked", "student", rewarded(8, 1.0)),
     "exopd_0.5": exopd(0.5),
     "exopd_1.25": exopd(1.25),
     "exopd_1.5": exopd(1.5),
@@ -357,7 +402,7 @@ METHODS = {
         "context distillation, true text", "labelled", "labels", told("context_distillation", sequences="dataset")
     ),
     "returns": Method("OPD with returns, γ = 0.9", "fresh", "student", composed("returns")),
-    "opsa": Method("fixed −c, no teacher (OPSA)", "fresh", "student", composed("opsa")),
+    "opsa": Method("fixed −c, no teacher (OPSA)", "fresh", "student", opsa),
     "opsd": Method("OPSD", "labelled", "student", opsd),
     "sdpo": Method("SDPO, 8 samples", "labelled", "student", sdpo(8, "ema", 0.95)),
     "sdpo_fixed": Method("SDPO, the start as judge", "labelled", "student", sdpo(8, "initial")),

@@ -251,9 +251,10 @@ def sweep_table(folder: Path, name: str) -> str:
         points = [r and at(r["points"], "tokens", track.budget.tokens) for r in of_rates]
         if not any(points):
             continue
-        best = max((p["exact"] + p["exact_t1"] for p in points if p), default=0.0)
-        cells = [f"{100 * p['exact']:.1f} / {100 * p['exact_t1']:.1f}" if p else "" for p in points]
-        bold = [bool(p) and p["exact"] + p["exact_t1"] == best > 0 for p in points]
+        scores = [[p[k] for k in ("exact", "exact_t1") if k in p] if p else [] for p in points]
+        best = max(map(sum, scores), default=0.0)
+        cells = [" / ".join(f"{100 * score:.1f}" for score in of_both) for of_both in scores]
+        bold = [sum(of_both) == best > 0 for of_both in scores]
         marked = [f"**{cell}**" if of_best else cell for cell, of_best in zip(cells, bold, strict=True)]
         rows.append([METHODS[method].title, *marked, f"{rate(track, method):g}"])
     return markdown(["method", *(f"{rate:g}" for rate in rates), "taken"], rows) if rows else ""

@@ -111,8 +111,9 @@ RECOVERY = Track(
 )
 
 ACROSS = (
-    *("sft_teacher", "same_kl", "alm", "p_kl", "h_kl", "simct", "chunk_opd", "uld", "gold", "dskd", "mined"),
-    *("sft_noised", "opsa"),
+    *("sft_teacher", "same_kl", "alm", "p_kl", "h_kl", "simct", "opd_classes", "chunk_opd"),
+    "same_opd",
+    *("uld", "gold", "dskd", "mined", "sft_noised", "opsa"),
 )
 
 TRACKS = {
@@ -129,6 +130,9 @@ TRACKS = {
             "skew_teacher",
             "rkl_teacher",
             "taid",
+            "tv_teacher",
+            "akl_teacher",
+            "adaptive",
             "opd",
             "opd_sampled",
             "opd_fkl",
@@ -194,7 +198,13 @@ TRACKS = {
         "Digits from groups of digits", ACROSS, Budget(200_000, 30.0), needs=("grouped", "addition"), group=1
     ),
     "groups": Track(
-        "Groups of digits from digits", ACROSS, Budget(150_000, 30.0), needs=("addition", "grouped"), group=GROUP
+        "Groups of digits from digits",
+        ACROSS,
+        Budget(150_000, 30.0),
+        needs=("addition", "grouped"),
+        labels=400,
+        start_steps=800,
+        group=GROUP,
     ),
     # The task "recovery": long traces, mistakes that stay, a teacher who repairs them.
     "recovery": replace(
@@ -202,8 +212,8 @@ TRACKS = {
         methods=(
             *("sft_teacher", "fkl_teacher", "jsd_teacher", "rkl_teacher", "taid"),
             *("opd", "gkd", "opd_fkl", "gkd_half", "gkd_half_rkl", "gkd_half_fkl"),
-            *("opd_sampled", "vopd", "returns", "returns_fixed", "distillm2", "sampled_f", "tip", "entropy_aware"),
-            *("opsa", "opd_blind", "sft_mistakes", "fkl_mistakes", "rkl_mistakes"),
+            *("opd_sampled", "vopd", "returns", "returns_fixed", "returns_half", "distillm2", "sampled_f", "tip"),
+            *("entropy_aware", "opsa", "opd_blind", "sft_mistakes", "fkl_mistakes", "rkl_mistakes"),
         ),
         needs=("recovery", "recovery_blind"),
         swept=True,
@@ -246,13 +256,14 @@ TRACKS = {
         start_steps=told.STEPS,
         start_band=(told.KNOWS, 1.0),
         fresh=4000,
+        seeds=(0, 1, 2, 3, 4),
         swept=True,
     ),
     "direction": Track(
         "A direction made by rewards",
         (
             *("opd", "exopd_1.25", "exopd_1.5", "exopd_2", "rkl_teacher", "fkl_teacher", "sft_teacher"),
-            *("fkl_noised", "opsa"),
+            *("opd_sampled", "opd_reward", "fkl_noised", "opsa"),
         ),
         Budget(200_000, 20.0),
         needs=("quick",),
@@ -374,7 +385,7 @@ def prepare(
         judge, about = LocalTeacher(improved, track.tokenizer), {**about, "reinforced": gained}
         score = curve.score = _together(score, Sampled(test), ToTeacher(judge, test[:96]))
         text = sample(name, improved, track.fresh, 1, 90 + cell.seed)
-        data.fresh = text.rows()
+        data.fresh, data.checked = text.rows(), [p.row() for p in text.problems]
         if method.text == "teacher":
             curve.charge = text.charge()
     data.noised = noised(data.fresh, "0123456789", 83)
