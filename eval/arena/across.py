@@ -6,18 +6,17 @@ The cross-entropy that the papers add stands beside it where they add one; the w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import peers
 import torch
 import torch.nn.functional as F
-from methods import Method, Row, Setting, built, composed, on_teacher_text, opd, rows_of, same_tokenizer
+from methods import Method, Row, Setting, built, composed, of_same, on_teacher_text, opd, rows_of, taid
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from llmdistill.opd import OPDConfig, OPDTrainer
 from llmdistill.tokenization.align import align_chunks
 from llmdistill.tokenization.token_bytes import table_of
 
@@ -188,19 +187,6 @@ def peer(loss: PeerLoss) -> Callable[[Setting], Trainer]:
     return build
 
 
-def same_opd(s: Setting) -> Trainer:
-    """OPD from a teacher of the student's tokenizer: the ceiling on the student's own text."""
-    assert s.same is not None
-    return opd("fresh", "student")(replace(s, teacher=s.same))
-
-
-def opd_in_classes(s: Setting) -> Trainer:
-    """OPD's own loss, on classes of tokens where a chunk begins (``teacher.view: classes``)."""
-    args = OPDConfig(**s.ours(), sequences="student")
-    more = {"teacher": s.teacher, "train_dataset": rows_of(s, "fresh"), "view": "classes"}
-    return built(OPDTrainer, s, s.model, args, **more)
-
-
 def aligned_share(trainer: Any) -> float | None:
     """The share of the bytes (of a peer: of the student's tokens) that heard what the teacher says of them."""
     if isinstance(trainer, PeerTrainer):
@@ -210,13 +196,13 @@ def aligned_share(trainer: Any) -> float | None:
 
 
 METHODS: dict[str, Method] = {
-    "same_kl": on_teacher_text("forward KL, same tokenizer", same_tokenizer),
-    "same_opd": Method("OPD, same tokenizer", "fresh", "student", same_opd),
+    "same_kl": on_teacher_text("forward KL, same tokenizer", of_same(taid("fresh", divergence="forward_kl"))),
+    "same_opd": Method("OPD, same tokenizer", "fresh", "student", of_same(opd("fresh", "student"))),
     "alm": on_teacher_text("ALM", composed("alm")),
     "p_kl": on_teacher_text("P-KL", composed("p_kl")),
     "h_kl": on_teacher_text("H-KL", composed("h_kl")),
     "simct": Method("SimCT on-policy", "fresh", "student", composed("simct")),
-    "opd_classes": Method("OPD in classes", "fresh", "student", opd_in_classes),
+    "opd_classes": Method("OPD in classes", "fresh", "student", opd("fresh", "student", view="classes")),
     "chunk_opd": Method("chunk credit on-policy", "fresh", "student", composed("chunk_opd")),
     "uld": on_teacher_text("ULD", peer(uld)),
     "gold": on_teacher_text("GOLD, bayesian", peer(gold)),

@@ -104,6 +104,11 @@ class Setting:
         rollouts = RolloutConfig(max_new_tokens=self.longest)
         return self.arguments(rollouts=rollouts, chunk_tokens=8192)  # all rows at once: there are few columns
 
+    def in_groups(self, samples: int) -> dict[str, Any]:
+        """The same for several samples of a prompt: as many fewer prompts a step."""
+        rollouts = RolloutConfig(max_new_tokens=self.longest, samples_per_prompt=samples)
+        return {**self.ours(), "per_device_train_batch_size": max(1, self.batch // samples), "rollouts": rollouts}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -182,10 +187,10 @@ def sft(source: str) -> Callable[[Setting], Trainer]:
     return build
 
 
-def opd(source: str, sequences: str, **objective: Any) -> Callable[[Setting], Trainer]:
+def opd(source: str, sequences: str, view: str = "tokens", **objective: Any) -> Callable[[Setting], Trainer]:
     def build(s: Setting) -> Trainer:
         args = OPDConfig(**s.ours(), sequences=sequences, **objective)
-        return built(OPDTrainer, s, s.model, args, teacher=s.teacher, train_dataset=rows_of(s, source))
+        return built(OPDTrainer, s, s.model, args, teacher=s.teacher, train_dataset=rows_of(s, source), view=view)
 
     return build
 
@@ -231,14 +236,12 @@ def answered(prompts: Sequence[str], completions: Sequence[str], answer: Sequenc
 
 def sdpo(samples: int, *judge: Any) -> Callable[[Setting], Trainer]:
     def build(s: Setting) -> Trainer:
-        ours = {**s.ours(), "per_device_train_batch_size": max(1, s.batch // samples)}
-        ours["rollouts"] = RolloutConfig(max_new_tokens=s.longest, samples_per_prompt=samples)
         data = DataConfig(contexts={"sibling": "methods:sibling"}, answer_column="completion")
         return built(
             MethodTrainer,
             s,
             s.model,
-            compositions.config_class("sdpo")(**ours, top_k=8),  # of sixteen columns
+            compositions.config_class("sdpo")(**s.in_groups(samples), top_k=8),  # of sixteen columns
             StudentTeacher(*judge),
             train_dataset=rows_of(s, "labelled"),
             data=data,
@@ -257,9 +260,7 @@ def rewarded(samples: int, weight: float) -> Callable[[Setting], Trainer]:
     """OPD of sampled tokens and a verified reward, normalised over the samples of a prompt."""
 
     def build(s: Setting) -> Trainer:
-        ours = {**s.ours(), "per_device_train_batch_size": max(1, s.batch // samples)}
-        ours["rollouts"] = RolloutConfig(max_new_tokens=s.longest, samples_per_prompt=samples)
-        args = OPDConfig(**ours, estimator="sampled", reward_weight=weight)
+        args = OPDConfig(**s.in_groups(samples), estimator="sampled", reward_weight=weight)
         more = {"data": DataConfig(answer_column="completion"), "reward": answered}
         return built(OPDTrainer, s, s.model, args, teacher=s.teacher, train_dataset=rows_of(s, "checked"), **more)
 
@@ -298,10 +299,14 @@ def opd_of_one(s: Setting) -> Trainer:
     return opd("fresh", "student")(replace(s, teacher=first))
 
 
-def same_tokenizer(s: Setting) -> Trainer:
-    """Forward KL from a teacher of the student's tokenizer, on the other's text: the ceiling across tokenizers."""
-    assert s.same is not None
-    return taid("fresh", divergence="forward_kl")(replace(s, teacher=s.same))
+def of_same(build: Callable[[Setting], Trainer]) -> Callable[[Setting], Trainer]:
+    """From the other teacher: across tokenizers one with the student's, the ceiling there; else a control's."""
+
+    def of_it(s: Setting) -> Trainer:
+        assert s.same is not None
+        return build(replace(s, teacher=s.same))
+
+    return of_it
 
 
 def taid(source: str, **objective: Any) -> Callable[[Setting], Trainer]:

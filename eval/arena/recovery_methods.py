@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from methods import Method, Setting, built, composed, dpo, exopd, opd, rows_of, sft, taid
+from methods import Method, Setting, built, composed, dpo, exopd, of_same, opd, rows_of, sft, taid
 from recovery_task import TOKENS
 from transformers import Trainer
 
@@ -43,12 +42,6 @@ RATES: dict[str, float] = {
     "taid": 0.003,
     "tip": 0.003,
 }
-
-
-def blind(s: Setting) -> Trainer:
-    """OPD with the control's teacher."""
-    assert s.same is not None
-    return opd("fresh", "student")(replace(s, teacher=s.same))
 
 
 def half(title: str, **objective: Any) -> Method:
@@ -89,7 +82,7 @@ METHODS: dict[str, Method] = {
     "sft_mistakes": of_mistakes("SFT", sft("mistakes")),
     "returns_fixed": of_fixed_length(0.9),
     "returns_half": of_fixed_length(0.5),
-    "opd_blind": Method("OPD, teacher without mistakes", "fresh", "student", blind),
+    "opd_blind": Method("OPD, teacher without mistakes", "fresh", "student", of_same(opd("fresh", "student"))),
     "exopd_2": exopd(2.0),
     "redi_all": Method("REDI, all of the rejected", "pairs", "verified", penalised("all")),
     "redi_after": Method("REDI, after the divergence", "pairs", "verified", penalised("after_divergence")),

@@ -48,10 +48,7 @@ class ChunkLoss:
             assert self.table is not None
             words_V = self.table.begins_word(logp_nV.shape[-1]).to(logp_nV.device)
             ended_n = logp_nV.masked_fill(~words_V, -torch.inf).logsumexp(-1)
-        open_n = (
-            log_open(logp_nV, self.digits, closed_n).to(picked_n) if closed_n.any() else ended_n.new_zeros(len(ended_n))
-        )
-        return torch.stack([picked_n, ended_n, open_n], -1)
+        return torch.stack([picked_n, ended_n, log_open(logp_nV, self.digits, closed_n)], -1)
 
     def losses(self, values_N: Tensor, groups: Groups) -> Tensor:
         """Of every chunk, [C]."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class ChunkTeacher:
         self.fresh = Shares()  # since they were last logged
         self.student_numerals = NumeralEnds.of(retokenizer.student)
         self.judge_numerals = NumeralEnds.of(retokenizer.judge)
+        self.student_digits = Classes(self.student_numerals.first_V, NO_DIGIT)
         self.judge_digits = Classes(self.judge_numerals.first_V, NO_DIGIT)
         self._last: tuple[Rollout, Retokenized] | None = None
         self._rows: tuple[Retokenized, TeacherRows] | None = None
@@ -155,7 +156,7 @@ class ChunkTeacher:
         if question.word_ends:
             ending_C = torch.where(told_C, ends_C, math.nan).exp()
             into_C = merged(ending_C, read.lasts, question.merge_threshold)
-            own_N, judged_M, before_N = (_renumbered(x, into_C) for x in (own_N, judged_M, before_N))
+            own_N, judged_M, before_N = (_at(into_C, x, absent=-1) for x in (own_N, judged_M, before_N))
             told_N &= before_N != own_N  # no end within a chunk
             count = int(into_C[-1]) + 1 if len(into_C) else 0
         teacher_C = chunk_sums(logps_M, judged_M, count)
@@ -179,7 +180,7 @@ class ChunkTeacher:
         self.check(ClassQuestion())
         read, (_, classes_V, same) = self._read(rollout, prompts), self.retokenizer.classes
         classes = Classes(classes_V, len(same))
-        own_C, judged_C = (first_rows(x, len(read.level)) for x in (read.student_chunks, read.judge_chunks))
+        own_C, judged_C = (edge_rows(x, len(read.level), "amin") for x in (read.student_chunks, read.judge_chunks))
         level = read.level & (own_C >= 0) & (judged_C >= 0)
         tokens_M = read.rollout.token_rows().cpu()
         closed_C = torch.stack(self._closed(read, rollout.token_rows().cpu(), tokens_M)).any(0)
@@ -203,7 +204,7 @@ class ChunkTeacher:
         assert isinstance(self.teacher, HiddenTeacher)
         read = self._read(rollout, prompts)
         states = tuple(x.to(device) for x in self.teacher.hidden_layers(read.rollout, layers))
-        own_C, judged_C = (first_rows(x, len(read.lasts)) for x in (read.student_before, read.judge_before))
+        own_C, judged_C = (edge_rows(x, len(read.lasts), "amin") for x in (read.student_before, read.judge_before))
         known = (own_C >= 0) & (judged_C >= 0)
         said = TensorRows(states, len(read.judge_before))
         return PlacedRows(said, _placed(len(read.student_before), own_C[known], judged_C[known]))
@@ -236,7 +237,9 @@ class ChunkTeacher:
             (self.judge_numerals, tokens_M, read.judge_chunks),
             (self.student_numerals, tokens_N, read.student_chunks),
         )
-        return tuple(side.closed(_at(tokens, last_rows(at, len(read.lasts)), absent=-1)) for side, tokens, at in sides)  # type: ignore[return-value]
+        return tuple(
+            side.closed(_at(tokens, edge_rows(at, len(read.lasts), "amax"), absent=-1)) for side, tokens, at in sides
+        )  # type: ignore[return-value]
 
     def _asked(self, read: Retokenized, question: Question, closed_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log T of every token of the judge, of a word's end just before it, and of none of the closed digits there,
@@ -277,7 +280,7 @@ class ChunkTeacher:
         if chosen is not None or listed:
             ids_MK = torch.cat([block.topk_ids for block in blocks]).long().cpu()
             listed_MK = torch.cat([block.topk_logprobs for block in blocks]).float().cpu()
-            digit_MK = torch.where(ids_MK < 0, NO_DIGIT, self.judge_numerals.first_digits(ids_MK))
+            digit_MK = self.judge_numerals.first_digits(ids_MK)
             counted_MK = torch.nn.functional.pad(closed_M, (0, 1)).gather(1, digit_MK)
             taken_M = (listed_MK.exp() * counted_MK).sum(-1)
             # never less than the token that did follow, which is none of them
@@ -319,18 +322,12 @@ class ChunkTeacher:
         }
 
 
-def first_rows(chunks_N: Tensor, chunks: int) -> Tensor:
-    """The first row of every chunk, [C] int64; -1: it has none. Of [N] that are -1, or the number of a row's chunk."""
+def edge_rows(chunks_N: Tensor, chunks: int, edge: Literal["amin", "amax"]) -> Tensor:
+    """The first row of every chunk, or the last, [C] int64; -1: it has none. Of [N] that are -1, or the number of a
+    row's chunk."""
     rows = torch.arange(len(chunks_N))
     known_N = chunks_N >= 0
-    first_C = torch.full((chunks,), len(chunks_N)).scatter_reduce(0, chunks_N[known_N], rows[known_N], "amin")
-    return torch.where(first_C < len(chunks_N), first_C, -1)
-
-
-def last_rows(chunks_N: Tensor, chunks: int) -> Tensor:
-    """The last row of every chunk, as :func:`first_rows`."""
-    known_N = chunks_N >= 0
-    return torch.full((chunks,), -1).scatter_reduce(0, chunks_N[known_N], torch.arange(len(chunks_N))[known_N], "amax")
+    return torch.full((chunks,), -1).scatter_reduce(0, chunks_N[known_N], rows[known_N], edge, include_self=False)
 
 
 def cannot_stand(closed_C: Tensor, before_R: Tensor, digit_R: Tensor) -> Tensor:
@@ -353,10 +350,6 @@ def _at(values_C: Tensor, index: Tensor, absent: float = 0.0) -> Tensor:
 def _placed(count: int, rows: Tensor, places: Tensor) -> Tensor:
     """[count] int64: ``places`` at these rows, -1 elsewhere."""
     return torch.full((count,), -1).index_put((rows,), places)
-
-
-def _renumbered(chunks_N: Tensor, into_C: Tensor) -> Tensor:
-    return torch.where(chunks_N >= 0, into_C[chunks_N.clamp(min=0)], -1) if len(into_C) else chunks_N
 
 
 def tokenizer_of(teacher: Teacher, name: str) -> PreTrainedTokenizerBase:

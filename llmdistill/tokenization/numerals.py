@@ -66,8 +66,7 @@ class NumeralEnds:
 
 
 def _first_digits(table: TokenTable) -> Tensor:
-    first = table.flat[np.minimum(table.starts, len(table.flat) - 1)][:-1]
-    digits = np.where(table.lengths[:-1] > 0, first, -1) - DIGITS[0]
+    digits = table.first_units - DIGITS[0]
     return torch.from_numpy(np.where((digits >= 0) & (digits < NO_DIGIT), digits, NO_DIGIT).astype(np.int64))
 
 

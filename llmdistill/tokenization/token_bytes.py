@@ -64,6 +64,11 @@ class TokenTable:
         return np.fromiter((u for token in self._and_none for u in token), np.int32, int(self.lengths.sum()))
 
     @cached_property
+    def first_units(self) -> NDArray[np.int32]:
+        """The unit that every id begins with, [V]; -1 of one without."""
+        return np.where(self.lengths > 0, self.flat[np.minimum(self.starts, len(self.flat) - 1)], -1)[:-1]
+
+    @cached_property
     def ids_by_units(self) -> dict[tuple[int, ...], int]:
         """The lowest id of every spelling."""
         return {units: i for i, units in reversed(list(enumerate(self.units))) if units}
@@ -79,7 +84,7 @@ class TokenTable:
 
     @cached_property
     def _word_starts(self) -> Tensor:
-        first = np.where(self.lengths > 0, self.flat[np.minimum(self.starts, len(self.flat) - 1)], -1)[:-1]
+        first = self.first_units
         return torch.from_numpy(((first >= MARK) & (first != UNKNOWN)) | np.isin(first, BLANKS))
 
     def _padded(self, columns: int) -> Tensor:

@@ -22,7 +22,6 @@ from llmdistill.teachers.chunks import ChunkTeacher, in_chunks, tokenizer_of
 from llmdistill.texts.chat import ChatTemplate
 from llmdistill.texts.retokenized import Shares
 from llmdistill.tokenization.compare import compare_tokenizers
-from llmdistill.tokenization.numerals import NO_DIGIT
 from llmdistill.training.student_trainer import gathered_sums
 
 logger = logging.getLogger(__name__)
@@ -93,14 +92,13 @@ def bind(method: Method, judges: Mapping[str, Teacher], ends: Collection[int]) -
     for name, judge in judges.items():
         if isinstance(judge, ChunkTeacher):
             judge.retokenizer.student_ends_at(ends)
-            first_V = judge.student_numerals.first_V
             for term, _ in method.asks_of(name):
                 if isinstance(term.group, ChunkLoss):
-                    term.group.bind(judge.retokenizer.student_table, Classes(first_V, NO_DIGIT))
+                    term.group.bind(judge.retokenizer.student_table, judge.student_digits)
                 for loss in (term.loss, term.group, *term.watch.values()):
                     if isinstance(loss, InClasses):
                         own, _, same = judge.retokenizer.classes
-                        loss.bind_classes(Classes(own, len(same)), same, first_V)
+                        loss.bind_classes(Classes(own, len(same)), same, judge.student_digits.of_V)
 
 
 def check_alignment(trainer: Trainer, judges: Mapping[str, Teacher]) -> None:
